@@ -1,0 +1,91 @@
+"""The roofline: seconds of a step from the model's shape, the hardware and the chunks, for one rank of tp x pp.
+
+For a step of chunks (s_i, n_i), which compute n_i tokens after s_i cached ones, with T = sum n_i tokens and R chunks:
+
+    bytes  = weights / (tp pp)  +  (sum (s_i + n_i) + T) * KV bytes per token and rank       keys and values read once, new ones written
+    FLOPs  = (T * linear  +  pairs * attention) / (tp pp)  +  R * head / (tp pp)             pairs = sum n_i s_i + n_i (n_i + 1) / 2
+    compute = max(bytes / (bandwidth * fraction), FLOPs / (peak * fraction))
+    tp > 1:  + 2 all-reduces a layer of T * hidden elements; a ring moves 2 (tp - 1) / tp of them over the link, plus its latency
+    pp > 1:  a plan passes pp equal stages, with a send of T * hidden elements between two of them
+    step    = overhead + pp * stage + (pp - 1) * send
+
+The head is charged once a chunk, as if every chunk sampled. Bytes and FLOPs overlap perfectly (one max for the whole step), so a
+mixed batch is cheaper here than where attention and matrix products run one after the other. Weights count once, embeddings included only
+where they are also the output head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import mul
+
+from headway import ConfigError, Hardware, ModelShape
+
+GIB = 1 << 30
+
+
+class Roofline:
+    """A `CostModel` without parameters of its own: everything follows from shape, hardware, tp and pp."""
+
+    def __init__(self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1) -> None:
+        for name, value in (("tp", tp), ("pp", pp)):
+            if value < 1:
+                raise ConfigError(f"parallel.{name}={value}: expected at least 1")
+        if shape.num_attention_heads % tp or (shape.num_key_value_heads % tp and tp % shape.num_key_value_heads):
+            raise ConfigError(
+                f"parallel.tp={tp} divides neither {shape.num_attention_heads} attention heads nor {shape.num_key_value_heads} KV heads evenly"
+            )
+        if pp > shape.num_hidden_layers:
+            raise ConfigError(f"parallel.pp={pp}: the model has only {shape.num_hidden_layers} layers")
+        self.shape, self.hardware, self.tp, self.pp = shape, hardware, tp, pp
+        ranks = tp * pp
+        # KV heads are replicated when there are fewer of them than ranks.
+        kv_share = max(1, shape.num_key_value_heads // tp) / shape.num_key_value_heads
+        self.kv_bytes_per_token = shape.kv_bytes_per_token * kv_share / pp  # of one rank
+        self.weight_bytes = shape.weight_bytes / ranks  # of one rank
+        read = shape.weight_bytes - (0 if shape.tie_word_embeddings else shape.embedding_parameters * shape.dtype_bytes)
+        bandwidth = hardware.memory_bandwidth * hardware.bandwidth_fraction
+        flops = hardware.peak_flops * hardware.flops_fraction
+        link = hardware.link_bandwidth * hardware.link_fraction
+        # Seconds a unit, so that a step is a handful of products.
+        self._weights = read / ranks / bandwidth
+        self._kv = self.kv_bytes_per_token / bandwidth  # a token of KV read or written
+        self._linear = shape.linear_flops_per_token / ranks / flops  # a token
+        self._pair = shape.attention_flops_per_pair / ranks / flops  # a query-key pair
+        self._head = shape.head_flops / ranks / flops  # a sampled token
+        row = shape.hidden_size * shape.dtype_bytes  # bytes of one token's activation
+        reduces = 2 * shape.num_hidden_layers / pp if tp > 1 else 0  # of one stage
+        self._reduce_latency = reduces * hardware.link_latency
+        self._reduce = reduces * 2 * (tp - 1) / tp * row / link  # a token
+        self._send_latency = hardware.link_latency if pp > 1 else 0.0
+        self._send = row / link if pp > 1 else 0.0  # a token
+
+    def stage_time(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[float, float]:
+        """Seconds of one pipeline stage, and of the send that follows it. The per-step overhead is not in it."""
+        tokens, cached = sum(lengths), sum(starts)
+        if tokens == len(lengths):  # decodes only
+            pairs = cached + tokens
+        else:
+            pairs = sum(map(mul, starts, lengths)) + (sum(map(mul, lengths, lengths)) + tokens) // 2
+        memory = self._weights + (cached + 2 * tokens) * self._kv
+        compute = tokens * self._linear + pairs * self._pair + len(lengths) * self._head
+        busy = memory if memory > compute else compute
+        return busy + self._reduce_latency + tokens * self._reduce, self._send_latency + tokens * self._send
+
+    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
+        """Seconds from the launch of a step with these chunks to its tokens, on idle hardware."""
+        stage, send = self.stage_time(starts, lengths)
+        return self.hardware.step_overhead + self.pp * stage + (self.pp - 1) * send
+
+    def kv_capacity(self, block_size: int, memory_utilization: float, activation_gb: float) -> int:
+        """Blocks that fit on each rank: (memory * utilization - weights - activations) / bytes a block. Raises ConfigError when none does."""
+        budget = self.hardware.memory_bytes * memory_utilization
+        left = budget - self.weight_bytes - activation_gb * GIB
+        blocks = int(left // (block_size * self.kv_bytes_per_token))
+        if blocks < 1:
+            raise ConfigError(
+                f"{self.weight_bytes / GIB:.1f} GiB of weights and {activation_gb:g} GiB of activations a rank leave no room for KV in "
+                f"{self.hardware.memory_gb:g} GiB x {memory_utilization:g} of {self.hardware.name}: raise parallel.tp or parallel.pp, "
+                "or choose a smaller model or larger hardware"
+            )
+        return blocks

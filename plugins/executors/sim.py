@@ -1,0 +1,96 @@
+"""The engine's loop in virtual time: no model, no device, step times from a cost model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+from headway import ConfigError, Executor, ExecutorCaps, Hardware, ModelShape, Request, StepPlan, StepResult, VirtualClock, hookimpl
+
+from .cost import Roofline
+
+
+@dataclass
+class SimExecutor(Executor):
+    """Discrete-event simulation: step times from a roofline of model, hardware and plan."""
+
+    memory_utilization: float = 0.9  # share of the device's memory that weights, activations and KV may take
+    activation_gb: float = 1.0  # GiB a rank, set aside for activations
+    charge_policy_time: float = 0.0  # host seconds charged for each planned request, before the device can start
+    max_plans: int = 8  # most plans in flight
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("memory_utilization", 0 < self.memory_utilization <= 1, "0 < share <= 1"),
+            ("activation_gb", self.activation_gb >= 0, "GiB >= 0"),
+            ("charge_policy_time", self.charge_policy_time >= 0, "seconds >= 0"),
+            ("max_plans", self.max_plans >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ConfigError(f"executor.{name}={getattr(self, name)}: expected {expected}")
+
+    def prepare(
+        self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1, eos_token_ids: frozenset[int] = frozenset()
+    ) -> None:
+        """Before the engine is built: what runs, and on what. The clock starts at 0."""
+        self.cost_model = self.roofline = Roofline(shape, hardware, tp, pp)
+        self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, eos_token_ids, True, self.max_plans, shape)
+        self.clock = VirtualClock()
+
+    def kv_capacity(self, block_size: int) -> int:
+        return self.roofline.kv_capacity(block_size, self.memory_utilization, self.activation_gb)
+
+    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
+        self._seed = seed
+        self._streams: dict[int, tuple[int, int, int, int]] = {}  # request index -> its token sequence, see _stream
+        self._host_free = 0.0
+        self._stage_free = [0.0] * self.roofline.pp
+
+    def launch(self, plan: StepPlan) -> Any:
+        self._host_free = max(self.clock.now(), self._host_free) + self.charge_policy_time * len(plan.requests)
+        stage, send = self.roofline.stage_time(plan.starts, plan.lengths)
+        stage += self.roofline.hardware.step_overhead / self.roofline.pp
+        # Stages work on different plans at once: a plan enters a stage when both are free.
+        free = self._stage_free
+        begin = now = max(self._host_free, free[0])
+        for i in range(len(free)):
+            now = max(now, free[i]) + stage
+            free[i] = now
+            now += send
+        return plan, begin, free[-1]
+
+    def collect(self, ticket: Any) -> StepResult:
+        plan, begin, end = ticket
+        streams = self._streams
+        for request in plan.left:
+            streams.pop(request.index, None)
+        tokens = []
+        for request, start, length, sample in zip(plan.requests, plan.starts, plan.lengths, plan.samples, strict=True):
+            if sample:
+                low, size, base, stride = streams.get(request.index) or self._stream(request)
+                tokens.append(low + (base + (start + length) * stride) % size)
+            else:
+                tokens.append(-1)
+        return StepResult(tokens, begin, end)
+
+    def _stream(self, request: Request) -> tuple[int, int, int, int]:
+        """A request's tokens: (low, size, base, stride), token at position p = low + (base + p * stride) mod size.
+
+        A function of seed, request id and position alone. Ids that would end the request are avoided: endings come from
+        output_len and max_tokens, so the widest run of ids without them is used.
+        """
+        stops = sorted({*self.caps.eos_token_ids, *request.sampling.stop_token_ids})
+        edges = [-1, *(t for t in stops if 0 <= t < self.caps.vocab_size), self.caps.vocab_size]
+        size, low = max((b - a - 1, a + 1) for a, b in zip(edges, edges[1:], strict=False))
+        if size < 1:
+            size, low = self.caps.vocab_size, 0  # every id ends the request
+        key = f"{self._seed}/{request.id}".encode()
+        stream = (low, size, crc32(key), crc32(key, 1) | 1)
+        self._streams[request.index] = stream
+        return stream
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("executor", "sim", SimExecutor)
