@@ -1,0 +1,169 @@
+"""One operation at a time: which backend runs which operation, checked when the engine is built.
+
+A kernels config names a backend for each group of operations (`kernels=triton kernels.attention=flash_attn`). `compose` asks every
+named backend whether it can run there, and hands back bound callables; nothing of the choice is left in the layer loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from headway import ConfigError, near
+
+from .ops import KernelBackend, KernelCaps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Field of a kernels config -> the operations that it chooses. `qk_norm_rope_store` follows from norm, rope and store.
+GROUPS = {
+    "attention": ("attention",),
+    "norm": ("rms_norm", "add_rms_norm"),
+    "rope": ("rotary",),
+    "activation": ("silu_and_mul",),
+    "store": ("store_kv",),
+    "sampling": ("sample",),
+}
+FUSED = "qk_norm_rope_store"
+
+
+@dataclass
+class KernelChoice(KernelBackend):
+    """The fields of every kernels config: a backend's name for each group of operations, and CUDA graphs.
+
+    A backend subclasses this and sets the defaults that `kernels=<its name>` stands for."""
+
+    attention: str = "torch"
+    norm: str = "torch"
+    rope: str = "torch"
+    activation: str = "torch"
+    store: str = "torch"
+    sampling: str = "torch"
+    cuda_graphs: bool = False
+
+    def operations(self, device: str) -> Any:
+        """The object that holds this backend's callables, made once a run. Raises ConfigError when a package is missing."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The composed backend: one bound callable an operation, signatures as in KernelBackend."""
+
+    rms_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rotary: Callable[..., tuple[Tensor, Tensor]]
+    qk_norm_rope_store: Callable[..., Tensor]
+    silu_and_mul: Callable[..., Tensor]
+    store_kv: Callable[..., None]
+    attention: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
+    chosen: dict[str, str]  # operation -> backend's name, for the run's record
+    caps: KernelCaps  # what every chosen backend allows together
+    cuda_graphs: bool
+
+
+def check(name: str, caps: KernelCaps, device: str, dtype: str, head_size: int, block_size: int) -> None:
+    """Raises ConfigError, with the reason and what to set instead, where a backend cannot run a model.
+
+    device: "cpu" or "cuda"; dtype: "float32", "bfloat16" or "float16"; head_size in elements; block_size in tokens."""
+    if device not in caps.devices:
+        raise ConfigError(f"kernels: '{name}' runs on {_list(caps.devices)}, not on {device}. Set kernels=torch, or run on {_list(caps.devices)}.")
+    if dtype not in caps.dtypes:
+        raise ConfigError(f"kernels: '{name}' supports {_list(caps.dtypes)}, not {dtype}. Set another dtype, or kernels=triton or kernels=torch.")
+    if "attention" in caps.ops and caps.head_sizes is not None and head_size not in caps.head_sizes:
+        raise ConfigError(
+            f"kernels: '{name}' supports head sizes {_list(caps.head_sizes)}, the model has {head_size}. "
+            f"Set kernels.attention=triton or kernels.attention=torch."
+        )
+    if "attention" in caps.ops and block_size % caps.block_size_multiple:
+        raise ConfigError(
+            f"kernels: '{name}' needs block sizes that are multiples of {caps.block_size_multiple}, not {block_size}. "
+            f"Set block_size={-(-block_size // caps.block_size_multiple) * caps.block_size_multiple}, or kernels.attention=triton."
+        )
+
+
+def compose(
+    choice: KernelChoice, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int
+) -> Kernels:
+    """Binds the operations that `choice` names. backends: name -> that backend's config object with its defaults.
+
+    An operation that the named backend does not implement comes from `torch`."""
+    made: dict[str, tuple[KernelCaps, Any]] = {}
+
+    def backend(name: str) -> tuple[KernelCaps, Any]:
+        if name not in made:
+            role = choice if name == choice.plugin_name else backends(name)
+            operations = role.operations(device)  # first: a missing package is the reason that helps most
+            check(name, role.caps, device, dtype, head_size, block_size)
+            made[name] = role.caps, operations
+        return made[name]
+
+    calls: dict[str, Callable[..., Any]] = {}
+    chosen: dict[str, str] = {}
+    for group, operations in GROUPS.items():
+        name = getattr(choice, group)
+        for operation in operations:
+            chosen[operation] = name if operation in backend(name)[0].ops else "torch"
+            calls[operation] = getattr(backend(chosen[operation])[1], operation)
+    parts = {chosen[operation] for operation in ("rms_norm", "rotary", "store_kv")}
+    fused = parts.pop() if len(parts) == 1 else ""
+    if fused and FUSED in backend(fused)[0].ops:
+        chosen[FUSED], calls[FUSED] = fused, getattr(backend(fused)[1], FUSED)
+    else:
+        chosen[FUSED], calls[FUSED] = "separate", _separate(calls["rms_norm"], calls["rotary"], calls["store_kv"])
+    used = [made[name][0] for name in sorted(set(chosen.values()) - {"separate"})]
+    if choice.cuda_graphs and not all(caps.graph_safe for caps in used):
+        unsafe = [name for name in sorted(set(chosen.values()) - {"separate"}) if not made[name][0].graph_safe]
+        raise ConfigError(f"kernels.cuda_graphs=true: {_list(unsafe)} cannot be captured. Set kernels=triton, or kernels.cuda_graphs=false.")
+    return Kernels(**calls, chosen=chosen, caps=_together(used), cuda_graphs=choice.cuda_graphs)  # type: ignore[arg-type]
+
+
+def _separate(rms_norm: Any, rotary: Any, store_kv: Any) -> Callable[..., Tensor]:
+    """qk_norm_rope_store out of its parts, where they come from different backends."""
+
+    def qk_norm_rope_store(
+        qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor,
+        k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, num_heads: int, num_kv_heads: int,
+    ) -> Tensor:  # fmt: skip
+        heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)  # [T, H + 2K, D]
+        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if q_weight is not None:
+            q = rms_norm(q, q_weight, eps)
+        if k_weight is not None:
+            k = rms_norm(k, k_weight, eps)
+        q, k = rotary(q, k, positions, cos_sin)
+        store_kv(k, v, k_cache, v_cache, slot_mapping)
+        return q
+
+    return qk_norm_rope_store
+
+
+def _together(used: list[KernelCaps]) -> KernelCaps:
+    sizes = [caps.head_sizes for caps in used if caps.head_sizes is not None]
+    return KernelCaps(
+        devices=frozenset.intersection(*(caps.devices for caps in used)),
+        dtypes=frozenset.intersection(*(caps.dtypes for caps in used)),
+        head_sizes=frozenset.intersection(*sizes) if sizes else None,
+        block_size_multiple=max(caps.block_size_multiple for caps in used),
+        mixed_batches=all(caps.mixed_batches for caps in used),
+        graph_safe=all(caps.graph_safe for caps in used),
+        ops=frozenset.union(*(caps.ops for caps in used)),
+    )
+
+
+def lookup(backends: dict[str, Callable[[], KernelChoice]]) -> Callable[[str], KernelChoice]:
+    """A `backends` argument for `compose` out of factories by name; an unknown name is answered with the known ones."""
+
+    def find(name: str) -> KernelChoice:
+        if name not in backends:
+            raise ConfigError(f"kernels: no backend is called '{name}'.{near(name, backends)}")
+        return backends[name]()
+
+    return find
+
+
+def _list(names: Any) -> str:
+    return ", ".join(str(name) for name in sorted(names))
