@@ -201,3 +201,20 @@ class Hardware:
     @property
     def memory_bytes(self) -> int:
         return int(self.memory_gb * GIB)
+
+
+@dataclass
+class ParallelConfig:
+    """The `parallel` node: how many ranks share one model."""
+
+    tp: int = 1  # tensor parallel: ranks that split every layer
+    pp: int = 1  # pipeline parallel: stages of consecutive layers
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)}: expected at least 1")
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp

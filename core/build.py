@@ -1,0 +1,176 @@
+"""From names and parameters to a running system, in plain Python: what `run.py`, `headway.LLM` and the conformance kit share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, Field, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .config import Hardware, ModelConfig, ParallelConfig
+from .engine import Engine, EngineConfig, RunResult
+from .errors import ConfigError, HeadwayError
+from .hooks import Plugin, Registry
+from .policy import Observer, Role
+from .request import SLO, Arrival
+
+
+@dataclass
+class Composition:
+    """One run as data: a (name, parameters) pair a role, and the nodes that belong to no role."""
+
+    choices: dict[str, tuple[str, dict[str, Any]]]
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hardware: Hardware = field(default_factory=Hardware)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    slo: SLO = field(default_factory=SLO)  # for requests that bring none
+    seed: int = 0
+
+
+@dataclass
+class Run:
+    """A built run. Hooks and observers get it; `directory` is where they may write, None where nothing is to be written."""
+
+    composition: Composition
+    roles: dict[str, Role]
+    plugins: dict[str, Plugin]
+    engine: Engine
+    registry: Registry
+    directory: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)  # the whole composed config as plain data
+    overrides: list[str] = field(default_factory=list)  # what the user typed
+    group: str = ""  # name of the sweep, "" for a single run
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.overrides) or "defaults"
+
+    def execute(self) -> RunResult:
+        """Runs the workload to its end. Interrupts give a partial result; errors are raised with it as `partial`."""
+        engine, workload = self.engine, self.roles["workload"]
+        caps = engine.executor.caps
+        hook = self.registry.manager.hook
+        try:
+            arrivals = with_slo(workload.arrivals(self.composition.seed, caps.vocab_size, engine.max_model_len), self.composition.slo)  # type: ignore[attr-defined]
+            follow = lambda request, now: with_slo(workload.on_result(request, now), self.composition.slo)  # type: ignore[attr-defined] # noqa: E731
+            hook.headway_run_start(run=self)
+            result = engine.run(arrivals, follow)
+        except BaseException as error:
+            if (partial := getattr(error, "partial", None)) is not None:
+                hook.headway_run_end(run=self, result=partial)
+            raise
+        finally:
+            engine.executor.close()
+        hook.headway_run_end(run=self, result=result)
+        return result
+
+
+def build_roles(registry: Registry, choices: dict[str, tuple[str, dict[str, Any]]]) -> tuple[dict[str, Role], dict[str, Plugin]]:
+    """One object a role; roles that name the same factory share one object, with the parameters of the node that gives them.
+
+    Raises ConfigError for names, parameters and values that cannot be, PluginError for a chosen plugin that is broken.
+    """
+    plugins = {role: registry.get(role, name) for role, (name, _) in choices.items()}
+    shared: dict[int, list[str]] = {}
+    for role, plugin in plugins.items():
+        shared.setdefault(id(plugin.factory), []).append(role)
+    roles: dict[str, Role] = {}
+    for together in shared.values():
+        parameters = _merge(plugins, choices, together)
+        plugin = plugins[together[0]]
+        built = _construct(plugin, parameters)
+        if not built.plugin_name:
+            built.plugin_name = f"{plugin.role}={plugin.name}"
+        roles |= dict.fromkeys(together, built)
+    return {role: roles[role] for role in choices}, plugins
+
+
+def _merge(plugins: dict[str, Plugin], choices: dict[str, tuple[str, dict[str, Any]]], together: list[str]) -> dict[str, Any]:
+    """Parameters of one object that several nodes describe: what differs from the default was given by somebody."""
+    merged: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    for role in together:
+        plugin = plugins[role]
+        known = {f.name: f for f in plugin.parameters()}
+        for name, value in choices[role][1].items():
+            if name not in known:
+                raise ConfigError(f"{role}={plugin.name} has no parameter {name!r}: it has {', '.join(known) or 'none'}")
+            if name not in given:
+                merged[name] = value
+            if len(together) == 1 or value == _default(known[name]):
+                continue
+            if name in given and merged[name] != value:
+                raise ConfigError(
+                    f"{given[name]}.{name}={merged[name]} and {role}.{name}={value}: "
+                    f"{' and '.join(together)} are one object ({plugin.name}), so give {name} once"
+                )
+            merged[name], given[name] = value, role
+    return merged
+
+
+def _default(parameter: Field[Any]) -> Any:
+    return parameter.default_factory() if parameter.default_factory is not MISSING else parameter.default
+
+
+def _construct(plugin: Plugin, parameters: dict[str, Any]) -> Role:
+    try:
+        built: Role = plugin.build(**parameters)
+    except HeadwayError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{plugin.role}={plugin.name} refuses its parameters: {error}") from error
+    return built
+
+
+def prepare_executor(executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
+    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, parallel, tp, pp, engine, seed.
+
+    `shape` is worked out only for those that ask, since a checkpoint brings its own.
+    """
+    prepare = getattr(executor, "prepare", None)
+    if prepare is None:
+        return
+    offered: dict[str, Callable[[], Any]] = {
+        "model": lambda: composition.model,
+        "shape": composition.model.shape,
+        "hardware": lambda: composition.hardware,
+        "kernels": lambda: roles.get("kernels"),
+        "parallel": lambda: composition.parallel,
+        "tp": lambda: composition.parallel.tp,
+        "pp": lambda: composition.parallel.pp,
+        "engine": lambda: composition.engine,
+        "seed": lambda: composition.seed,
+    }
+    wanted = inspect.signature(prepare).parameters
+    if composition.parallel.world_size > 1 and not {"parallel", "tp"} & set(wanted):
+        given = f"parallel.tp={composition.parallel.tp} parallel.pp={composition.parallel.pp}"
+        raise ConfigError(f"{given}: {executor.plugin_name} runs on one rank; more is not there yet. Set both to 1, or use executor=sim")
+    unknown = [n for n, p in wanted.items() if n not in offered and p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if unknown:
+        raise ConfigError(f"{executor.plugin_name}.prepare asks for {', '.join(unknown)}: a run can offer {', '.join(offered)}")
+    prepare(**{name: offered[name]() for name in wanted if name in offered})
+
+
+def build(registry: Registry, composition: Composition, observers: Iterable[Observer] = (), **about: Any) -> Run:
+    """A run that is ready to `execute`. `about`: directory, config, overrides and group of the Run.
+
+    Errors come in the order of their cost: names and parameters first, the checkpoint last.
+    """
+    roles, plugins = build_roles(registry, composition.choices)
+    tracking = roles.pop("tracking", None)
+    prepare_executor(roles["executor"], composition, roles)
+    engine = Engine(roles, composition.engine, seed=composition.seed, stop_text=getattr(roles["executor"], "stop_text", None))
+    run = Run(composition, roles, plugins, engine, registry, **about)
+    engine.observers.extend([*observers, *registry.observers(run)])
+    if tracking is not None:
+        tracking.run = run  # type: ignore[attr-defined]
+        engine.observers.append(tracking)  # type: ignore[arg-type]
+    return run
+
+
+def with_slo(arrivals: Iterable[Arrival], slo: SLO) -> Iterator[Arrival]:
+    """Gives the run's latency targets to requests that bring none."""
+    none = SLO()
+    return (replace(a, slo=slo) if a.slo == none and slo != none else a for a in arrivals)
