@@ -153,6 +153,20 @@ def prepare_executor(executor: Any, composition: Composition, roles: dict[str, R
     prepare(**{name: offered[name]() for name in wanted if name in offered})
 
 
+def _ready_executor(registry: Registry, composition: Composition, roles: dict[str, Role]) -> Role:
+    executor: Any = roles["executor"]
+    prepare_executor(executor, composition, roles)
+    if not getattr(executor, "inner", ""):
+        return roles["executor"]
+    # executor=replay executor.inner=sim: another executor in the step times of a record.
+    within = _construct(registry.get("executor", executor.inner), {})
+    within.plugin_name = f"executor={executor.inner}"
+    prepare_executor(within, composition, roles)
+    wrapped: Role = executor.over(within)
+    wrapped.plugin_name = f"{executor.plugin_name}({executor.inner})"
+    return wrapped
+
+
 def build(registry: Registry, composition: Composition, observers: Iterable[Observer] = (), **about: Any) -> Run:
     """A run that is ready to `execute`. `about`: directory, config, overrides and group of the Run.
 
@@ -160,7 +174,7 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     """
     roles, plugins = build_roles(registry, composition.choices)
     tracking = roles.pop("tracking", None)
-    prepare_executor(roles["executor"], composition, roles)
+    roles["executor"] = _ready_executor(registry, composition, roles)
     engine = Engine(roles, composition.engine, seed=composition.seed, stop_text=getattr(roles["executor"], "stop_text", None))
     run = Run(composition, roles, plugins, engine, registry, **about)
     engine.observers.extend([*observers, *registry.observers(run)])

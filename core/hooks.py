@@ -155,6 +155,8 @@ class Registry:
             raise refuse("a function needs the dataclass of its parameters: registry.add(role, name, function, Config)")
         if "__dataclass_fields__" not in vars(config):
             raise refuse(f"its parameters are no dataclass: put @dataclass above class {config.__name__}")
+        if "name" in config.__dataclass_fields__:
+            raise refuse("a parameter may not be called 'name': that key holds the plugin's own name in a config")
         base = ROLE_CLASSES.get(role)
         if isinstance(factory, type) and base:
             if not issubclass(factory, base):

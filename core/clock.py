@@ -1,0 +1,94 @@
+"""The two clocks. The engine reads `now()` once per loop turn; everything else takes the time it is handed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Clock(Protocol):
+    virtual: bool
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+
+    def advance_to(self, t: float) -> None:
+        """A step ended at t. Virtual time jumps there; wall time is there already."""
+
+    def wait_until(self, t: float) -> None:
+        """Nothing to do before t."""
+
+
+class VirtualClock:
+    """Discrete-event time: moves only when told to, never backwards."""
+
+    virtual = True
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._now = start
+
+    def now(self) -> float:
+        return self._now
+
+    def advance_to(self, t: float) -> None:
+        if t > self._now:
+            self._now = t
+
+    wait_until = advance_to
+
+
+class WallClock:
+    """Monotonic time since the first reading, so that loading weights and opening trackers is no part of a run."""
+
+    virtual = False
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+
+    def now(self) -> float:
+        t = time.perf_counter()
+        if self._start is None:
+            self._start = t
+        return t - self._start
+
+    def advance_to(self, t: float) -> None:
+        pass
+
+    def wait_until(self, t: float) -> None:
+        # Short naps, so that Ctrl-C is felt at once.
+        while (left := t - self.now()) > 0:
+            time.sleep(min(left, 0.05))
+
+
+class RecordingClock:
+    """Wraps a clock and keeps every reading: played back by ReplayClock, a run repeats decision for decision."""
+
+    def __init__(self, inner: Clock) -> None:
+        self.inner, self.virtual = inner, inner.virtual
+        self.readings: list[float] = []
+        self.advance_to, self.wait_until = inner.advance_to, inner.wait_until
+
+    def now(self) -> float:
+        t = self.inner.now()
+        self.readings.append(t)
+        return t
+
+
+class ReplayClock:
+    """Returns recorded readings in order; past the end it stays at the last one."""
+
+    virtual = True
+
+    def __init__(self, readings: Sequence[float]) -> None:
+        self._readings, self._next = readings, 0
+
+    def now(self) -> float:
+        i = min(self._next, len(self._readings) - 1)
+        self._next += 1
+        return self._readings[i]
+
+    def advance_to(self, t: float) -> None:
+        pass
+
+    wait_until = advance_to

@@ -1,0 +1,575 @@
+"""The loop: arrivals -> plan -> launch ..(max_inflight - 1 steps later).. collect -> publish -> release -> callbacks.
+
+`max_inflight` is the whole of overlap and pipelining: 1 is synchronous and the reference, 2 hides the host behind the
+device, `pp` keeps a pipeline full. The engine is the only writer of requests; the pool, of reference counts.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from .blocks import ROOT, BlockPool
+from .clock import RecordingClock
+from .decisions import DecisionLog
+from .errors import ConfigError, HeadwayError, PolicyError
+from .policy import CALLBACKS, Context, Executor, Observer, Oracle, Reject, Role, StepRecord
+from .request import Arrival, Request, RequestOutput, RequestState
+from .step import RequestList, StepBuilder, StepPlan, View
+
+_RUNNING = RequestState.RUNNING
+
+
+@dataclass
+class EngineConfig:
+    """The engine's own limits; everything else belongs to a role."""
+
+    block_size: int = 16  # tokens a KV block
+    num_blocks: int | None = None  # None: as many as the executor's memory holds
+    max_num_seqs: int = 256  # requests that may run at once
+    max_num_batched_tokens: int = 8192  # tokens a step
+    max_inflight: int = 1  # steps launched and not collected; 1 is synchronous
+    max_model_len: int | None = None  # None: the model's own context
+    check: bool = False  # verify the whole pool after every step (slow)
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_inflight", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"engine.{name}={value}: expected at least 1")
+
+
+@dataclass
+class RunResult:
+    """A run's raw outcome; `core.metrics.summarize` turns it into numbers."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    duration: float = 0.0
+    num_steps: int = 0
+    policy_time: float = 0.0  # CPU seconds of planning and book-keeping
+    busy_time: float = 0.0  # seconds in which a step ran
+    kv_total: int = 0
+    kv_peak: int = 0
+    num_evictions: int = 0
+    num_preemptions: int = 0
+    planned_tokens: int = 0
+    decision_hash: str = ""
+    status: str = "finished"  # or "interrupted", "failed"
+    error: str = ""
+    oracles: list[str] = field(default_factory=list)
+
+
+class Engine:
+    """Composes one object a role into a running system. `roles` maps a config node to its object; see `policy.ROLES`."""
+
+    def __init__(
+        self,
+        roles: dict[str, Role],
+        config: EngineConfig | None = None,
+        *,
+        seed: int = 0,
+        observers: Sequence[Observer] = (),
+        stop_text: Callable[[Request], bool] | None = None,
+    ) -> None:
+        self.config = config = config or EngineConfig()
+        self.roles, self.seed, self.observers = roles, seed, list(observers)
+        for name in ("scheduler", "order", "victim", "cache", "eviction", "executor"):
+            if name not in roles:
+                raise ConfigError(f"the engine needs a {name}: got roles {sorted(roles)}")
+        self.scheduler: Any = roles["scheduler"]
+        self.victim: Any = roles["victim"]
+        self.budget: Any = roles.get("budget")
+        self.admission: Any = roles.get("admission")
+        self.predictor: Any = roles.get("predictor")
+        self.retention: Any = roles.get("retention")
+        self.cache: Any = roles["cache"]
+        self.executor: Executor = roles["executor"]  # type: ignore[assignment]
+        self.stop_text = stop_text  # decides stop strings; needs a tokenizer, so it comes from outside
+
+        caps = self.executor.caps
+        if config.max_inflight > caps.max_inflight:
+            raise ConfigError(
+                f"engine.max_inflight={config.max_inflight}: executor {self.executor.plugin_name} takes at most {caps.max_inflight} plans in flight"
+            )
+        if config.max_model_len is not None and config.max_model_len > caps.max_model_len:
+            raise ConfigError(f"engine.max_model_len={config.max_model_len}: the model's context is {caps.max_model_len} tokens")
+        self.max_model_len = config.max_model_len or caps.max_model_len
+        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self.placeholders = caps.placeholders
+        self.eos_token_ids = caps.eos_token_ids
+        self.cost_model = self.executor.cost_model
+        num_blocks = config.num_blocks or self.executor.kv_capacity(config.block_size)
+        if num_blocks < 1:
+            raise ConfigError(
+                f"no memory is left for KV blocks of {config.block_size} tokens: set engine.num_blocks, a smaller model or larger hardware"
+            )
+        self.pool = BlockPool(num_blocks, config.block_size, self.cache, roles["eviction"])  # type: ignore[arg-type]
+
+        self.clock = RecordingClock(self.executor.clock)
+        self.waiting, self.running = RequestList(), RequestList()
+        self.view = View(self)
+        self.builder = StepBuilder(self)
+        self.decisions = DecisionLog()
+        self.oracle = Oracle()
+        self.finished: list[RequestOutput] = []  # in order of finishing
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.preemptions_since_token = 0
+        self.planned_tokens = 0
+        self.policy_time = 0.0
+        self.busy_time = 0.0
+        self.kv_peak = 0
+        self._inflight: deque[tuple[StepPlan, Any, float, int]] = deque()
+        self._future: list[tuple[float, int, Arrival]] = []  # heap of arrivals to come
+        self._arrivals: Iterator[Arrival] = iter(())
+        self._next_index = 0
+        self._next_arrival = 0
+        self._stream_serial: int | None = None  # of the workload's arrival that is in the heap
+        self._ids: set[str] = set()
+        self._left: list[Request] = []
+        self._done: list[Request] = []  # ended since observers last heard
+        self._keep: dict[int, int] = {}  # request index -> head blocks kept by a drop_tail preemption
+        self.owed: dict[int, int] = {}  # running request index -> blocks it was promised from those in flight
+        self._releasing: dict[int, Request] = {}  # preempted or ended, with blocks still in flight
+        self._pins: list[tuple[float, int, Request, tuple[int, ...]]] = []  # heap by expiry
+        self._pin_serial = 0
+        self.on_result: Callable[[Request, float], Iterable[Arrival]] | None = None
+
+        self._setup_roles(num_blocks)
+        self.executor.start(num_blocks, config.block_size, config.max_num_seqs, config.max_num_batched_tokens, seed)
+
+    def _setup_roles(self, num_blocks: int) -> None:
+        config, caps = self.config, self.executor.caps
+        objects = {id(role): (name, role) for name, role in reversed(self.roles.items())}  # one object may fill several roles
+        for name, role in objects.values():
+            role.plugin_name = role.plugin_name or f"{name}={type(role).__name__}"
+            role.rng = Random(f"{self.seed}/{role.plugin_name}")
+            for service in role.requires:
+                missing = (service == "predictor" and self.predictor is None) or (service == "step_time" and self.cost_model is None)
+                if missing:
+                    mend = "set predictor=history, oracle, noisy or constant" if service == "predictor" else "use executor=sim, or set executor.cost_model"
+                    raise ConfigError(f"{role.plugin_name} needs {service}, and none is chosen: {mend}")
+        for _, role in objects.values():
+            context = Context(
+                self.seed, config.block_size, num_blocks, self.max_model_len, config.max_num_seqs, config.max_num_batched_tokens,
+                dict(self.roles), self.cost_model, caps.model, self.oracle if role.oracle else None,
+            )  # fmt: skip
+            self._guard(role, role.setup, context)
+        self.callbacks: dict[str, list[tuple[Role, Callable[..., None]]]] = {
+            name: [(role, getattr(role, name)) for _, role in objects.values() if getattr(type(role), name) is not getattr(Role, name)]
+            for name in CALLBACKS
+        }
+        self.oracles = sorted({role.plugin_name for _, role in objects.values() if role.oracle})
+
+    # ---- plugins are called here ---------------------------------------------------------------------------------
+
+    def _guard(self, role: Role, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls into a plugin; whatever it raises ends the run with its name, the step and the view."""
+        try:
+            return function(*args)
+        except HeadwayError:
+            raise
+        except Exception as error:
+            culprit = _culprit(error) or role
+            raise PolicyError(
+                f"raised {type(error).__name__}: {error}", plugin=culprit.plugin_name, step=self.view.step, view=self.view.describe()
+            ) from error
+
+    def _notify(self, event: str, *args: Any) -> None:
+        for role, function in self.callbacks[event]:
+            self._guard(role, function, *args)
+
+    # ---- arrivals ------------------------------------------------------------------------------------------------
+
+    def add(self, arrival: Arrival) -> None:
+        """One more request, at its own time (or now, if that has passed)."""
+        heapq.heappush(self._future, (arrival.time, self._next_arrival, arrival))
+        self._next_arrival += 1
+
+    def _pull(self) -> None:
+        """Keeps the next arrival of the (lazy, ordered) workload in the heap."""
+        if self._stream_serial is None and (arrival := next(self._arrivals, None)) is not None:
+            self._stream_serial = self._next_arrival
+            self.add(arrival)
+
+    def _ingest(self, now: float) -> None:
+        self._pull()
+        while self._future and self._future[0][0] <= now:
+            _, serial, arrival = heapq.heappop(self._future)
+            if serial == self._stream_serial:
+                self._stream_serial = None
+                self._pull()
+            self._arrive(arrival, now)
+
+    def _arrive(self, arrival: Arrival, now: float) -> None:
+        request = Request(arrival, self._next_index, max_model_len=self.max_model_len, eos_token_ids=self.eos_token_ids)
+        self._next_index += 1
+        problem = self._problem(request, arrival)
+        self._ids.add(request.id)
+        if problem:
+            self._end(request, RequestState.REJECTED, problem, now)
+            return
+        self.waiting.add(request)
+        self._notify("on_arrival", request, now)
+        if self.admission is not None:
+            self.view._refresh(self.num_steps, now, len(self._inflight))
+            answer = self._guard(self.admission, self.admission.admit, request, self.view)
+            if isinstance(answer, Reject):
+                self._reject(request, answer.reason)
+
+    def _problem(self, request: Request, arrival: Arrival) -> str:
+        """Why a request can never run; "" if it can."""
+        size, prompt = self.pool.block_size, request.num_prompt_tokens
+        if request.id in self._ids:
+            return f"id {request.id!r} is taken: ids must be unique in a run"
+        if prompt == 0:
+            return "empty prompt: expected at least one token"
+        if prompt >= self.max_model_len:
+            return f"prompt of {prompt} tokens does not fit the context of {self.max_model_len}: one token must be left for the answer"
+        if arrival.output_len is not None and arrival.output_len < 1:
+            return f"output length {arrival.output_len}: expected at least 1"
+        vocab, low, high = self.executor.caps.vocab_size, min(request.token_ids), max(request.token_ids)
+        if low < 0 or high >= vocab:
+            return f"token id {low if low < 0 else high} is outside the vocabulary of {vocab}"
+        need = -(-(min(request._limit, request._stop_at) - 1) // size)  # the last token is sampled, never computed
+        if need > self.pool.num_blocks:
+            return f"needs up to {need} KV blocks, the pool has {self.pool.num_blocks}: lower max_tokens or raise engine.num_blocks"
+        return ""
+
+    # ---- what StepBuilder asks of the engine ----------------------------------------------------------------------
+
+    def _admit(self, request: Request, matched: Sequence[int], cached: int) -> None:
+        first = request.state is RequestState.WAITING
+        if not request.block_table:
+            self.pool.acquire(matched, request.tags)
+            request.block_table = list(matched)
+            request._published = len(matched)
+            request._parent = matched[-1] if matched else ROOT
+            request.num_computed_tokens = cached
+        if first:
+            request.num_cached_tokens = cached
+            request.first_scheduled_time = self.view.now
+        self.waiting.remove(request)
+        self.running.add(request)
+        request.state = _RUNNING
+        self._notify("on_admit", request, self.view.now)
+
+    def _preempt(self, request: Request, keep: int) -> None:
+        request.state = RequestState.PREEMPTED
+        self.owed.pop(request.index, None)
+        request.num_preemptions += 1
+        request._high_water = max(request._high_water, request.num_computed_tokens)
+        self.num_preemptions += 1
+        self.preemptions_since_token += 1
+        self.running.remove(request)
+        self.waiting.add(request)
+        self._left.append(request)
+        if keep:
+            self._keep[request.index] = keep
+        self._notify("on_preempt", request, self.view.now)
+        self._give_back(request)
+
+    def _reject(self, request: Request, reason: str) -> None:
+        self.waiting.remove(request)
+        self._end(request, RequestState.REJECTED, reason, self.view.now)
+        self._notify("on_finish", request, self.view.now)
+
+    @property
+    def thrashing(self) -> bool:
+        """Requests evict each other before any of them emits a token: a livelock unless somebody is protected."""
+        return self.preemptions_since_token > 2 * self.max_num_seqs + 8
+
+    def num_releasing_blocks(self) -> int:
+        """Blocks that come free when the steps in flight have come back."""
+        blocks = self.pool.blocks
+        return sum(1 for r in self._releasing.values() for b in r.block_table[self._keep.get(r.index, 0) :] if blocks[b].ref_count == 1)
+
+    def _reclaim(self, needy: Request) -> bool:
+        """The last resorts before a request preempts itself: heads kept by waiting requests, then the pin that ends soonest."""
+        for request in reversed(self.waiting.items):
+            if request.block_table and request is not needy and not request._in_flight:
+                self._release(request)
+                return True
+        if self._pins:
+            _, _, request, held = heapq.heappop(self._pins)
+            self.pool.unpin(held, request.tags)
+            return True
+        return False
+
+    def _give_back(self, request: Request) -> None:
+        """Releases blocks now, or when the last step in flight that uses them has come back."""
+        if request._in_flight:
+            self._releasing[request.index] = request
+        else:
+            self._release(request, self._keep.pop(request.index, 0))
+
+    def _release(self, request: Request, keep: int = 0) -> None:
+        """Gives the blocks after the first `keep` back."""
+        table, size = request.block_table, self.pool.block_size
+        keep = min(keep, request.num_computed_tokens // size)
+        twins = [request._shadow.pop(i) for i in sorted(request._shadow) if i >= keep]
+        self.pool.release(twins, request.tags)
+        self.pool.release(table[keep:], request.tags)
+        request.block_table = table[:keep]
+        request.num_computed_tokens = keep * size
+        if request._published > keep:
+            request._published = keep
+            request._parent = request._shadow.get(keep - 1, table[keep - 1]) if keep else ROOT
+        request._match = None
+
+    # ---- one turn of the loop --------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Ingests, plans and launches if there is room in flight, else collects. False when there is nothing left to do."""
+        now = self.clock.now()
+        self.pool.now = now
+        self._ingest(now)
+        self._expire_pins(now)
+        wake: float | None = None
+        if len(self._inflight) < self.config.max_inflight and (self.running.items or self.waiting.items):
+            moved, wake = self._plan(now)
+            if moved:
+                if len(self._inflight) >= self.config.max_inflight:
+                    self._collect()
+                return True
+        if self._inflight:
+            self._collect()
+            return True
+        return self._idle(now, wake)
+
+    def _plan(self, now: float) -> tuple[bool, float | None]:
+        began = time.perf_counter()
+        builder, step = self.builder, self.num_steps
+        self.view._refresh(step, now, len(self._inflight))
+        seqs = self.max_num_seqs
+        if not self.placeholders and self.config.max_inflight > 1:
+            # A request in flight can't be planned again, so each plan takes its share and leaves the rest to the next.
+            seqs = max(1, -(-(len(self.running) + len(self.waiting)) // self.config.max_inflight))
+        builder._reset(step, now, self.max_num_batched_tokens, min(seqs, self.max_num_seqs))
+        self._guard(self.scheduler, self.scheduler.plan, builder, self.view)
+        evicted, self.pool.evicted = self.pool.evicted, []
+        if not builder._requests:
+            decided = bool(builder._preempted or builder._rejected)
+            if decided:  # nothing to run, but the state moved: plan again. The executor hears of it with the next plan.
+                self.decisions.record(builder._build([]), evicted, builder._rejected)
+                self.num_steps += 1
+            return decided, builder._wake
+        left, self._left = self._left, []
+        plan = builder._build(left)
+        self.decisions.record(plan, evicted, builder._rejected)
+        self.num_steps += 1
+        self.planned_tokens += plan.num_tokens
+        self.kv_peak = max(self.kv_peak, self.pool.num_used)
+        spent = time.perf_counter() - began
+        self._inflight.append((plan, self.executor.launch(plan), spent, len(evicted)))
+        return True, None
+
+    def _collect(self) -> None:
+        plan, ticket, spent, num_evicted = self._inflight.popleft()
+        result = self.executor.collect(ticket)
+        self.clock.advance_to(result.end)
+        now = self.clock.now()
+        began = time.perf_counter()
+        self.pool.now = now
+        tokens, emitted = self._update(plan, result.tokens, now, result.logprobs)
+        spent += time.perf_counter() - began
+        self.policy_time += spent
+        self.busy_time += result.end - result.start
+        if self.config.check:
+            self.pool.check()
+        pool = self.pool
+        record = StepRecord(
+            plan.step, plan, result.start, now, tokens, emitted, spent, len(self.running), len(self.waiting), pool.num_used,
+            pool.num_cached, len(plan.preempted), num_evicted, result.timings,
+        )  # fmt: skip
+        self._notify("on_step_end", record)
+        for observer in self.observers:
+            observer.on_step(record)
+        if self._done:
+            done, self._done = self._done, []
+            for observer in self.observers:
+                observer.on_requests(done)
+
+    def _update(self, plan: StepPlan, tokens: Sequence[int], now: float, logprobs: Sequence[Any] | None) -> tuple[Sequence[int], int]:
+        """Applies a completed step: counts, tokens, publishing, endings. The hot loop of the host: a few hundred ns a request."""
+        size, publishing = self.pool.block_size, self.cache.enabled
+        emitted = 0
+        ended: list[tuple[Request, str]] = []
+        discarded: list[int] = []
+        for i, (request, start, length, token) in enumerate(zip(plan.requests, plan.starts, plan.lengths, tokens, strict=True)):
+            request.num_scheduled_tokens -= length
+            request._in_flight -= 1
+            if request.state is _RUNNING:
+                computed = request.num_computed_tokens = start + length
+                if publishing and computed // size > request._published:
+                    self.pool.publish(request, computed // size)
+                if start < request._high_water:
+                    request.num_recomputed_tokens += min(computed, request._high_water) - start
+            elif request.state is not RequestState.PREEMPTED:
+                discarded.append(i)  # it ended while this step was in flight
+                token = -1
+            if token >= 0:
+                emitted += 1
+                known = request.token_ids
+                known.append(token)
+                request.token_times.append(now)
+                if logprobs is not None:
+                    request.logprobs.append(logprobs[i])
+                if token in request._stop_tokens or len(known) >= request._stop_at:
+                    ended.append((request, "stop"))
+                elif len(known) >= request._limit:
+                    ended.append((request, "length"))
+                elif request.sampling.stop and self.stop_text is not None and self.stop_text(request):
+                    ended.append((request, "stop"))
+            if request.state is not _RUNNING and not request._in_flight and request.index in self._releasing:
+                del self._releasing[request.index]
+                self._release(request, self._keep.pop(request.index, 0))
+        if emitted:
+            self.preemptions_since_token = 0
+        for request, reason in ended:
+            self._finish(request, reason, now)
+        if discarded:
+            tokens = list(tokens)
+            for i in discarded:
+                tokens[i] = -1
+        return tokens, emitted
+
+    def _finish(self, request: Request, reason: str, now: float) -> None:
+        if request.state is _RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)  # its last token came back after it was preempted
+        was_running = request.state is _RUNNING
+        self._end(request, RequestState.FINISHED, reason, now)
+        if was_running:
+            self._left.append(request)
+        if self.retention is not None and request.block_table:
+            self._guard(self.retention, self.retention.retain, request, _KVControl(self), now)
+        self._keep.pop(request.index, None)
+        self.owed.pop(request.index, None)
+        self._give_back(request)
+        self._notify("on_finish", request, now)
+        if self.on_result is not None:
+            for arrival in self.on_result(request, now):
+                self.add(arrival)
+
+    def _end(self, request: Request, state: RequestState, reason: str, now: float) -> None:
+        request.state, request.finish_reason, request.finish_time = state, reason, now
+        request.num_tokens = len(request.token_ids)
+        self.finished.append(RequestOutput.of(request))
+        self._done.append(request)
+
+    def _idle(self, now: float, wake: float | None) -> bool:
+        times = [t for t in (wake, self._future[0][0] if self._future else None) if t is not None]
+        if (self.running.items or self.waiting.items) and wake is None:
+            if self._reclaim_idle():
+                return True
+            raise PolicyError(
+                "planned nothing although requests wait and nothing is in flight: add one, reject one, or say step.wake_at(t)",
+                plugin=self.scheduler.plugin_name, step=self.num_steps, view=self.view.describe(),
+            )  # fmt: skip
+        if not times:
+            return False
+        self.clock.wait_until(min(times))
+        return True
+
+    def _reclaim_idle(self) -> bool:
+        """Nothing could be planned: blocks held for later are given up before that is called an error."""
+        return not self.running.items and bool(self._pins or any(r.block_table for r in self.waiting.items)) and self._reclaim(_NOBODY)
+
+    # ---- retention -------------------------------------------------------------------------------------------------
+
+    def _expire_pins(self, now: float) -> None:
+        while self._pins and self._pins[0][0] <= now:
+            _, _, request, held = heapq.heappop(self._pins)
+            self.pool.unpin(held, request.tags)
+
+    # ---- whole runs ------------------------------------------------------------------------------------------------
+
+    def run(self, arrivals: Iterable[Arrival] = (), on_result: Callable[[Request, float], Iterable[Arrival]] | None = None) -> RunResult:
+        """Runs until nothing is left. Ctrl-C and errors end the run but keep what was done; an error is raised again
+        with the partial result as its `partial` attribute."""
+        self._arrivals, self.on_result = iter(arrivals), on_result
+        for observer in self.observers:
+            observer.on_start(self)
+        status, problem = "finished", None
+        try:
+            while self.step():
+                pass
+        except KeyboardInterrupt:
+            status = "interrupted"
+        except BaseException as error:
+            status, problem = "failed", error
+        result = self.result(status, str(problem) if problem else "")
+        if self._done:
+            for observer in self.observers:
+                observer.on_requests(self._done)
+            self._done = []
+        for observer in self.observers:
+            observer.close(result)
+        if problem is not None:
+            problem.partial = result  # type: ignore[attr-defined]
+            raise problem
+        return result
+
+    def result(self, status: str = "finished", error: str = "") -> RunResult:
+        """What there is so far. Requests still in the system are counted as aborted."""
+        now = self.clock.inner.now()
+        for request in (*self.running.items, *self.waiting.items):
+            self._end(request, RequestState.ABORTED, status, now)
+        self.running.items.clear()
+        self.waiting.items.clear()
+        return RunResult(
+            sorted(self.finished, key=lambda o: o.index), now, self.num_steps, self.policy_time, self.busy_time, self.pool.num_blocks,
+            self.kv_peak, self.pool.num_evictions, self.num_preemptions, self.planned_tokens, self.decisions.hexdigest, status, error, self.oracles,
+        )  # fmt: skip
+
+
+class _KVControl:
+    """What Retention.retain may do with a finished request's blocks."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def pin(self, request: Request, until: float) -> None:
+        """Keeps the request's cached blocks until that time (seconds on the run's clock), or until memory runs out."""
+        engine = self._engine
+        held = engine.pool.pin([request._shadow.get(i, b) for i, b in enumerate(request.block_table)])
+        if held:
+            engine._pin_serial += 1
+            heapq.heappush(engine._pins, (until, engine._pin_serial, request, held))
+
+    def unpin(self, session: str) -> None:
+        """Gives up every pin of a session."""
+        engine = self._engine
+        ours = [p for p in engine._pins if p[2].tags.session == session]
+        if ours:
+            engine._pins = [p for p in engine._pins if p[2].tags.session != session]
+            heapq.heapify(engine._pins)
+            for _, _, request, held in ours:
+                engine.pool.unpin(held, request.tags)
+
+    def drop(self, request: Request) -> None:
+        """Forgets the request's blocks at once, where nobody else holds them."""
+        table = list(request.block_table)
+        self._engine._release(request)
+        self._engine.pool.drop(table)
+
+
+def _culprit(error: BaseException) -> Role | None:
+    """The innermost role on the traceback: who really raised."""
+    found, tb = None, error.__traceback__
+    while tb is not None:
+        owner = tb.tb_frame.f_locals.get("self")
+        if isinstance(owner, Role):
+            found = owner
+        tb = tb.tb_next
+    return found
+
+
+_NOBODY = Request(Arrival(0.0, [0]), -1, max_model_len=1, eos_token_ids=frozenset())

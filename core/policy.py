@@ -1,0 +1,405 @@
+"""The roles: base classes that plugin authors subclass. One object fills one role, or several that share state.
+
+A plugin is a dataclass: its fields are its parameters and the only source of their defaults; its first docstring line is
+what `python -m headway plugins` shows. State is made in `setup`, never in field defaults that a user could set:
+
+    @dataclass
+    class ShortestFirst(Order):
+        '''Shortest prompt first.'''
+        max_age: float = 10.0
+        def order(self, view):
+            return sorted(view.waiting, key=lambda r: r.num_prompt_tokens)
+
+Rules every policy follows: time comes from `view.now` alone; no clock, no `set` order, no salted `hash()`, no rank; chance
+from `self.rng`; requests and blocks are read, never written. `python -m headway check` finds the ones that don't.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from .blocks import Block
+from .request import Request
+
+if TYPE_CHECKING:
+    from .step import StepBuilder, StepPlan, View
+
+API_VERSION = 1
+
+#: Every role: config node -> what it decides. The order is the order of composition.
+ROLES = {
+    "scheduler": "what does this step contain?",
+    "order": "which waiting request first?",
+    "victim": "whom to preempt, and how?",
+    "budget": "how many tokens of a prompt in this step?",
+    "admission": "take, defer or refuse a request?",
+    "predictor": "how long will the answer be?",
+    "cache": "which blocks already hold this prefix?",
+    "eviction": "which evictable block goes first?",
+    "retention": "what happens to blocks after a request ends?",
+    "executor": "run the plan",
+    "kernels": "attention, KV store, norms, rope, sampling",
+    "parallel": "who holds which weights, who talks when?",
+    "workload": "which requests arrive, and when?",
+    "tracking": "where do results go, beside the run's own directory?",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One completed step, as callbacks and observers see it. Times in seconds on the run's clock."""
+
+    step: int
+    plan: StepPlan
+    start: float  # the executor began it
+    end: float  # its tokens were on the host
+    tokens: Sequence[int]  # per planned request: the sampled token id, -1 where none was sampled or it was discarded
+    emitted: int  # tokens that reached requests
+    policy_time: float  # CPU seconds of planning and book-keeping for this step (measured, not virtual)
+    num_running: int
+    num_waiting: int
+    kv_used: int  # blocks
+    kv_cached: int
+    num_preempted: int
+    num_evicted: int
+    timings: dict[str, float] = field(default_factory=dict)  # the executor's own breakdown, seconds by phase
+
+
+class Role:
+    """Base of every policy. The engine calls only the callbacks that a subclass overrides."""
+
+    role: ClassVar[str] = ""
+    api: ClassVar[int] = API_VERSION
+    oracle: ClassVar[bool] = False  # True: sees true output lengths or the future; stamped on the results
+    requires: ClassVar[tuple[str, ...]] = ()  # services it cannot work without: "predictor", "step_time"
+    plugin_name: str = ""
+    rng: Random
+
+    def setup(self, ctx: Context) -> None:
+        """Once, after every role is built and before the first request. Make state here; call super().setup(ctx)."""
+
+    def on_arrival(self, request: Request, now: float) -> None: ...
+    def on_admit(self, request: Request, now: float) -> None: ...
+    def on_step_end(self, record: StepRecord) -> None: ...
+    def on_preempt(self, request: Request, now: float) -> None: ...
+    def on_finish(self, request: Request, now: float) -> None: ...
+
+
+CALLBACKS = ("on_arrival", "on_admit", "on_step_end", "on_preempt", "on_finish")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a policy may know about the run it is part of, handed to `setup`."""
+
+    seed: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    roles: dict[str, Role]
+    cost_model: CostModel | None = None
+    model: Any = None  # core.config.ModelShape, where the executor knows it
+    oracle: Oracle | None = None  # only for roles that declare `oracle = True`
+
+
+class CostModel(Protocol):
+    """Predicts the seconds of a step that holds these chunks; set by executors that have one."""
+
+    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float: ...
+
+
+class Oracle:
+    """The truth that no deployed policy has. Reachable only through roles that declare `oracle = True`."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, Request] = {}
+        self.future: list[Any] = []  # Arrivals, in order of time, where the workload knows them beforehand
+
+    def output_len(self, request: Request) -> int:
+        return min(request._limit, request._stop_at) - request.num_prompt_tokens
+
+
+# ---- scheduling ---------------------------------------------------------------------------------------------------
+
+
+class Scheduler(Role):
+    """What does this step contain? See StepBuilder for the verbs."""
+
+    role = "scheduler"
+    window: ClassVar[int] = 256  # candidates of the order that one step may look at
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self._order: Order = ctx.roles["order"]  # type: ignore[assignment]
+
+    def order(self, view: View) -> Iterator[Request]:
+        """Waiting requests, as the `order` role ranks them; at most `window` of them."""
+        from itertools import islice
+
+        return islice(iter(self._order.order(view)), self.window)
+
+    def plan(self, step: StepBuilder, view: View) -> None:
+        raise NotImplementedError
+
+
+class Order(Role):
+    """Which waiting request first? May be lazy: only a bounded window is consumed."""
+
+    role = "order"
+
+    def order(self, view: View) -> Iterable[Request]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A running request that lacks blocks."""
+
+    request: Request
+    blocks: int
+
+
+class Victim(Role):
+    """Whom to preempt when a running request lacks a block. The core skips requests already in this step.
+
+    Naming the needy request itself preempts it and ends the search; so does running out of names.
+    """
+
+    role = "victim"
+    mode: str = "recompute"  # or "drop_tail": keep the head blocks, recompute only the tail
+
+    def victims(self, need: Need, view: View) -> Iterable[Request]:
+        raise NotImplementedError
+
+
+class TokenBudget(Role):
+    """How many tokens of an unfinished prompt may this step take? Asked by `step.add`; decodes are not asked."""
+
+    role = "budget"
+
+    def tokens(self, request: Request, left: int, view: View) -> int:
+        """At most `left`; 0 means not in this step."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Defer:
+    """Not yet. `until` (seconds on the run's clock) wakes the engine when it would otherwise idle."""
+
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    reason: str
+
+
+class Admission(Role):
+    """Take, defer or refuse? Asked once when a request arrives and again each time a scheduler tries to start it."""
+
+    role = "admission"
+
+    def admit(self, request: Request, view: View) -> Admit | Defer | Reject:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class LengthPrediction:
+    """Predicted output tokens: the mean, and an upper quantile where the predictor has one."""
+
+    mean: float
+    upper: float
+
+
+class Predictor(Role):
+    """How long will the answer be?"""
+
+    role = "predictor"
+
+    def predict(self, request: Request) -> LengthPrediction:
+        raise NotImplementedError
+
+
+# ---- KV blocks ----------------------------------------------------------------------------------------------------
+
+
+class PrefixCache(Role):
+    """Which blocks already hold this prefix? An index over blocks; counts, parents and eviction belong to the core."""
+
+    role = "cache"
+    enabled: ClassVar[bool] = True  # False: the core never publishes
+
+    def match(self, request: Request, known: list[int], limit: int) -> list[int]:
+        """The cached blocks that continue `known` (already verified ids from the root) along `request.token_ids`,
+        so that known + result has at most `limit` blocks. Equality of tokens must be checked, not only a hash."""
+        raise NotImplementedError
+
+    def insert(self, request: Request, parent: int, tokens: tuple[int, ...], block: int) -> int:
+        """`block` now holds `tokens` after cached block `parent` (ROOT for the first). Returns the block that the index
+        holds for this content: `block` itself, or a twin that was published before."""
+        raise NotImplementedError
+
+    def remove(self, block: int) -> None:
+        """`block`, a leaf, is being evicted."""
+        raise NotImplementedError
+
+
+class Eviction(Role):
+    """Which evictable block goes first?
+
+    A block is evictable between `on_evictable` and the next `on_in_use` or `on_evict`: cached, unreferenced, unpinned and
+    without cached children (the core tracks all of that). Hits, times and depth are on the Block.
+    """
+
+    role = "eviction"
+
+    def on_insert(self, block: Block) -> None: ...
+    def on_hit(self, block: Block) -> None: ...
+    def on_evictable(self, block: Block) -> None: ...
+    def on_in_use(self, block: Block) -> None: ...
+    def on_evict(self, block: Block) -> None: ...
+
+    def candidates(self, n: int) -> Iterator[Block]:
+        """Evictable blocks, first to go first. Each is evicted before the next one is asked for."""
+        raise NotImplementedError
+
+
+class KeyEviction(Eviction):
+    """Evicts the smallest `key(block)`. The heap is kept here: O(log n) an eviction, stale entries dropped lazily.
+
+    The key is read when a block becomes evictable; a block that is hit leaves and comes back with a new key.
+    """
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self._heap: list[tuple[Any, int, Block]] = []
+        self._live: dict[int, int] = {}  # block id -> serial of its valid heap entry
+        self._serial = 0
+
+    def key(self, block: Block) -> Any:
+        raise NotImplementedError
+
+    def on_evictable(self, block: Block) -> None:
+        self._serial += 1
+        self._live[block.id] = self._serial
+        heapq.heappush(self._heap, (self.key(block), self._serial, block))
+
+    def on_in_use(self, block: Block) -> None:
+        del self._live[block.id]
+        if len(self._heap) > 64 and len(self._heap) > 4 * len(self._live):
+            self._heap = [e for e in self._heap if self._live.get(e[2].id) == e[1]]
+            heapq.heapify(self._heap)
+
+    def candidates(self, n: int) -> Iterator[Block]:
+        heap, live = self._heap, self._live
+        while heap:
+            _, serial, block = heapq.heappop(heap)
+            if live.get(block.id) == serial:
+                del live[block.id]
+                yield block
+
+
+class KVControl(Protocol):
+    """What a Retention policy may do with the blocks of a finished request."""
+
+    def pin(self, request: Request, until: float) -> None: ...
+    def unpin(self, session: str) -> None: ...
+    def drop(self, request: Request) -> None: ...
+
+
+class Retention(Role):
+    """What happens to a finished request's cached blocks? Default: they stay until evicted."""
+
+    role = "retention"
+
+    def retain(self, request: Request, kv: KVControl, now: float) -> None:
+        """Called when `request` has finished, after its blocks are published and before they are released."""
+
+
+# ---- running ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorCaps:
+    """What the engine must know of an executor before the first plan."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int] = frozenset()
+    placeholders: bool = True  # may a plan hold a token that a step in flight is still sampling?
+    max_inflight: int = 2  # most plans in flight
+    model: Any = None  # core.config.ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What `collect` returns. tokens: one entry a planned request, -1 where the plan does not sample."""
+
+    tokens: Sequence[int]
+    start: float
+    end: float
+    logprobs: Sequence[Any] | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class Executor(Role):
+    """Runs plans, in the order in which they were launched. The executor owns the clock."""
+
+    role = "executor"
+    caps: ExecutorCaps
+    clock: Any
+    cost_model: CostModel | None = None
+
+    def kv_capacity(self, block_size: int) -> int:
+        """Blocks that fit into the memory left after the weights."""
+        raise NotImplementedError
+
+    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
+        """Allocates the KV cache. Called once, before the first launch."""
+
+    def launch(self, plan: StepPlan) -> Any:
+        """Starts the step and returns a ticket; must not wait for the device."""
+        raise NotImplementedError
+
+    def collect(self, ticket: Any) -> StepResult:
+        """Waits for that step. Tickets are collected in the order of launch."""
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+class Workload(Role):
+    """Which requests arrive, and when?"""
+
+    role = "workload"
+
+    def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Any]:
+        """Arrivals in order of time. May be lazy. Raise WorkloadError for what cannot be read."""
+        raise NotImplementedError
+
+    def on_result(self, request: Request, now: float) -> Iterable[Any]:
+        """Closed loop: arrivals that follow a finished request (its next turn), with time >= now."""
+        return ()
+
+
+class Observer(Role):
+    """Watches a run. Called after the step, in batches, off the critical path."""
+
+    role = "observer"
+
+    def on_start(self, run: Any) -> None: ...
+    def on_step(self, record: StepRecord) -> None: ...
+    def on_requests(self, finished: Sequence[Request]) -> None: ...
+    def close(self, result: Any) -> None:
+        """Always called, also after Ctrl-C or an error; `result` is what there is."""

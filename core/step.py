@@ -1,0 +1,557 @@
+"""One step: the View that a policy reads, the StepBuilder that alone changes things, the StepPlan that comes out.
+
+StepBuilder makes the illegal impossible. `add` checks budget, sequence cap and block supply, matches the prefix, allocates,
+evicts when short, asks the victim role when a running request still lacks a block, and answers. A policy can neither
+over-allocate nor forget to.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from .blocks import BlockPool
+from .errors import PolicyError, near
+from .policy import Admission, Admit, Defer, LengthPrediction, Need, Predictor, Reject, TokenBudget, Victim
+from .request import Request, RequestState
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+_RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, RequestState.PREEMPTED
+_SORT_KEY = attrgetter("sort_key")
+MODES = ("recompute", "drop_tail")
+
+
+class RequestList:
+    """Requests in the stable order (arrival, index). Appending in order of arrival is O(1)."""
+
+    __slots__ = ("items",)
+
+    def __init__(self) -> None:
+        self.items: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        insort(self.items, request, key=_SORT_KEY)
+
+    def remove(self, request: Request) -> None:
+        i = bisect_left(self.items, request.sort_key, key=_SORT_KEY)
+        if i == len(self.items) or self.items[i] is not request:
+            raise KeyError(request.id)
+        del self.items[i]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.items)
+
+
+# ---- answers of StepBuilder.add ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """`n` tokens are in the step; `cached` tokens of the prompt came from the prefix cache (admissions only)."""
+
+    n: int
+    cached: int = 0
+
+    def __bool__(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class NoBudget(Refused):
+    """No tokens or no sequences left in this step, or too many requests run already."""
+
+
+@dataclass(frozen=True, slots=True)
+class NeedBlocks(Refused):
+    """`k` blocks are missing."""
+
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotReady(Refused):
+    """Nothing to compute for it now: its tokens are in flight, it was preempted in this step, or admission defers it."""
+
+    reason: str = ""
+
+
+Grant = Granted | NoBudget | NeedBlocks | NotReady
+_ONE = Granted(1)
+_NO_BUDGET = NoBudget()
+_IN_FLIGHT = NotReady("its next token is in flight")
+_PREEMPTED_NOW = NotReady("preempted in this step")
+_THRASHING = NotReady("requests preempt each other without emitting a token: nobody starts until one does")
+_RELEASING = NotReady("its blocks are still in flight")
+
+
+class Chunk(NamedTuple):
+    request: Request
+    start: int  # first position computed
+    length: int  # tokens
+    sample: bool  # the chunk ends at the last known token, so the next one is sampled
+
+
+class Allocation(NamedTuple):
+    """Blocks that joined a request's table in this step: table[first : first + len(blocks)]."""
+
+    request: Request
+    first: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What an executor runs. Four parallel lists instead of 256 objects; `chunks` reads them as one."""
+
+    step: int
+    now: float
+    requests: list[Request]
+    starts: list[int]
+    lengths: list[int]
+    samples: list[bool]
+    num_tokens: int
+    allocated: list[Allocation]  # in order; the executor's only source of block tables
+    admitted: list[Request]  # start or restart in this step: their tables begin anew
+    left: list[Request]  # finished, preempted or aborted since the last plan: their rows are free
+    preempted: list[Request]  # of those, preempted for this plan
+
+    @property
+    def chunks(self) -> Iterator[Chunk]:
+        return map(Chunk, self.requests, self.starts, self.lengths, self.samples)
+
+
+class Match(NamedTuple):
+    """Cached prefix of a waiting request, in whole blocks; the last prompt token is never part of it."""
+
+    blocks: Sequence[int]
+    num_tokens: int
+
+
+class KVView:
+    """Block counts, read-only."""
+
+    __slots__ = ("_pool", "total", "block_size")
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool, self.total, self.block_size = pool, pool.num_blocks, pool.block_size
+
+    @property
+    def free(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def evictable(self) -> int:
+        return self._pool.num_evictable
+
+    @property
+    def available(self) -> int:
+        return self._pool.num_available
+
+    @property
+    def used(self) -> int:
+        return self._pool.num_used
+
+    @property
+    def pinned(self) -> int:
+        return self._pool.num_pinned
+
+
+class Budget(NamedTuple):
+    tokens: int
+    seqs: int
+
+
+class View:
+    """What a policy may know at this step. Read-only; lists are snapshots in the order (arrival, index)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.kv = KVView(engine.pool)
+        self.now = 0.0
+        self.step = -1
+        self.lag = 0  # steps whose tokens have not come back
+        self._running: tuple[Request, ...] | None = None
+        self._waiting: tuple[Request, ...] | None = None
+
+    def _refresh(self, step: int, now: float, lag: int) -> None:
+        self.step, self.now, self.lag = step, now, lag
+        self._running = self._waiting = None
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        if self._running is None:
+            self._running = tuple(self._engine.running.items)
+        return self._running
+
+    @property
+    def waiting(self) -> tuple[Request, ...]:
+        """Requests that want to start, preempted ones included."""
+        if self._waiting is None:
+            self._waiting = tuple(self._engine.waiting.items)
+        return self._waiting
+
+    @property
+    def num_running(self) -> int:
+        return len(self._engine.running.items)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._engine.waiting.items)
+
+    @property
+    def preempted(self) -> tuple[Request, ...]:
+        return tuple(r for r in self.waiting if r.state is _PREEMPTED)
+
+    @property
+    def budget(self) -> Budget:
+        builder = self._engine.builder
+        return Budget(builder.tokens_left, builder.seqs_left)
+
+    def match(self, request: Request) -> Match:
+        """Cached prefix of a waiting request. Memoised across steps: O(1) while the cache did not change around it."""
+        pool, cache = self._engine.pool, self._engine.cache
+        if request.block_table:  # it runs, or drop_tail kept its head
+            return Match((), request.num_computed_tokens)
+        if not cache.enabled:
+            return Match((), 0)
+        limit = (request.num_tokens - 1) // pool.block_size  # the last token is always computed
+        blocks = pool.blocks
+        known: list[int] = []
+        if request._match is not None:
+            # The deepest block that is still the one we matched vouches for all before it: ancestors of a cached block
+            # are cached. Its version tells whether something was published under it since.
+            known, generations, version, memo_limit = request._match
+            n = len(known)
+            while n and blocks[known[n - 1]].generation != generations[n - 1]:
+                n -= 1
+            if n == len(known) and limit == memo_limit and version == (blocks[known[-1]].version if known else pool.root_version):
+                return Match(known, n * pool.block_size)
+            known = known[:n]
+        if len(known) < limit:
+            known = known + cache.match(request, known, limit)
+        if len(known) > limit or not all(blocks[b].cached for b in known):
+            raise PolicyError(f"match() answered {known}: expected at most {limit} cached blocks", plugin=cache.plugin_name, request=request.id)
+        version = blocks[known[-1]].version if known else pool.root_version
+        request._match = (known, [blocks[b].generation for b in known], version, limit)
+        return Match(known, len(known) * pool.block_size)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.kv.block_size)
+
+    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
+        """Predicted seconds of a step with these chunks, from the executor's cost model."""
+        if (model := self._engine.cost_model) is None:
+            raise PolicyError("asked for step_time, but this executor has no cost model: use executor=sim, or set executor.cost_model")
+        return model.step_time(starts, lengths)
+
+    @property
+    def has_step_time(self) -> bool:
+        return self._engine.cost_model is not None
+
+    def predict(self, request: Request) -> LengthPrediction:
+        """Predicted output length, from the `predictor` role."""
+        predictor: Predictor | None = self._engine.predictor
+        if predictor is None:
+            raise PolicyError("asked for a length prediction, but no predictor is chosen: set predictor=history, oracle, noisy or constant")
+        return predictor.predict(request)
+
+    def describe(self) -> str:
+        """The state as an error prints it."""
+        kv = self.kv
+        lines = [
+            f"view: step={self.step} now={self.now:.6f} lag={self.lag} budget={tuple(self.budget)}",
+            f"  kv: total={kv.total} free={kv.free} evictable={kv.evictable} pinned={kv.pinned} block_size={kv.block_size}",
+        ]
+        for name, items in (("running", self._engine.running.items), ("waiting", self._engine.waiting.items)):
+            lines.append(f"  {name} ({len(items)}): " + "; ".join(map(repr, items[:4])) + (" ..." if len(items) > 4 else ""))
+        return "\n".join(lines)
+
+
+class StepBuilder:
+    """The only mutator. Reset by the engine before each plan."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._pool = engine.pool
+        self._block_size = engine.pool.block_size
+        self._placeholders = engine.placeholders
+        self.step = -1
+        self.tokens_left = 0
+        self.seqs_left = 0
+        self._now = 0.0
+        self._by_policy: set[int] = set()
+        self._reset(-1, 0.0, 0, 0)
+
+    def _reset(self, step: int, now: float, tokens: int, seqs: int) -> None:
+        self.step, self._now, self.tokens_left, self.seqs_left = step, now, tokens, seqs
+        self._requests: list[Request] = []
+        self._starts: list[int] = []
+        self._lengths: list[int] = []
+        self._samples: list[bool] = []
+        self._allocated: list[Allocation] = []
+        self._admitted: list[Request] = []
+        self._preempted: list[Request] = []
+        self._rejected: list[Request] = []
+        self._wake: float | None = None
+        if self._by_policy:
+            self._by_policy = set()
+
+    # ---- what a policy reads of the step so far ------------------------------------------------------------------
+
+    @property
+    def num_seqs(self) -> int:
+        """Requests in this step so far."""
+        return len(self._requests)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in this step so far."""
+        return sum(self._lengths)
+
+    def __contains__(self, request: Request) -> bool:
+        return request._planned == self.step and request.state is _RUNNING
+
+    def limit(self, tokens: int | None = None, seqs: int | None = None) -> None:
+        """Lowers what is left of this step; a policy's own token budget or batch cap. Never raises it."""
+        if tokens is not None:
+            self.tokens_left = min(self.tokens_left, max(0, tokens))
+        if seqs is not None:
+            self.seqs_left = min(self.seqs_left, max(0, seqs))
+
+    def fits(self, request: Request) -> bool:
+        """Whether blocks for all known tokens of a waiting request are available now: what a scheduler that runs prompts
+        to completion asks before it starts one."""
+        engine = self._engine
+        matched = engine.view.match(request).blocks
+        idle = sum(1 for b in matched if not self._pool.blocks[b].ref_count)
+        held = len(request.block_table) or len(matched)
+        need = -(-request.num_tokens // self._block_size) - held
+        return need <= self._pool.num_available - idle - sum(engine.owed.values())
+
+    # ---- the verbs ----------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, num_tokens: int | None = None) -> Grant:
+        """Plans the request's next token, or its next chunk of at most `num_tokens`.
+
+        A running request that lacks a block evicts, then preempts whom the victim role names, itself last.
+        A waiting request is admitted only into free or evictable blocks.
+        Raises PolicyError for a request planned twice, preempted by this policy in this step, or ended.
+        """
+        start = request.num_computed_tokens + request.num_scheduled_tokens
+        if (
+            # The decode of a running request that has room in its last block: nearly every call, so it comes first.
+            request.num_tokens - start == 1
+            and request.state is _RUNNING
+            and request._planned != self.step
+            and self.tokens_left > 0
+            and self.seqs_left > 0
+            and request.num_tokens < request._limit
+            and start < len(request.block_table) * self._block_size
+            and (self._placeholders or not request.num_scheduled_tokens)
+        ):
+            request._planned = self.step
+            request.num_scheduled_tokens += 1
+            request.num_tokens += 1
+            request._in_flight += 1
+            self.tokens_left -= 1
+            self.seqs_left -= 1
+            self._requests.append(request)
+            self._starts.append(start)
+            self._lengths.append(1)
+            self._samples.append(True)
+            return _ONE
+        if num_tokens is not None and num_tokens < 1:
+            raise self._error(f"add(num_tokens={num_tokens}): expected at least 1, or None for as many as fit", request)
+        state = request.state
+        if state is _RUNNING:
+            return self._add_running(request, start, num_tokens)
+        if state is _WAITING or state is _PREEMPTED:
+            return self._add_waiting(request, num_tokens)
+        raise self._error(f"add() of a request that is {state.value}: forget it in on_finish", request)
+
+    def preempt(self, request: Request, mode: str = "recompute") -> None:
+        """Takes a running request, not yet in this step, off the device. Its generated tokens are kept.
+
+        "recompute" gives all its blocks back; "drop_tail" keeps its head blocks and gives back the last quarter.
+        Blocks of a step in flight become free when that step has come back.
+        """
+        if request.state is not _RUNNING:
+            raise self._error(f"preempt() of a request that is {request.state.value}: only running requests can be preempted", request)
+        if request._planned == self.step:
+            raise self._error("preempt() of a request that is already in this step", request)
+        if mode not in MODES:
+            raise self._error(f"preempt(mode={mode!r}): expected one of {MODES}.{near(str(mode), MODES)}", request)
+        self._by_policy.add(request.index)
+        self._preempt(request, mode, max(1, len(request.block_table) // 4))
+
+    def reject(self, request: Request, reason: str) -> None:
+        """Refuses a waiting request for good; it counts as an SLO miss."""
+        if request.state is not _WAITING:
+            raise self._error(f"reject() of a request that is {request.state.value}: only requests that never started can be rejected", request)
+        self._rejected.append(request)
+        self._engine._reject(request, reason)
+
+    def wake_at(self, t: float) -> None:
+        """A policy that idles on purpose says until when (seconds on the run's clock)."""
+        if not t > self._now:
+            raise self._error(f"wake_at({t}): expected a time after now={self._now}")
+        self._wake = t if self._wake is None else min(self._wake, t)
+
+    # ---- how add works ------------------------------------------------------------------------------------------
+
+    def _add_running(self, request: Request, start: int, at_most: int | None) -> Grant:
+        if request._planned == self.step:
+            raise self._error("planned twice in one step", request)
+        if request.num_tokens >= request._limit:
+            return _IN_FLIGHT  # its last token is being sampled
+        new = request.num_tokens - start
+        if new <= 0 or (not self._placeholders and len(request.token_ids) < request.num_tokens):
+            return _IN_FLIGHT
+        n = self._grantable(request, new, at_most)
+        if n <= 0:
+            return _NO_BUDGET
+        need = -(-(start + n) // self._block_size) - len(request.block_table)
+        if need > self._pool.num_available and (missing := self._make_room(request, need)):
+            if request.state is _RUNNING:
+                self._engine.owed[request.index] = need  # what it waits for is not for those who wait to start
+            return NeedBlocks(missing)
+        self._append(request, start, n, need)
+        return Granted(n)
+
+    def _add_waiting(self, request: Request, at_most: int | None) -> Grant:
+        engine, pool = self._engine, self._pool
+        if request._planned == self.step:
+            if request.index in self._by_policy:
+                raise self._error("planned after this policy preempted it in the same step", request)
+            return _PREEMPTED_NOW
+        if request._in_flight:
+            return _RELEASING
+        if engine.thrashing and engine.running.items:
+            return _THRASHING
+        if len(engine.running) >= engine.max_num_seqs or self.tokens_left <= 0 or self.seqs_left <= 0:
+            return _NO_BUDGET
+        if request.state is _WAITING and (refusal := self._ask_admission(request)):
+            return refusal
+        matched, cached = engine.view.match(request)
+        n = self._grantable(request, request.num_tokens - cached, at_most)
+        if n <= 0:
+            return _NO_BUDGET
+        need = -(-(cached + n) // self._block_size) - (len(request.block_table) or len(matched))
+        idle = sum(1 for b in matched if not pool.blocks[b].ref_count)  # evictable now, but not for this request
+        available = pool.num_available - idle - sum(engine.owed.values())
+        if need > available:
+            return NeedBlocks(need - available)
+        first = request.state is _WAITING
+        engine._admit(request, matched, cached)
+        self._admitted.append(request)
+        if request.block_table:
+            self._allocated.append(Allocation(request, 0, list(request.block_table)))
+        self._append(request, cached, n, need)
+        return Granted(n, cached if first else 0)
+
+    def _grantable(self, request: Request, new: int, at_most: int | None) -> int:
+        left = min(self.tokens_left, new) if self.seqs_left > 0 else 0
+        if at_most is not None:
+            left = min(left, at_most)
+        budget: TokenBudget | None = self._engine.budget
+        if budget is not None and left > 0 and new > 1:
+            tokens = budget.tokens(request, left, self._engine.view)
+            if not 0 <= tokens <= left:
+                raise PolicyError(f"tokens() answered {tokens}: expected 0 to {left}", plugin=budget.plugin_name, step=self.step, request=request.id)
+            left = tokens
+        return left
+
+    def _append(self, request: Request, start: int, n: int, need: int) -> None:
+        if need > 0:
+            blocks = self._pool.allocate(need)
+            self._allocated.append(Allocation(request, len(request.block_table), blocks))
+            request.block_table.extend(blocks)
+            self._engine.owed.pop(request.index, None)
+        sample = start + n == request.num_tokens
+        request._planned = self.step
+        request.num_scheduled_tokens += n
+        request._in_flight += 1
+        if sample:
+            request.num_tokens += 1  # a placeholder until the step comes back
+        self.tokens_left -= n
+        self.seqs_left -= 1
+        self._requests.append(request)
+        self._starts.append(start)
+        self._lengths.append(n)
+        self._samples.append(sample)
+
+    def _ask_admission(self, request: Request) -> Grant | None:
+        admission: Admission | None = self._engine.admission
+        if admission is None:
+            return None
+        answer = admission.admit(request, self._engine.view)
+        if isinstance(answer, Admit):
+            return None
+        if isinstance(answer, Defer):
+            if answer.until is not None:
+                self.wake_at(answer.until)
+            return NotReady("admission defers it")
+        if isinstance(answer, Reject):
+            self.reject(request, answer.reason)
+            return NotReady(f"rejected: {answer.reason}")
+        raise PolicyError(f"admit() answered {answer!r}: expected Admit, Defer or Reject", plugin=admission.plugin_name, step=self.step, request=request.id)
+
+    def _make_room(self, request: Request, need: int) -> int:
+        """Preempts until `need` blocks are available; 0 when they are, else how many are missing."""
+        engine, pool = self._engine, self._pool
+        victim: Victim = engine.victim
+        if engine.thrashing:  # from here on the oldest is safe until a token comes out
+            candidates = reversed(engine.view.running)
+        else:
+            candidates = iter(victim.victims(Need(request, need), engine.view))
+        while need > pool.num_available:
+            if need <= pool.num_available + engine.num_releasing_blocks():
+                return need - pool.num_available  # blocks of preempted requests come back with the step in flight
+            other = next(candidates, None)
+            if other is None or other is request:
+                if engine._reclaim(request):
+                    continue
+                # Named by the policy, or the last one left. Alone, it starts over: what its kept head holds (twins of
+                # published duplicates too) may be just what it lacks.
+                self._preempt(request, victim.mode if len(engine.running) > 1 else "recompute", need)
+                return max(1, need - pool.num_available)
+            if other._planned == self.step:
+                continue
+            if other.state is not _RUNNING:
+                raise PolicyError(
+                    f"victims() named {other!r}, which does not run: yield requests of view.running",
+                    plugin=victim.plugin_name, step=self.step, request=request.id,
+                )  # fmt: skip
+            self._preempt(other, victim.mode, need - pool.num_available)
+        return 0
+
+    def _preempt(self, request: Request, mode: str, blocks: int) -> None:
+        request._planned = self.step
+        self._preempted.append(request)
+        keep = max(0, len(request.block_table) - blocks) if mode == "drop_tail" else 0
+        self._engine._preempt(request, keep)
+
+    def _error(self, message: str, request: Request | None = None) -> PolicyError:
+        engine = self._engine
+        return PolicyError(message, plugin=engine.scheduler.plugin_name, step=self.step, request=request.id if request else "", view=engine.view.describe())
+
+    def _build(self, left: list[Request]) -> StepPlan:
+        return StepPlan(
+            self.step, self._now, self._requests, self._starts, self._lengths, self._samples, sum(self._lengths),
+            self._allocated, self._admitted, left, self._preempted,
+        )  # fmt: skip
+

@@ -1,0 +1,38 @@
+"""Stall-free batching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headway import Scheduler, StepBuilder, View, hookimpl
+
+
+@dataclass
+class ChunkedPrefill(Scheduler):
+    """Sarathi-Serve (OSDI'24, section 4): decodes first, then prompt chunks fill the token budget.
+
+    token_budget: tokens a step, tau in the paper; None is the engine's max_num_batched_tokens.
+    chunk_size: most tokens of one prompt in a step; None is what the budget leaves.
+    """
+
+    token_budget: int | None = 512
+    chunk_size: int | None = None
+
+    def plan(self, step: StepBuilder, view: View) -> None:
+        step.limit(tokens=self.token_budget)
+        prefills = []
+        for request in view.running:
+            if request.num_new_tokens > 1:
+                prefills.append(request)
+            else:
+                step.add(request)
+        for request in prefills:
+            step.add(request, self.chunk_size)
+        for request in self.order(view):
+            if not step.add(request, self.chunk_size):
+                break
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("scheduler", "chunked", ChunkedPrefill)

@@ -1,0 +1,23 @@
+"""Last come, first preempted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from headway import Need, Request, Victim, View, hookimpl
+
+
+@dataclass
+class Newest(Victim):
+    """The running request that arrived last goes first (vLLM, SOSP'23, section 4.5)."""
+
+    mode: str = "recompute"
+
+    def victims(self, need: Need, view: View) -> Iterable[Request]:
+        return reversed(view.running)
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("victim", "newest", Newest)
