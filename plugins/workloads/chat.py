@@ -1,0 +1,93 @@
+"""Real text, tokenized with the model's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from headway import Arrival, Tags, WorkloadError, hookimpl
+
+from .pace import Paced
+
+PROMPTS = (
+    "What is the capital of France, and which river runs through it?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a haiku about a train that is late.",
+    "List three things to check before a long bicycle ride.",
+    "What is the difference between a list and a tuple in Python?",
+    "Give me a simple recipe for tomato soup.",
+    "Why do we have leap years?",
+    "Translate 'good morning, how are you?' into Spanish.",
+    "A shop sells pens at 2 euros each. How much do 7 pens cost?",
+    "Name the planets of the solar system in order from the Sun.",
+    "Describe what an operating system does to someone who is ten years old.",
+    "Suggest a title for a short story about a lighthouse keeper.",
+    "What happens to water when it freezes?",
+    "Write a polite message that moves a meeting from Monday to Tuesday.",
+    "Who wrote 'Romeo and Juliet', and about when?",
+    "How do vaccines protect us from disease?",
+)
+
+
+@dataclass
+class Chat(Paced):
+    """Real prompts through the model's chat template; the model decides how long it answers.
+
+    The prompts are a small built-in set, or those of `path`: one a line, or JSON lines with a "prompt".
+    """
+
+    path: str = ""  # "": the built-in prompts
+    num_requests: int | None = None  # None: each prompt once; more than there are begins again
+    system: str = ""  # a system message for every conversation
+    max_tokens: int | None = 64
+
+    tokenizer: ClassVar[Any] = None  # set on the object by the composition: encode(text), and apply_chat_template where it has one
+
+    def texts(self) -> list[str]:
+        """The prompts. Raises WorkloadError with file and line for what cannot be read."""
+        if not self.path:
+            return list(PROMPTS)
+        try:
+            lines = Path(self.path).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise WorkloadError(f"workload.path={self.path}: cannot be read ({error})") from error
+        texts = []
+        for number, line in enumerate(lines, 1):
+            if self.path.endswith(".jsonl") and line.strip():
+                try:
+                    line = json.loads(line)["prompt"]
+                except (ValueError, KeyError, TypeError):
+                    line = None
+                if not isinstance(line, str):
+                    raise WorkloadError(f'{self.path}:{number}: expected a JSON object with "prompt", a text')
+            if line.strip():
+                texts.append(line)
+        if not texts:
+            raise WorkloadError(f"{self.path}: holds no prompt")
+        return texts
+
+    def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
+        if self.tokenizer is None:
+            raise WorkloadError("workload=chat needs the model's tokenizer, and this executor has none: use executor=torch")
+        texts, sampling = self.texts(), self.sampling()
+        for text in islice(cycle(texts), len(texts) if self.num_requests is None else self.num_requests):
+            yield Arrival(0.0, self._encode(text), sampling, tags=Tags(category="chat"), prompt=text)
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            return list(tokenizer.encode(f"{self.system}\n{text}" if self.system else text))
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": text})
+        # Rendered first and encoded after, which is the same in every version of transformers.
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(rendered, add_special_tokens=False))
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("workload", "chat", Chat)

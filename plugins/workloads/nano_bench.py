@@ -1,0 +1,41 @@
+"""nano-vLLM's own benchmark, request for request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+
+from headway import Arrival, SamplingParams, Workload, WorkloadError, hookimpl
+
+
+@dataclass
+class NanoBench(Workload):
+    """nano-vLLM's benchmark: 256 requests at once, lengths uniform 100-1024, its own seed 0, temperature 0.6, ignore_eos.
+
+    142,827 prompt and 133,966 output tokens. As there, the lengths are declared as max_tokens. Token ids are below 10,001;
+    a smaller vocabulary takes them modulo its size.
+    """
+
+    num_requests: int = 256
+    repeat: int = 0  # shifts every token by 17 * repeat modulo 10,000, so that no prefix cache helps a second round
+
+    def __post_init__(self) -> None:
+        if self.num_requests < 1 or self.repeat < 0:
+            raise WorkloadError(f"workload.num_requests={self.num_requests}, workload.repeat={self.repeat}: expected at least 1 and 0")
+
+    def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
+        rng = Random(0)  # the benchmark's, whatever the run's seed
+        prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(self.num_requests)]
+        lengths = [rng.randint(100, 1024) for _ in range(self.num_requests)]
+        if self.repeat:
+            prompts = [[(token + 17 * self.repeat) % 10000 for token in prompt] for prompt in prompts]
+        return [
+            Arrival(0.0, [token % vocab_size for token in prompt], SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length))
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("workload", "nano_bench", NanoBench)

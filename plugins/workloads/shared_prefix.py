@@ -1,0 +1,56 @@
+"""Groups of requests whose prompts begin alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from random import Random
+from typing import Any
+
+from headway import Arrival, Tags, WorkloadError, hookimpl
+
+from .pace import Paced, length_range, random_tokens
+
+
+@dataclass
+class SharedPrefix(Paced):
+    """A share of the requests falls into groups; a group shares the leading part of its prompts.
+
+    The defaults are the classic test: 100 requests of 512 tokens, 70% of which share 80% of the prompt. With a cold cache the first of a
+    group computes its prefix, so at most (70 - 1) * 410 of 51,200 prompt tokens can be hits.
+    """
+
+    num_requests: int = 100
+    input_len: Any = 512  # tokens: a number, or [low, high] with both ends
+    output_len: Any = 32  # tokens: a number, or [low, high] with both ends
+    groups: int = 1  # distinct prefixes
+    share_requests: float = 0.7  # share of the requests that belong to a group
+    share_prompt: float = 0.8  # share of a prompt that is its group's prefix, rounded up to a token
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._input, self._output = length_range("input_len", self.input_len), length_range("output_len", self.output_len)
+        for name in ("num_requests", "groups"):
+            if getattr(self, name) < 1:
+                raise WorkloadError(f"workload.{name}={getattr(self, name)}: expected at least 1")
+        for name in ("share_requests", "share_prompt"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise WorkloadError(f"workload.{name}={getattr(self, name)}: expected a share from 0 to 1")
+
+    def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
+        rng, sampling = Random(f"{seed}/requests"), self.sampling()
+        sharing = round(self.share_requests * self.num_requests)
+        group_of = [i % self.groups if i < sharing else -1 for i in range(self.num_requests)]
+        rng.shuffle(group_of)
+        prefixes = [random_tokens(rng, ceil(self.share_prompt * self._input[1]), vocab_size) for _ in range(self.groups)]
+        for group in group_of:
+            length, output = rng.randint(*self._input), rng.randint(*self._output)
+            prompt = prefixes[group][: ceil(self.share_prompt * length)] if group >= 0 else []
+            prompt = prompt + random_tokens(rng, length - len(prompt), vocab_size)
+            yield Arrival(0.0, prompt, sampling, output, tags=Tags(category=f"group{group}" if group >= 0 else "alone"))
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("workload", "shared_prefix", SharedPrefix)

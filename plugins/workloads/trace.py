@@ -1,0 +1,115 @@
+"""Recorded workloads: the public traces, replayed in their own time, at another speed, or with another arrival process."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from headway import Arrival, Tags, WorkloadError, hookimpl, near
+
+from .content import Content
+from .pace import Paced
+from .trace_formats import FORMATS, Malformed, Row
+
+
+@dataclass
+class Trace(Paced):
+    """A trace file (`path`, gzip or not) in one of the public formats: azure, mooncake, burstgpt.
+
+    Block ids become tokens, so that shared prefixes are real; where a format has none, every prompt is unlike all others.
+    Requests that do not fit the context are left for the engine to reject, unless `max_input_len` cuts them.
+    """
+
+    arrival: str = "replay"  # replay the trace's own times, or all_at_once, uniform, poisson, gamma, closed with its lengths
+    path: str = ""
+    format: str = "mooncake"
+    time_scale: float = 1.0  # times are multiplied by it: 0.5 doubles the load
+    limit: int | None = None  # first so many requests
+    max_input_len: int | None = None  # longer prompts lose their tail; None: they stay as they are
+    max_output_len: int | None = None  # longer answers end there; None: they stay as they are
+
+    processes: ClassVar[tuple[str, ...]] = ("replay", *Paced.processes)
+    lookahead: ClassVar[int] = 32  # prompts are long and cheap to make
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format not in FORMATS:
+            raise WorkloadError(f"workload.format={self.format!r} is not known.{near(self.format, FORMATS)}")
+        if not self.time_scale > 0:
+            raise WorkloadError(f"workload.time_scale={self.time_scale}: expected a positive number")
+        for name in ("limit", "max_input_len", "max_output_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise WorkloadError(f"workload.{name}={value}: expected at least 1")
+
+    def rows(self) -> list[Row]:
+        """The whole file, in order of time, checked. Raises WorkloadError with file and line for what cannot be read."""
+        if not self.path:
+            raise WorkloadError(f"workload.path is not set: give the path of a {self.format} trace (workload.path=FILE)")
+        if not (file := Path(self.path).expanduser()).is_file():
+            raise WorkloadError(f"workload.path={self.path}: there is no such file")
+        opened = gzip.open if file.suffix == ".gz" else open
+        rows: list[Row] = []
+        number = 0
+        try:
+            with opened(file, "rt", encoding="utf-8") as lines:
+                numbered = ((i, line.rstrip("\r\n")) for i, line in enumerate(lines, 1) if not line.isspace())
+                for number, row in FORMATS[self.format](numbered):
+                    if self.limit is not None and len(rows) >= self.limit:
+                        break
+                    rows.append(row)
+        except Malformed as error:
+            raise WorkloadError(f"{self.path}:{error.line}: {error}") from None
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            raise WorkloadError(f"{self.path}:{number + 1}: cannot be read ({error})") from error
+        if not rows:
+            raise WorkloadError(f"{self.path}: holds no request")
+        return sorted(rows, key=lambda row: row.time)
+
+    def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
+        rows, content, sampling = self.rows(), Content(seed, vocab_size), self.sampling()
+        origin = rows[0].time
+        for i, row in enumerate(rows):
+            length = min(row.input_len, self.max_input_len or row.input_len)
+            output = min(row.output_len, self.max_output_len or row.output_len)
+            prompt: list[int] = []
+            if row.block_ids is None:
+                prompt = content.tokens(i, length)
+            else:
+                for id in row.block_ids[: -(-length // row.block_size)]:
+                    prompt += content.tokens(id, row.block_size)
+                del prompt[length:]
+            yield Arrival((row.time - origin) * self.time_scale, prompt, sampling, output, tags=Tags(category=self.format))
+
+
+@dataclass
+class Azure(Trace):
+    """Azure's LLM inference trace (Patel et al., Splitwise, ISCA'24): arrival times and lengths, no shared prefixes."""
+
+    format: str = "azure"
+
+
+@dataclass
+class Mooncake(Trace):
+    """Mooncake's traces (Qin et al., FAST'25): arrival times, lengths, and prefixes shared in blocks of 512 tokens."""
+
+    format: str = "mooncake"
+
+
+@dataclass
+class BurstGPT(Trace):
+    """BurstGPT (Wang et al., 2024): arrival times and lengths of ChatGPT and GPT-4 use, no shared prefixes."""
+
+    format: str = "burstgpt"
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("workload", "trace", Trace)
+    registry.add("workload", "azure", Azure)
+    registry.add("workload", "mooncake", Mooncake)
+    registry.add("workload", "burstgpt", BurstGPT)
