@@ -1,0 +1,10 @@
+"""The KV oracle as a choice: no model, every read and write of every plan is checked."""
+
+from __future__ import annotations
+
+from headway import OracleExecutor, hookimpl
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("executor", "oracle", OracleExecutor)

@@ -1,0 +1,32 @@
+"""`python run.py`: composes a run with Hydra, runs it, prints one table. `python run.py --help` shows what can be chosen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from conf import schema
+from conf.launch import PORTABLE, Launch, arguments, ending
+from core.hooks import load_registry
+
+
+def main() -> int:
+    registry = load_registry()
+    schema.register(registry)
+    argv, sweep = arguments(sys.argv[1:], Path(__file__).parent / "conf")
+    sys.argv[1:] = argv
+    codes: list[int] = []
+
+    @hydra.main(config_path="conf", config_name="config", **PORTABLE)
+    def job(cfg: DictConfig) -> None:
+        codes.append(Launch(cfg, HydraConfig.get()).run())
+
+    return ending(job, registry, sweep, codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
