@@ -1,0 +1,101 @@
+"""The real engine: a model in torch on a CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from headway import ConfigError, Context, EngineConfig, Executor, ExecutorCaps, ModelConfig, StepPlan, StepResult, WallClock, hookimpl
+
+if TYPE_CHECKING:
+    from ...kernels.compose import KernelChoice
+    from .execution import Execution
+
+MAX_PLANS = 4  # steps that may be in flight
+
+
+@dataclass
+class TorchExecutor(Executor):
+    """The real engine: Hugging Face checkpoints in torch, on a CPU or a GPU.
+
+    device: cpu, cuda, cuda:N, or auto (a GPU where there is one).
+    gpu_memory_utilization: share of the GPU's memory for weights, activations and KV cache together.
+    kv_cache_gb: GiB of KV cache; None is what a profiling pass leaves free on a GPU, 1 on a CPU.
+    profile: each step reports where its time went.
+
+    Composition calls `prepare(model, kernels, ...)` before the engine is built: it reads the model's config, loads the weights and
+    sets `caps`. `clock` may be replaced before that as well, for a replay.
+    """
+
+    device: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gb: float | None = None
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"executor.gpu_memory_utilization={self.gpu_memory_utilization}: expected 0 < share <= 1")
+        if self.kv_cache_gb is not None and self.kv_cache_gb <= 0:
+            raise ConfigError(f"executor.kv_cache_gb={self.kv_cache_gb}: expected GiB > 0")
+        self.clock = WallClock()
+        self._execution: Execution | None = None
+        self._max_model_len: int | None = None
+
+    def prepare(
+        self,
+        model: ModelConfig,
+        kernels: KernelChoice | None = None,
+        *,
+        engine: EngineConfig | None = None,
+        backends: Callable[[str], KernelChoice] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Loads the model; `caps` and `kv_capacity` are known afterwards.
+
+        kernels: the `kernels` role (None: plain torch). backends: name -> kernels role with its defaults, for a composition of several.
+        engine: its limits size the profiling pass. Raises ConfigError and ModelError before weights are read.
+        """
+        from .execution import Execution
+
+        self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
+        spec = self._execution.spec
+        shape = spec.shape
+        self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, spec.eos_token_ids, True, MAX_PLANS, shape)
+
+    @property
+    def execution(self) -> Execution:
+        if self._execution is None:
+            raise ConfigError("executor=torch has no model: call prepare(model, kernels) before the engine is built")
+        return self._execution
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's Tokenizer; None for random weights without a checkpoint."""
+        return self.execution.tokenizer
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self._max_model_len = ctx.max_model_len
+
+    def kv_capacity(self, block_size: int) -> int:
+        return self.execution.kv_capacity(block_size)
+
+    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
+        longest = self._max_model_len or self.caps.max_model_len
+        self.execution.start(num_blocks, block_size, max_num_seqs, max_num_batched_tokens, longest, MAX_PLANS, seed)
+
+    def launch(self, plan: StepPlan) -> Any:
+        return self.execution.launch(plan, self.clock.now())
+
+    def collect(self, ticket: Any) -> StepResult:
+        return self.execution.collect(ticket, self.clock)
+
+    def close(self) -> None:
+        if self._execution is not None:
+            self._execution.close()
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("executor", "torch", TorchExecutor)

@@ -1,0 +1,157 @@
+"""From a StepPlan to one buffer of integers: what has to be sent to the device, and nothing else.
+
+Each running request has a row of device state (block table, last token, length, sampling parameters) from its admission until it
+leaves. A step of decodes sends new block ids only, and the rows when the batch is another than before; any other step
+sends its tokens, positions and rows too. Everything goes in one int32 buffer, so a step costs one copy; on several ranks the same
+buffer is what the driver broadcasts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from headway import Request, StepPlan
+
+GREEDY, RANDOM, FILTERED = 0, 1, 2  # how much of sampling a batch needs: the largest of its rows
+PARAMETERS = 6  # int32 words a row: temperature, top_p, min_p (float32 bits), top_k, seed (int64: low word, high word)
+NO_LOGPROBS = -1
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step as a runner needs it. `data` int32 holds these sections, in this order:
+
+    updates      [3, num_updates]         row, index in its block table, block id
+    admissions   [num_admitted, 1 + 6]    row, sampling parameters
+    rows         [num_seqs]               absent when decode and `same_rows`
+    and unless decode:
+    starts       [num_seqs]               first position of each chunk
+    bounds       [num_seqs + 1]           token offsets of chunks
+    samples      [num_samples]            which chunks sample
+    tokens       [num_tokens]             ids; -1: the row's last sampled token, still on the device
+    owners       [num_tokens]             chunk of each token
+    """
+
+    data: np.ndarray
+    decode: bool  # every row computes one token that it sampled before, and samples the next
+    same_rows: bool
+    num_seqs: int
+    num_tokens: int
+    num_samples: int
+    num_updates: int
+    num_admitted: int
+    max_query: int
+    max_context: int
+    sampling: int  # GREEDY, RANDOM or FILTERED
+    logprobs: int  # most alternatives that a row wants; NO_LOGPROBS: no row wants any
+    sampled: list[int] | None  # plan indices of the chunks that sample; None: all
+
+
+class _Rows(NamedTuple):
+    """What the last decode batch was, for the step that is the same."""
+
+    requests: list[Request]
+    rows: np.ndarray
+    sampling: int
+    logprobs: int
+
+
+class Batcher:
+    """Host side of the device's rows. Row `max_num_seqs` belongs to nobody: padding goes there."""
+
+    def __init__(self, max_num_seqs: int, seed: int) -> None:
+        self.padding_row = max_num_seqs
+        self._seed = seed
+        self._free = list(range(max_num_seqs - 1, -1, -1))
+        self._row_of: dict[int, int] = {}  # request index -> row
+        # By row: its last chunk sampled, so the device knows its next token and position; what its sampling needs.
+        self._ready = np.zeros(max_num_seqs, dtype=bool)
+        self._sampling = np.zeros(max_num_seqs, dtype=np.int8)
+        self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
+        self._last: _Rows | None = None
+
+    def pack(self, plan: StepPlan) -> StepInput:
+        """Applies the plan to the rows and returns what the device has to be told."""
+        row_of = self._row_of
+        for request in plan.left:
+            if (row := row_of.pop(request.index, None)) is not None:
+                self._free.append(row)
+        admissions: list[int] = []
+        for request in plan.admitted:
+            row = row_of[request.index] = self._free.pop()
+            admissions.append(row)
+            admissions += self._parameters(request, row)
+        updates: tuple[list[int], list[int], list[int]] = ([], [], [])
+        for request, first, blocks in plan.allocated:
+            updates[0].extend([row_of[request.index]] * len(blocks))
+            updates[1].extend(range(first, first + len(blocks)))
+            updates[2].extend(blocks)
+        num_seqs = len(plan.requests)
+        if plan.num_tokens == num_seqs and not admissions and False not in plan.samples:
+            last = self._last
+            if last is not None and last.requests == plan.requests:
+                return self._decode(plan, last, updates, same_rows=True)
+            rows = np.array([row_of[r.index] for r in plan.requests], dtype=np.int32)
+            if self._ready[rows].all():
+                self._last = _Rows(plan.requests, rows, int(self._sampling[rows].max()), int(self._logprobs[rows].max()))
+                return self._decode(plan, self._last, updates, same_rows=False)
+        self._last = None
+        return self._mixed(plan, admissions, updates)
+
+    def _decode(self, plan: StepPlan, last: _Rows, updates: tuple[list[int], ...], *, same_rows: bool) -> StepInput:
+        data = np.array([*updates[0], *updates[1], *updates[2]], dtype=np.int32)
+        if not same_rows:
+            data = np.concatenate((data, last.rows))
+        n = len(plan.requests)
+        return StepInput(
+            data, True, same_rows, n, n, n, len(updates[0]), 0, 1, max(plan.starts) + 1, last.sampling, last.logprobs, None
+        )  # fmt: skip
+
+    def _mixed(self, plan: StepPlan, admissions: list[int], updates: tuple[list[int], ...]) -> StepInput:
+        requests, starts, lengths = plan.requests, plan.starts, plan.lengths
+        rows = np.array([self._row_of[r.index] for r in requests], dtype=np.int32)
+        samples = np.array(plan.samples, dtype=bool)
+        self._ready[rows] = samples
+        tokens: list[int] = []
+        for request, start, length in zip(requests, starts, lengths, strict=True):
+            known = request.token_ids
+            if length > 1:
+                tokens += known[start : start + length]
+            else:
+                tokens.append(known[start] if start < len(known) else -1)
+        counts = np.array(lengths, dtype=np.int32)
+        bounds = np.zeros(len(requests) + 1, dtype=np.int32)
+        np.cumsum(counts, out=bounds[1:])
+        sampled = np.flatnonzero(samples)
+        first = np.array(starts, dtype=np.int32)
+        small = np.array([*updates[0], *updates[1], *updates[2], *admissions], dtype=np.int32)
+        parts = (small, rows, first, bounds, sampled, np.array(tokens, dtype=np.int32), np.repeat(np.arange(len(requests)), counts))
+        drawing = rows[sampled]
+        return StepInput(
+            np.concatenate(parts, dtype=np.int32, casting="same_kind"), False, False, len(requests), plan.num_tokens, len(sampled),
+            len(updates[0]), len(plan.admitted), int(counts.max()), int((first + counts).max()),
+            int(self._sampling[drawing].max(initial=GREEDY)), int(self._logprobs[drawing].max(initial=NO_LOGPROBS)),
+            None if samples.all() else sampled.tolist(),
+        )  # fmt: skip
+
+    def _parameters(self, request: Request, row: int) -> list[int]:
+        sampling = request.sampling
+        filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+        self._sampling[row] = GREEDY if sampling.temperature == 0 else FILTERED if filtered else RANDOM
+        self._logprobs[row] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
+        self._ready[row] = False
+        numbers = np.array((sampling.temperature, sampling.top_p, sampling.min_p), dtype=np.float32).view(np.int32)
+        key = np.array((request_seed(request, self._seed),), dtype=np.int64).view(np.int32)
+        return [*numbers.tolist(), min(max(sampling.top_k, 0), 2**31 - 1), *key.tolist()]
+
+
+def request_seed(request: Request, seed: int) -> int:
+    """The key of a request's chance, int64: its own seed alone, or the run's seed and its id."""
+    own = request.sampling.seed
+    key = f"own/{own}" if own is not None else f"run/{seed}/{request.id}"
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,177 @@
+"""What TorchExecutor does once torch is imported: builds and loads the model, sizes the KV cache, launches and collects steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headway import ConfigError, EngineConfig, ModelConfig, StepPlan, StepResult
+
+from ...kernels.compose import KernelChoice, compose, lookup
+from ...kernels.torch import TorchKernels
+from ...models.loading import build, load
+from ...models.spec import read_model
+from ...models.tokenizer import Tokenizer
+from .batch import NO_LOGPROBS, Batcher, StepInput
+from .graphs import DecodeGraphs
+from .memory import allocate_cache, kv_bytes_free
+from .runner import ModelRunner, Sampled
+
+if TYPE_CHECKING:
+    from . import TorchExecutor
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A launched step. Times on the run's clock; seconds in `timings`."""
+
+    step: StepInput
+    launched: float
+    slot: int  # of the result ring
+    logprobs: tuple[Any, Any, Any] | None
+    timings: dict[str, float] = field(default_factory=dict)
+    began: Any = None  # CUDA events around the step's work, when profiling
+    ended: Any = None
+
+
+class Execution:
+    def __init__(
+        self, config: TorchExecutor, model: ModelConfig, kernels: KernelChoice | None, engine: EngineConfig,
+        backends: Callable[[str], KernelChoice] | None, seed: int,
+    ) -> None:  # fmt: skip
+        self.config, self.engine = config, engine
+        self.device = _device(config.device)
+        self.spec = read_model(model)
+        shape = self.spec.shape
+        self.kernels = compose(
+            kernels or TorchKernels(), backends or lookup({"torch": TorchKernels}), self.device.type, shape.dtype, shape.head_dim, engine.block_size
+        )
+        if self.kernels.cuda_graphs and self.device.type != "cuda":
+            raise ConfigError(f"kernels.cuda_graphs=true needs a GPU, the model runs on {self.device}: set kernels.cuda_graphs=false")
+        self.model = build(self.spec, self.kernels)
+        load(self.model, self.device, seed=seed)
+        self.runner: ModelRunner
+        self._last_end: Any = None  # CUDA event at the end of the last step, when profiling
+        self._collected = 0.0
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return None if self.spec.directory is None else Tokenizer(self.spec.directory)
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def kv_capacity(self, block_size: int) -> int:
+        """Blocks that fit beside the weights and what a step needs; one more is reserved for padding."""
+        if (asked := self.config.kv_cache_gb) is not None:
+            free = int(asked * 2**30)
+        elif self.device.type == "cuda":
+            free = kv_bytes_free(self.model, self.kernels, self.device, self.engine, self.config.gpu_memory_utilization)
+        else:
+            free = 2**30
+        return max(0, free // (self.spec.shape.kv_bytes_per_token * block_size) - 1)
+
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int, seed: int
+    ) -> None:
+        caches = allocate_cache(self.spec.shape, len(self.model.model.layers), num_blocks + 1, block_size, self.device)
+        self.batcher = Batcher(max_num_seqs, seed)
+        self.runner = ModelRunner(
+            self.model, self.kernels, self.device, caches, num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, max_plans=max_plans,
+        )  # fmt: skip
+        pinned = self.device.type == "cuda"
+        # One result buffer for each step in flight: it is read before the engine launches the step that reuses it.
+        self._results = [torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(max_plans + 1)]
+        self._arrived = [torch.cuda.Event() for _ in self._results] if pinned else []
+        self._slots = deque(range(len(self._results)))
+        self._decode = DecodeGraphs(self.runner).decode if self.kernels.cuda_graphs else self.runner.decode
+        self.runner.decode_step = self._decode
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        for name in ("runner", "model", "_decode"):
+            self.__dict__.pop(name, None)
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    def launch(self, plan: StepPlan, now: float) -> Ticket:
+        began = perf_counter()
+        step = self.batcher.pack(plan)
+        packed = perf_counter()
+        slot = self._slots[0]
+        self._slots.rotate(-1)
+        ticket = Ticket(step, now, slot, None)
+        if self.config.profile and self._arrived:
+            ticket.began, ticket.ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            ticket.began.record()
+        sampled = self.runner.execute(step)
+        self._send_back(ticket, sampled)
+        if ticket.ended is not None:
+            ticket.ended.record()
+        if self.config.profile:
+            ticket.timings = {"prepare": packed - began, "launch": perf_counter() - packed}
+        return ticket
+
+    def _send_back(self, ticket: Ticket, sampled: Sampled) -> None:
+        self._results[ticket.slot][: ticket.step.num_samples].copy_(sampled.tokens, non_blocking=True)
+        if sampled.logprobs is not None:
+            ticket.logprobs = tuple(part.to("cpu", non_blocking=True) for part in sampled.logprobs)  # type: ignore[assignment]
+        if self._arrived:
+            self._arrived[ticket.slot].record()
+
+    def collect(self, ticket: Ticket, clock: Any) -> StepResult:
+        began = perf_counter()
+        if self._arrived:
+            self._arrived[ticket.slot].synchronize()
+        waited = perf_counter()
+        step = ticket.step
+        drawn = self._results[ticket.slot][: step.num_samples].tolist()
+        logprobs = None if ticket.logprobs is None else _logprobs(drawn, ticket.logprobs)
+        end = clock.now()
+        start, self._collected = max(ticket.launched, self._collected), end
+        if self.config.profile:
+            ticket.timings |= {"wait": waited - began, "collect": perf_counter() - waited}
+            if ticket.ended is not None:
+                self._gpu_times(ticket)
+        if step.sampled is None:
+            return StepResult(drawn, start, end, logprobs, ticket.timings)
+        tokens = [-1] * step.num_seqs
+        spread: list[Any] | None = None if logprobs is None else [None] * step.num_seqs
+        for i, at in enumerate(step.sampled):
+            tokens[at] = drawn[i]
+            if spread is not None and logprobs is not None:
+                spread[at] = logprobs[i]
+        return StepResult(tokens, start, end, spread, ticket.timings)
+
+    def _gpu_times(self, ticket: Ticket) -> None:
+        ticket.ended.synchronize()
+        ticket.timings["gpu"] = ticket.began.elapsed_time(ticket.ended) / 1e3
+        if self._last_end is not None:
+            ticket.timings["gpu_idle"] = max(0.0, self._last_end.elapsed_time(ticket.began) / 1e3)
+        self._last_end = ticket.ended
+
+
+def _logprobs(tokens: list[int], parts: tuple[Any, Any, Any]) -> list[dict[int, float]]:
+    """One a sampled token: token id -> log-probability, the sampled one first, then the best ones."""
+    own, best, ids = (part.tolist() for part in parts)
+    return [{t: p} | dict(zip(i, b, strict=True)) for t, p, b, i in zip(tokens, own, best, ids, strict=True)]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"executor.device={name!r}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"executor.device={name}: torch sees {torch.cuda.device_count()} GPUs here. Set executor.device=cpu, or executor=sim")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

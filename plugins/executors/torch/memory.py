@@ -1,0 +1,84 @@
+"""The KV cache: how much fits, and where it lives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from headway import ConfigError, EngineConfig, ModelShape
+
+from ...kernels.ops import BatchMetadata
+
+if TYPE_CHECKING:
+    from ...kernels.compose import Kernels
+    from ...models.layers import CausalLM, KVCache
+
+
+def allocate_cache(shape: ModelShape, num_layers: int, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
+    """Keys and values of each layer, [num_blocks, block_size, K, D] in the model's dtype. `num_blocks` includes the reserved one."""
+    size = (2, num_blocks, block_size, shape.num_key_value_heads, shape.head_dim)
+    try:
+        pairs = [torch.zeros(size, dtype=getattr(torch, shape.dtype), device=device) for _ in range(num_layers)]
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"{num_blocks} KV blocks of {block_size} tokens take {num_blocks * block_size * shape.kv_bytes_per_token / 2**30:.1f} GiB, "
+            f"more than {device} has left: lower engine.num_blocks, or leave it unset to take what fits"
+        ) from None
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+@torch.inference_mode()
+def kv_bytes_free(model: CausalLM, kernels: Kernels, device: torch.device, engine: EngineConfig, utilization: float) -> int:
+    """Bytes left of `utilization` of the GPU after the weights and the largest step, which is run once to measure it.
+
+    Raises ConfigError when that step alone does not fit."""
+    shape = model.spec.shape
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    free, total = torch.cuda.mem_get_info(device)
+    before = torch.cuda.memory_reserved(device)
+    try:
+        _largest_step(model, kernels, device, engine)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"out of memory in a step of {engine.max_num_batched_tokens} tokens and {engine.max_num_seqs} requests on {device}: "
+            "lower engine.max_num_batched_tokens or engine.max_num_seqs, or use a smaller model"
+        ) from None
+    peak = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    used = total - free  # by weights, other processes and the CUDA context
+    left = int(total * utilization) - used - peak
+    if left < engine.block_size * shape.kv_bytes_per_token:
+        raise ConfigError(
+            f"no memory for KV blocks on {device}: {total / 2**30:.1f} GiB x {utilization} less {used / 2**30:.1f} GiB in use and "
+            f"{peak / 2**30:.1f} GiB for a step. Raise executor.gpu_memory_utilization, lower engine.max_num_batched_tokens, or use a smaller model"
+        )
+    return left
+
+
+def _largest_step(model: CausalLM, kernels: Kernels, device: torch.device, engine: EngineConfig) -> None:
+    """Prompts that fill the step's budget, and a token sampled with every filter for as many requests as may run."""
+    shape, size = model.spec.shape, engine.block_size
+    longest = min(engine.max_model_len or shape.max_position_embeddings, shape.max_position_embeddings)
+    total = engine.max_num_batched_tokens
+    lengths = [longest] * (total // longest) + ([total % longest] if total % longest else [])
+    width = -(-longest // size)
+    cache = allocate_cache(shape, 1, width + 1, size, device)[0]
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0)
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+    batch = BatchMetadata(
+        slot_mapping=positions,
+        block_tables=torch.arange(width, dtype=torch.int32, device=device).repeat(len(lengths), 1),
+        cu_seqlens_q=bounds.int(),
+        context_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        max_seqlen_q=max(lengths),
+        max_seqlen_k=max(lengths),
+        block_size=size,
+    )
+    hidden = model(torch.zeros_like(positions), positions, [cache] * shape.num_hidden_layers, batch)
+    rows = min(engine.max_num_seqs, engine.max_num_batched_tokens)
+    logits = model.compute_logits(hidden[:rows])
+    ones = torch.ones(len(logits), device=device)
+    kernels.sample(logits, ones, ones.int() * 8, ones * 0.9, ones * 0.1, ones.long(), ones.long())

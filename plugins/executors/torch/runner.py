@@ -1,0 +1,169 @@
+"""The device side of a step: persistent rows, the model, sampling. Every rank of a parallel run has one and is sent the same StepInputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.ops import BatchMetadata
+from .batch import FILTERED, GREEDY, NO_LOGPROBS, PARAMETERS, StepInput
+
+if TYPE_CHECKING:
+    from ...kernels.compose import Kernels
+    from ...models.layers import CausalLM, KVCache
+
+
+class Sampled(NamedTuple):
+    """What a step leaves on the device. S: chunks that sample."""
+
+    tokens: Tensor  # int64 [S]
+    logprobs: tuple[Tensor, Tensor, Tensor] | None  # of the sampled token [S], of the best n [S, n], their ids [S, n]
+
+
+class Staging:
+    """Page-locked host buffers for StepInput.data, one for each step in flight and one more: a buffer is written again only
+    after its copy has been made, which is certain once the step after next is launched."""
+
+    def __init__(self, device: torch.device, slots: int, size: int) -> None:
+        self._device, self._slots, self._next = device, slots, 0
+        self._grow(size)
+
+    def _grow(self, size: int) -> None:
+        pinned = self._device.type == "cuda"
+        self.host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(self._slots)]
+        self.views = [buffer.numpy() for buffer in self.host]
+        self.copied = [torch.cuda.Event() for _ in range(self._slots)] if pinned else []
+        self.on_device = torch.empty(size, dtype=torch.int32, device=self._device)
+
+    def send(self, data: np.ndarray) -> Tensor:
+        """int32 [len(data)] on the device; valid until the next send, in stream order."""
+        size = len(data)
+        if size > len(self.on_device):
+            if self.copied:
+                torch.cuda.synchronize(self._device)
+            self._grow(2 * size)
+        slot = self._next = (self._next + 1) % self._slots
+        if self.copied:
+            self.copied[slot].synchronize()  # long past, except when a caller outruns the ring
+        self.views[slot][:size] = data
+        target = self.on_device[:size]
+        target.copy_(self.host[slot][:size], non_blocking=True)
+        if self.copied:
+            self.copied[slot].record()
+        return target
+
+
+class ModelRunner:
+    """Rows: one for each request that may run, and a last one that padding points to, whose blocks are the reserved block."""
+
+    def __init__(
+        self, model: CausalLM, kernels: Kernels, device: torch.device, caches: list[KVCache], *,
+        num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int,
+    ) -> None:  # fmt: skip
+        self.model, self.kernels, self.device, self.caches = model, kernels, device, caches
+        self.block_size, self.max_num_seqs, self.max_model_len = block_size, max_num_seqs, max_model_len
+        rows = max_num_seqs + 1
+        max_blocks = -(-max_model_len // block_size)
+        self.block_tables = torch.full((rows, max_blocks), num_blocks, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens whose KV is written or being written
+        self.last_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.parameters = torch.zeros((rows, PARAMETERS), dtype=torch.int32, device=device)
+        self.batch_rows = torch.zeros(rows, dtype=torch.int64, device=device)  # of the running decode batch, padded
+        self.ordinals = torch.arange(max(rows, max_num_batched_tokens) + 1, device=device)  # int64 0, 1, 2 ...
+        self.bounds = torch.arange(rows + 1, dtype=torch.int32, device=device)  # cu_seqlens_q of a decode batch
+        self.decode_step = self.decode  # or a replay of it as a CUDA graph
+        self.staging = Staging(device, max_plans + 1, 16 * rows + 3 * max_num_batched_tokens)
+
+    @torch.inference_mode()
+    def execute(self, step: StepInput) -> Sampled:
+        """Enqueues the step; waits for nothing."""
+        data = self.staging.send(step.data)
+        n = step.num_updates
+        if n:
+            row, index, block = data[: 3 * n].view(3, n)
+            self.block_tables[row.long(), index.long()] = block
+        if not step.decode:
+            return self._mixed(step, data[3 * n :])
+        if not step.same_rows:
+            self.batch_rows[: step.num_seqs] = data[3 * n :]
+            self.batch_rows[step.num_seqs :] = self.max_num_seqs
+        return self.decode_step(step.num_seqs, step.max_context, step.sampling, step.logprobs)
+
+    def decode(self, num_seqs: int, max_context: int, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
+        """One token for each of the first `num_seqs` of `batch_rows`. Reads and writes device state only, at fixed addresses."""
+        size = self.block_size
+        rows = self.batch_rows[:num_seqs]
+        positions = self.lengths[rows]
+        tables = self.block_tables[rows]
+        block = tables.gather(1, (positions // size).unsqueeze(1)).squeeze(1)
+        batch = BatchMetadata(
+            slot_mapping=block * size + positions % size,
+            block_tables=tables,
+            cu_seqlens_q=self.bounds[: num_seqs + 1],
+            context_lens=(positions + 1).int(),
+            max_seqlen_q=1,
+            max_seqlen_k=max_context,
+            block_size=size,
+        )
+        hidden = self.model(self.last_tokens[rows], positions, self.caches, batch)
+        ends = positions + 1
+        sampled = self._sample(hidden, rows, ends, sampling, logprobs)
+        self.last_tokens[rows] = sampled.tokens
+        self.lengths[rows] = torch.where(rows == self.max_num_seqs, 0, ends)  # the padding row stays at position 0
+        return sampled
+
+    def _mixed(self, step: StepInput, data: Tensor) -> Sampled:
+        """Chunks of any length; `data` is what follows the block-table updates."""
+        seqs, tokens_in = step.num_seqs, step.num_tokens
+        width = 1 + PARAMETERS
+        sizes = (step.num_admitted * width, seqs, seqs, seqs + 1, step.num_samples, tokens_in, tokens_in)
+        admissions, rows, starts, bounds, chosen, tokens, owners = data.split(sizes)
+        if step.num_admitted:
+            admissions = admissions.view(-1, width)
+            self.parameters[admissions[:, 0].long()] = admissions[:, 1:]
+        rows, chosen, owners = rows.long(), chosen.long(), owners.long()
+        size = self.block_size
+        positions = (starts - bounds[:-1])[owners] + self.ordinals[:tokens_in]  # int64 [T]
+        tables = self.block_tables[rows]
+        ends = (starts + bounds[1:] - bounds[:-1]).long()
+        batch = BatchMetadata(
+            slot_mapping=tables[owners, positions // size].long() * size + positions % size,
+            block_tables=tables,
+            cu_seqlens_q=bounds,
+            context_lens=ends.int(),
+            max_seqlen_q=step.max_query,
+            max_seqlen_k=step.max_context,
+            block_size=size,
+        )
+        known = torch.where(tokens < 0, self.last_tokens[rows][owners], tokens)
+        hidden = self.model(known, positions, self.caches, batch)
+        self.lengths[rows] = ends
+        if not step.num_samples:
+            return Sampled(hidden.new_empty(0, dtype=torch.int64), None)
+        drawing = rows[chosen]
+        sampled = self._sample(hidden[(bounds[1:] - 1)[chosen]], drawing, ends[chosen], step.sampling, step.logprobs)
+        self.last_tokens[drawing] = sampled.tokens
+        return sampled
+
+    def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
+        """hidden [S, N] of the last known tokens; positions int64 [S]: where the sampled tokens will stand."""
+        logits = self.model.compute_logits(hidden)
+        if sampling == GREEDY:
+            tokens = self.kernels.sample(logits, None, None, None, None, rows, positions)
+        else:
+            words = self.parameters[rows]
+            numbers, seeds = words[:, :3].view(torch.float32), words[:, 4:6].view(torch.int64).squeeze(1)
+            temperature, top_p, min_p = numbers.unbind(1)
+            filters = (words[:, 3], top_p, min_p) if sampling == FILTERED else (None, None, None)
+            tokens = self.kernels.sample(logits, temperature, *filters, seeds, positions)
+        return Sampled(tokens, None if logprobs == NO_LOGPROBS else _logprobs(logits, tokens, logprobs))
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the model's distribution as it is, before temperature and filters."""
+    everything = logits.float().log_softmax(-1)
+    best = everything.topk(count, dim=-1)
+    return everything.gather(1, tokens.unsqueeze(1)).squeeze(1), best.values, best.indices

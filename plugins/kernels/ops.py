@@ -1,0 +1,113 @@
+"""The operations a kernel backend supplies, and the batch description that attention reads.
+
+A backend is one object a run; the model binds its callables once when it is built, so nothing of the plugin system is left
+in the layer loop. All shapes below: T tokens in the step, B requests, H query heads, K KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from headway import Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMetadata:
+    """One varlen batch: prompt chunks and decodes together, no phase flag. A decode is a row with one query token."""
+
+    slot_mapping: Tensor  # int64 [T]: block * block_size + offset where each token's KV goes
+    block_tables: Tensor  # int32 [B, max_blocks]: physical block of each logical one; padding is the reserved block
+    cu_seqlens_q: Tensor  # int32 [B + 1]: row i's queries are tokens cu[i]:cu[i+1]
+    context_lens: Tensor  # int32 [B]: KV length of each row after this step's tokens are stored
+    max_seqlen_q: int  # 1: every row is a decode
+    max_seqlen_k: int  # upper bound of context_lens
+    block_size: int
+    extra: dict[str, Any] = field(default_factory=dict)  # a backend's own prepared buffers
+
+
+@dataclass(frozen=True)
+class KernelCaps:
+    """What a backend can run. A composition outside of it is refused when it is built, with the reason."""
+
+    devices: frozenset[str]  # "cpu", "cuda"
+    dtypes: frozenset[str]  # "float32", "bfloat16", "float16"
+    head_sizes: frozenset[int] | None = None  # None: any
+    block_size_multiple: int = 1
+    mixed_batches: bool = True  # prompt chunks and decodes in one call
+    graph_safe: bool = False  # may be captured in a CUDA graph
+    ops: frozenset[str] = frozenset()  # the operations it implements
+
+
+class KernelBackend(Role):
+    """One callable an operation. Subclasses implement a subset and list it in `caps.ops`; the rest comes from `torch`."""
+
+    role = "kernels"
+    caps: KernelCaps
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., N] -> same shape and dtype; the mean square in float32."""
+        raise NotImplementedError
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual); may write in place."""
+        raise NotImplementedError
+
+    def rotary(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q [T, H, D], k [T, K, D], positions int64 [T], cos_sin float32 [max_position, D] (cos half, then sin half); NeoX layout."""
+        raise NotImplementedError
+
+    def qk_norm_rope_store(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor, cos_sin: Tensor,
+        k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, num_heads: int, num_kv_heads: int,
+    ) -> Tensor:  # fmt: skip
+        """Fused: splits qkv [T, (H + 2K) * D], norms q and k per head, rotates both, stores k and v; returns q [T, H, D].
+        q_weight and k_weight may be None (no QK norm: Llama)."""
+        raise NotImplementedError
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """x [T, 2N] (gate, up) -> silu(gate) * up, [T, N]."""
+        raise NotImplementedError
+
+    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+        """k, v [T, K, D] into k_cache, v_cache [blocks, block_size, K, D] at slot_mapping int64 [T]."""
+        raise NotImplementedError
+
+    def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata, scale: float) -> Tensor:
+        """Causal paged attention, q [T, H, D] -> [T, H, D]. Row i's queries are the last of its context_lens[i] positions."""
+        raise NotImplementedError
+
+    def sample(self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """logits [B, V] -> token ids int64 [B]. temperature 0 is argmax, other rows argmax(logits / temperature + gumbel), so that
+        chance is a function of (seed, position, token) only and a different batch never changes a sampled token.
+        The noise is `gumbel` below, the same on every backend.
+
+        temperature, top_p, min_p float32 [B]; top_k int32 [B] (0: off); seeds int64 [B] (request's own); positions int64 [B].
+        temperature is None: every row is greedy. top_k, top_p and min_p are None together: no row filters.
+        Filters apply to softmax(logits / temperature), top_k first, then top_p on what is left, then min_p."""
+        raise NotImplementedError
+
+
+def gumbel(seed: int, position: int, token: int) -> float:
+    """The noise of one (row, vocabulary entry), as plain integers and floats: what every backend's `sample` must reproduce.
+
+    A counter-based hash (two rounds of C. Wellons' lowbias32 over a 64-bit key of seed and position), so nothing is stored
+    and no order of evaluation matters. u keeps 32 bits near 0, where the largest noise comes from.
+    """
+    low, high, mask = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, 0xFFFFFFFF
+    key0 = mix32(mix32(mix32(low ^ 0x9E3779B9) ^ high) ^ (position & mask))
+    key1 = mix32(mix32(mix32(high ^ 0x85EBCA6B) ^ low) ^ (position & mask))
+    bits = mix32(mix32((token & mask) ^ key0) ^ key1)
+    u = min((bits + 0.5) * 2.0**-32, 1 - 2.0**-24)  # in (0, 1); float32 on a device
+    return -math.log(-math.log1p(-u))
+
+
+def mix32(x: int) -> int:
+    """lowbias32: a bijection of 32-bit integers with low bias (C. Wellons, 2018)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

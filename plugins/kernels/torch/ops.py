@@ -1,0 +1,165 @@
+"""Every operation in plain torch; shapes and contracts as in `plugins/kernels/ops.py`. What other backends are checked against.
+
+Half-precision inputs are computed in float32; float32 and float64 inputs in their own precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops import BatchMetadata
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = _wide(x)
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # float32 [T, 1, D / 2]
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = _wide(x).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slot_mapping, k.to(k_cache.dtype))
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slot_mapping, v.to(v_cache.dtype))
+
+
+def qk_norm_rope_store(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor,
+    k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, num_heads: int, num_kv_heads: int,
+) -> Tensor:  # fmt: skip
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)  # [T, H + 2K, D]
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_weight is not None:
+        q = rms_norm(q, q_weight, eps)
+    if k_weight is not None:
+        k = rms_norm(k, k_weight, eps)
+    q, k = rotary(q, k, positions, cos_sin)
+    store_kv(k, v, k_cache, v_cache, slot_mapping)
+    return q
+
+
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata, scale: float) -> Tensor:
+    """Decode rows together in one padded product; rows with several queries one by one."""
+    if batch.max_seqlen_q == 1:
+        return _decode(q, k_cache, v_cache, batch.block_tables, batch.context_lens, batch.max_seqlen_k, scale)
+    starts, contexts = batch.cu_seqlens_q.tolist(), batch.context_lens.tolist()
+    out = torch.empty_like(q)
+    single = [i for i in range(len(contexts)) if starts[i + 1] - starts[i] == 1]
+    if single:
+        rows = torch.tensor(single, device=q.device)  # int64
+        tokens = batch.cu_seqlens_q[rows].long()
+        out[tokens] = _decode(
+            q[tokens], k_cache, v_cache, batch.block_tables[rows], batch.context_lens[rows], max(contexts[i] for i in single), scale
+        )
+    for i, context in enumerate(contexts):
+        begin, end = starts[i], starts[i + 1]
+        if end - begin > 1:
+            blocks = batch.block_tables[i, : -(-context // batch.block_size)]
+            out[begin:end] = _chunk(q[begin:end], k_cache[blocks].flatten(0, 1)[:context], v_cache[blocks].flatten(0, 1)[:context], scale)
+    return out
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float) -> Tensor:
+    """q [B, H, D]: one query a row, against the first `contexts` positions of its blocks."""
+    rows, heads, size = q.shape
+    block_size, kv_heads = k_cache.shape[1:3]
+    tables = tables[:, : -(-longest // block_size)]
+    hidden = torch.arange(tables.shape[1] * block_size, device=q.device) >= contexts.unsqueeze(1)  # bool [B, L]
+    k, v = k_cache[tables].flatten(1, 2), v_cache[tables].flatten(1, 2)  # [B, L, K, D]
+    # Padding may hold anything, NaN included: a probability of 0 does not silence NaN, so its values are zeroed.
+    v = v.masked_fill(hidden[:, :, None, None], 0)
+    grouped = _wide(q).view(rows, kv_heads, heads // kv_heads, size)  # [B, K, G, D]
+    scores = (grouped @ _wide(k).permute(0, 2, 3, 1)) * scale  # [B, K, G, L]
+    scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
+    out = scores.softmax(-1) @ _wide(v).transpose(1, 2)
+    return out.reshape(rows, heads, size).to(q.dtype)
+
+
+def _chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [Q, H, D]: the last Q positions of k, v [L, K, D], causal."""
+    queries, heads, size = q.shape
+    length, kv_heads = k.shape[:2]
+    grouped = _wide(q).view(queries, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3)  # [K, G, Q, D]
+    scores = (grouped @ _wide(k).permute(1, 2, 0).unsqueeze(1)) * scale  # [K, G, Q, L]
+    position = torch.arange(length - queries, length, device=q.device)
+    scores = scores.masked_fill(torch.arange(length, device=q.device) > position.unsqueeze(1), float("-inf"))
+    out = scores.softmax(-1) @ _wide(v).transpose(0, 1).unsqueeze(1)
+    return out.permute(2, 0, 1, 3).reshape(queries, heads, size).to(q.dtype)
+
+
+def sample(
+    logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    if temperature is None:
+        return logits.argmax(-1)
+    greedy = temperature == 0
+    scaled = logits.float() / temperature.masked_fill(greedy, 1.0).unsqueeze(1)
+    if top_k is not None and top_p is not None and min_p is not None:
+        scaled = _filtered(scaled, top_k, top_p, min_p)
+    noise = _gumbel(seeds, positions, logits.shape[-1]).masked_fill(greedy.unsqueeze(1), 0.0)
+    return (scaled + noise).argmax(-1)
+
+
+def _filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Logits [B, V] with -inf wherever a row's filters exclude a token; ties at the edge of top-k all stay."""
+    vocab = scaled.shape[-1]
+    ordered = scaled.sort(-1, descending=True).values
+    last = torch.where((top_k > 0) & (top_k < vocab), top_k, vocab).long() - 1
+    floor = ordered.gather(1, last.unsqueeze(1))
+    probabilities = ordered.masked_fill(ordered < floor, float("-inf")).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # mass of the more likely tokens
+    kept = (before < top_p.unsqueeze(1)) & (probabilities >= min_p.unsqueeze(1) * probabilities[:, :1])
+    kept[:, 0] = True
+    floor = torch.maximum(floor, ordered.gather(1, kept.sum(-1, keepdim=True) - 1))
+    return scaled.masked_fill(scaled < floor, float("-inf"))
+
+
+def _gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
+    """float32 [B, V]: `plugins.kernels.ops.gumbel` for every row and token."""
+    low, high, at = _int32(seeds), _int32(seeds >> 32), _int32(positions)
+    key0 = _mix32(_mix32(_mix32(low ^ _signed(0x9E3779B9)) ^ high) ^ at).unsqueeze(1)
+    key1 = _mix32(_mix32(_mix32(high ^ _signed(0x85EBCA6B)) ^ low) ^ at).unsqueeze(1)
+    token = torch.arange(vocab, dtype=torch.int32, device=seeds.device)
+    bits = _mix32(_mix32(token ^ key0) ^ key1)
+    u = (bits.long() & 0xFFFFFFFF).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return u.neg_().log1p_().neg_().log_().neg_()
+
+
+def _int32(x: Tensor) -> Tensor:
+    """The low 32 bits, as a signed integer."""
+    x = x & 0xFFFFFFFF
+    return torch.where(x >= 1 << 31, x - (1 << 32), x).to(torch.int32)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x >= 1 << 31 else x
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """lowbias32 on int32: the product wraps, and `>>` carries the sign, so what it brings in is masked away."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)

@@ -1,0 +1,177 @@
+"""Weights into a model: names and shapes are checked against the files' headers first, then memory is taken, then bytes are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from headway import ConfigError, ModelError
+
+from . import architecture
+from .layers import CausalLM, PackedLinear, RMSNorm
+from .spec import ModelSpec
+
+if TYPE_CHECKING:
+    from ..kernels.compose import Kernels
+
+IGNORED = (".rotary_emb.inv_freq",)  # endings of tensors that old checkpoints carry and nobody needs
+
+
+class Target(NamedTuple):
+    """Where a checkpoint's tensor goes: rows [first, first + shape[0]) of a parameter."""
+
+    parameter: str
+    first: int
+    shape: tuple[int, ...]
+
+
+class Share(Protocol):
+    """A rank's part of every tensor, for a parallel plan that has made the model's parameters smaller before they are loaded."""
+
+    def full_shape(self, name: str, local: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the checkpoint must have for this tensor of which we hold `local`."""
+
+    def take(self, name: str, tensor: Any) -> Tensor:
+        """This rank's part of a safetensors slice (`tensor[a:b]` reads only that)."""
+
+    def owns(self, name: str) -> bool:
+        """False for tensors of layers that another rank holds."""
+
+
+class Whole:
+    """No parallel plan: every tensor in full."""
+
+    def full_shape(self, name: str, local: tuple[int, ...]) -> tuple[int, ...]:
+        return local
+
+    def take(self, name: str, tensor: Any) -> Tensor:
+        return tensor[:]
+
+    def owns(self, name: str) -> bool:
+        return True
+
+
+def build(spec: ModelSpec, kernels: Kernels) -> CausalLM:
+    """The model without memory (on torch's meta device): to be cut or sharded by name, then loaded."""
+    with torch.device("meta"):
+        model = architecture(spec.shape.architecture)(spec, kernels)
+    return model.to(getattr(torch, spec.shape.dtype)).eval().requires_grad_(False)
+
+
+def load(model: CausalLM, device: torch.device, share: Share | None = None, seed: int = 0) -> None:
+    """Materialises the parameters on `device` and fills them. Raises ModelError before any memory is taken."""
+    spec, share = model.spec, share or Whole()
+    files = {} if spec.random_weights else open_checkpoint(spec.directory or Path())
+    wanted = targets(model)
+    if not spec.random_weights:
+        check(wanted, files, share, spec)
+    _check_memory(model, device)
+    _materialise(model, device)
+    parameters = dict(model.named_parameters())
+    if spec.random_weights:
+        _fill_random(model, device, seed)
+    for name, target in wanted.items() if files else ():
+        tensor = share.take(name, files[name].get_slice(name))
+        parameters[target.parameter][target.first : target.first + target.shape[0]].copy_(tensor)
+    model.bind(device)
+
+
+def targets(model: nn.Module) -> dict[str, Target]:
+    """Checkpoint name -> its place in the model."""
+    found: dict[str, Target] = {}
+    tied = isinstance(model, CausalLM) and model.spec.shape.tie_word_embeddings
+    for prefix, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            name, shape = f"{prefix}.{kind}", tuple(parameter.shape)
+            if tied and name == "lm_head.weight":
+                continue
+            if isinstance(module, PackedLinear):
+                first = 0
+                for part, rows in module.parts.items():
+                    found[f"{prefix.rpartition('.')[0]}.{part}.{kind}"] = Target(name, first, (rows, *shape[1:]))
+                    first += rows
+            else:
+                found[name] = Target(name, 0, shape)
+    return found
+
+
+def open_checkpoint(directory: Path) -> dict[str, Any]:
+    """Tensor name -> its open safetensors file."""
+    index = directory / "model.safetensors.index.json"
+    listed: dict[str, str] = {}
+    if index.is_file():
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{index} is broken ({error!r}): expected an object with a weight_map") from None
+        paths = [directory / name for name in sorted(set(listed.values()))]
+    else:
+        paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise ModelError(f"no *.safetensors in {directory}: expected a checkpoint, or model.load_format=dummy for random weights")
+    found: dict[str, Any] = {}
+    for path in paths:
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from None
+        found.update(dict.fromkeys(file.keys(), file))
+    if lost := sorted(set(listed) - set(found)):
+        raise ModelError(f"tensor {lost[0]!r} is listed in {index} for {listed[lost[0]]}, which does not hold it ({len(lost)} such tensors)")
+    return found
+
+
+def check(wanted: dict[str, Target], files: dict[str, Any], share: Share, spec: ModelSpec) -> None:
+    """Every tensor is there, has the right shape, and none is left over."""
+    where = f"checkpoint {spec.directory}"
+    for name, target in wanted.items():
+        expected = share.full_shape(name, target.shape)
+        if name not in files:
+            missing = [n for n in wanted if n not in files]
+            raise ModelError(f"{where}: tensor {name!r} is missing, expected shape {list(expected)} ({len(missing)} missing of {len(wanted)})")
+        found = tuple(files[name].get_slice(name).get_shape())
+        if found != expected:
+            raise ModelError(f"{where}: tensor {name!r} has shape {list(found)}, config.json asks for {list(expected)}")
+    left = [n for n in files if n not in wanted and n != "lm_head.weight" and not n.endswith(IGNORED) and share.owns(n)]
+    if left:
+        raise ModelError(
+            f"{where}: tensor {left[0]!r} has no place in {spec.shape.architecture} as config.json describes it ({len(left)} such tensors): "
+            "the checkpoint and its config.json do not belong together"
+        )
+
+
+def _check_memory(model: nn.Module, device: torch.device) -> None:
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cuda" and need > (free := torch.cuda.mem_get_info(device)[0]):
+        raise ConfigError(
+            f"the weights take {need / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: "
+            "set a smaller model, model.dtype=bfloat16, or more GPUs with parallel.tp"
+        )
+
+
+def _materialise(model: nn.Module, device: torch.device) -> None:
+    """Like `to_empty`, but a tied parameter stays one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+
+
+def _fill_random(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Norms at 1, biases at 0, matrices at the usual 0.02: no activation over- or underflows."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, RMSNorm):
+                parameter.fill_(1.0)
+            elif name == "bias":
+                parameter.zero_()
+            else:
+                parameter.normal_(std=0.02, generator=generator)
