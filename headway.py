@@ -1,5 +1,6 @@
 """Headway's public surface: everything a plugin author imports. `python -m headway` is the command line."""
 
+from core import metrics
 from core.blocks import ROOT, Block
 from core.clock import ReplayClock, VirtualClock, WallClock
 from core.config import Hardware, ModelConfig, ModelShape
@@ -46,5 +47,5 @@ __all__ = [
     "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "PluginError", "PolicyError", "Predictor", "PrefixCache", "Reject", "ReplayClock", "Request",
     "RequestOutput", "RequestState", "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan",
     "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError",
-    "hookimpl", "near",
+    "hookimpl", "metrics", "near",
 ]  # fmt: skip

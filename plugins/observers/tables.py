@@ -1,0 +1,104 @@
+"""The run as tables: requests.parquet, steps.parquet and decisions.parquet in the run's directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from headway import Engine, Observer, RequestOutput, RunResult, StepRecord, hookimpl, metrics
+
+ROWS = 512  # steps held before they are written: a step only appends a reference
+
+
+class Tables(Observer):
+    """One row a request, one row a step, one row a decision. See docs/metrics.md for the columns."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_start(self, engine: Engine) -> None:
+        self._records: list[StepRecord] = []
+        self._writers: dict[str, Any] = {}
+
+    def on_step(self, record: StepRecord) -> None:
+        self._records.append(record)
+        if len(self._records) >= ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        records, self._records = self._records, []
+        self._write("steps.parquet", _steps(records))
+        self._write("decisions.parquet", _decisions(records))
+
+    def _write(self, name: str, table: Any) -> None:
+        import pyarrow.parquet as pq
+
+        if name not in self._writers:
+            self._writers[name] = pq.ParquetWriter(self.directory / name, table.schema, compression="zstd")
+        self._writers[name].write_table(table)
+
+    def close(self, result: RunResult) -> None:
+        self._flush()
+        self._write("requests.parquet", _requests(result.outputs))
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _steps(records: list[StepRecord]) -> Any:
+    import pyarrow as pa
+
+    plain = ("step", "start", "end", "emitted", "policy_time", "num_running", "num_waiting", "kv_used", "kv_cached", "num_preempted", "num_evicted")
+    times = {"start", "end", "policy_time"}
+    columns = {name: pa.array([getattr(r, name) for r in records], pa.float64() if name in times else pa.int64()) for name in plain}
+    columns["num_seqs"] = pa.array([len(r.plan.requests) for r in records], pa.int32())
+    columns["num_tokens"] = pa.array([r.plan.num_tokens for r in records], pa.int32())
+    columns["timings"] = pa.array([list(r.timings.items()) for r in records], pa.map_(pa.string(), pa.float64()))
+    return pa.table(columns)
+
+
+def _decisions(records: list[StepRecord]) -> Any:
+    """Parallel lists a step, as in StepPlan; requests by index. A block list belongs to the allocation at its place."""
+    import pyarrow as pa
+
+    plans = [r.plan for r in records]
+    ints = pa.list_(pa.int32())
+    return pa.table(
+        {
+            "step": pa.array([p.step for p in plans], pa.int64()),
+            "now": pa.array([p.now for p in plans], pa.float64()),
+            "requests": pa.array([[r.index for r in p.requests] for p in plans], ints),
+            "starts": pa.array([p.starts for p in plans], ints),
+            "lengths": pa.array([p.lengths for p in plans], ints),
+            "preempted": pa.array([[r.index for r in p.preempted] for p in plans], ints),
+            "allocated_requests": pa.array([[a.request.index for a in p.allocated] for p in plans], ints),
+            "allocated_first": pa.array([[a.first for a in p.allocated] for p in plans], ints),
+            "allocated_blocks": pa.array([[a.blocks for a in p.allocated] for p in plans], pa.list_(ints)),
+        }
+    )
+
+
+def _requests(outputs: list[RequestOutput]) -> Any:
+    import pyarrow as pa
+
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    plain = {
+        "id": text, "index": whole, "state": text, "finish_reason": text, "arrival_time": real, "first_scheduled_time": real, "finish_time": real,
+        "num_prompt_tokens": whole, "num_cached_tokens": whole, "num_preemptions": whole, "num_recomputed_tokens": whole, "prompt": text, "text": text,
+    }  # fmt: skip
+    columns = {name: pa.array([getattr(o, name) for o in outputs], kind) for name, kind in plain.items()}
+    columns["num_output_tokens"] = pa.array([len(o.token_times) for o in outputs], whole)
+    for name, function in (("ttft", metrics.ttft), ("tpot", metrics.tpot), ("e2el", metrics.e2el)):
+        columns[name] = pa.array([function(o) for o in outputs], real)
+    columns["meets_slo"] = pa.array([metrics.meets_slo(o) for o in outputs], pa.bool_())
+    for name in ("client", "session", "category"):
+        columns[name] = pa.array([getattr(o.tags, name) for o in outputs], text)
+    for name in ("turn", "priority"):
+        columns[name] = pa.array([getattr(o.tags, name) for o in outputs], whole)
+    columns["token_times"] = pa.array([o.token_times for o in outputs], pa.list_(real))
+    columns["output_token_ids"] = pa.array([o.output_token_ids for o in outputs], pa.list_(pa.int32()))
+    return pa.table(columns)
+
+
+@hookimpl
+def headway_observers(run):
+    return [Tables(run.directory)] if run.directory else []
