@@ -1,0 +1,119 @@
+"""Causal paged attention for mixed batches: rows with one query go to the split-KV decode kernel, the others to the prompt kernel.
+
+Both kernels run over the same batch and skip each other's rows on the device, so no length is read on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..ops import BatchMetadata
+from .decode import decode_kernel
+from .plan import DecodePlan, PromptPlan, decode_plan, prompt_plan
+from .prompt import prompt_kernel
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """Launch shape of the decode kernel."""
+
+    tile: int  # KV tokens
+    shares: int  # programs a multiprocessor
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptShape:
+    """Launch shape of the prompt kernel."""
+
+    lanes: int  # (query, head of the group) pairs: rows of a product
+    tile: int  # KV tokens
+    warps: int
+    stages: int
+
+
+def decode_shape(size: int, width: int) -> DecodeShape:
+    """size: head size; width: bytes an element."""
+    if width == 4:
+        return DecodeShape(tile=16 if size > 128 else 32, shares=4, warps=4, stages=2)
+    return DecodeShape(tile=32 if size > 128 else 64, shares=4, warps=4, stages=3)
+
+
+def prompt_shape(size: int, width: int) -> PromptShape:
+    """size: head size; width: bytes an element."""
+    if width == 4:
+        return PromptShape(lanes=32, tile=32, warps=4, stages=1)
+    return PromptShape(lanes=128, tile=32 if size > 128 else 64, warps=8, stages=2)
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4  # 4: Triton's interpreter
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata, scale: float,
+    decode: DecodeShape | None = None, prompt: PromptShape | None = None,
+) -> Tensor:  # fmt: skip
+    """The plan is made by the first layer of a step and kept in `batch.extra`: one BatchMetadata a step. A plan made outside of a
+    graph's capture is made again inside, so that every replay computes it from the lengths of its own step."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kv_heads, size = k_cache.shape[2:]
+    group = q.shape[1] // kv_heads
+    rows = batch.context_lens.shape[0]
+    if not q.shape[0]:
+        return out
+    capturing = _capturing(q.device)
+    decode = decode or decode_shape(size, q.element_size())
+    key = ("triton decode", kv_heads, group, size, decode, capturing)
+    plan = batch.extra.get(key)
+    if plan is None:
+        programs = multiprocessors(q.device) * decode.shares
+        plan = batch.extra[key] = decode_plan(batch, programs, decode.tile, kv_heads, group, size)
+    _decode(q, k_cache, v_cache, out, batch, scale, plan, decode, group)
+    if batch.max_seqlen_q > 1:
+        prompt = prompt or prompt_shape(size, q.element_size())
+        queries = prompt.lanes // group  # a tile
+        key = ("triton prompt", queries, capturing)
+        plan = batch.extra.get(key)
+        if plan is None:
+            plan = batch.extra[key] = prompt_plan(batch, q.shape[0], queries)
+        _prompt(q, k_cache, v_cache, out, batch, scale, plan, prompt, group, rows)
+    return out
+
+
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, batch: BatchMetadata, scale: float, plan: DecodePlan, shape: DecodeShape, group: int
+) -> None:
+    block_size, kv_heads, size = k_cache.shape[1:]
+    padded = triton.next_power_of_2(size)
+    heads = triton.next_power_of_2(group)
+    decode_kernel[(plan.programs,)](
+        q, k_cache, v_cache, out, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, plan.first, plan.row, plan.arrived,
+        plan.partial, plan.stats, batch.context_lens.shape[0], scale * math.log2(math.e), q.stride(0), batch.block_tables.stride(0),
+        k_cache.stride(0), k_cache.stride(1),
+        K=kv_heads, G=group, D=size, BLOCK_SIZE=block_size, M=max(16, heads), D_PAD=padded, TILE=plan.tile,
+        PARTS=max(2, 4096 // (heads * padded)), G_PAD=heads, num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+
+
+def _prompt(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, batch: BatchMetadata, scale: float, plan: PromptPlan, shape: PromptShape,
+    group: int, rows: int,
+) -> None:  # fmt: skip
+    block_size, kv_heads, size = k_cache.shape[1:]
+    prompt_kernel[(kv_heads, plan.programs)](
+        q, k_cache, v_cache, out, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, plan.first, plan.row,
+        rows, scale * math.log2(math.e), q.stride(0), batch.block_tables.stride(0), k_cache.stride(0), k_cache.stride(1),
+        K=kv_heads, G=group, D=size, BLOCK_SIZE=block_size, M=shape.lanes, D_PAD=triton.next_power_of_2(size), TILE=shape.tile,
+        TILE_Q=shape.lanes // group, num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""Split-KV decode attention for grouped queries over paged KV (flash-decoding), balanced whatever the lengths are.
+
+All KV tiles of the step, (row, KV head, tile), form one line that is cut into equal shares, one a program. A program walks its share
+unit by unit, a unit being one (row, KV head); a unit inside one share is written directly, a unit cut by a border leaves partial
+results, and the last program to arrive at it combines them, in a fixed order. The query heads of a group fill the rows of one
+`tl.dot`, so a K or V tile is read once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, len_ptr, cu_q_ptr, first_ptr, row_ptr, arrived_ptr, partial_ptr, stats_ptr,
+    rows, scale, q_stride, table_stride, block_stride, slot_stride,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    M: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr,
+):  # fmt: skip
+    """q [T, K * G, D], out the same; caches [blocks, BLOCK_SIZE, K, D]. scale includes log2(e). M >= G: rows of the products."""
+    program = tl.program_id(0)
+    total = tl.load(first_ptr + rows) * K
+    share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
+    tile = program * share  # on the line
+    end = tl.minimum(tile + share, total)
+    row = tl.load(row_ptr + program)
+    head_of_group = tl.arange(0, M)
+    dim = tl.arange(0, D_PAD)
+    q_mask = (head_of_group[:, None] < G) & (dim[None, :] < D)
+    while tile < end:
+        before = tl.load(first_ptr + row)
+        tiles = tl.load(first_ptr + row + 1) - before
+        unit = (tile - before * K) // tiles  # the KV head
+        begin = before * K + unit * tiles  # where the unit begins on the line
+        stop = tl.minimum(end, begin + tiles)
+        context = tl.load(len_ptr + row)
+        token = tl.load(cu_q_ptr + row).to(tl.int64)
+        at = (unit * G + head_of_group[:, None]) * D + dim[None, :]
+        q = tl.load(q_ptr + token * q_stride + at, mask=q_mask, other=0.0)
+        highest = tl.full([M], -1.0e30, tl.float32)  # finite: an empty row must not give NaN
+        norm = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, D_PAD], tl.float32)
+        table = table_ptr + row.to(tl.int64) * table_stride
+        for number in range(tile - begin, stop - begin):
+            position = number * TILE + tl.arange(0, TILE)
+            valid = position < context
+            if BLOCK_SIZE % TILE == 0:
+                block = tl.load(table + number * TILE // BLOCK_SIZE).to(tl.int64)
+                offset = block * block_stride + (number * TILE % BLOCK_SIZE + tl.arange(0, TILE)) * slot_stride + unit * D
+            else:
+                block = tl.load(table + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+                offset = block * block_stride + (position % BLOCK_SIZE) * slot_stride + unit * D
+            # What lies past the context may be anything, NaN included: it is never loaded.
+            mask = valid[:, None] & (dim[None, :] < D)
+            k = tl.load(k_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            score = tl.where(valid[None, :], score, float("-inf"))
+            higher = tl.maximum(highest, tl.max(score, axis=1))
+            weight = tl.exp2(score - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+            norm = norm * shrink + tl.sum(weight, axis=1)
+            highest = higher
+            v = tl.load(v_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
+            acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
+        out = out_ptr + token * (K * G * D)
+        first_program = begin // share
+        last_program = (begin + tiles - 1) // share
+        if first_program == last_program:
+            tl.store(out + at, (acc / tl.maximum(norm, 1.0e-30)[:, None]).to(dtype), mask=q_mask)
+        else:
+            slot = program * 2 + (begin > program * share).to(tl.int32)
+            tl.store(partial_ptr + slot * G * D + head_of_group[:, None] * D + dim[None, :], acc, mask=q_mask)
+            tl.store(stats_ptr + slot * 2 * G + head_of_group, highest, mask=head_of_group < G)
+            tl.store(stats_ptr + slot * 2 * G + G + head_of_group, norm, mask=head_of_group < G)
+            tl.debug_barrier()  # every thread's part is written before one thread says so
+            arrived = tl.atomic_add(arrived_ptr + row * K + unit, 1, sem="acq_rel")
+            if arrived == last_program - first_program:
+                tl.store(arrived_ptr + row * K + unit, 0)
+                _combine(
+                    partial_ptr, stats_ptr, out + unit * G * D, first_program, last_program, (begin > first_program * share).to(tl.int32),
+                    G, D, D_PAD, PARTS, G_PAD,
+                )  # fmt: skip
+        tile = stop
+        while (tile >= tl.load(first_ptr + row + 1) * K) & (tile < end):
+            row += 1
+
+
+@triton.jit
+def _combine(
+    partial_ptr, stats_ptr, out_ptr, first, last, late, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr
+):  # fmt: skip
+    """One unit's parts, in the order of the programs that wrote them. late: 1 where the unit begins inside its first program's share."""
+    head = tl.arange(0, G_PAD)
+    dim = tl.arange(0, D_PAD)
+    mask = (head[:, None] < G) & (dim[None, :] < D)
+    highest = tl.full([G_PAD], -1.0e30, tl.float32)
+    norm = tl.zeros([G_PAD], tl.float32)
+    acc = tl.zeros([G_PAD, D_PAD], tl.float32)
+    for start in range(first, last + 1, PARTS):
+        program = start + tl.arange(0, PARTS)
+        slot = program * 2 + tl.where(program == first, late, 0)
+        there = (program <= last)[:, None] & (head < G)[None, :]  # [PARTS, G_PAD]
+        at = stats_ptr + slot[:, None] * 2 * G + head[None, :]
+        # .cg: past the first-level cache, which is not coherent between multiprocessors
+        part_highest = tl.load(at, mask=there, other=-1.0e30, cache_modifier=".cg")
+        part_norm = tl.load(at + G, mask=there, other=0.0, cache_modifier=".cg")
+        part = tl.load(
+            partial_ptr + slot[:, None, None] * G * D + head[None, :, None] * D + dim[None, None, :],
+            mask=there[:, :, None] & (dim < D)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        higher = tl.maximum(highest, tl.max(part_highest, axis=0))
+        shrink = tl.exp2(highest - higher)
+        scale = tl.exp2(part_highest - higher[None, :])
+        norm = norm * shrink + tl.sum(part_norm * scale, axis=0)
+        acc = acc * shrink[:, None] + tl.sum(part * scale[:, :, None], axis=0)
+        highest = higher
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + head[:, None] * D + dim[None, :], (acc / tl.maximum(norm, 1.0e-30)[:, None]).to(dtype), mask=mask)

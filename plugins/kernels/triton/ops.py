@@ -1,0 +1,8 @@
+"""The Triton backend's callables, one an operation; contracts as in `plugins/kernels/ops.py`."""
+
+from .attention import attention
+from .norm import add_rms_norm, rms_norm, silu_and_mul
+from .rope import qk_norm_rope_store, rotary, store_kv
+from .sampling import sample
+
+__all__ = ["add_rms_norm", "attention", "qk_norm_rope_store", "rms_norm", "rotary", "sample", "silu_and_mul", "store_kv"]
