@@ -32,12 +32,25 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """messages: {"role", "content"} each; the prompt that asks for the assistant's answer."""
-        if self._template is None:
+        if self._chat_template is None:
             raise ModelError(f"the tokenizer in {self.directory} has no chat template: give plain texts")
         text = self._template.render(messages=list(messages), add_generation_prompt=True, **self._named_tokens)
         return self._fast.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _chat_template(self) -> str | None:
+        """The Jinja source, where the checkpoint has one."""
+        path = self.directory / "chat_template.jinja"
+        source = path.read_text(encoding="utf-8") if path.is_file() else self._settings.get("chat_template")
+        if isinstance(source, list):  # several named ones
+            return next((t["template"] for t in source if t["name"] == "default"), None)
+        return source
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -54,15 +67,9 @@ class Tokenizer:
     def _template(self) -> Any:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        path = self.directory / "chat_template.jinja"
-        source = path.read_text(encoding="utf-8") if path.is_file() else self._settings.get("chat_template")
-        if isinstance(source, list):  # several named ones
-            source = next((t["template"] for t in source if t["name"] == "default"), None)
-        if source is None:
-            return None
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = _refuse
-        return environment.from_string(source)
+        return environment.from_string(self._chat_template or "")
 
 
 def stop_text(tokenizer: Tokenizer) -> Callable[[Request], bool]:

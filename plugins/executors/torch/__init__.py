@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headway import ConfigError, Context, EngineConfig, Executor, ExecutorCaps, ModelConfig, StepPlan, StepResult, WallClock, hookimpl
+from headway import ConfigError, Context, EngineConfig, Executor, ExecutorCaps, ModelConfig, Request, StepPlan, StepResult, WallClock, hookimpl
 
 if TYPE_CHECKING:
     from ...kernels.compose import KernelChoice
@@ -73,6 +73,20 @@ class TorchExecutor(Executor):
     def tokenizer(self) -> Any:
         """The checkpoint's Tokenizer; None for random weights without a checkpoint."""
         return self.execution.tokenizer
+
+    @property
+    def stop_text(self) -> Callable[[Request], bool] | None:
+        """What the engine asks about stop strings; None without a tokenizer."""
+        from ...models.tokenizer import stop_text
+
+        return stop_text(self.tokenizer) if self.tokenizer is not None else None
+
+    @property
+    def stop_text(self) -> Callable[[Request], bool] | None:
+        """Decides stop strings, for `Engine(stop_text=...)`; None without a tokenizer."""
+        from ...models.tokenizer import stop_text
+
+        return stop_text(self.tokenizer) if self.tokenizer is not None else None
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)

@@ -62,7 +62,8 @@ class Execution:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        return None if self.spec.directory is None else Tokenizer(self.spec.directory)
+        directory = self.spec.directory
+        return Tokenizer(directory) if directory is not None and (directory / "tokenizer.json").is_file() else None
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
