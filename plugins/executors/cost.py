@@ -69,8 +69,7 @@ class Roofline:
             pairs = sum(map(mul, starts, lengths)) + (sum(map(mul, lengths, lengths)) + tokens) // 2
         memory = self._weights + (cached + 2 * tokens) * self._kv
         compute = tokens * self._linear + pairs * self._pair + len(lengths) * self._head
-        busy = memory if memory > compute else compute
-        return busy + self._reduce_latency + tokens * self._reduce, self._send_latency + tokens * self._send
+        return max(memory, compute) + self._reduce_latency + tokens * self._reduce, self._send_latency + tokens * self._send
 
     def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
         """Seconds from the launch of a step with these chunks to its tokens, on idle hardware."""

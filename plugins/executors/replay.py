@@ -2,6 +2,7 @@
 
 A record is one `replay.npz`:
     readings  float64 [n]      what the run's clock answered, once a turn of the loop and once a completed step, in order; seconds
+    step      int64 [steps]    number of the step; those that only preempted or rejected ran nothing and are left out
     start     float64 [steps]  the executor began the step; seconds
     end       float64 [steps]  its tokens were on the host; seconds
     tokens    int64 [total]    every request's generated tokens, request after request in order of arrival
@@ -61,11 +62,14 @@ class Record:
 
     path: Path
     readings: list[float]
-    durations: list[float]  # per step, seconds
-    start: list[float]
-    end: list[float]
+    steps: dict[int, tuple[float, float]]  # number of the step -> its start and end, seconds
     tokens: dict[str, list[int]]  # request id -> generated tokens
     meta: dict[str, Any]
+
+    @property
+    def durations(self) -> list[float]:
+        """Seconds of each step that ran, in order."""
+        return [end - start for start, end in self.steps.values()]
 
     @classmethod
     def load(cls, path: str | Path) -> Record:
@@ -80,18 +84,18 @@ class Record:
             with np.load(file, allow_pickle=False) as data:
                 meta = json.loads(str(data["meta"]))
                 offsets, tokens = data["offsets"].tolist(), data["tokens"].tolist()
-                start, end = data["start"].tolist(), data["end"].tolist()
+                steps = dict(zip(data["step"].tolist(), zip(data["start"].tolist(), data["end"].tolist(), strict=True), strict=True))
                 ids, readings = data["ids"].tolist(), data["readings"].tolist()
         except (OSError, ValueError, KeyError) as error:
             raise ReplayError(f"{file}: is no record of a run ({error}): record the run again") from error
         if meta.get("format") != FORMAT:
             raise ReplayError(f"{file}: format {meta.get('format')}, expected {FORMAT}: record the run again with this version")
         by_id = {id: tokens[a:b] for id, a, b in zip(ids, offsets, offsets[1:], strict=False)}
-        return cls(file, readings, [b - a for a, b in zip(start, end, strict=True)], start, end, by_id, meta)
+        return cls(file, readings, steps, by_id, meta)
 
 
-def record(engine: Engine, steps: Sequence[tuple[float, float]], path: str | Path, status: str = "finished") -> Path:
-    """Writes the record of a run that has ended. `steps` holds (start, end) of every completed step, in order; seconds."""
+def record(engine: Engine, steps: Sequence[tuple[int, float, float]], path: str | Path, status: str = "finished") -> Path:
+    """Writes the record of a run that has ended. `steps` holds (number, start, end) of every completed step, in order; seconds."""
     import numpy as np
 
     file = Path(path)
@@ -124,8 +128,9 @@ def record(engine: Engine, steps: Sequence[tuple[float, float]], path: str | Pat
     np.savez_compressed(
         file,
         readings=np.array(engine.clock.readings, np.float64),
-        start=np.array([s for s, _ in steps], np.float64),
-        end=np.array([e for _, e in steps], np.float64),
+        step=np.array([n for n, _, _ in steps], np.int64),
+        start=np.array([s for _, s, _ in steps], np.float64),
+        end=np.array([e for _, _, e in steps], np.float64),
         tokens=np.fromiter((t for o in outputs for t in o.output_token_ids), np.int64, int(offsets[-1])),
         offsets=offsets,
         ids=np.array([o.id for o in outputs], dtype=np.str_) if outputs else np.zeros(0, "U1"),
@@ -142,10 +147,10 @@ class Recorder(Observer):
 
     def on_start(self, run: Engine) -> None:
         self._engine = run
-        self._steps: list[tuple[float, float]] = []
+        self._steps: list[tuple[int, float, float]] = []
 
     def on_step(self, step: StepRecord) -> None:
-        self._steps.append((step.start, step.end))
+        self._steps.append((step.step, step.start, step.end))
 
     def close(self, result: Any) -> None:
         record(self._engine, self._steps, self.path, getattr(result, "status", "finished"))
@@ -176,15 +181,15 @@ class Replay(Executor):
         return self.record.meta["limits"]["num_blocks"]
 
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
-        given = dict(num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        given = {"num_blocks": num_blocks, "block_size": block_size, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         for name, recorded in self.record.meta["limits"].items():
             if given[name] != recorded:
                 raise ConfigError(f"engine.{name}={given[name]}, but {self.record.path} was recorded with {recorded}: set engine.{name}={recorded}")
 
     def launch(self, plan: StepPlan) -> StepPlan:
-        if plan.step >= len(self.record.end):
+        if plan.step not in self.record.steps:
             raise ReplayError(
-                f"step {plan.step}: {self.record.path} ends after {len(self.record.end)} steps (its run {self.record.meta['status']}). "
+                f"step {plan.step} is not among the {len(self.record.steps)} steps of {self.record.path} (its run {self.record.meta['status']}). "
                 "Replay with the policies, limits, seed and workload of the record; for others set executor.inner=sim"
             )
         return plan
@@ -202,11 +207,11 @@ class Replay(Executor):
             position = start + length - request.num_prompt_tokens
             # Past the recorded end lies only a token that a step in flight sampled for a request that had ended by then.
             tokens.append(known[position] if 0 <= position < len(known) else 0)
-        return StepResult(tokens, self.record.start[plan.step], self.record.end[plan.step])
+        return StepResult(tokens, *self.record.steps[plan.step])
 
 
 class RecordedTimes(Executor):
-    """Another executor in virtual time: its tokens, but step k takes as long as step k of a record.
+    """Another executor in virtual time: its tokens, but its k-th step takes as long as the k-th of a record.
 
     Two executors under the same step times must give the same decision log. A run longer than the record begins it again.
     """
@@ -218,6 +223,7 @@ class RecordedTimes(Executor):
         self.caps, self.cost_model = inner.caps, inner.cost_model
         self.clock = VirtualClock()
         self._busy_until = 0.0
+        self._launched = 0
 
     def kv_capacity(self, block_size: int) -> int:
         return self.inner.kv_capacity(block_size)
@@ -227,7 +233,8 @@ class RecordedTimes(Executor):
 
     def launch(self, plan: StepPlan) -> Any:
         begin = max(self.clock.now(), self._busy_until)
-        self._busy_until = begin + self.durations[plan.step % len(self.durations)]
+        self._busy_until = begin + self.durations[self._launched % len(self.durations)]
+        self._launched += 1
         return self.inner.launch(plan), begin, self._busy_until
 
     def collect(self, ticket: Any) -> StepResult:
@@ -237,6 +244,11 @@ class RecordedTimes(Executor):
 
     def close(self) -> None:
         self.inner.close()
+
+
+@hookimpl
+def headway_observers(run):
+    return [Recorder(run.directory / FILE)] if run.directory else []
 
 
 @hookimpl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -82,7 +83,7 @@ class SimExecutor(Executor):
         """
         stops = sorted({*self.caps.eos_token_ids, *request.sampling.stop_token_ids})
         edges = [-1, *(t for t in stops if 0 <= t < self.caps.vocab_size), self.caps.vocab_size]
-        size, low = max((b - a - 1, a + 1) for a, b in zip(edges, edges[1:], strict=False))
+        size, low = max((b - a - 1, a + 1) for a, b in pairwise(edges))
         if size < 1:
             size, low = self.caps.vocab_size, 0  # every id ends the request
         key = f"{self._seed}/{request.id}".encode()

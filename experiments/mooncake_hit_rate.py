@@ -1,0 +1,69 @@
+"""Prefix hit rate of a Mooncake trace by cache capacity: the block pool, a prefix index and an eviction, without an engine.
+
+    python experiments/mooncake_hit_rate.py TRACE.jsonl[.gz] [--capacity 500 1000 ...] [--cache hash] [--eviction lru]
+
+Every hash id counts as one block of one token, so that the trace's own blocks are the pool's. Requests come in order of arrival, one
+at a time: leading ids that are cached are hits, the rest is allocated, and all are given back, tail first, before the next request.
+Rates are weighted by tokens (512 a block, the last one partial) and by blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from core.blocks import BlockPool
+from core.hooks import load_registry
+from core.policy import Context
+from core.request import Arrival, Request
+from plugins.workloads.trace import Mooncake
+
+
+def hit_rates(rows, capacity: int, cache_name: str = "hash", eviction_name: str = "lru") -> tuple[float, float]:
+    """(by tokens, by blocks). `rows` are the trace's."""
+    registry = load_registry()
+    cache, eviction = registry.get("cache", cache_name).build(), registry.get("eviction", eviction_name).build()
+    for role in (cache, eviction):
+        role.setup(Context(0, 1, capacity, 1 << 30, 1, 1 << 30, {"cache": cache, "eviction": eviction}))
+    pool = BlockPool(capacity, 1, cache, eviction)
+    hit_tokens = hit_blocks = 0
+    for index, row in enumerate(rows):
+        ids = row.block_ids
+        request = Request(Arrival(row.time, ids), index, max_model_len=1 << 30, eos_token_ids=frozenset())
+        pool.now = row.time
+        found = cache.match(request, [], len(ids))
+        pool.acquire(found)
+        request.block_table = found + pool.allocate(len(ids) - len(found))
+        request._published, request._parent = len(found), found[-1] if found else request._parent
+        pool.publish(request, len(ids))
+        pool.release(request.block_table)
+        cache.on_finish(request, row.time)
+        hit_blocks += len(found)
+        hit_tokens += min(len(found) * row.block_size, row.input_len)
+    return hit_tokens / sum(row.input_len for row in rows), hit_blocks / sum(len(row.block_ids) for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", help="a Mooncake JSONL file, gzip or not")
+    parser.add_argument("--capacity", type=int, nargs="*", default=[500, 1000, 2000, 5000, 10000, 20000, 50000], help="blocks")
+    parser.add_argument("--cache", default="hash")
+    parser.add_argument("--eviction", default="lru")
+    options = parser.parse_args()
+    rows = Mooncake(path=options.trace).rows()
+    everything = sum(len(row.block_ids) for row in rows)
+    print(f"{len(rows)} requests, {everything} blocks, {len({id for row in rows for id in row.block_ids})} of them distinct")
+    print(f"{'capacity':>10} {'by tokens':>10} {'by blocks':>10} {'seconds':>8}   {options.cache}, {options.eviction}")
+    for capacity in [*options.capacity, everything]:
+        began = time.perf_counter()
+        tokens, blocks = hit_rates(rows, capacity, options.cache, options.eviction)
+        label = "unlimited" if capacity == everything else capacity
+        print(f"{label:>10} {tokens:>10.4f} {blocks:>10.4f} {time.perf_counter() - began:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()
