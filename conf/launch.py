@@ -147,11 +147,12 @@ def compare(sweep: Path, found: list[dict[str, Any]]) -> str:
 
 def _answers(run: Run, result: Any) -> str:
     """The first few prompts and answers, for workloads that hold real text."""
-    decode = getattr(run.engine.executor, "decode", None)
+    tokenizer = getattr(run.engine.executor, "tokenizer", None)
     spoken = [o for o in result.outputs if o.prompt and o.output_token_ids][:3]
-    if decode is None or not spoken:
+    if tokenizer is None:
         return ""
-    return "\n" + "\n".join(f"  > {o.prompt}\n    {(o.text if o.text is not None else decode(o.output_token_ids)).strip()}" for o in spoken) + "\n"
+    texts = [o.text if o.text is not None else tokenizer.decode(o.output_token_ids) for o in spoken]
+    return "".join(f"\n  > {o.prompt}\n    {text.strip()}\n" for o, text in zip(spoken, texts, strict=True))
 
 
 # ---- errors in plain words -------------------------------------------------------------------------------------------

@@ -124,8 +124,8 @@ def _construct(plugin: Plugin, parameters: dict[str, Any]) -> Role:
     return built
 
 
-def prepare_executor(executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
-    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, parallel, tp, pp, engine, seed.
+def prepare_executor(registry: Registry, executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
+    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, backends, parallel, tp, pp, engine, seed.
 
     `shape` is worked out only for those that ask, since a checkpoint brings its own.
     """
@@ -137,6 +137,7 @@ def prepare_executor(executor: Any, composition: Composition, roles: dict[str, R
         "shape": composition.model.shape,
         "hardware": lambda: composition.hardware,
         "kernels": lambda: roles.get("kernels"),
+        "backends": lambda: lambda name: _construct(registry.get("kernels", name), {}),
         "parallel": lambda: composition.parallel,
         "tp": lambda: composition.parallel.tp,
         "pp": lambda: composition.parallel.pp,
@@ -155,13 +156,13 @@ def prepare_executor(executor: Any, composition: Composition, roles: dict[str, R
 
 def _ready_executor(registry: Registry, composition: Composition, roles: dict[str, Role]) -> Role:
     executor: Any = roles["executor"]
-    prepare_executor(executor, composition, roles)
+    prepare_executor(registry, executor, composition, roles)
     if not getattr(executor, "inner", ""):
         return roles["executor"]
     # executor=replay executor.inner=sim: another executor in the step times of a record.
     within = _construct(registry.get("executor", executor.inner), {})
     within.plugin_name = f"executor={executor.inner}"
-    prepare_executor(within, composition, roles)
+    prepare_executor(registry, within, composition, roles)
     wrapped: Role = executor.over(within)
     wrapped.plugin_name = f"{executor.plugin_name}({executor.inner})"
     return wrapped
@@ -175,7 +176,10 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     roles, plugins = build_roles(registry, composition.choices)
     tracking = roles.pop("tracking", None)
     roles["executor"] = _ready_executor(registry, composition, roles)
-    engine = Engine(roles, composition.engine, seed=composition.seed, stop_text=getattr(roles["executor"], "stop_text", None))
+    executor = roles["executor"]
+    if hasattr(roles.get("workload"), "tokenizer"):
+        roles["workload"].tokenizer = getattr(executor, "tokenizer", None)  # type: ignore[attr-defined]  # for real texts
+    engine = Engine(roles, composition.engine, seed=composition.seed, stop_text=getattr(executor, "stop_text", None))
     run = Run(composition, roles, plugins, engine, registry, **about)
     engine.observers.extend([*observers, *registry.observers(run)])
     if tracking is not None:

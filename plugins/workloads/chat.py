@@ -45,7 +45,7 @@ class Chat(Paced):
     system: str = ""  # a system message for every conversation
     max_tokens: int | None = 64
 
-    tokenizer: ClassVar[Any] = None  # set on the object by the composition: encode(text), and apply_chat_template where it has one
+    tokenizer: ClassVar[Any] = None  # set on the object by the composition: encode(text), has_chat_template, encode_chat(messages)
 
     def texts(self) -> list[str]:
         """The prompts. Raises WorkloadError with file and line for what cannot be read."""
@@ -79,13 +79,11 @@ class Chat(Paced):
 
     def _encode(self, text: str) -> list[int]:
         tokenizer = self.tokenizer
-        if not getattr(tokenizer, "chat_template", None):
+        if not tokenizer.has_chat_template:
             return list(tokenizer.encode(f"{self.system}\n{text}" if self.system else text))
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": text})
-        # Rendered first and encoded after, which is the same in every version of transformers.
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer.encode(rendered, add_special_tokens=False))
+        return list(tokenizer.encode_chat(messages))
 
 
 @hookimpl
