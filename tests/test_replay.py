@@ -13,7 +13,14 @@ from core.request import Arrival, SamplingParams, Tags
 from core.testing.oracle import OracleExecutor
 from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks
-from plugins.executors.replay import Record, RecordedTimes, Recorder, Replay, ReplayError, record
+from plugins.executors.replay import (
+    Record,
+    RecordedTimes,
+    Recorder,
+    Replay,
+    ReplayError,
+    record,
+)
 from plugins.executors.sim import SimExecutor
 from plugins.schedulers.chunked import ChunkedPrefill
 from plugins.schedulers.order.fcfs import FirstCome

@@ -7,7 +7,18 @@ from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
-from headway import ConfigError, Executor, ExecutorCaps, Hardware, ModelShape, Request, StepPlan, StepResult, VirtualClock, hookimpl
+from headway import (
+    ConfigError,
+    Executor,
+    ExecutorCaps,
+    Hardware,
+    ModelShape,
+    Request,
+    StepPlan,
+    StepResult,
+    VirtualClock,
+    hookimpl,
+)
 
 from .cost import Roofline
 

@@ -10,9 +10,17 @@ from operator import attrgetter
 from random import Random
 from typing import Any
 
-from headway import Arrival, SamplingParams, Tags, Workload, WorkloadError, hookimpl, near
+from headway import (
+    Arrival,
+    SamplingParams,
+    Tags,
+    Workload,
+    WorkloadError,
+    hookimpl,
+    near,
+)
 
-from .pace import gaps, length_range, random_tokens
+from .pace import arrival_times, length_range, random_tokens
 
 
 @dataclass
@@ -54,15 +62,10 @@ class Clients(Workload):
     def _client(self, i: int, seed: int, vocab_size: int) -> Iterator[Arrival]:
         rng, name = Random(f"{seed}/client{i}"), f"client{i}"
         sampling = SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
-        for number, time in enumerate(takewhile(lambda t: t < self.duration, self._times(i, seed))):
+        times = arrival_times(self.arrival, self.rates[i], self.burstiness, Random(f"{seed}/arrivals{i}"))
+        for number, time in enumerate(takewhile(lambda t: t < self.duration, times)):
             prompt = random_tokens(rng, rng.randint(*self._input[i]), vocab_size)
             yield Arrival(time, prompt, sampling, rng.randint(*self._output[i]), f"{name}.{number}", Tags(client=name))
-
-    def _times(self, i: int, seed: int) -> Iterator[float]:
-        now, rng = 0.0, Random(f"{seed}/arrivals{i}")
-        for gap in gaps(self.arrival, self.rates[i], self.burstiness, rng):
-            now += gap
-            yield now
 
 
 @hookimpl

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, count, islice
 from random import Random
 from typing import Any, ClassVar
 
 from headway import Arrival, Request, SamplingParams, Workload, WorkloadError, near
 
 
-def gaps(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
-    """Seconds between arrivals, without end; the first request comes after the first gap, for uniform at once.
+def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
+    """Seconds at which requests arrive, without end.
 
-    uniform: 1 / rate. poisson: exponential. gamma: shape `burstiness` and mean 1 / rate, as in `vllm bench serve`: 1 is
-    Poisson, less is burstier (coefficient of variation burstiness ** -0.5).
+    uniform: i / rate. poisson: exponential gaps. gamma: gaps of shape `burstiness` and mean 1 / rate, as in `vllm bench
+    serve`: 1 is Poisson, less is burstier (coefficient of variation burstiness ** -0.5).
     """
     if arrival == "uniform":
-        yield 0.0
+        yield from (i / rate for i in count())
+    now = 0.0
     while True:
-        if arrival == "uniform":
-            yield 1 / rate
-        elif arrival == "poisson":
-            yield rng.expovariate(rate)
-        else:
-            yield rng.gammavariate(burstiness, 1 / (rate * burstiness))
+        now += rng.expovariate(rate) if arrival == "poisson" else rng.gammavariate(burstiness, 1 / (rate * burstiness))
+        yield now
 
 
 def length_range(name: str, value: Any) -> tuple[int, int]:
@@ -39,8 +36,8 @@ def length_range(name: str, value: Any) -> tuple[int, int]:
     return low, high
 
 
-def random_tokens(rng: Random, count: int, vocab_size: int) -> list[int]:
-    return rng.choices(range(vocab_size), k=count)
+def random_tokens(rng: Random, length: int, vocab_size: int) -> list[int]:
+    return rng.choices(range(vocab_size), k=length)
 
 
 @dataclass
@@ -79,12 +76,6 @@ class Paced(Workload):
         except ValueError as error:
             raise WorkloadError(f"workload.{error}") from None
 
-    def times(self, seed: int) -> Iterator[float]:
-        now, rng = 0.0, Random(f"{seed}/arrivals")
-        for gap in gaps(self.arrival, self.rate, self.burstiness, rng):
-            now += gap
-            yield now
-
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
         """In order of time. Raises WorkloadError for an empty workload."""
         made = self.requests(seed, vocab_size, max_model_len)
@@ -101,7 +92,8 @@ class Paced(Workload):
             return (replace(request, time=0.0) for request in self._rest)
         if self.arrival == "replay":
             return iter(self._rest)
-        return (replace(request, time=time) for request, time in zip(self._rest, self.times(seed), strict=False))
+        times = arrival_times(self.arrival, self.rate, self.burstiness, Random(f"{seed}/arrivals"))
+        return (replace(request, time=time) for request, time in zip(self._rest, times, strict=False))
 
     def on_result(self, request: Request, now: float) -> Iterable[Arrival]:
         if self.arrival != "closed":

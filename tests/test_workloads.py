@@ -1,0 +1,467 @@
+"""Workloads: what each promises about lengths, times, sharing and repeatability, and what bad input is told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import statistics
+from itertools import pairwise
+
+import pytest
+
+from core.config import Hardware, ModelShape
+from core.engine import Engine, EngineConfig
+from core.errors import WorkloadError
+from plugins.cache.eviction.lru import LeastRecent
+from plugins.cache.hash import HashBlocks
+from plugins.executors.sim import SimExecutor
+from plugins.schedulers.chunked import ChunkedPrefill
+from plugins.schedulers.order.fcfs import FirstCome
+from plugins.schedulers.victim.newest import Newest
+from plugins.workloads.chat import PROMPTS, Chat
+from plugins.workloads.clients import Clients
+from plugins.workloads.content import Content
+from plugins.workloads.multi_turn import MultiTurn
+from plugins.workloads.nano_bench import NanoBench
+from plugins.workloads.random_lengths import RandomLengths
+from plugins.workloads.shared_prefix import SharedPrefix
+from plugins.workloads.trace import Azure, BurstGPT, Mooncake, Trace
+
+VOCAB, CONTEXT = 1000, 4096
+
+
+def made(workload, seed: int = 0, vocab: int = VOCAB, context: int = CONTEXT) -> list:
+    return list(workload.arrivals(seed, vocab, context))
+
+
+def run(workload, seed: int = 0, context: int = CONTEXT, **config):
+    executor = SimExecutor()
+    executor.prepare(ModelShape("LlamaForCausalLM", 64, 2, 4, 2, 16, 128, VOCAB, True, context), Hardware())
+    roles = {
+        "scheduler": ChunkedPrefill(), "order": FirstCome(), "victim": Newest(), "cache": HashBlocks(), "eviction": LeastRecent(),
+        "executor": executor,
+    }  # fmt: skip
+    engine = Engine(roles, EngineConfig(**{"num_blocks": 2000, **config}), seed=seed)
+    return engine.run(workload.arrivals(seed, VOCAB, engine.max_model_len), workload.on_result)
+
+
+def most_at_once(outputs) -> int:
+    """The most requests that were in the system at any time; one that leaves makes room for one that comes then."""
+    events = sorted([(o.arrival_time, 1) for o in outputs] + [(o.finish_time, -1) for o in outputs])
+    level = peak = 0
+    for _, change in events:
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+# ---- what every workload promises ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mooncake_file(tmp_path):
+    file = tmp_path / "trace.jsonl"
+    rows = [(0, 1300, 5, [0, 1, 2]), (3000, 1025, 7, [0, 1, 3]), (3000, 512, 2, [0]), (9000, 700, 9, [4, 5])]
+    file.write_text("".join(json.dumps({"timestamp": t, "input_length": i, "output_length": o, "hash_ids": h}) + "\n" for t, i, o, h in rows))
+    return file
+
+
+@pytest.fixture(params=["random", "nano_bench", "shared_prefix", "multi_turn", "clients", "mooncake", "poisson", "gamma", "uniform"])
+def workload_of(request, mooncake_file):
+    return {
+        "random": lambda: RandomLengths(input_len=[5, 90], output_len=[1, 9]),
+        "nano_bench": lambda: NanoBench(num_requests=8),
+        "shared_prefix": lambda: SharedPrefix(groups=3),
+        "multi_turn": lambda: MultiTurn(arrival="poisson"),
+        "clients": lambda: Clients(duration=10),
+        "mooncake": lambda: Mooncake(path=str(mooncake_file)),
+        "poisson": lambda: RandomLengths(arrival="poisson", rate=9),
+        "gamma": lambda: RandomLengths(arrival="gamma", rate=9, burstiness=0.5),
+        "uniform": lambda: RandomLengths(arrival="uniform", rate=9),
+    }[request.param]
+
+
+def test_arrivals_come_in_order_of_time_with_tokens_of_the_vocabulary(workload_of):
+    arrivals = made(workload_of())
+    assert arrivals and all(a.time <= b.time for a, b in pairwise(arrivals))
+    assert all(0 <= token < VOCAB for a in arrivals for token in a.prompt_token_ids)
+
+
+def test_the_same_seed_gives_the_same_requests_and_another_seed_others(workload_of):
+    assert made(workload_of()) == made(workload_of())
+    if not isinstance(workload_of(), NanoBench):
+        assert made(workload_of()) != made(workload_of(), seed=1)
+
+
+def test_a_second_run_of_one_object_repeats_the_first(workload_of):
+    workload = workload_of()
+    assert made(workload) == made(workload)
+
+
+def test_declared_caps_do_not_reveal_the_true_length(workload_of):
+    declares = isinstance(workload_of(), NanoBench)  # that benchmark does
+    assert all((a.sampling.max_tokens is None) != declares and (a.output_len is None) == declares for a in made(workload_of()))
+
+
+def test_an_empty_workload_is_an_error():
+    for build in (lambda: RandomLengths(num_requests=0), lambda: SharedPrefix(num_requests=0), lambda: MultiTurn(num_sessions=0)):
+        with pytest.raises(WorkloadError, match="expected at least 1"):
+            made(build())
+    chat = Chat(num_requests=0)
+    chat.tokenizer = Words()
+    with pytest.raises(WorkloadError, match="is empty"):
+        made(chat)
+
+
+# ---- arrival processes ---------------------------------------------------------------------------------------------------
+
+
+def gaps_of(**parameters) -> list[float]:
+    times = [a.time for a in made(RandomLengths(num_requests=4000, input_len=1, output_len=1, **parameters))]
+    return [b - a for a, b in pairwise(times)]
+
+
+def test_all_at_once_is_at_time_zero():
+    assert {a.time for a in made(RandomLengths())} == {0.0}
+
+
+def test_uniform_is_evenly_spaced():
+    assert gaps_of(arrival="uniform", rate=4) == pytest.approx([0.25] * 3999)
+
+
+@pytest.mark.parametrize("arrival, burstiness", [("poisson", 1.0), ("gamma", 1.0), ("gamma", 0.25), ("gamma", 4.0)])
+def test_poisson_and_gamma_have_the_asked_rate_and_variation(arrival, burstiness):
+    gaps = gaps_of(arrival=arrival, rate=5.0, burstiness=burstiness)
+    assert statistics.mean(gaps) == pytest.approx(0.2, rel=0.1)
+    assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(burstiness**-0.5, rel=0.1)
+
+
+def test_the_same_requests_come_at_every_rate():
+    def prompts(**p):
+        return [a.prompt_token_ids for a in made(RandomLengths(input_len=[1, 50], **p))]
+    assert prompts() == prompts(arrival="poisson", rate=3) == prompts(arrival="gamma", rate=30, burstiness=2)
+
+
+def test_a_closed_loop_keeps_its_concurrency_to_the_end():
+    outputs = run(RandomLengths(arrival="closed", concurrency=5, num_requests=40, output_len=[3, 30])).outputs
+    assert len(outputs) == 40
+    assert most_at_once(outputs) == 5
+    assert all(later.arrival_time in {o.finish_time for o in outputs} for later in outputs[5:])
+
+
+@pytest.mark.parametrize(
+    "parameters, match",
+    [
+        ({"arrival": "poison"}, "poison.*Did you mean poisson"),
+        ({"arrival": "replay"}, "replay"),
+        ({"rate": 0}, "rate=0"),
+        ({"burstiness": -1}, "burstiness=-1"),
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"input_len": 0}, "input_len=0"),
+        ({"output_len": -3}, "output_len=-3"),
+        ({"input_len": [9, 3]}, r"input_len=\[9, 3\]"),
+        ({"input_len": "long"}, "input_len=long"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"temperature": -1}, "temperature=-1"),
+    ],
+)
+def test_parameters_out_of_range_are_named(parameters, match):
+    with pytest.raises(WorkloadError, match=match):
+        RandomLengths(**parameters)
+
+
+# ---- synthetic requests ----------------------------------------------------------------------------------------------------
+
+
+def test_random_lengths_stay_within_their_ranges_and_reach_both_ends():
+    arrivals = made(RandomLengths(num_requests=300, input_len=[3, 9], output_len=[2, 5], clients=3, priorities=2))
+    assert {len(a.prompt_token_ids) for a in arrivals} == set(range(3, 10))
+    assert {a.output_len for a in arrivals} == set(range(2, 6))
+    assert {a.tags.client for a in arrivals} == {"c0", "c1", "c2"} and {a.tags.priority for a in arrivals} == {0, 1}
+
+
+def test_nano_bench_is_the_peers_benchmark_token_for_token():
+    random.seed(0)  # as the benchmark itself does
+    prompts = [[random.randint(0, 10000) for _ in range(random.randint(100, 1024))] for _ in range(256)]
+    lengths = [random.randint(100, 1024) for _ in range(256)]
+    arrivals = made(NanoBench(), seed=7, vocab=151936)
+    assert [a.prompt_token_ids for a in arrivals] == prompts
+    assert [a.sampling.max_tokens for a in arrivals] == lengths
+    assert all(a.sampling.ignore_eos and a.sampling.temperature == 0.6 for a in arrivals)
+    assert (sum(map(len, prompts)), sum(lengths)) == (142_827, 133_966)
+
+
+def test_a_repeat_of_nano_bench_shares_no_token_position():
+    first, second = made(NanoBench(num_requests=4), vocab=151936), made(NanoBench(num_requests=4, repeat=1), vocab=151936)
+    assert all(x != y for a, b in zip(first, second, strict=True) for x, y in zip(a.prompt_token_ids, b.prompt_token_ids, strict=True))
+
+
+def test_shared_prefix_is_70_of_100_requests_sharing_410_of_512_tokens():
+    arrivals = made(SharedPrefix())
+    prefixes = [tuple(a.prompt_token_ids[:410]) for a in arrivals]
+    common = max(set(prefixes), key=prefixes.count)
+    assert prefixes.count(common) == 70 and len(set(prefixes)) == 31
+    assert len({tuple(a.prompt_token_ids[:420]) for a in arrivals}) == 100
+    assert {len(a.prompt_token_ids) for a in arrivals} == {512}
+
+
+def test_shared_prefix_hits_the_cache_in_whole_blocks():
+    outputs = run(SharedPrefix(arrival="uniform", rate=10), block_size=16).outputs
+    assert sum(o.num_cached_tokens for o in outputs) == 69 * (410 // 16 * 16)
+
+
+def test_groups_share_among_themselves_only():
+    arrivals = made(SharedPrefix(groups=4, share_requests=1.0, share_prompt=0.5, num_requests=40))
+    by_prefix: dict[tuple, set] = {}
+    for a in arrivals:
+        by_prefix.setdefault(tuple(a.prompt_token_ids[:256]), set()).add(a.tags.category)
+    assert sorted(map(len, by_prefix.values())) == [1] * 4
+
+
+def test_clients_come_at_their_own_rates_evenly_spaced():
+    arrivals = made(Clients(duration=20))
+    times = {name: [a.time for a in arrivals if a.tags.client == name] for name in ("client0", "client1")}
+    assert [len(t) for t in times.values()] == [30, 60]
+    assert times["client1"][:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert {(len(a.prompt_token_ids), a.output_len) for a in arrivals} == {(256, 256)}
+    assert len({a.id for a in arrivals}) == 90
+
+
+def test_clients_need_one_length_each_or_one_for_all():
+    with pytest.raises(WorkloadError, match="input_lens has 3 entries for 2 clients"):
+        Clients(input_lens=[1, 2, 3])
+    arrivals = made(Clients(rates=[1, 1, 1], duration=3, input_lens=[[5, 6], 7, 8], output_lens=[2]))
+    assert {(a.tags.client, len(a.prompt_token_ids) in (5, 6)) for a in arrivals} == {("client0", True), ("client1", False), ("client2", False)}
+
+
+# ---- conversations ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_is_the_whole_talk_so_far_and_comes_after_the_answer():
+    workload = MultiTurn(num_sessions=3, turns=3, system_len=10, input_len=[5, 8], output_len=[4, 6])
+    seen: dict[str, list] = {}
+    first = made(workload)
+    workload.arrivals(0, VOCAB, CONTEXT)
+    follow = workload.on_result
+
+    def remember(request, now):
+        following = list(follow(request, now))
+        for a in following:
+            assert a.time >= now
+            seen.setdefault(a.tags.session, []).append((list(request.token_ids), a))
+        return following
+
+    workload.on_result = remember
+    outputs = run(workload).outputs
+    assert len(outputs) == 9 and {o.tags.turn for o in outputs} == {0, 1, 2}
+    assert len({tuple(a.prompt_token_ids[:10]) for a in first}) == 1, "conversations begin with one system prompt"
+    for turns in seen.values():
+        for before, a in turns:
+            assert a.prompt_token_ids[: len(before)] == before
+            assert 5 <= len(a.prompt_token_ids) - len(before) <= 8
+
+
+def test_what_a_conversation_asks_does_not_depend_on_the_order_of_answers():
+    def lengths(**p):
+        return {o.id: (o.num_prompt_tokens, len(o.output_token_ids)) for o in run(MultiTurn(turns=[1, 5], input_len=[3, 9], **p)).outputs}
+    assert lengths() == lengths(arrival="poisson", rate=50) == lengths(arrival="closed", concurrency=2)
+
+
+def test_a_closed_loop_of_conversations_keeps_so_many_going():
+    outputs = run(MultiTurn(arrival="closed", concurrency=3, num_sessions=10, turns=[1, 4])).outputs
+    assert {o.tags.session for o in outputs} == {f"s{i}" for i in range(10)}
+    assert most_at_once(outputs) <= 3
+
+
+def test_a_conversation_ends_where_the_context_does():
+    outputs = run(MultiTurn(num_sessions=2, turns=50, input_len=20, output_len=20), context=256).outputs
+    assert all(o.state == "finished" for o in outputs)
+    assert 2 < max(o.tags.turn for o in outputs) < 10
+
+
+# ---- chat ---------------------------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer of the least kind."""
+
+    has_chat_template = False
+
+    def encode(self, text):
+        return [len(word) for word in text.split()]
+
+
+class Templated(Words):
+    has_chat_template = True
+
+    def encode_chat(self, messages):
+        return self.encode(" ".join(f"<{m['role']}> {m['content']}" for m in messages) + " <assistant>")
+
+
+def chat(tokenizer=None, **parameters) -> Chat:
+    workload = Chat(**parameters)
+    workload.tokenizer = tokenizer or Words()
+    return workload
+
+
+def test_chat_asks_each_prompt_once_and_lets_the_model_end_the_answer():
+    arrivals = made(chat())
+    assert [a.prompt for a in arrivals] == list(PROMPTS)
+    assert all(a.output_len is None and a.sampling.max_tokens == 64 for a in arrivals)
+    assert [a.prompt for a in made(chat(num_requests=20))] == [*PROMPTS, *PROMPTS[:4]]
+
+
+def test_chat_uses_the_models_template_and_system_message():
+    arrival = made(chat(Templated(), system="Be brief.", num_requests=1))[0]
+    assert arrival.prompt_token_ids == Words().encode(f"<system> Be brief. <user> {PROMPTS[0]} <assistant>")
+
+
+def test_chat_reads_prompts_from_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\nthree\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one two"}\n{"prompt": "three"}\n')
+    assert [a.prompt for a in made(chat(path=str(tmp_path / "a.txt")))] == ["one two", "three"]
+    assert [a.prompt for a in made(chat(path=str(tmp_path / "b.jsonl")))] == ["one two", "three"]
+
+
+def test_chat_says_what_it_lacks(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}\n')
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(WorkloadError, match="needs the model's tokenizer"):
+        made(Chat())
+    with pytest.raises(WorkloadError, match=r"bad\.jsonl:2: expected"):
+        made(chat(path=str(tmp_path / "bad.jsonl")))
+    with pytest.raises(WorkloadError, match=r"empty\.txt: holds no prompt"):
+        made(chat(path=str(tmp_path / "empty.txt")))
+    with pytest.raises(WorkloadError, match="cannot be read"):
+        made(chat(path=str(tmp_path / "none.txt")))
+
+
+# ---- traces --------------------------------------------------------------------------------------------------------------------
+
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
+BURST = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation log\n45.5,GPT-4,10,230,240,API log\n"
+
+
+def file_of(tmp_path, text: str, name: str = "trace.csv") -> str:
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+def test_azure_times_start_at_zero_and_lengths_are_the_columns(tmp_path):
+    arrivals = made(Azure(path=file_of(tmp_path, AZURE)))
+    assert [a.time for a in arrivals] == pytest.approx([0.0, 4.314579])
+    assert [(len(a.prompt_token_ids), a.output_len) for a in arrivals] == [(374, 44), (396, 109)]
+    assert arrivals[0].prompt_token_ids[0] != arrivals[1].prompt_token_ids[0], "no prefix is shared"
+
+
+def test_azures_later_traces_have_a_time_zone(tmp_path):
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 00:00:01+00:00,2,5\n"
+    assert made(Azure(path=file_of(tmp_path, text)))[1].time == pytest.approx(0.99007)
+
+
+def test_burstgpt_columns_are_found_by_name(tmp_path):
+    arrivals = made(BurstGPT(path=file_of(tmp_path, BURST)))
+    assert [(a.time, len(a.prompt_token_ids), a.output_len) for a in arrivals] == [(0.0, 472, 18), (40.5, 10, 230)]
+
+
+def test_mooncake_block_ids_become_tokens_so_that_prefixes_are_real(mooncake_file):
+    a, b, c, d = (r.prompt_token_ids for r in made(Mooncake(path=str(mooncake_file))))
+    assert [len(p) for p in (a, b, c, d)] == [1300, 1025, 512, 700]
+    assert a[:1024] == b[:1024] and a[1024] != b[1024] and c == a[:512]
+    assert d[0] != a[0]
+
+
+def test_mooncake_prefixes_hit_the_cache_of_the_engine(mooncake_file):
+    outputs = run(Mooncake(path=str(mooncake_file)), block_size=16).outputs
+    assert [o.num_cached_tokens for o in outputs] == [0, 1024, 496, 0]  # the last prompt token is always computed
+
+
+def test_a_trace_may_be_compressed_scaled_and_limited(tmp_path, mooncake_file):
+    packed = tmp_path / "trace.jsonl.gz"
+    packed.write_bytes(gzip.compress(mooncake_file.read_bytes()))
+    arrivals = made(Mooncake(path=str(packed), time_scale=0.5, limit=2))
+    assert [a.time for a in arrivals] == [0.0, 1.5]
+
+
+def test_long_prompts_are_the_engines_to_reject_unless_they_are_cut(mooncake_file):
+    def states(**p):
+        return [o.state for o in run(Mooncake(path=str(mooncake_file), **p), context=1100).outputs]
+    assert states() == ["rejected", "finished", "finished", "finished"]
+    assert states(max_input_len=1000) == ["finished"] * 4
+    cut = made(Mooncake(path=str(mooncake_file), max_input_len=600, max_output_len=6))
+    assert [(len(a.prompt_token_ids), a.output_len) for a in cut] == [(600, 5), (600, 6), (512, 2), (600, 6)]
+
+
+def test_a_trace_can_come_at_another_pace(mooncake_file):
+    outputs = run(Mooncake(path=str(mooncake_file), arrival="closed", concurrency=1)).outputs
+    assert most_at_once(outputs) == 1
+    times = [a.time for a in made(Mooncake(path=str(mooncake_file), arrival="uniform", rate=2))]
+    assert times == [0.0, 0.5, 1.0, 1.5]
+
+
+def test_rows_out_of_order_are_sorted(tmp_path):
+    lines = AZURE.splitlines()
+    arrivals = made(Azure(path=file_of(tmp_path, "\n".join([lines[0], lines[2], lines[1]]))))
+    assert [a.output_len for a in arrivals] == [44, 109]
+
+
+def test_zero_lengths_cost_only_their_own_request(tmp_path):
+    outputs = run(Azure(path=file_of(tmp_path, AZURE + "2023-11-16 18:16:00.0,0,5\n2023-11-16 18:16:01.0,5,0\n"))).outputs
+    assert [o.state for o in outputs] == ["finished", "finished", "rejected", "rejected"]
+    assert "empty prompt" in outputs[2].finish_reason and "output length 0" in outputs[3].finish_reason
+
+
+@pytest.mark.parametrize(
+    "workload, text, match",
+    [
+        (Azure, AZURE + "2023-11-16 18:15:51.0,12\n", r":4: 2 cells"),
+        (Azure, AZURE + "2023-11-16 18:15:51.0,12,many\n", r":4: GeneratedTokens 'many'"),
+        (Azure, AZURE + "2023-11-16 18:15:51.0,-1,3\n", r":4: ContextTokens -1"),
+        (Azure, AZURE + "2023-11-16 18:15:51.0,1.5,3\n", r":4: ContextTokens '1\.5'"),
+        (Azure, AZURE + "yesterday,1,3\n", r":4: TIMESTAMP 'yesterday'"),
+        (Azure, "time,in,out\n", r":1: the header lacks TIMESTAMP"),
+        (Azure, "TIMESTAMP,ContextTokens,GeneratedTokens\n", r"holds no request"),
+        (Azure, "", r"holds no request"),
+        (BurstGPT, BURST + "nan,ChatGPT,1,1,2,x\n", r":4: Timestamp nan"),
+        (Mooncake, '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1]}\n{"timestamp"\n', r":2: no JSON"),
+        (Mooncake, '{"timestamp": 0, "input_length": 5, "hash_ids": [1]}\n', r":1: lacks 'output_length'"),
+        (Mooncake, '{"timestamp": 0, "input_length": 513, "output_length": 1, "hash_ids": [1]}\n', r":1: 1 hash_ids .* do not cover"),
+        (Mooncake, '{"timestamp": 0, "input_length": -5, "output_length": 1, "hash_ids": [1]}\n', r":1: input_length -5"),
+        (Mooncake, '{"timestamp": 0, "input_length": 5, "output_length": -1, "hash_ids": [1]}\n', r":1: output_length -1"),
+        (Mooncake, '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": ["a"]}\n', r":1: hash_ids"),
+        (Mooncake, "[1, 2]\n", r":1: lacks"),
+    ],
+)
+def test_a_malformed_line_is_named_by_file_and_line(tmp_path, workload, text, match):
+    path = file_of(tmp_path, text)
+    with pytest.raises(WorkloadError, match=rf"trace\.csv:? ?{match}"):
+        workload(path=path).arrivals(0, VOCAB, CONTEXT)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "broken.csv.gz").write_bytes(b"no gzip")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    for name in ("broken.csv.gz", "binary.csv"):
+        with pytest.raises(WorkloadError, match=rf"{name}:1: cannot be read"):
+            made(Azure(path=str(tmp_path / name)))
+    with pytest.raises(WorkloadError, match="no such file"):
+        made(Azure(path=str(tmp_path / "none.csv")))
+    with pytest.raises(WorkloadError, match="workload.path is not set"):
+        made(Mooncake())
+    with pytest.raises(WorkloadError, match="Did you mean mooncake"):
+        Trace(format="moncake")
+
+
+# ---- tokens of ids ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [2, 7, 1000, 151936])
+def test_content_is_stable_and_tells_ids_apart_in_its_first_tokens(vocab):
+    content = Content(3, vocab)
+    head = 40 if vocab == 2 else 16
+    ids = [*range(200), 1 << 20, (1 << 40) - 1]
+    assert len({tuple(content.tokens(id, head)) for id in ids}) == len(ids)
+    assert content.tokens(5, 900) == Content(3, vocab).tokens(5, 900)
+    assert content.tokens(5, 900)[:100] == content.tokens(5, 100)
+    assert all(0 <= token < vocab for token in content.tokens(12345, 2 * vocab + 5 if vocab < 100 else 50))
