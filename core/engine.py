@@ -213,6 +213,7 @@ class Engine:
         self._ids.add(request.id)
         if problem:
             self._end(request, RequestState.REJECTED, problem, now)
+            self._follow(request, now)
             return
         self.waiting.add(request)
         self._notify("on_arrival", request, now)
@@ -278,6 +279,7 @@ class Engine:
         self.waiting.remove(request)
         self._end(request, RequestState.REJECTED, reason, self.view.now)
         self._notify("on_finish", request, self.view.now)
+        self._follow(request, self.view.now)
 
     @property
     def thrashing(self) -> bool:
@@ -454,6 +456,10 @@ class Engine:
         self.owed.pop(request.index, None)
         self._give_back(request)
         self._notify("on_finish", request, now)
+        self._follow(request, now)
+
+    def _follow(self, request: Request, now: float) -> None:
+        """What a closed loop asks next, after a refused request too: its client goes on."""
         if self.on_result is not None:
             for arrival in self.on_result(request, now):
                 self.add(arrival)

@@ -389,7 +389,7 @@ class Workload(Role):
         raise NotImplementedError
 
     def on_result(self, request: Request, now: float) -> Iterable[Any]:
-        """Closed loop: arrivals that follow a finished request (its next turn), with time >= now."""
+        """Closed loop: arrivals that follow a finished or rejected request (its next turn), with time >= now."""
         return ()
 
 

@@ -150,6 +150,12 @@ def test_a_closed_loop_keeps_its_concurrency_to_the_end():
     assert all(later.arrival_time in {o.finish_time for o in outputs} for later in outputs[5:])
 
 
+def test_a_refused_request_does_not_cost_a_closed_loop_its_client():
+    outputs = run(RandomLengths(arrival="closed", concurrency=2, num_requests=30, input_len=[50, 150]), context=100).outputs
+    assert len(outputs) == 30
+    assert {o.state for o in outputs} == {"finished", "rejected"}
+
+
 @pytest.mark.parametrize(
     "parameters, match",
     [
