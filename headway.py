@@ -1,12 +1,15 @@
 """Headway's public surface: everything a plugin author imports. `python -m headway` is the command line."""
 
+from typing import Any
+
 from core import metrics
 from core.blocks import ROOT, Block
+from core.build import Composition, build
 from core.clock import ReplayClock, VirtualClock, WallClock
 from core.config import Hardware, ModelConfig, ModelShape
 from core.engine import Engine, EngineConfig, RunResult
 from core.errors import ConfigError, HeadwayError, InvariantError, ModelError, PluginError, PolicyError, WorkloadError, near
-from core.hooks import hookimpl
+from core.hooks import hookimpl, load_registry
 from core.policy import (
     API_VERSION,
     Admission,
@@ -41,11 +44,28 @@ from core.step import Allocation, Chunk, Granted, Match, NeedBlocks, NoBudget, N
 from core.testing.oracle import OracleExecutor
 
 __all__ = [
-    "API_VERSION", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "Chunk", "ConfigError", "Context", "CostModel",
+    "API_VERSION", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "Chunk", "Composition", "ConfigError", "Context", "CostModel",
     "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware", "HeadwayError", "InvariantError",
     "KVControl", "KeyEviction", "LengthPrediction", "Match", "ModelConfig", "ModelError", "ModelShape", "Need", "NeedBlocks", "NoBudget",
     "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "PluginError", "PolicyError", "Predictor", "PrefixCache", "Reject", "ReplayClock", "Request",
     "RequestOutput", "RequestState", "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan",
     "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError",
-    "hookimpl", "metrics", "near",
+    "build", "hookimpl", "load_registry", "metrics", "near",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """`from headway import LLM` imports the real engine, and torch with it, only for those who ask."""
+    if name == "LLM":
+        from plugins.executors.torch.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module 'headway' has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from core.cli import main
+
+    sys.exit(main(sys.argv[1:]))

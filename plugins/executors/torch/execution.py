@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from . import TorchExecutor
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one sampled token, of the model's own distribution."""
+
+    token: int
+    logprob: float
+    rank: int  # of the sampled token, from 1
+    best: dict[int, float]  # as many as the request asked for, best first
+
+
 @dataclass(slots=True)
 class Ticket:
     """A launched step. Times on the run's clock; seconds in `timings`."""
@@ -34,7 +43,8 @@ class Ticket:
     step: StepInput
     launched: float
     slot: int  # of the result ring
-    logprobs: tuple[Any, Any, Any] | None
+    logprobs: tuple[Any, ...] | None = None  # as in Sampled, on the host
+    wanted: list[int | None] = field(default_factory=list)  # alternatives each sampled request asked for; filled when any does
     timings: dict[str, float] = field(default_factory=dict)
     began: Any = None  # CUDA events around the step's work, when profiling
     ended: Any = None
@@ -107,12 +117,13 @@ class Execution:
         packed = perf_counter()
         slot = self._slots[0]
         self._slots.rotate(-1)
-        ticket = Ticket(step, now, slot, None)
+        ticket = Ticket(step, now, slot)
         if self.config.profile and self._arrived:
             ticket.began, ticket.ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             ticket.began.record()
-        sampled = self.runner.execute(step)
-        self._send_back(ticket, sampled)
+        if step.logprobs != NO_LOGPROBS:
+            ticket.wanted = [r.sampling.logprobs for r, sample in zip(plan.requests, plan.samples, strict=True) if sample]
+        self._send_back(ticket, self.runner.execute(step))
         if ticket.ended is not None:
             ticket.ended.record()
         if self.config.profile:
@@ -122,7 +133,7 @@ class Execution:
     def _send_back(self, ticket: Ticket, sampled: Sampled) -> None:
         self._results[ticket.slot][: ticket.step.num_samples].copy_(sampled.tokens, non_blocking=True)
         if sampled.logprobs is not None:
-            ticket.logprobs = tuple(part.to("cpu", non_blocking=True) for part in sampled.logprobs)  # type: ignore[assignment]
+            ticket.logprobs = tuple(part.to("cpu", non_blocking=True) for part in sampled.logprobs)
         if self._arrived:
             self._arrived[ticket.slot].record()
 
@@ -133,7 +144,7 @@ class Execution:
         waited = perf_counter()
         step = ticket.step
         drawn = self._results[ticket.slot][: step.num_samples].tolist()
-        logprobs = None if ticket.logprobs is None else _logprobs(drawn, ticket.logprobs)
+        logprobs = None if ticket.logprobs is None else _logprobs(drawn, ticket)
         end = clock.now()
         start, self._collected = max(ticket.launched, self._collected), end
         if self.config.profile:
@@ -158,10 +169,13 @@ class Execution:
         self._last_end = ticket.ended
 
 
-def _logprobs(tokens: list[int], parts: tuple[Any, Any, Any]) -> list[dict[int, float]]:
-    """One a sampled token: token id -> log-probability, the sampled one first, then the best ones."""
-    own, best, ids = (part.tolist() for part in parts)
-    return [{t: p} | dict(zip(i, b, strict=True)) for t, p, b, i in zip(tokens, own, best, ids, strict=True)]
+def _logprobs(tokens: list[int], ticket: Ticket) -> list[TokenLogprobs | None]:
+    """One a sampled token; None for requests that asked for none."""
+    own, rank, best, ids = (part.tolist() for part in ticket.logprobs or ())
+    return [
+        None if wanted is None else TokenLogprobs(token, p, r, dict(zip(i[:wanted], b[:wanted], strict=True)))
+        for token, p, r, b, i, wanted in zip(tokens, own, rank, best, ids, ticket.wanted, strict=True)
+    ]
 
 
 def _device(name: str) -> torch.device:

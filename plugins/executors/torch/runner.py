@@ -20,7 +20,7 @@ class Sampled(NamedTuple):
     """What a step leaves on the device. S: chunks that sample."""
 
     tokens: Tensor  # int64 [S]
-    logprobs: tuple[Tensor, Tensor, Tensor] | None  # of the sampled token [S], of the best n [S, n], their ids [S, n]
+    logprobs: tuple[Tensor, ...] | None  # of the sampled token [S], its rank [S]; of the best n [S, n], their ids [S, n]
 
 
 class Staging:
@@ -162,8 +162,9 @@ class ModelRunner:
         return Sampled(tokens, None if logprobs == NO_LOGPROBS else _logprobs(logits, tokens, logprobs))
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, ...]:
     """Of the model's distribution as it is, before temperature and filters."""
     everything = logits.float().log_softmax(-1)
+    own = everything.gather(1, tokens.unsqueeze(1))
     best = everything.topk(count, dim=-1)
-    return everything.gather(1, tokens.unsqueeze(1)).squeeze(1), best.values, best.indices
+    return own.squeeze(1), (everything > own).sum(-1) + 1, best.values, best.indices
