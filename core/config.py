@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, near
@@ -156,7 +158,13 @@ class ModelConfig:
         return self.hidden_size is not None
 
     def shape(self) -> ModelShape:
-        """The shape these fields describe. Raises ConfigError that names the ones still missing."""
+        """The shape of the checkpoint in a local directory, else what these fields describe. Raises ConfigError that names the missing ones."""
+        checkpoint = Path(self.name_or_path).expanduser() / "config.json"
+        if self.load_format == "auto" and checkpoint.is_file():
+            try:
+                return ModelShape.from_hf(json.loads(checkpoint.read_text(encoding="utf-8")), self.dtype)
+            except (OSError, ValueError, AttributeError) as error:
+                raise ConfigError(f"{checkpoint} cannot be read ({error}): expected a Hugging Face config") from error
         given = {f.name: getattr(self, f.name) for f in fields(ModelShape) if getattr(self, f.name) is not None}
         if "num_key_value_heads" not in given and self.num_attention_heads is not None:
             given["num_key_value_heads"] = self.num_attention_heads

@@ -85,6 +85,16 @@ def test_a_model_without_a_shape_says_what_is_missing():
         ModelConfig(name_or_path="my/model").shape()
 
 
+def test_a_local_checkpoint_brings_its_own_shape(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 3, '
+                                          '"num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 50}')  # fmt: skip
+    shape = ModelConfig(name_or_path=str(tmp_path)).shape()
+    assert (shape.num_hidden_layers, shape.head_dim, shape.num_key_value_heads) == (3, 16, 4)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        ModelConfig(name_or_path=str(tmp_path)).shape()
+
+
 # ---- the roofline -----------------------------------------------------------------------------------------------------
 
 
