@@ -21,6 +21,7 @@ from core.policy import (
     Executor,
     ExecutorCaps,
     KeyEviction,
+    KeyOrder,
     KVControl,
     LengthPrediction,
     Need,
@@ -46,7 +47,7 @@ from core.testing.oracle import OracleExecutor
 __all__ = [
     "API_VERSION", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "Chunk", "Composition", "ConfigError", "Context", "CostModel",
     "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware", "HeadwayError", "InvariantError",
-    "KVControl", "KeyEviction", "LengthPrediction", "Match", "ModelConfig", "ModelError", "ModelShape", "Need", "NeedBlocks", "NoBudget",
+    "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Match", "ModelConfig", "ModelError", "ModelShape", "Need", "NeedBlocks", "NoBudget",
     "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "PluginError", "PolicyError", "Predictor", "PrefixCache", "Reject", "ReplayClock", "Request",
     "RequestOutput", "RequestState", "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan",
     "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError",

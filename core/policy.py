@@ -17,18 +17,21 @@ from `self.rng`; requests and blocks are read, never written. `python -m headway
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
+from .errors import ConfigError, near
 from .request import Request
 
 if TYPE_CHECKING:
     from .step import StepBuilder, StepPlan, View
 
 API_VERSION = 1
+PREEMPTION_MODES = ("recompute", "drop_tail")
 
 #: Every role: config node -> what it decides. The order is the order of composition.
 ROLES = {
@@ -157,6 +160,61 @@ class Order(Role):
         raise NotImplementedError
 
 
+class KeyOrder(Order):
+    """Smallest `key(request)` first, ties by arrival. The queue is kept sorted here: O(log n) comparisons a change, O(w) a step.
+
+    The key is read when a request begins to wait, on arrival and after a preemption; where it changes while the request waits,
+    say `rekey(request)`. Keys of one order must compare with each other.
+    """
+
+    window: ClassVar[int] = Scheduler.window  # requests offered a step: no scheduler looks at more
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self._keys: list[tuple[Any, tuple[float, int]]] = []  # sorted; parallel to _queue
+        self._queue: list[Request] = []
+        self._key_of: dict[int, tuple[Any, tuple[float, int]]] = {}  # request index -> its entry in _keys
+
+    def key(self, request: Request) -> Any:
+        raise NotImplementedError
+
+    def rank(self, request: Request) -> tuple[Any, tuple[float, int]]:
+        """Compares any two requests, waiting or running, as this order ranks them now: smaller goes first."""
+        return self.key(request), request.sort_key
+
+    def rekey(self, request: Request) -> None:
+        """Reads the key of a waiting request again; anything else is left alone."""
+        if request.index in self._key_of:
+            self._leave(request)
+            self._join(request)
+
+    def order(self, view: View) -> Sequence[Request]:
+        return self._queue[: self.window]
+
+    def on_arrival(self, request: Request, now: float) -> None:
+        self._join(request)
+
+    def on_preempt(self, request: Request, now: float) -> None:
+        self._join(request)
+
+    def on_admit(self, request: Request, now: float) -> None:
+        self._leave(request)
+
+    def on_finish(self, request: Request, now: float) -> None:
+        if request.index in self._key_of:  # rejected, or its last token came back after a preemption
+            self._leave(request)
+
+    def _join(self, request: Request) -> None:
+        entry = self._key_of[request.index] = self.rank(request)
+        at = bisect_left(self._keys, entry)
+        self._keys.insert(at, entry)
+        self._queue.insert(at, request)
+
+    def _leave(self, request: Request) -> None:
+        at = bisect_left(self._keys, self._key_of.pop(request.index))
+        del self._keys[at], self._queue[at]
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """A running request that lacks blocks."""
@@ -173,6 +231,11 @@ class Victim(Role):
 
     role = "victim"
     mode: str = "recompute"  # or "drop_tail": keep the head blocks, recompute only the tail
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        if self.mode not in PREEMPTION_MODES:
+            raise ConfigError(f"victim.mode={self.mode!r}: expected one of {', '.join(PREEMPTION_MODES)}.{near(str(self.mode), PREEMPTION_MODES)}")
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         raise NotImplementedError

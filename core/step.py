@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .blocks import BlockPool
 from .errors import PolicyError, near
-from .policy import Admission, Admit, Defer, LengthPrediction, Need, Predictor, Reject, TokenBudget, Victim
+from .policy import PREEMPTION_MODES, Admission, Admit, Defer, LengthPrediction, Need, Predictor, Reject, TokenBudget, Victim
 from .request import Request, RequestState
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, RequestState.PREEMPTED
 _SORT_KEY = attrgetter("sort_key")
-MODES = ("recompute", "drop_tail")
 
 
 class RequestList:
@@ -221,6 +220,12 @@ class View:
         builder = self._engine.builder
         return Budget(builder.tokens_left, builder.seqs_left)
 
+    @property
+    def planned(self) -> tuple[Sequence[int], Sequence[int]]:
+        """(starts, lengths) of the chunks in this step so far: what `step_time` takes. Read, never write."""
+        builder = self._engine.builder
+        return builder._starts, builder._lengths
+
     def match(self, request: Request) -> Match:
         """Cached prefix of a waiting request. Memoised across steps: O(1) while the cache did not change around it."""
         pool, cache = self._engine.pool, self._engine.cache
@@ -393,8 +398,8 @@ class StepBuilder:
             raise self._error(f"preempt() of a request that is {request.state.value}: only running requests can be preempted", request)
         if request._planned == self.step:
             raise self._error("preempt() of a request that is already in this step", request)
-        if mode not in MODES:
-            raise self._error(f"preempt(mode={mode!r}): expected one of {MODES}.{near(str(mode), MODES)}", request)
+        if mode not in PREEMPTION_MODES:
+            raise self._error(f"preempt(mode={mode!r}): expected one of {PREEMPTION_MODES}.{near(str(mode), PREEMPTION_MODES)}", request)
         self._by_policy.add(request.index)
         self._preempt(request, mode, max(1, len(request.block_table) // 4))
 
