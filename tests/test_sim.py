@@ -55,7 +55,13 @@ def prepared(shape: ModelShape = SHAPE, hardware: Hardware | None = None, tp: in
 @pytest.mark.parametrize(
     "name, parameters",
     # The published sizes: what `sum(p.numel() for p in model.parameters())` says of the real checkpoints.
-    [("qwen3_0_6b", 596_049_920), ("qwen3_8b", 8_190_735_360), ("llama_3_1_8b", 8_030_261_248), ("smollm2", 134_515_008), ("llama_2_70b", 68_976_648_192)],
+    [
+        ("qwen3_0_6b", 596_049_920),
+        ("qwen3_8b", 8_190_735_360),
+        ("llama_3_1_8b", 8_030_261_248),
+        ("smollm2", 134_515_008),
+        ("llama_2_70b", 68_976_648_192),
+    ],
 )
 def test_presets_count_the_published_parameters(name, parameters):
     assert shape_of(name).num_parameters == parameters

@@ -19,6 +19,7 @@ from plugins.executors.sim import SimExecutor
 from plugins.schedulers.chunked import ChunkedPrefill
 from plugins.schedulers.order.fcfs import FirstCome
 from plugins.schedulers.victim.newest import Newest
+from plugins.workloads.agents import Agents
 from plugins.workloads.chat import PROMPTS, Chat
 from plugins.workloads.clients import Clients
 from plugins.workloads.content import Content
@@ -286,6 +287,54 @@ def test_a_conversation_ends_where_the_context_does():
     assert 2 < max(o.tags.turn for o in outputs) < 10
 
 
+# ---- agents -------------------------------------------------------------------------------------------------------------------
+
+
+def agents_file(tmp_path, sessions: int = 3) -> str:
+    calls = [
+        {"t": 0.0, "type": "n", "in": 130, "out": 16, "hash_ids": [1, 2], "stop": "tool_use"},
+        {"t": 3.0, "type": "subagent", "requests": [{"type": "n", "in": 70, "out": 8, "hash_ids": [9], "stop": "end_turn", "think_time": 2.0}]},
+        {"t": 9.0, "type": "s", "in": 200, "out": 32, "hash_ids": [1, 2, 3], "stop": "end_turn", "think_time": 5.0},
+    ]
+    lines = [json.dumps({"id": f"trace{i}", "block_size": 64, "requests": calls}) for i in range(sessions)]
+    return file_of(tmp_path, "\n".join(lines), "agents.jsonl")
+
+
+def test_agent_calls_follow_the_answer_and_the_tool_and_reuse_their_own_prefix(tmp_path):
+    outputs = run(Agents(path=agents_file(tmp_path)), block_size=16).outputs
+    by_id = {o.id: o for o in outputs}
+    assert len(by_id) == 9
+    for i in range(3):
+        first, sub, last = (by_id[f"trace{i}.{turn}"] for turn in range(3))
+        assert (sub.arrival_time, last.arrival_time) == pytest.approx((first.finish_time + 2, sub.finish_time + 5))
+        assert [o.num_cached_tokens for o in (first, sub, last)] == [0, 0, 128], "ids are local to the session"
+        assert [o.tags.tool for o in (first, sub, last)] == ["tool", "", ""]
+
+
+def test_agent_sessions_are_scaled_and_end_with_the_context(tmp_path):
+    path = agents_file(tmp_path)
+    scaled = run(Agents(path=path, scale=0.5, think_scale=0), block_size=16).outputs
+    assert sorted({(o.num_prompt_tokens, len(o.output_token_ids)) for o in scaled}) == [(35, 4), (65, 8), (100, 16)]
+    cut = run(Agents(path=path), context=180).outputs
+    assert {o.tags.turn for o in cut} == {0, 1} and {o.state for o in cut} == {"finished"}
+
+
+@pytest.mark.parametrize(
+    "line, match",
+    [
+        ("{", "no agent session"),
+        ('{"id": "a"}', "lacks 'requests'"),
+        ('{"id": "a", "block_size": 64, "requests": [{"type": "n", "in": -1, "out": 1, "hash_ids": []}]}', "negative"),
+    ],
+)
+def test_a_broken_agent_session_is_named_by_file_and_line(tmp_path, line, match):
+    path = agents_file(tmp_path, sessions=1)
+    with open(path, "a") as file:
+        file.write("\n" + line)
+    with pytest.raises(WorkloadError, match=rf"agents\.jsonl:2: .*{match}"):
+        made(Agents(path=path))
+
+
 # ---- chat ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -449,7 +498,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "broken.csv.gz").write_bytes(b"no gzip")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     for name in ("broken.csv.gz", "binary.csv"):
-        with pytest.raises(WorkloadError, match=rf"{name}:1: cannot be read"):
+        with pytest.raises(WorkloadError, match=rf"{name}: cannot be read after 0 requests"):
             made(Azure(path=str(tmp_path / name)))
     with pytest.raises(WorkloadError, match="no such file"):
         made(Azure(path=str(tmp_path / "none.csv")))

@@ -42,9 +42,7 @@ class SimExecutor(Executor):
             if not ok:
                 raise ConfigError(f"executor.{name}={getattr(self, name)}: expected {expected}")
 
-    def prepare(
-        self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1, eos_token_ids: frozenset[int] = frozenset()
-    ) -> None:
+    def prepare(self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """Before the engine is built: what runs, and on what. The clock starts at 0."""
         self.cost_model = self.roofline = Roofline(shape, hardware, tp, pp)
         self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, eos_token_ids, True, self.max_plans, shape)

@@ -33,8 +33,7 @@ class MultiTurn(Paced):
         self._turns = length_range("turns", self.turns)
         if self.num_sessions < 1 or self.system_len < 0 or self.think_time < 0:
             raise WorkloadError(
-                f"workload.num_sessions={self.num_sessions}, system_len={self.system_len}, think_time={self.think_time}: "
-                "expected at least 1, 0 and 0"
+                f"workload.num_sessions={self.num_sessions}, system_len={self.system_len}, think_time={self.think_time}: expected at least 1, 0 and 0"
             )
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:

@@ -54,18 +54,17 @@ class Trace(Paced):
             raise WorkloadError(f"workload.path={self.path}: there is no such file")
         opened = gzip.open if file.suffix == ".gz" else open
         rows: list[Row] = []
-        number = 0
         try:
             with opened(file, "rt", encoding="utf-8") as lines:
                 numbered = ((i, line.rstrip("\r\n")) for i, line in enumerate(lines, 1) if not line.isspace())
-                for number, row in FORMATS[self.format](numbered):
+                for row in FORMATS[self.format](numbered):
                     if self.limit is not None and len(rows) >= self.limit:
                         break
                     rows.append(row)
         except Malformed as error:
             raise WorkloadError(f"{self.path}:{error.line}: {error}") from None
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise WorkloadError(f"{self.path}:{number + 1}: cannot be read ({error})") from error
+            raise WorkloadError(f"{self.path}: cannot be read after {len(rows)} requests ({error})") from error
         if not rows:
             raise WorkloadError(f"{self.path}: holds no request")
         return sorted(rows, key=lambda row: row.time)

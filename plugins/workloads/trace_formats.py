@@ -32,7 +32,7 @@ class Malformed(ValueError):
         self.line = line
 
 
-def azure(lines: Lines) -> Iterator[tuple[int, Row]]:
+def azure(lines: Lines) -> Iterator[Row]:
     """Azure LLM inference trace: TIMESTAMP, ContextTokens, GeneratedTokens. No identity of prompts, so no reuse."""
     for number, cells in _table(lines, "TIMESTAMP", "ContextTokens", "GeneratedTokens"):
         when, _, fraction = cells[0].removesuffix("+00:00").partition(".")
@@ -40,17 +40,17 @@ def azure(lines: Lines) -> Iterator[tuple[int, Row]]:
             time = (datetime.fromisoformat(when) - datetime(2000, 1, 1)).total_seconds() + (float(f"0.{fraction}") if fraction else 0.0)
         except ValueError:
             raise Malformed(number, f"TIMESTAMP {cells[0]!r}: expected a date and time like 2023-11-16 18:15:46.6805900") from None
-        yield number, Row(time, _count(number, "ContextTokens", cells[1]), _count(number, "GeneratedTokens", cells[2]))
+        yield Row(time, _count(number, "ContextTokens", cells[1]), _count(number, "GeneratedTokens", cells[2]))
 
 
-def burstgpt(lines: Lines) -> Iterator[tuple[int, Row]]:
+def burstgpt(lines: Lines) -> Iterator[Row]:
     """BurstGPT: Timestamp (seconds), Request tokens, Response tokens, among other columns. No identity of prompts."""
     for number, cells in _table(lines, "Timestamp", "Request tokens", "Response tokens"):
         time = _seconds(number, "Timestamp", cells[0])
-        yield number, Row(time, _count(number, "Request tokens", cells[1]), _count(number, "Response tokens", cells[2]))
+        yield Row(time, _count(number, "Request tokens", cells[1]), _count(number, "Response tokens", cells[2]))
 
 
-def mooncake(lines: Lines) -> Iterator[tuple[int, Row]]:
+def mooncake(lines: Lines) -> Iterator[Row]:
     """Mooncake JSONL: timestamp (ms), input_length, output_length, hash_ids of 512-token prefix blocks, the last one partial."""
     for number, text in lines:
         try:
@@ -65,10 +65,10 @@ def mooncake(lines: Lines) -> Iterator[tuple[int, Row]]:
         row = Row(_seconds(number, "timestamp", time) / 1000, _count(number, "input_length", length), _count(number, "output_length", output), ids)
         if len(ids) * MOONCAKE_BLOCK < row.input_len:
             raise Malformed(number, f"{len(ids)} hash_ids of {MOONCAKE_BLOCK} tokens do not cover input_length {row.input_len}")
-        yield number, row._replace(block_size=MOONCAKE_BLOCK)
+        yield row._replace(block_size=MOONCAKE_BLOCK)
 
 
-FORMATS: dict[str, Callable[[Lines], Iterator[tuple[int, Row]]]] = {"azure": azure, "burstgpt": burstgpt, "mooncake": mooncake}
+FORMATS: dict[str, Callable[[Lines], Iterator[Row]]] = {"azure": azure, "burstgpt": burstgpt, "mooncake": mooncake}
 
 
 def _table(lines: Lines, *columns: str) -> Iterator[tuple[int, list[str]]]:
