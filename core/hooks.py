@@ -36,7 +36,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 #: Roles that a run can do without: `budget=none`.
 OPTIONAL = ("budget", "admission", "predictor", "retention", "tracking")
-ROLE_CLASSES: dict[str, type[Role]] = {c.role: c for c in vars(policy).values() if isinstance(c, type) and issubclass(c, Role) and c.role}
+ROLE_CLASSES: dict[str, type[Role]] = {c.role: c for c in vars(policy).values() if isinstance(c, type) and issubclass(c, Role) and "role" in vars(c)}
 ROLE_CLASSES["tracking"] = Observer
 
 
@@ -269,7 +269,7 @@ def _file(factory: Any) -> str:
 
 
 def _summary(factory: Any, config: type | None) -> str:
-    doc = inspect.cleandoc(vars(factory).get("__doc__") or getattr(config, "__doc__", None) or "")
+    doc = inspect.cleandoc(factory.__doc__ or getattr(config, "__doc__", None) or "")
     first = doc.partition("\n\n")[0].replace("\n", " ")
     return "" if first.startswith(f"{getattr(config or factory, '__name__', '')}(") else first  # dataclass's made-up docstring
 
