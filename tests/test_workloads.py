@@ -520,3 +520,16 @@ def test_content_is_stable_and_tells_ids_apart_in_its_first_tokens(vocab):
     assert content.tokens(5, 900) == Content(3, vocab).tokens(5, 900)
     assert content.tokens(5, 900)[:100] == content.tokens(5, 100)
     assert all(0 <= token < vocab for token in content.tokens(12345, 2 * vocab + 5 if vocab < 100 else 50))
+
+
+# ---- the hit-rate experiment --------------------------------------------------------------------------------------------------------
+
+
+def test_hit_rates_of_a_trace_by_capacity_are_those_counted_by_hand(tmp_path):
+    from experiments.mooncake_hit_rate import hit_rates
+
+    lines = [json.dumps({"timestamp": i, "input_length": 600, "output_length": 1, "hash_ids": ids}) for i, ids in enumerate([[0, 1], [0, 2], [0, 1]])]
+    rows = Mooncake(path=file_of(tmp_path, "\n".join(lines))).rows()
+    # Two blocks: 0 stays, 1 and 2 push each other out. Without a limit the third request finds both of its blocks.
+    assert hit_rates(rows, 2) == pytest.approx((2 * 512 / 1800, 2 / 6))
+    assert hit_rates(rows, 6) == pytest.approx(((512 + 600) / 1800, 3 / 6))
