@@ -5,6 +5,7 @@ Outputs are poisoned with NaN before a run, and so is every cache slot and block
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 
@@ -96,6 +97,10 @@ def attend(q, queries, contexts, keys, values, scale):
         out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
         start += count
     return torch.cat(out)
+
+
+def cut(rows, lengths):
+    return [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
 
 def check_attention(monkeypatch, attention, queries, contexts, block_size, kv_heads, group, size, dtype):
@@ -320,7 +325,7 @@ def test_a_captured_graph_follows_the_lengths():
         batch.context_lens.copy_(torch.tensor(contexts, dtype=torch.int32))
         out.fill_(float("nan"))
         graph.replay()
-        close(out, attend(q, [1] * 6, contexts, [k[:n] for k, n in zip(keys, contexts)], [v[:n] for v, n in zip(values, contexts)], 0.1), torch.bfloat16)
+        close(out, attend(q, [1] * 6, contexts, cut(keys, contexts), cut(values, contexts), 0.1), torch.bfloat16)
 
 
 flash = pytest.mark.skipif(
@@ -330,14 +335,13 @@ flash = pytest.mark.skipif(
 
 @flash
 @pytest.mark.parametrize("rows", [DECODES, MIXED], ids=["decode", "mixed"])
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
 @pytest.mark.parametrize("package", ["flash_attn_interface", "flash_attn"])
 def test_flash_attention(monkeypatch, package, size, rows):
-    from plugins.kernels.flash_attn import operations
-
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    attention = operations(package).attention
+    name = {"flash_attn_interface": "fa3", "flash_attn": "fa2"}[package]
+    attention = importlib.import_module(f"plugins.kernels.flash_attn.{name}").attention
     check_attention(monkeypatch, attention, *rows, 256, 2, 4, size, torch.bfloat16)
 
 
@@ -356,4 +360,4 @@ def test_a_captured_graph_of_flash_attention_follows_the_lengths():
         batch.context_lens.copy_(torch.tensor(contexts, dtype=torch.int32))
         out.fill_(float("nan"))
         graph.replay()
-        close(out, attend(q, [1] * 6, contexts, [k[:n] for k, n in zip(keys, contexts)], [v[:n] for v, n in zip(values, contexts)], 0.1), torch.bfloat16)
+        close(out, attend(q, [1] * 6, contexts, cut(keys, contexts), cut(values, contexts), 0.1), torch.bfloat16)

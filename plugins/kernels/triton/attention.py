@@ -48,7 +48,7 @@ def decode_shape(size: int, width: int) -> DecodeShape:
 def prompt_shape(size: int, width: int) -> PromptShape:
     """size: head size; width: bytes an element."""
     if width == 4:
-        return PromptShape(lanes=32, tile=32, warps=4, stages=1)
+        return PromptShape(lanes=16, tile=16 if size > 128 else 32, warps=4, stages=1)
     return PromptShape(lanes=128, tile=32 if size > 128 else 64, warps=8, stages=2)
 
 
@@ -69,25 +69,24 @@ def attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     kv_heads, size = k_cache.shape[2:]
     group = q.shape[1] // kv_heads
-    rows = batch.context_lens.shape[0]
     if not q.shape[0]:
         return out
     capturing = _capturing(q.device)
     decode = decode or decode_shape(size, q.element_size())
     key = ("triton decode", kv_heads, group, size, decode, capturing)
-    plan = batch.extra.get(key)
-    if plan is None:
+    decode_work = batch.extra.get(key)
+    if decode_work is None:
         programs = multiprocessors(q.device) * decode.shares
-        plan = batch.extra[key] = decode_plan(batch, programs, decode.tile, kv_heads, group, size)
-    _decode(q, k_cache, v_cache, out, batch, scale, plan, decode, group)
+        decode_work = batch.extra[key] = decode_plan(batch, programs, decode.tile, kv_heads, group, size)
+    _decode(q, k_cache, v_cache, out, batch, scale, decode_work, decode, group)
     if batch.max_seqlen_q > 1:
         prompt = prompt or prompt_shape(size, q.element_size())
         queries = prompt.lanes // group  # a tile
         key = ("triton prompt", queries, capturing)
-        plan = batch.extra.get(key)
-        if plan is None:
-            plan = batch.extra[key] = prompt_plan(batch, q.shape[0], queries)
-        _prompt(q, k_cache, v_cache, out, batch, scale, plan, prompt, group, rows)
+        prompt_work = batch.extra.get(key)
+        if prompt_work is None:
+            prompt_work = batch.extra[key] = prompt_plan(batch, q.shape[0], queries)
+        _prompt(q, k_cache, v_cache, out, batch, scale, prompt_work, prompt, group)
     return out
 
 
@@ -108,12 +107,12 @@ def _decode(
 
 def _prompt(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, batch: BatchMetadata, scale: float, plan: PromptPlan, shape: PromptShape,
-    group: int, rows: int,
+    group: int,
 ) -> None:  # fmt: skip
     block_size, kv_heads, size = k_cache.shape[1:]
     prompt_kernel[(kv_heads, plan.programs)](
         q, k_cache, v_cache, out, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, plan.first, plan.row,
-        rows, scale * math.log2(math.e), q.stride(0), batch.block_tables.stride(0), k_cache.stride(0), k_cache.stride(1),
+        batch.context_lens.shape[0], scale * math.log2(math.e), q.stride(0), batch.block_tables.stride(0), k_cache.stride(0), k_cache.stride(1),
         K=kv_heads, G=group, D=size, BLOCK_SIZE=block_size, M=shape.lanes, D_PAD=triton.next_power_of_2(size), TILE=shape.tile,
         TILE_Q=shape.lanes // group, num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

@@ -11,8 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .paging import block_of
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["rows"])
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, len_ptr, cu_q_ptr, first_ptr, row_ptr, arrived_ptr, partial_ptr, stats_ptr,
     rows, scale, q_stride, table_stride, block_stride, slot_stride,
@@ -43,15 +45,14 @@ def decode_kernel(
         norm = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D_PAD], tl.float32)
         table = table_ptr + row.to(tl.int64) * table_stride
-        for number in range(tile - begin, stop - begin):
-            position = number * TILE + tl.arange(0, TILE)
+        # The next tile's block is looked up one step ahead: then the copies of K and V depend on no load of their own step, and
+        # the compiler keeps several tiles in flight.
+        start = (tile - begin) * TILE
+        block = block_of(table, start, context, BLOCK_SIZE, TILE)
+        for _ in range(tile - begin, stop - begin):
+            position = start + tl.arange(0, TILE)
             valid = position < context
-            if BLOCK_SIZE % TILE == 0:
-                block = tl.load(table + number * TILE // BLOCK_SIZE).to(tl.int64)
-                offset = block * block_stride + (number * TILE % BLOCK_SIZE + tl.arange(0, TILE)) * slot_stride + unit * D
-            else:
-                block = tl.load(table + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-                offset = block * block_stride + (position % BLOCK_SIZE) * slot_stride + unit * D
+            offset = block * block_stride + (position % BLOCK_SIZE) * slot_stride + unit * D
             # What lies past the context may be anything, NaN included: it is never loaded.
             mask = valid[:, None] & (dim[None, :] < D)
             k = tl.load(k_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
@@ -64,6 +65,8 @@ def decode_kernel(
             highest = higher
             v = tl.load(v_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
             acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            start += TILE
+            block = block_of(table, start, context, BLOCK_SIZE, TILE)
         dtype: tl.constexpr = out_ptr.dtype.element_ty
         out = out_ptr + token * (K * G * D)
         first_program = begin // share
@@ -90,7 +93,8 @@ def decode_kernel(
 
 @triton.jit
 def _combine(
-    partial_ptr, stats_ptr, out_ptr, first, last, late, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr
+    partial_ptr, stats_ptr, out_ptr, first, last, late,
+    G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr,
 ):  # fmt: skip
     """One unit's parts, in the order of the programs that wrote them. late: 1 where the unit begins inside its first program's share."""
     head = tl.arange(0, G_PAD)

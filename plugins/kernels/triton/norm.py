@@ -16,7 +16,7 @@ def _normed(x, weight, eps, N: tl.constexpr, dtype: tl.constexpr):
     return (x * rstd[:, None]).to(dtype).to(tl.float32) * weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, eps, stride, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, eps, stride, N: tl.conste
     tl.store(out_ptr + row[:, None] * N + col[None, :], _normed(x, weight, eps, N, dtype).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, rows, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """residual += x; x = norm(residual); both in place."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -55,7 +55,7 @@ def prompt_tiles(cu_q_ptr, len_ptr, row, rows, TILE: tl.constexpr):
     return tl.where(queries > 1, (queries + TILE - 1) // TILE, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs", "arrivals"])  # one compilation for every batch
 def _plan_kernel(
     cu_q_ptr, len_ptr, first_ptr, row_ptr, arrived_ptr, rows, programs, arrivals,
     K: tl.constexpr, TILE: tl.constexpr, tiles_of: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, ARRIVALS: tl.constexpr,
@@ -92,10 +92,9 @@ def _plan_kernel(
 
 def _run(batch: BatchMetadata, programs: int, first: Tensor, row: Tensor, arrived: Tensor, kv_heads: int, tile: int, tiles_of: object) -> None:
     rows = batch.context_lens.shape[0]
-    lanes = min(256, triton.next_power_of_2(rows))
     _plan_kernel[(triton.cdiv(programs, 16),)](
         batch.cu_seqlens_q, batch.context_lens, first, row, arrived, rows, programs, arrived.shape[0],
-        K=kv_heads, TILE=tile, tiles_of=tiles_of, ROWS=max(2, lanes), PROGRAMS=16, ARRIVALS=256, num_warps=4,
+        K=kv_heads, TILE=tile, tiles_of=tiles_of, ROWS=256, PROGRAMS=16, ARRIVALS=256, num_warps=4,
     )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .paging import block_of
+
 
 @triton.jit
 def _walk(
@@ -17,15 +19,11 @@ def _walk(
 ):  # fmt: skip
     """KV positions lo:hi in steps of TILE. EDGE: the tiles on the causal diagonal, which need a mask."""
     dim = tl.arange(0, D_PAD)
+    block = block_of(table, lo, context, BLOCK_SIZE, TILE)  # looked up one step ahead, as in the decode kernel
     for start in range(lo, hi, TILE):
         column = start + tl.arange(0, TILE)
         valid = column < context
-        if BLOCK_SIZE % TILE == 0:
-            block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-            offset = block * block_stride + (start % BLOCK_SIZE + tl.arange(0, TILE)) * slot_stride
-        else:
-            block = tl.load(table + column // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-            offset = block * block_stride + (column % BLOCK_SIZE) * slot_stride
+        offset = block * block_stride + (column % BLOCK_SIZE) * slot_stride
         at = offset[:, None] + dim[None, :]
         if EDGE:
             mask = valid[:, None] & (dim[None, :] < D)
@@ -46,10 +44,11 @@ def _walk(
         norm = norm * shrink + tl.sum(weight, axis=1)
         highest = higher
         acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        block = block_of(table, start + TILE, context, BLOCK_SIZE, TILE)
     return acc, norm, highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def prompt_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, len_ptr, cu_q_ptr, first_ptr, row_ptr,
     rows, scale, q_stride, table_stride, block_stride, slot_stride,
