@@ -129,9 +129,6 @@ def prepare_executor(registry: Registry, executor: Any, composition: Composition
 
     `shape` is worked out only for those that ask, since a checkpoint brings its own.
     """
-    prepare = getattr(executor, "prepare", None)
-    if prepare is None:
-        return
     offered: dict[str, Callable[[], Any]] = {
         "model": lambda: composition.model,
         "shape": composition.model.shape,
@@ -144,6 +141,7 @@ def prepare_executor(registry: Registry, executor: Any, composition: Composition
         "engine": lambda: composition.engine,
         "seed": lambda: composition.seed,
     }
+    prepare = getattr(executor, "prepare", _needs_nothing)
     wanted = inspect.signature(prepare).parameters
     if composition.parallel.world_size > 1 and not {"parallel", "tp"} & set(wanted):
         given = f"parallel.tp={composition.parallel.tp} parallel.pp={composition.parallel.pp}"
@@ -152,6 +150,10 @@ def prepare_executor(registry: Registry, executor: Any, composition: Composition
     if unknown:
         raise ConfigError(f"{executor.plugin_name}.prepare asks for {', '.join(unknown)}: a run can offer {', '.join(offered)}")
     prepare(**{name: offered[name]() for name in wanted if name in offered})
+
+
+def _needs_nothing() -> None:
+    """An executor without a `prepare`."""
 
 
 def _ready_executor(registry: Registry, composition: Composition, roles: dict[str, Role]) -> Role:

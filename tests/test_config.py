@@ -1,0 +1,273 @@
+"""Hydra's side: every option composes, wrong names and types are refused in plain words, objects are shared and prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from conf import schema
+from conf.launch import arguments, explain
+from core.build import Composition, build, build_roles
+from core.config import ModelConfig, ParallelConfig
+from core.engine import EngineConfig
+from core.hooks import OPTIONAL, Registry, load_registry
+from core.policy import ROLES
+from headway import SLO, Arrival, ConfigError, Order, SamplingParams, Victim
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[Registry]:
+    registry = load_registry()
+    schema.register(registry)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield registry
+
+
+def cfg(*overrides: str) -> DictConfig:
+    return compose("config", overrides=list(overrides))
+
+
+def refusal(registry: Registry, *overrides: str) -> str:
+    """What a user reads after typing these."""
+    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
+        cfg(*overrides)
+    return explain(caught.value, registry)
+
+
+def presets() -> list[tuple[str, str]]:
+    return [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml"))]
+
+
+def test_the_default_composition_is_what_the_plugins_say(registry):
+    c = schema.composition(cfg())
+    assert c.choices["scheduler"][0] == "chunked"
+    assert not set(OPTIONAL) - {"tracking"} & set(c.choices)
+    assert (c.engine, c.parallel, c.slo, c.seed) == (EngineConfig(), ParallelConfig(), SLO(), 0)
+    for role, (name, parameters) in c.choices.items():
+        default = registry.get(role, name).build()
+        assert all(_same(getattr(default, k), v) for k, v in parameters.items()), role
+
+
+def _same(a: Any, b: Any) -> bool:
+    return (list(a) if isinstance(a, tuple) else a) == b
+
+
+def test_every_plugin_composes_to_its_own_parameters(registry):
+    for (role, name), plugin in registry.plugins.items():
+        required = [f"{role}.{f.name}=0" for f in plugin.parameters() if f.default is f.default_factory]
+        chosen, parameters = schema.composition(cfg(f"{role}={name}", *required)).choices[role]
+        assert chosen == name
+        assert list(parameters) == [f.name for f in plugin.parameters()]
+
+
+@pytest.mark.parametrize(("group", "option"), presets())
+def test_every_preset_composes(registry, group, option):
+    schema.composition(cfg(f"{group}={option}"))
+
+
+@pytest.mark.parametrize("role", OPTIONAL)
+def test_a_role_that_may_be_absent_has_the_option_none(registry, role):
+    assert role not in schema.composition(cfg(f"{role}=none")).choices
+
+
+def test_parameters_of_the_command_line_reach_the_plugin(registry):
+    c = schema.composition(cfg("scheduler=chunked", "scheduler.token_budget=99", "engine.block_size=4", "parallel.tp=4", "slo.ttft=0.5", "seed=7"))
+    roles, _ = build_roles(registry, c.choices)
+    assert roles["scheduler"].token_budget == 99
+    assert (c.engine.block_size, c.parallel.tp, c.slo.ttft, c.seed) == (4, 4, 0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("schedulr=fcfs", "schedulr: there is no such key. Did you mean scheduler"),
+        ("scheduler=chunkd", "scheduler=chunkd: there is no such scheduler. Did you mean chunked?"),
+        ("model=qwen3_8", "model=qwen3_8: there is no such model. Did you mean qwen3_8b"),
+        ("scheduler.tokn_budget=4", "scheduler.tokn_budget: the chosen scheduler has no such parameter. Did you mean token_budget?"),
+        ("engine.blok_size=3", "engine.blok_size: engine has no such parameter. Did you mean block_size"),
+        ("hardware.memory=3", "hardware.memory: hardware has no such parameter. Did you mean memory_gb"),
+        ("scheduler.token_budget=abc", "Value 'abc' of type 'str' could not be converted to Integer full_key: scheduler.token_budget"),
+        ("seed=abc", "Value 'abc' of type 'str' could not be converted to Integer full_key: seed"),
+        ("parallel.tpp=2", "parallel.tpp: parallel has no such parameter. Did you mean tp"),
+    ],
+)
+def test_a_wrong_name_or_type_is_refused_with_the_near_names(registry, override, answer):
+    assert answer in refusal(registry, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("engine.block_size=0", "engine.block_size=0: expected at least 1"),
+        ("parallel.tp=0", "parallel.tp=0: expected at least 1"),
+        ("model.load_format=gguf", "model.load_format='gguf': expected auto or dummy"),
+        ("hardware.memory_gb=-1", "hardware.memory_gb=-1.0: expected a positive number"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_before_anything_is_built(registry, override, answer):
+    with pytest.raises(ConfigError) as caught:
+        schema.composition(cfg(override))
+    assert answer in str(caught.value)
+
+
+def test_a_broken_plugin_that_is_asked_for_says_why(registry):
+    registry.broken.append(next(iter(_broken())))
+    try:
+        assert "import failed: no such module" in refusal(registry, "order=mypaper")
+    finally:
+        registry.broken.pop()
+
+
+def _broken():
+    from core.hooks import Broken, Origin
+
+    yield Broken(Origin("mypaper", "mypaper.plugin"), "import failed: no such module")
+
+
+# ---- schemas ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inner:
+    depth: int = 1
+
+
+@dataclass
+class Everything(Order):
+    """Every kind of field that a plugin may have."""
+
+    optional: int | None = None
+    either: int | list[int] = 3
+    many: list[float] = field(default_factory=lambda: [1.0])
+    pair: tuple[int, int] = (1, 2)
+    table: dict[str, float] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+    choice: Literal["a", "b"] = "a"
+    derived: int = field(init=False, default=0)
+
+    def order(self, view):
+        return view.waiting
+
+
+def test_every_kind_of_field_becomes_a_typed_node():
+    node = OmegaConf.structured(schema.node(Everything, "everything"))
+    given = OmegaConf.merge(node, {"optional": 4, "either": [1, 2], "many": [2], "inner": {"depth": 5}, "table": {"x": 1}, "choice": "b"})
+    values = vars(OmegaConf.to_object(given))
+    assert values.pop("name") == "everything"
+    assert values == {
+        "optional": 4, "either": [1, 2], "many": [2.0], "pair": [1, 2], "table": {"x": 1.0}, "inner": Inner(5), "choice": "b",
+    }  # fmt: skip
+    with pytest.raises(OmegaConfBaseException):
+        OmegaConf.merge(node, {"many": ["x"]})
+    with pytest.raises(OmegaConfBaseException):
+        OmegaConf.merge(node, {"inner": {"dept": 5}})
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counter(Order, Victim):
+    """Fills two roles with one state."""
+
+    weight: float = 1.0
+
+    def order(self, view):
+        return view.waiting
+
+    def victims(self, need, view):
+        return reversed(view.running)
+
+
+def two_roles(order: dict[str, Any], victim: dict[str, Any]):
+    registry = Registry()
+    registry.add("order", "counter", Counter)
+    registry.add("victim", "counter", Counter)
+    roles, _ = build_roles(registry, {"order": ("counter", order), "victim": ("counter", victim)})
+    return roles
+
+
+def test_roles_that_name_one_factory_share_one_object():
+    roles = two_roles({"weight": 1.0}, {"weight": 1.0})
+    assert roles["order"] is roles["victim"]
+    assert roles["order"].plugin_name == "order=counter"
+
+
+@pytest.mark.parametrize("node", ["order", "victim"])
+def test_a_shared_objects_parameters_may_be_given_at_either_node(node):
+    given = {"order": {"weight": 1.0}, "victim": {"weight": 1.0}} | {node: {"weight": 2.5}}
+    assert two_roles(**given)["order"].weight == 2.5
+
+
+def test_a_shared_object_given_two_values_is_refused():
+    with pytest.raises(ConfigError, match=r"order.weight=2.0 and victim.weight=3.0: order and victim are one object \(counter\)"):
+        two_roles({"weight": 2.0}, {"weight": 3.0})
+
+
+def test_an_unknown_parameter_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match="order=counter has no parameter 'wait': it has weight"):
+        two_roles({"wait": 2.0}, {})
+
+
+def simulated(registry: Registry, **changes: Any) -> Composition:
+    c = schema.composition(cfg("executor=sim", "tracking=none", "workload.num_requests=3"))
+    for name, value in changes.items():
+        setattr(c, name, value)
+    return c
+
+
+def test_one_process_can_build_and_run_many(registry):
+    hashes = {build(registry, simulated(registry)).execute().decision_hash for _ in range(2)}
+    assert len(hashes) == 1
+
+
+def test_an_executor_gets_what_its_prepare_names(registry):
+    run = build(registry, simulated(registry, parallel=ParallelConfig(tp=2, pp=2)))
+    assert (run.engine.executor.roofline.tp, run.engine.executor.roofline.pp) == (2, 2)
+
+
+def test_a_model_without_a_known_shape_is_refused_by_the_simulator(registry):
+    with pytest.raises(ConfigError, match="the shape of model '/no/such/checkpoint' is not known"):
+        build(registry, simulated(registry, model=ModelConfig("/no/such/checkpoint")))
+
+
+def test_a_run_of_one_rank_refuses_more(registry):
+    c = schema.composition(cfg("executor=oracle", "parallel.tp=4"))
+    with pytest.raises(ConfigError, match=r"parallel.tp=4 parallel.pp=1: executor=oracle runs on one rank; more is not there yet"):
+        build(registry, c)
+
+
+def test_requests_without_targets_get_those_of_the_run(registry):
+    own = Arrival(0.0, [1], SamplingParams(), slo=SLO(ttft=9.0))
+    from core.build import with_slo
+
+    assert [a.slo.ttft for a in with_slo([own, Arrival(0.0, [1])], SLO(ttft=1.0))] == [9.0, 1.0]
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_a_path_or_hub_id_becomes_a_model_of_ones_own(tmp_path):
+    assert arguments(["model=org/some-model"], CONF)[0] == ["model=custom", "model.name_or_path='org/some-model'"]
+    assert arguments([f"model={tmp_path}"], CONF)[0] == ["model=custom", f"model.name_or_path='{tmp_path}'"]
+    assert arguments(["model=qwen3_8b"], CONF)[0] == ["model=qwen3_8b"]
+
+
+def test_a_sweeps_folder_is_known_before_it_starts():
+    given, sweep = arguments(["-m", "seed=1,2"], CONF)
+    assert given[-1] == f"hydra.sweep.dir={sweep}"
+    given, sweep = arguments(["-m", "seed=1,2", "hydra.sweep.dir=mine"], CONF)
+    assert sweep == Path("mine") and given[-1] == "hydra.sweep.dir=mine"
+
+
+def test_every_role_is_a_group():
+    assert set(schema.GROUP_ROLES) | {"parallel"} == set(ROLES)
