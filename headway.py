@@ -10,6 +10,7 @@ from core.config import Hardware, ModelConfig, ModelShape
 from core.engine import Engine, EngineConfig, RunResult
 from core.errors import ConfigError, HeadwayError, InvariantError, ModelError, PluginError, PolicyError, WorkloadError, near
 from core.hooks import hookimpl, load_registry
+from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
     API_VERSION,
     Admission,
@@ -41,8 +42,9 @@ from core.policy import (
     Workload,
 )
 from core.request import SLO, Arrival, Request, RequestOutput, RequestState, SamplingParams, Tags
-from core.step import Allocation, Chunk, Granted, Match, NeedBlocks, NoBudget, NotReady, StepBuilder, StepPlan, View
+from core.step import Granted, NeedBlocks, NoBudget, NotReady, StepBuilder
 from core.testing.oracle import OracleExecutor
+from core.view import Match, View
 
 __all__ = [
     "API_VERSION", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "Chunk", "Composition", "ConfigError", "Context", "CostModel",

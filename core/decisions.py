@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
+from .plan import StepPlan
 from .request import Request
-from .step import StepPlan
 
 
 class DecisionLog:

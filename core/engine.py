@@ -18,9 +18,12 @@ from .blocks import ROOT, BlockPool
 from .clock import RecordingClock
 from .decisions import DecisionLog
 from .errors import ConfigError, HeadwayError, PolicyError
+from .pins import Pins
+from .plan import StepPlan
 from .policy import CALLBACKS, Context, Executor, Observer, Oracle, Reject, Role, StepRecord
-from .request import Arrival, Request, RequestOutput, RequestState
-from .step import RequestList, StepBuilder, StepPlan, View
+from .request import Arrival, Request, RequestList, RequestOutput, RequestState
+from .step import StepBuilder
+from .view import View
 
 _RUNNING = RequestState.RUNNING
 
@@ -136,8 +139,7 @@ class Engine:
         self._keep: dict[int, int] = {}  # request index -> head blocks kept by a drop_tail preemption
         self.owed: dict[int, int] = {}  # running request index -> blocks it was promised from those in flight
         self._releasing: dict[int, Request] = {}  # preempted or ended, with blocks still in flight
-        self._pins: list[tuple[float, int, Request, tuple[int, ...]]] = []  # heap by expiry
-        self._pin_serial = 0
+        self._pins = Pins(self.pool, self._release)
         self.on_result: Callable[[Request, float], Iterable[Arrival]] | None = None
 
         self._setup_roles(num_blocks)
@@ -150,9 +152,8 @@ class Engine:
             role.plugin_name = role.plugin_name or f"{name}={type(role).__name__}"
             role.rng = Random(f"{self.seed}/{role.plugin_name}")
             for service in role.requires:
-                missing = (service == "predictor" and self.predictor is None) or (service == "step_time" and self.cost_model is None)
-                if missing:
-                    mend = "set predictor=history, oracle, noisy or constant" if service == "predictor" else "use executor=sim, or set executor.cost_model"
+                if (self.predictor if service == "predictor" else self.cost_model) is None:
+                    mend = "set predictor=history, oracle, noisy or constant" if service == "predictor" else "use executor=sim"
                     raise ConfigError(f"{role.plugin_name} needs {service}, and none is chosen: {mend}")
         for _, role in objects.values():
             context = Context(
@@ -297,11 +298,7 @@ class Engine:
             if request.block_table and request is not needy and not request._in_flight:
                 self._release(request)
                 return True
-        if self._pins:
-            _, _, request, held = heapq.heappop(self._pins)
-            self.pool.unpin(held, request.tags)
-            return True
-        return False
+        return self._pins.give_up_soonest()
 
     def _give_back(self, request: Request) -> None:
         """Releases blocks now, or when the last step in flight that uses them has come back."""
@@ -331,7 +328,7 @@ class Engine:
         now = self.clock.now()
         self.pool.now = now
         self._ingest(now)
-        self._expire_pins(now)
+        self._pins.expire(now)
         wake: float | None = None
         if len(self._inflight) < self.config.max_inflight and (self.running.items or self.waiting.items):
             moved, wake = self._plan(now)
@@ -451,7 +448,7 @@ class Engine:
         if was_running:
             self._left.append(request)
         if self.retention is not None and request.block_table:
-            self._guard(self.retention, self.retention.retain, request, _KVControl(self), now)
+            self._guard(self.retention, self.retention.retain, request, self._pins, now)
         self._keep.pop(request.index, None)
         self.owed.pop(request.index, None)
         self._give_back(request)
@@ -487,13 +484,6 @@ class Engine:
     def _reclaim_idle(self) -> bool:
         """Nothing could be planned: blocks held for later are given up before that is called an error."""
         return not self.running.items and bool(self._pins or any(r.block_table for r in self.waiting.items)) and self._reclaim(_NOBODY)
-
-    # ---- retention -------------------------------------------------------------------------------------------------
-
-    def _expire_pins(self, now: float) -> None:
-        while self._pins and self._pins[0][0] <= now:
-            _, _, request, held = heapq.heappop(self._pins)
-            self.pool.unpin(held, request.tags)
 
     # ---- whole runs ------------------------------------------------------------------------------------------------
 
@@ -534,37 +524,6 @@ class Engine:
             sorted(self.finished, key=lambda o: o.index), now, self.num_steps, self.policy_time, self.busy_time, self.pool.num_blocks,
             self.kv_peak, self.pool.num_evictions, self.num_preemptions, self.planned_tokens, self.decisions.hexdigest, status, error, self.oracles,
         )  # fmt: skip
-
-
-class _KVControl:
-    """What Retention.retain may do with a finished request's blocks."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def pin(self, request: Request, until: float) -> None:
-        """Keeps the request's cached blocks until that time (seconds on the run's clock), or until memory runs out."""
-        engine = self._engine
-        held = engine.pool.pin([request._shadow.get(i, b) for i, b in enumerate(request.block_table)])
-        if held:
-            engine._pin_serial += 1
-            heapq.heappush(engine._pins, (until, engine._pin_serial, request, held))
-
-    def unpin(self, session: str) -> None:
-        """Gives up every pin of a session."""
-        engine = self._engine
-        ours = [p for p in engine._pins if p[2].tags.session == session]
-        if ours:
-            engine._pins = [p for p in engine._pins if p[2].tags.session != session]
-            heapq.heapify(engine._pins)
-            for _, _, request, held in ours:
-                engine.pool.unpin(held, request.tags)
-
-    def drop(self, request: Request) -> None:
-        """Forgets the request's blocks at once, where nobody else holds them."""
-        table = list(request.block_table)
-        self._engine._release(request)
-        self._engine.pool.drop(table)
 
 
 def _culprit(error: BaseException) -> Role | None:

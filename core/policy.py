@@ -28,7 +28,9 @@ from .errors import ConfigError, near
 from .request import Request
 
 if TYPE_CHECKING:
-    from .step import StepBuilder, StepPlan, View
+    from .plan import StepPlan
+    from .step import StepBuilder
+    from .view import View
 
 API_VERSION = 1
 PREEMPTION_MODES = ("recompute", "drop_tail")

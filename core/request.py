@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
+_SORT_KEY = attrgetter("sort_key")
 NO_STOP = 1 << 60  # "no hidden output length": larger than any context
 
 
@@ -173,6 +177,30 @@ class Request:
             f"Request({self.id}, {self.state.value}, prompt={self.num_prompt_tokens}, tokens={self.num_tokens}, "
             f"computed={self.num_computed_tokens}, in_flight={self.num_scheduled_tokens}, blocks={len(self.block_table)})"
         )
+
+
+class RequestList:
+    """Requests in the stable order (arrival, index). Appending in order of arrival is O(1)."""
+
+    __slots__ = ("items",)
+
+    def __init__(self) -> None:
+        self.items: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        insort(self.items, request, key=_SORT_KEY)
+
+    def remove(self, request: Request) -> None:
+        i = bisect_left(self.items, request.sort_key, key=_SORT_KEY)
+        if i == len(self.items) or self.items[i] is not request:
+            raise KeyError(request.id)
+        del self.items[i]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.items)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,52 +1,24 @@
-"""One step: the View that a policy reads, the StepBuilder that alone changes things, the StepPlan that comes out.
+"""StepBuilder: all that a policy can do in a step, and the only mutator.
 
-StepBuilder makes the illegal impossible. `add` checks budget, sequence cap and block supply, matches the prefix, allocates,
+It makes the illegal impossible. `add` checks budget, sequence cap and block supply, matches the prefix, allocates,
 evicts when short, asks the victim role when a running request still lacks a block, and answers. A policy can neither
 over-allocate nor forget to.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from .blocks import BlockPool
 from .errors import PolicyError, near
-from .policy import PREEMPTION_MODES, Admission, Admit, Defer, LengthPrediction, Need, Predictor, Reject, TokenBudget, Victim
+from .plan import Allocation, StepPlan
+from .policy import PREEMPTION_MODES, Admission, Admit, Defer, Need, Reject, TokenBudget, Victim
 from .request import Request, RequestState
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 _RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, RequestState.PREEMPTED
-_SORT_KEY = attrgetter("sort_key")
-
-
-class RequestList:
-    """Requests in the stable order (arrival, index). Appending in order of arrival is O(1)."""
-
-    __slots__ = ("items",)
-
-    def __init__(self) -> None:
-        self.items: list[Request] = []
-
-    def add(self, request: Request) -> None:
-        insort(self.items, request, key=_SORT_KEY)
-
-    def remove(self, request: Request) -> None:
-        i = bisect_left(self.items, request.sort_key, key=_SORT_KEY)
-        if i == len(self.items) or self.items[i] is not request:
-            raise KeyError(request.id)
-        del self.items[i]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self.items)
 
 
 # ---- answers of StepBuilder.add ------------------------------------------------------------------------------------
@@ -95,195 +67,6 @@ _IN_FLIGHT = NotReady("its next token is in flight")
 _PREEMPTED_NOW = NotReady("preempted in this step")
 _THRASHING = NotReady("requests preempt each other without emitting a token: nobody starts until one does")
 _RELEASING = NotReady("its blocks are still in flight")
-
-
-class Chunk(NamedTuple):
-    request: Request
-    start: int  # first position computed
-    length: int  # tokens
-    sample: bool  # the chunk ends at the last known token, so the next one is sampled
-
-
-class Allocation(NamedTuple):
-    """Blocks that joined a request's table in this step: table[first : first + len(blocks)]."""
-
-    request: Request
-    first: int
-    blocks: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What an executor runs. Four parallel lists instead of 256 objects; `chunks` reads them as one."""
-
-    step: int
-    now: float
-    requests: list[Request]
-    starts: list[int]
-    lengths: list[int]
-    samples: list[bool]
-    num_tokens: int
-    allocated: list[Allocation]  # in order; the executor's only source of block tables
-    admitted: list[Request]  # start or restart in this step: their tables begin anew
-    left: list[Request]  # finished, preempted or aborted since the last plan: their rows are free
-    preempted: list[Request]  # of those, preempted for this plan
-
-    @property
-    def chunks(self) -> Iterator[Chunk]:
-        return map(Chunk, self.requests, self.starts, self.lengths, self.samples)
-
-
-class Match(NamedTuple):
-    """Cached prefix of a waiting request, in whole blocks; the last prompt token is never part of it."""
-
-    blocks: Sequence[int]
-    num_tokens: int
-
-
-class KVView:
-    """Block counts, read-only."""
-
-    __slots__ = ("_pool", "total", "block_size")
-
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool, self.total, self.block_size = pool, pool.num_blocks, pool.block_size
-
-    @property
-    def free(self) -> int:
-        return self._pool.num_free
-
-    @property
-    def evictable(self) -> int:
-        return self._pool.num_evictable
-
-    @property
-    def available(self) -> int:
-        return self._pool.num_available
-
-    @property
-    def used(self) -> int:
-        return self._pool.num_used
-
-    @property
-    def pinned(self) -> int:
-        return self._pool.num_pinned
-
-
-class Budget(NamedTuple):
-    tokens: int
-    seqs: int
-
-
-class View:
-    """What a policy may know at this step. Read-only; lists are snapshots in the order (arrival, index)."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.kv = KVView(engine.pool)
-        self.now = 0.0
-        self.step = -1
-        self.lag = 0  # steps whose tokens have not come back
-        self._running: tuple[Request, ...] | None = None
-        self._waiting: tuple[Request, ...] | None = None
-
-    def _refresh(self, step: int, now: float, lag: int) -> None:
-        self.step, self.now, self.lag = step, now, lag
-        self._running = self._waiting = None
-
-    @property
-    def running(self) -> tuple[Request, ...]:
-        if self._running is None:
-            self._running = tuple(self._engine.running.items)
-        return self._running
-
-    @property
-    def waiting(self) -> tuple[Request, ...]:
-        """Requests that want to start, preempted ones included."""
-        if self._waiting is None:
-            self._waiting = tuple(self._engine.waiting.items)
-        return self._waiting
-
-    @property
-    def num_running(self) -> int:
-        return len(self._engine.running.items)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._engine.waiting.items)
-
-    @property
-    def preempted(self) -> tuple[Request, ...]:
-        return tuple(r for r in self.waiting if r.state is _PREEMPTED)
-
-    @property
-    def budget(self) -> Budget:
-        builder = self._engine.builder
-        return Budget(builder.tokens_left, builder.seqs_left)
-
-    @property
-    def planned(self) -> tuple[Sequence[int], Sequence[int]]:
-        """(starts, lengths) of the chunks in this step so far: what `step_time` takes. Read, never write."""
-        builder = self._engine.builder
-        return builder._starts, builder._lengths
-
-    def match(self, request: Request) -> Match:
-        """Cached prefix of a waiting request. Memoised across steps: O(1) while the cache did not change around it."""
-        pool, cache = self._engine.pool, self._engine.cache
-        if request.block_table:  # it runs, or drop_tail kept its head
-            return Match((), request.num_computed_tokens)
-        if not cache.enabled:
-            return Match((), 0)
-        limit = (request.num_tokens - 1) // pool.block_size  # the last token is always computed
-        blocks = pool.blocks
-        known: list[int] = []
-        if request._match is not None:
-            # The deepest block that is still the one we matched vouches for all before it: ancestors of a cached block
-            # are cached. Its version tells whether something was published under it since.
-            known, generations, version, memo_limit = request._match
-            n = len(known)
-            while n and blocks[known[n - 1]].generation != generations[n - 1]:
-                n -= 1
-            if n == len(known) and limit == memo_limit and version == (blocks[known[-1]].version if known else pool.root_version):
-                return Match(known, n * pool.block_size)
-            known = known[:n]
-        if len(known) < limit:
-            known = known + cache.match(request, known, limit)
-        if len(known) > limit or not all(blocks[b].cached for b in known):
-            raise PolicyError(f"match() answered {known}: expected at most {limit} cached blocks", plugin=cache.plugin_name, request=request.id)
-        version = blocks[known[-1]].version if known else pool.root_version
-        request._match = (known, [blocks[b].generation for b in known], version, limit)
-        return Match(known, len(known) * pool.block_size)
-
-    def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.kv.block_size)
-
-    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
-        """Predicted seconds of a step with these chunks, from the executor's cost model."""
-        if (model := self._engine.cost_model) is None:
-            raise PolicyError("asked for step_time, but this executor has no cost model: use executor=sim, or set executor.cost_model")
-        return model.step_time(starts, lengths)
-
-    @property
-    def has_step_time(self) -> bool:
-        return self._engine.cost_model is not None
-
-    def predict(self, request: Request) -> LengthPrediction:
-        """Predicted output length, from the `predictor` role."""
-        predictor: Predictor | None = self._engine.predictor
-        if predictor is None:
-            raise PolicyError("asked for a length prediction, but no predictor is chosen: set predictor=history, oracle, noisy or constant")
-        return predictor.predict(request)
-
-    def describe(self) -> str:
-        """The state as an error prints it."""
-        kv = self.kv
-        lines = [
-            f"view: step={self.step} now={self.now:.6f} lag={self.lag} budget={tuple(self.budget)}",
-            f"  kv: total={kv.total} free={kv.free} evictable={kv.evictable} pinned={kv.pinned} block_size={kv.block_size}",
-        ]
-        for name, items in (("running", self._engine.running.items), ("waiting", self._engine.waiting.items)):
-            lines.append(f"  {name} ({len(items)}): " + "; ".join(map(repr, items[:4])) + (" ..." if len(items) > 4 else ""))
-        return "\n".join(lines)
 
 
 class StepBuilder:
@@ -513,7 +296,8 @@ class StepBuilder:
         if isinstance(answer, Reject):
             self.reject(request, answer.reason)
             return NotReady(f"rejected: {answer.reason}")
-        raise PolicyError(f"admit() answered {answer!r}: expected Admit, Defer or Reject", plugin=admission.plugin_name, step=self.step, request=request.id)
+        message = f"admit() answered {answer!r}: expected Admit, Defer or Reject"
+        raise PolicyError(message, plugin=admission.plugin_name, step=self.step, request=request.id)
 
     def _make_room(self, request: Request, need: int) -> int:
         """Preempts until `need` blocks are available; 0 when they are, else how many are missing."""
@@ -552,7 +336,8 @@ class StepBuilder:
 
     def _error(self, message: str, request: Request | None = None) -> PolicyError:
         engine = self._engine
-        return PolicyError(message, plugin=engine.scheduler.plugin_name, step=self.step, request=request.id if request else "", view=engine.view.describe())
+        name = request.id if request else ""
+        return PolicyError(message, plugin=engine.scheduler.plugin_name, step=self.step, request=name, view=engine.view.describe())
 
     def _build(self, left: list[Request]) -> StepPlan:
         return StepPlan(

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..clock import VirtualClock
 from ..errors import InvariantError
+from ..plan import StepPlan
 from ..policy import Executor, ExecutorCaps, StepResult
 from ..request import Request
-from ..step import StepPlan
 
 
 class WrongKV(InvariantError):

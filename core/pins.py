@@ -1,0 +1,55 @@
+"""Pins: cached blocks that a Retention policy keeps past the end of their request."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from .blocks import BlockPool
+from .request import Request
+
+
+class Pins:
+    """What `Retention.retain` is handed (KVControl). Every pin ends at a time, at its session's end, or under memory pressure."""
+
+    def __init__(self, pool: BlockPool, release: Callable[[Request], None]) -> None:
+        self._pool, self._release = pool, release
+        self._heap: list[tuple[float, int, Request, tuple[int, ...]]] = []  # by expiry
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def pin(self, request: Request, until: float) -> None:
+        """Keeps the request's cached blocks until that time (seconds on the run's clock), or until memory runs out."""
+        held = self._pool.pin([request._shadow.get(i, b) for i, b in enumerate(request.block_table)])
+        if held:
+            self._serial += 1
+            heapq.heappush(self._heap, (until, self._serial, request, held))
+
+    def unpin(self, session: str) -> None:
+        """Gives up every pin of a session."""
+        ours = [p for p in self._heap if p[2].tags.session == session]
+        if ours:
+            self._heap = [p for p in self._heap if p[2].tags.session != session]
+            heapq.heapify(self._heap)
+            for _, _, request, held in ours:
+                self._pool.unpin(held, request.tags)
+
+    def drop(self, request: Request) -> None:
+        """Forgets the request's blocks at once, where nobody else holds them."""
+        table = list(request.block_table)
+        self._release(request)
+        self._pool.drop(table)
+
+    def expire(self, now: float) -> None:
+        while self._heap and self._heap[0][0] <= now:
+            self.give_up_soonest()
+
+    def give_up_soonest(self) -> bool:
+        """Ends the pin that would end first; False when there is none."""
+        if not self._heap:
+            return False
+        _, _, request, held = heapq.heappop(self._heap)
+        self._pool.unpin(held, request.tags)
+        return True

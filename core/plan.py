@@ -1,0 +1,45 @@
+"""StepPlan: what an executor runs, and its only source of block tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .request import Request
+
+
+class Chunk(NamedTuple):
+    request: Request
+    start: int  # first position computed
+    length: int  # tokens
+    sample: bool  # the chunk ends at the last known token, so the next one is sampled
+
+
+class Allocation(NamedTuple):
+    """Blocks that joined a request's table in this step: table[first : first + len(blocks)]."""
+
+    request: Request
+    first: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What an executor runs. Four parallel lists instead of 256 objects; `chunks` reads them as one."""
+
+    step: int
+    now: float
+    requests: list[Request]
+    starts: list[int]
+    lengths: list[int]
+    samples: list[bool]
+    num_tokens: int
+    allocated: list[Allocation]  # in order; the executor's only source of block tables
+    admitted: list[Request]  # start or restart in this step: their tables begin anew
+    left: list[Request]  # finished, preempted or aborted since the last plan: their rows are free
+    preempted: list[Request]  # of those, preempted for this plan
+
+    @property
+    def chunks(self) -> Iterator[Chunk]:
+        return map(Chunk, self.requests, self.starts, self.lengths, self.samples)

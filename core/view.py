@@ -1,0 +1,169 @@
+"""The View: everything a policy may know at a step. Read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from .blocks import BlockPool
+from .errors import PolicyError
+from .policy import LengthPrediction, Predictor
+from .request import Request, RequestState
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+_PREEMPTED = RequestState.PREEMPTED
+
+
+class Match(NamedTuple):
+    """Cached prefix of a waiting request, in whole blocks; the last prompt token is never part of it."""
+
+    blocks: Sequence[int]
+    num_tokens: int
+
+
+class KVView:
+    """Block counts, read-only."""
+
+    __slots__ = ("_pool", "total", "block_size")
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool, self.total, self.block_size = pool, pool.num_blocks, pool.block_size
+
+    @property
+    def free(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def evictable(self) -> int:
+        return self._pool.num_evictable
+
+    @property
+    def available(self) -> int:
+        return self._pool.num_available
+
+    @property
+    def used(self) -> int:
+        return self._pool.num_used
+
+    @property
+    def pinned(self) -> int:
+        return self._pool.num_pinned
+
+
+class Budget(NamedTuple):
+    tokens: int
+    seqs: int
+
+
+class View:
+    """What a policy may know at this step. Read-only; lists are snapshots in the order (arrival, index)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.kv = KVView(engine.pool)
+        self.now = 0.0
+        self.step = -1
+        self.lag = 0  # steps whose tokens have not come back
+        self._running: tuple[Request, ...] | None = None
+        self._waiting: tuple[Request, ...] | None = None
+
+    def _refresh(self, step: int, now: float, lag: int) -> None:
+        self.step, self.now, self.lag = step, now, lag
+        self._running = self._waiting = None
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        if self._running is None:
+            self._running = tuple(self._engine.running.items)
+        return self._running
+
+    @property
+    def waiting(self) -> tuple[Request, ...]:
+        """Requests that want to start, preempted ones included."""
+        if self._waiting is None:
+            self._waiting = tuple(self._engine.waiting.items)
+        return self._waiting
+
+    @property
+    def num_running(self) -> int:
+        return len(self._engine.running.items)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._engine.waiting.items)
+
+    @property
+    def preempted(self) -> tuple[Request, ...]:
+        return tuple(r for r in self.waiting if r.state is _PREEMPTED)
+
+    @property
+    def budget(self) -> Budget:
+        builder = self._engine.builder
+        return Budget(builder.tokens_left, builder.seqs_left)
+
+    @property
+    def planned(self) -> tuple[Sequence[int], Sequence[int]]:
+        """(starts, lengths) of the chunks in this step so far: what `step_time` takes. Read, never write."""
+        builder = self._engine.builder
+        return builder._starts, builder._lengths
+
+    def match(self, request: Request) -> Match:
+        """Cached prefix of a waiting request. Memoised across steps: O(1) while the cache did not change around it."""
+        pool, cache = self._engine.pool, self._engine.cache
+        if request.block_table:  # it runs, or drop_tail kept its head
+            return Match((), request.num_computed_tokens)
+        if not cache.enabled:
+            return Match((), 0)
+        limit = (request.num_tokens - 1) // pool.block_size  # the last token is always computed
+        blocks = pool.blocks
+        known: list[int] = []
+        if request._match is not None:
+            # The deepest block that is still the one we matched vouches for all before it: ancestors of a cached block
+            # are cached. Its version tells whether something was published under it since.
+            known, generations, version, memo_limit = request._match
+            n = len(known)
+            while n and blocks[known[n - 1]].generation != generations[n - 1]:
+                n -= 1
+            if n == len(known) and limit == memo_limit and version == (blocks[known[-1]].version if known else pool.root_version):
+                return Match(known, n * pool.block_size)
+            known = known[:n]
+        if len(known) < limit:
+            known = known + cache.match(request, known, limit)
+        if len(known) > limit or not all(blocks[b].cached for b in known):
+            raise PolicyError(f"match() answered {known}: expected at most {limit} cached blocks", plugin=cache.plugin_name, request=request.id)
+        version = blocks[known[-1]].version if known else pool.root_version
+        request._match = (known, [blocks[b].generation for b in known], version, limit)
+        return Match(known, len(known) * pool.block_size)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.kv.block_size)
+
+    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
+        """Predicted seconds of a step with these chunks, from the executor's cost model."""
+        if (model := self._engine.cost_model) is None:
+            raise PolicyError("asked for step_time, but this executor has no cost model: use executor=sim")
+        return model.step_time(starts, lengths)
+
+    @property
+    def has_step_time(self) -> bool:
+        return self._engine.cost_model is not None
+
+    def predict(self, request: Request) -> LengthPrediction:
+        """Predicted output length, from the `predictor` role."""
+        predictor: Predictor | None = self._engine.predictor
+        if predictor is None:
+            raise PolicyError("asked for a length prediction, but no predictor is chosen: set predictor=history, oracle, noisy or constant")
+        return predictor.predict(request)
+
+    def describe(self) -> str:
+        """The state as an error prints it."""
+        kv = self.kv
+        lines = [
+            f"view: step={self.step} now={self.now:.6f} lag={self.lag} budget={tuple(self.budget)}",
+            f"  kv: total={kv.total} free={kv.free} evictable={kv.evictable} pinned={kv.pinned} block_size={kv.block_size}",
+        ]
+        for name, items in (("running", self._engine.running.items), ("waiting", self._engine.waiting.items)):
+            lines.append(f"  {name} ({len(items)}): " + "; ".join(map(repr, items[:4])) + (" ..." if len(items) > 4 else ""))
+        return "\n".join(lines)
