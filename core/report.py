@@ -96,7 +96,7 @@ def comparison_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """The comparison as cells: what was varied, then the main metrics, then how it ended."""
     rows = comparison(results)
     metrics = [c for c in COMPARED if any(c[0] in row for row in rows)]
-    keys = [k for k in rows[0] if k not in {"status", "error"} and not any(k in (r["summary"] or {}) for r in results)]
+    keys = [k for k in rows[0] if k not in {"status", "error"} and not any(k in r["summary"] for r in results)]
     heading = [*keys, *(h for _, h, _ in metrics), "status"]
     return [heading] + [[str(r[k]) for k in keys] + [number(r.get(k), f) for k, _, f in metrics] + [r["status"]] for r in rows]
 

@@ -109,5 +109,6 @@ def comparison(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for r in results:
         own = dict(o.partition("=")[::2] for o in r["overrides"])
-        rows.append({"job": Path(r["directory"]).name} | {k: own.get(k, "") for k in keys} | (r["summary"] or {}) | {"status": r["status"], "error": r["error"]})
+        problem = (r["error"].splitlines() or [""])[0]
+        rows.append({"job": Path(r["directory"]).name} | {k: own.get(k, "") for k in keys} | r["summary"] | {"status": r["status"], "error": problem})
     return rows

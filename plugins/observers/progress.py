@@ -42,7 +42,7 @@ class Progress(Observer):
 
     def _draw(self, record: StepRecord) -> None:
         now = time.monotonic()
-        rate = (self._tokens - self._seen) / (now - self._drawn)
+        rate = (self._tokens - self._seen) / max(now - self._drawn, 1e-9)
         self._drawn, self._seen = now, self._tokens
         kv = record.kv_used / self._engine.pool.num_blocks
         line = f"{rate:,.0f} tok/s, running {record.num_running}, waiting {record.num_waiting}, KV {kv:.0%}, t={record.end:,.1f} s"
