@@ -133,7 +133,12 @@ def test_every_role_can_be_chosen():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"shceduler": "fcfs"}, "Did you mean scheduler"), ({"scheduler": "chunkd"}, "chunked"), ({"num_blocks": 0}, "num_blocks"), ({"device": "tpu"}, "executor.device")],
+    [
+        ({"shceduler": "fcfs"}, "Did you mean scheduler"),
+        ({"scheduler": "chunkd"}, "chunked"),
+        ({"num_blocks": 0}, "num_blocks"),
+        ({"device": "tpu"}, "executor.device"),
+    ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(ConfigError, match=message):
@@ -142,8 +147,8 @@ def test_wrong_options(options, message):
 
 def test_a_model_without_tokenizer_takes_token_ids_only():
     shape = {
-        "architecture": "LlamaForCausalLM", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
-        "tie_word_embeddings": True, "max_position_embeddings": 64, "dtype": "float32",
+        "architecture": "LlamaForCausalLM", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+        "vocab_size": 50, "tie_word_embeddings": True, "max_position_embeddings": 64, "dtype": "float32",
     }  # fmt: skip
     llm = LLM("some/model", load_format="dummy", device="cpu", num_blocks=16, **shape)
     answer = llm.generate([[1, 2, 3]], GREEDY)[0]

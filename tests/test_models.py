@@ -169,7 +169,10 @@ def test_config_that_cannot_be_run(broken, changes, message):
     assert message in refusal(broken)
 
 
-@pytest.mark.parametrize(("file", "content"), [("config.json", "{"), ("config.json", "[]"), ("config.json", None), ("model.safetensors", "garbage"), ("model.safetensors", None)])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", "{"), ("config.json", "[]"), ("config.json", None), ("model.safetensors", "garbage"), ("model.safetensors", None)],
+)
 def test_unreadable_file(broken, file, content):
     (broken / file).unlink()
     if content is not None:

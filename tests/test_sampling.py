@@ -168,9 +168,8 @@ def test_greedy_and_random_requests_in_one_batch():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logprobs_are_those_of_transformers_before_temperature(temperature):
     directory = variant("qwen3")
-    arrivals = [
-        Arrival(0.0, PROMPTS[i], SamplingParams(temperature=temperature, logprobs=n, max_tokens=5, ignore_eos=True)) for i, n in enumerate((3, 0, None, 7))
-    ]
+    asked = [SamplingParams(temperature=temperature, logprobs=n, max_tokens=5, ignore_eos=True) for n in (3, 0, None, 7)]
+    arrivals = [Arrival(0.0, prompt, sampling) for prompt, sampling in zip(PROMPTS, asked, strict=False)]
     result = engine_of(prepared(directory), chunk=7, max_inflight=2).run(arrivals)
     for arrival, output in zip(arrivals, result.outputs, strict=True):
         wanted, prompt = arrival.sampling.logprobs, arrival.prompt_token_ids

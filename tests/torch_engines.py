@@ -63,9 +63,8 @@ def reference(directory: Path) -> Any:
 def reference_tokens(directory: Path, prompt: tuple[int, ...], count: int) -> list[int]:
     """What transformers' greedy generate answers."""
     prompts = torch.tensor([prompt])
-    out = reference(directory).generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    exactly = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = reference(directory).generate(prompts, attention_mask=torch.ones_like(prompts), **exactly)
     return out[0, len(prompt) :].tolist()
 
 

@@ -160,7 +160,8 @@ def rotary_table(spec: ModelSpec) -> Tensor:
     if kind == "linear":
         frequency = frequency / scaling["factor"]
     elif kind == "llama3":
-        frequency = _llama3(frequency, scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"])
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        frequency = _llama3(frequency, *(scaling[name] for name in names))
     angle = torch.outer(torch.arange(shape.max_position_embeddings).float(), frequency)
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 

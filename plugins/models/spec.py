@@ -79,7 +79,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ModelError(f"{path} cannot be read: expected a checkpoint in Hugging Face format (config.json, *.safetensors, tokenizer.json)") from None
+        raise ModelError(f"{path} cannot be read: expected a checkpoint in Hugging Face format (config.json, *.safetensors)") from None
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):

@@ -81,13 +81,6 @@ class TorchExecutor(Executor):
 
         return stop_text(self.tokenizer) if self.tokenizer is not None else None
 
-    @property
-    def stop_text(self) -> Callable[[Request], bool] | None:
-        """Decides stop strings, for `Engine(stop_text=...)`; None without a tokenizer."""
-        from ...models.tokenizer import stop_text
-
-        return stop_text(self.tokenizer) if self.tokenizer is not None else None
-
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
         self._max_model_len = ctx.max_model_len

@@ -71,43 +71,36 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata,
     if single:
         rows = torch.tensor(single, device=q.device)  # int64
         tokens = batch.cu_seqlens_q[rows].long()
-        out[tokens] = _decode(
-            q[tokens], k_cache, v_cache, batch.block_tables[rows], batch.context_lens[rows], max(contexts[i] for i in single), scale
-        )
+        longest = max(contexts[i] for i in single)
+        out[tokens] = _decode(q[tokens], k_cache, v_cache, batch.block_tables[rows], batch.context_lens[rows], longest, scale)
     for i, context in enumerate(contexts):
         begin, end = starts[i], starts[i + 1]
         if end - begin > 1:
             blocks = batch.block_tables[i, : -(-context // batch.block_size)]
-            out[begin:end] = _chunk(q[begin:end], k_cache[blocks].flatten(0, 1)[:context], v_cache[blocks].flatten(0, 1)[:context], scale)
+            k, v = (cache[blocks].flatten(0, 1)[:context].unsqueeze(0) for cache in (k_cache, v_cache))  # [1, L, K, D]
+            at = torch.arange(context, device=q.device)
+            out[begin:end] = _attend(q[begin:end].unsqueeze(0), k, v, at <= at[begin - end :].unsqueeze(1), scale)[0]
     return out
 
 
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float) -> Tensor:
     """q [B, H, D]: one query a row, against the first `contexts` positions of its blocks."""
-    rows, heads, size = q.shape
-    block_size, kv_heads = k_cache.shape[1:3]
-    tables = tables[:, : -(-longest // block_size)]
-    hidden = torch.arange(tables.shape[1] * block_size, device=q.device) >= contexts.unsqueeze(1)  # bool [B, L]
-    k, v = k_cache[tables].flatten(1, 2), v_cache[tables].flatten(1, 2)  # [B, L, K, D]
-    # Padding may hold anything, NaN included: a probability of 0 does not silence NaN, so its values are zeroed.
-    v = v.masked_fill(hidden[:, :, None, None], 0)
-    grouped = _wide(q).view(rows, kv_heads, heads // kv_heads, size)  # [B, K, G, D]
-    scores = (grouped @ _wide(k).permute(0, 2, 3, 1)) * scale  # [B, K, G, L]
-    scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
-    out = scores.softmax(-1) @ _wide(v).transpose(1, 2)
-    return out.reshape(rows, heads, size).to(q.dtype)
+    block_size, kv_heads, size = k_cache.shape[1:]
+    tables = tables[:, : -(-longest // block_size)].long()
+    at = torch.arange(tables.shape[1] * block_size, device=q.device)
+    visible = at < contexts.unsqueeze(1)  # bool [B, L]
+    slots = (tables * block_size).repeat_interleave(block_size, dim=1) + at % block_size
+    # What stands after a row's context may be anything, NaN included, and a weight of 0 does not silence that: its first
+    # position is read instead.
+    slots = torch.where(visible, slots, slots[:, :1]).flatten()
+    k, v = (cache.flatten(0, 1).index_select(0, slots).view(*visible.shape, kv_heads, size) for cache in (k_cache, v_cache))
+    return _attend(q.unsqueeze(1), k, v, visible[:, None, None, :], scale).squeeze(1)
 
 
-def _chunk(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q [Q, H, D]: the last Q positions of k, v [L, K, D], causal."""
-    queries, heads, size = q.shape
-    length, kv_heads = k.shape[:2]
-    grouped = _wide(q).view(queries, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3)  # [K, G, Q, D]
-    scores = (grouped @ _wide(k).permute(1, 2, 0).unsqueeze(1)) * scale  # [K, G, Q, L]
-    position = torch.arange(length - queries, length, device=q.device)
-    scores = scores.masked_fill(torch.arange(length, device=q.device) > position.unsqueeze(1), float("-inf"))
-    out = scores.softmax(-1) @ _wide(v).transpose(0, 1).unsqueeze(1)
-    return out.permute(2, 0, 1, 3).reshape(queries, heads, size).to(q.dtype)
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """q [B, Q, H, D], k and v [B, L, K, D], mask bool, true where a query sees a key, broadcast to [B, H, Q, L] -> [B, Q, H, D]."""
+    wide = (_wide(x).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2).to(q.dtype)
 
 
 def sample(
