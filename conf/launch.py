@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def _unknown_key(key: str, registry: Registry) -> str:
         return f"{key}: there is no such key.{near(head, groups)} `python run.py --help` shows them all"
     chosen = {a.partition("=")[0]: a.partition("=")[2] for a in sys.argv[1:]}.get(head)
     if head in schema.NODES:
-        known = [f.name for f in schema.fields(schema.node(schema.NODES[head]))]
+        known = [f.name for f in fields(schema.NODES[head])]
         return f"{key}: {head} has no such parameter.{near(rest, known)}"
     if chosen is None:
         known = sorted({f.name for (role, _), p in registry.plugins.items() if role == head for f in p.parameters()})

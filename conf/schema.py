@@ -45,7 +45,7 @@ def node(config: type, name: str | None = None) -> type:
     for parameter in fields(config):
         if parameter.init:
             default = copy.copy(parameter)
-            default.kw_only = MISSING  # type: ignore[assignment]  # make_dataclass sets it
+            default.kw_only = MISSING  # make_dataclass sets it
             members.append((parameter.name, _supported(hints[parameter.name]), default))
     return make_dataclass(config.__name__, members, kw_only=True)
 

@@ -146,7 +146,8 @@ class Registry:
             raise refuse(f"{name!r} cannot be chosen on a command line: use letters, digits and _ (and not 'none')")
         if other := self.plugins.get((role, name)):
             raise PluginError(
-                f"{role}={name} is registered twice, by {other.origin} and by {plugin.origin}: rename one, or leave one out with {BLOCK}={plugin.origin.name}"
+                f"{role}={name} is registered twice, by {other.origin} and by {plugin.origin}: "
+                f"rename one, or leave one out with {BLOCK}={plugin.origin.name}"
             )
         api = max(getattr(factory, "api", 1), getattr(config, "api", 1))
         if api > API_VERSION:
@@ -155,7 +156,7 @@ class Registry:
             raise refuse("a function needs the dataclass of its parameters: registry.add(role, name, function, Config)")
         if "__dataclass_fields__" not in vars(config):
             raise refuse(f"its parameters are no dataclass: put @dataclass above class {config.__name__}")
-        if "name" in config.__dataclass_fields__:
+        if any(f.name == "name" for f in plugin.parameters()):
             raise refuse("a parameter may not be called 'name': that key holds the plugin's own name in a config")
         base = ROLE_CLASSES.get(role)
         if isinstance(factory, type) and base:
@@ -278,4 +279,6 @@ def _missing(factory: type, base: type) -> list[str]:
     """Methods of the role that raise NotImplementedError still."""
     names = [n for c in factory.__mro__ if issubclass(c, base) and c.__module__ == policy.__name__ for n in vars(c)]
     functions = ((n, inspect.getattr_static(factory, n)) for n in dict.fromkeys(names))
-    return [f"{n}()" for n, f in functions if inspect.isfunction(f) and "NotImplementedError" in f.__code__.co_names and f.__module__ == policy.__name__]
+    return [
+        f"{n}()" for n, f in functions if inspect.isfunction(f) and "NotImplementedError" in f.__code__.co_names and f.__module__ == policy.__name__
+    ]

@@ -73,7 +73,8 @@ def run_table(s: dict[str, Any]) -> str:
         ("requests", f"{s['completed']} of {s['num_requests']} finished" + (f", {s['rejected']} rejected" if s["rejected"] else "")
          + (f", {s['aborted']} aborted" if s["aborted"] else "")),
         ("duration", f"{s['duration']:.2f} s, {s['num_steps']:,} steps, device busy {s['busy_share']:.0%}"),
-        ("throughput", f"{s['request_throughput']:.2f} requests/s, {s['output_throughput']:,.1f} output tokens/s, {s['total_token_throughput']:,.1f} tokens/s"),
+        ("throughput", f"{s['request_throughput']:.2f} requests/s, {s['output_throughput']:,.1f} output tokens/s"
+         + f", {s['total_token_throughput']:,.1f} tokens/s"),
         ("prefix hits", f"{s['prefix_hit_rate']:.1%} ({s['cached_tokens']:,} prompt tokens)"),
         ("preemptions", f"{s['preemptions']:,}, {s['recomputed_tokens']:,} tokens recomputed, {s['evictions']:,} evictions"),
         ("KV peak use", f"{s['kv_peak_use']:.1%} of {s['kv_blocks']:,} blocks"),
@@ -82,7 +83,9 @@ def run_table(s: dict[str, Any]) -> str:
     if "slo_attainment" in s:
         facts.append(("goodput", f"{s['request_goodput']:.2f} requests/s, SLO attainment {s['slo_attainment']:.1%}"))
     if "jain_index" in s:
-        facts.append(("fairness", f"{s['num_clients']} clients, Jain {number(s['jain_index'], '.3f')}, service difference {s['service_difference']:,.0f}"))
+        facts.append(
+            ("fairness", f"{s['num_clients']} clients, Jain {number(s['jain_index'], '.3f')}, service difference {s['service_difference']:,.0f}")
+        )
     if "oracles" in s:
         facts.append(("oracle", f"{s['oracles']} saw what no deployed policy can see"))
     latencies = [["", "mean", *(f"P{p}" for p in PERCENTILES)]]

@@ -33,7 +33,14 @@ def _plain(data: Any) -> Any:
 
 
 def write_result(
-    directory: Path, status: str, summary: dict[str, Any], *, error: str = "", traceback: str = "", overrides: Iterable[str] = (), seed: int | None = None
+    directory: Path,
+    status: str,
+    summary: dict[str, Any],
+    *,
+    error: str = "",
+    traceback: str = "",
+    overrides: Iterable[str] = (),
+    seed: int | None = None,
 ) -> None:
     """How the run ended: "finished", "interrupted" or "failed". Comparisons read this file and nothing else."""
     given = list(overrides)

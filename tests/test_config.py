@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from conf import schema
 from conf.launch import arguments, explain
 from core.build import Composition, build, build_roles
@@ -16,10 +21,6 @@ from core.engine import EngineConfig
 from core.hooks import OPTIONAL, Registry, load_registry
 from core.policy import ROLES
 from headway import SLO, Arrival, ConfigError, Order, SamplingParams, Victim
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from core.hooks import BLOCK, OPTIONAL, HeadwaySpec, Origin, Registry, load_registry
 from core.policy import ROLES
 from headway import ConfigError, KeyEviction, Observer, Order, PluginError, Scheduler, hookimpl

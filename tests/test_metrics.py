@@ -6,11 +6,12 @@ import math
 import statistics
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from core.metrics import PROMPT_WEIGHT, fairness, itl, jain, meets_slo, percentile, summarize, tpot, ttft
 from core.report import comparison_rows, run_table, table
 from headway import SLO, RequestOutput, RunResult, Tags
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def output(index: int = 0, times: tuple[float, ...] = (), *, arrival: float = 0.0, state: str = "finished", **fields) -> RequestOutput:
@@ -123,7 +124,13 @@ def test_jain_index_is_one_for_equals_and_one_nth_for_a_monopoly():
 
 def test_a_comparison_has_a_row_a_run_and_a_column_for_each_thing_varied():
     results = [
-        {"directory": "s/0", "status": "finished", "error": "", "overrides": ["seed=1", "cache=none"], "summary": {"completed": 3, "p99_ttft_ms": 1.25}},
+        {
+            "directory": "s/0",
+            "status": "finished",
+            "error": "",
+            "overrides": ["seed=1", "cache=none"],
+            "summary": {"completed": 3, "p99_ttft_ms": 1.25},
+        },
         {"directory": "s/1", "status": "failed", "error": "boom", "overrides": ["seed=1", "cache=hash"], "summary": {}},
     ]
     rows = comparison_rows(results)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
 from core.build import Composition, Run, build
 from core.hooks import Registry, load_registry
 from headway import EngineConfig, Observer

@@ -58,7 +58,9 @@ def run(folder: Path, *arguments: str, path: Path | None = None, **environment: 
     environment = dict(os.environ, COLUMNS="200", **environment)
     if path:
         environment["PYTHONPATH"] = str(path)
-    return subprocess.run([sys.executable, str(ROOT / "run.py"), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def only(folder: Path, kind: str = "outputs") -> Path:
@@ -77,7 +79,17 @@ def test_a_run_prints_what_it_composed_and_one_table_and_writes_its_directory(tm
     for line in ("scheduler", "radix", "8 of 8 finished", "TTFT ms", "prefix hits", "policy time", "results: "):
         assert line in ended.stdout
     directory = only(tmp_path)
-    names = {"config.yaml", "requests.parquet", "steps.parquet", "decisions.parquet", "summary.json", "result.json", "timeline.json", "versions.json", "replay.npz"}
+    names = {
+        "config.yaml",
+        "requests.parquet",
+        "steps.parquet",
+        "decisions.parquet",
+        "summary.json",
+        "result.json",
+        "timeline.json",
+        "versions.json",
+        "replay.npz",
+    }
     assert names <= {p.name for p in directory.iterdir()}
     summary, result = read(directory / "summary.json"), read(directory / "result.json")
     assert result["status"] == "finished" and result["summary"] == summary

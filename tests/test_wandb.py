@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from headway import ConfigError, RunResult
 from plugins.observers.wandb import SERIES, Buckets, Wandb, logged_in
 
@@ -83,9 +84,19 @@ def test_without_the_package_a_run_goes_on_with_one_warning(monkeypatch, capsys)
 
 def test_the_runs_of_a_sweep_share_a_group_and_hold_config_summary_series_and_table(tmp_path):
     quiet = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache", "WANDB_CONFIG_DIR": "config", "NETRC": "none", "WANDB_ERROR_REPORTING": "false"}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {k: str(tmp_path / v) for k, v in quiet.items() if v != "false"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {
+        k: str(tmp_path / v) for k, v in quiet.items() if v != "false"
+    }
     environment["WANDB_ERROR_REPORTING"] = "false"
-    command = [sys.executable, str(ROOT / "run.py"), "-m", "executor=sim", "workload.num_requests=8", "cache=none,hash", "hydra.sweep.dir=sweeps/night"]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "-m",
+        "executor=sim",
+        "workload.num_requests=8",
+        "cache=none,hash",
+        "hydra.sweep.dir=sweeps/night",
+    ]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     groups = set()

@@ -83,7 +83,8 @@ def _requests(outputs: list[RequestOutput]) -> Any:
     text, whole, real = pa.string(), pa.int64(), pa.float64()
     plain = {
         "id": text, "index": whole, "state": text, "finish_reason": text, "arrival_time": real, "first_scheduled_time": real, "finish_time": real,
-        "num_prompt_tokens": whole, "num_cached_tokens": whole, "num_preemptions": whole, "num_recomputed_tokens": whole, "prompt": text, "text": text,
+        "num_prompt_tokens": whole, "num_cached_tokens": whole, "num_preemptions": whole, "num_recomputed_tokens": whole,
+        "prompt": text, "text": text,
     }  # fmt: skip
     columns = {name: pa.array([getattr(o, name) for o in outputs], kind) for name, kind in plain.items()}
     columns["num_output_tokens"] = pa.array([len(o.token_times) for o in outputs], whole)

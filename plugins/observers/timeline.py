@@ -25,7 +25,9 @@ class Timeline(Observer):
     def on_step(self, r: StepRecord) -> None:
         if len(self._steps) < MAX_STEPS:
             plan = r.plan
-            self._steps.append((r.step, r.start, r.end, plan.num_tokens, len(plan.requests), r.num_running, r.num_waiting, r.kv_used, r.num_preempted))
+            self._steps.append(
+                (r.step, r.start, r.end, plan.num_tokens, len(plan.requests), r.num_running, r.num_waiting, r.kv_used, r.num_preempted)
+            )
 
     def close(self, result: RunResult) -> None:
         events = [_name(STEPS, "engine"), _name(REQUESTS, "requests")]
