@@ -18,7 +18,41 @@ from ..request import Request
 
 
 class WrongKV(InvariantError):
-    """A planned chunk would have read KV that is missing or belongs to another prefix."""
+    """A planned chunk would have read KV that is missing or belongs to another prefix, or broken what a step in flight uses."""
+
+
+class Prefixes:
+    """Every token prefix as one number: equal numbers are equal prefixes. A trie, so nothing rests on a hash."""
+
+    def __init__(self) -> None:
+        self._ids: dict[tuple[Any, Any], int] = {}
+        self._back: list[tuple[Any, Any]] = []  # number -> (number of the prefix before, token)
+
+    def extend(self, before: Any, token: Any) -> int:
+        id = self._ids.setdefault((before, token), len(self._back))
+        if id == len(self._back):
+            self._back.append((before, token))
+        return id
+
+    def tokens(self, id: int | None) -> str:
+        """The prefix in words, for an error."""
+        if id is None:
+            return "nothing"
+        found: list[Any] = []
+        at: Any = id
+        while isinstance(at, int):
+            at, token = self._back[at]
+            found.append(token)
+        return f"{at or 'KV'} of {found[-2::-1]}"
+
+
+@dataclass
+class _Flight:
+    """A launched step that has not come back: the blocks it writes, and those it reads, by request index."""
+
+    step: int
+    writes: dict[int, int]
+    reads: dict[int, int]
 
 
 @dataclass
@@ -29,6 +63,7 @@ class OracleExecutor(Executor):
     max_model_len: int = 64
     num_blocks: int = 16
     step_seconds: float = 0.01
+    token_seconds: float = 0.0  # added for each token of the plan
     eos: bool = False  # token 0 ends a sequence
     max_plans: int = 4
     placeholders: bool = True
@@ -37,45 +72,50 @@ class OracleExecutor(Executor):
         eos = frozenset((0,)) if self.eos else frozenset()
         self.caps = ExecutorCaps(self.max_model_len, self.vocab_size, eos, self.placeholders, self.max_plans)
         self.clock = VirtualClock()
-        self._slots: dict[int, tuple[int, ...]] = {}  # slot -> the whole token prefix whose KV it holds
+        self.cost_model = self
+        self._prefixes = Prefixes()
+        self._slots: dict[int, int] = {}  # slot -> number of the token prefix whose KV it holds
         self._tables: dict[int, list[int]] = {}  # request index -> block table, from plans alone
-        self._writing: list[set[int]] = []  # blocks written by each step in flight
+        self._flights: list[_Flight] = []
         self._tokens: dict[int, list[int]] = {}  # request index -> tokens as a device would know them
+        self._known: dict[int, list[int]] = {}  # request index -> prefix number at each position
         self._busy_until = 0.0
 
     def kv_capacity(self, block_size: int) -> int:
         return self.num_blocks
 
+    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
+        return self.step_seconds + self.token_seconds * sum(lengths)
+
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
         self._size, self._seed, self._total = block_size, seed, num_blocks
         self._max_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
 
-    def token(self, request: Request, position: int) -> int:
-        digest = blake2b(f"{self._seed}/{request.id}/{position}".encode(), digest_size=4).digest()
-        return int.from_bytes(digest, "little") % self.vocab_size
+    def token(self, request_id: str, position: int) -> int:
+        """What is sampled at a position, whatever the batch: an expected answer can be worked out without a run."""
+        return sampled_token(self._seed, request_id, position, self.vocab_size)
 
     def launch(self, plan: StepPlan) -> Any:
-        self._update_tables(plan)
-        written: set[int] = set()
-        sampled: list[int] = []
-        seen: set[int] = set()
-        for request, start, length, sample in plan.chunks:
-            if request.index in seen:
-                raise WrongKV(f"step {plan.step}: request {request.id} is planned twice")
-            seen.add(request.index)
-            self._run_chunk(plan, request, start, length, written)
-            sampled.append(self._sample(request, start + length) if sample else -1)
         if len(plan.requests) > self._max_seqs or sum(plan.lengths) > self._max_tokens:
             raise WrongKV(f"step {plan.step}: {len(plan.requests)} requests and {sum(plan.lengths)} tokens exceed the budget")
-        self._check_holders(plan)
-        start_time = max(self.clock.now(), self._busy_until)
-        self._busy_until = start_time + self.step_seconds
-        self._writing.append(written)
-        return sampled, start_time, self._busy_until
+        if len({r.index for r in plan.requests}) != len(plan.requests):
+            raise WrongKV(f"step {plan.step}: a request is planned twice: {[r.id for r in plan.requests]}")
+        self._update_tables(plan)
+        flight = self._flight(plan)
+        sampled = []
+        for request, start, length, sample in plan.chunks:
+            self._run_chunk(plan, request, start, length)
+            if sample != (start + length == len(self._device_tokens(request))):
+                raise WrongKV(f"step {plan.step}, request {request.id}: sample={sample}, but its chunk ends at {start + length}")
+            sampled.append(self._sample(request, start + length) if sample else -1)
+        self._flights.append(flight)
+        begin = max(self.clock.now(), self._busy_until)
+        self._busy_until = begin + self.step_time(plan.starts, plan.lengths)
+        return sampled, begin, self._busy_until
 
     def collect(self, ticket: Any) -> StepResult:
         sampled, start, end = ticket
-        self._writing.pop(0)
+        self._flights.pop(0)
         return StepResult(sampled, start, end)
 
     # ---- what is checked ---------------------------------------------------------------------------------------
@@ -84,64 +124,85 @@ class OracleExecutor(Executor):
         for request in plan.left:
             self._tables.pop(request.index, None)
         for request in plan.admitted:
-            # A prefix hit: the table begins with matched blocks that the plan did not allocate.
-            grown = sum(len(a.blocks) for a in plan.allocated if a.request is request and a.first)
-            self._tables[request.index] = list(request.block_table[: len(request.block_table) - grown])
+            self._tables[request.index] = []
         for request, first, blocks in plan.allocated:
             table = self._tables.setdefault(request.index, [])
-            if first == 0:
-                table.clear()
             if len(table) != first:
                 raise WrongKV(f"step {plan.step}: request {request.id} allocates table[{first}:] but its table has {len(table)} blocks")
             table.extend(blocks)
 
-    def _run_chunk(self, plan: StepPlan, request: Request, start: int, length: int, written: set[int]) -> None:
+    def _flight(self, plan: StepPlan) -> _Flight:
+        """What the step touches, checked against itself and against the steps in flight.
+
+        A written block is in no other request's table; a read block is written by no other. This holds across steps in
+        flight too: they may not have run yet, so that publishing or reusing their blocks is too early.
+        """
+        size = self._size
+        writes: dict[int, int] = {}
+        reads: dict[int, int] = {}
+        for request, start, length in zip(plan.requests, plan.starts, plan.lengths, strict=True):
+            table = self._tables.get(request.index, [])
+            if start + length > len(table) * size:
+                raise WrongKV(
+                    f"step {plan.step}, request {request.id}, chunk [{start}, {start + length}): the block table covers {len(table) * size} tokens"
+                )
+            for block in table[start // size : (start + length - 1) // size + 1]:
+                if writes.setdefault(block, request.index) != request.index:
+                    raise WrongKV(f"step {plan.step}: block {block} is written by request {request.id} and by another of the same step")
+            for block in table[: -(-start // size)]:
+                reads.setdefault(block, request.index)
+        for step, earlier_writes, earlier_reads in [(plan.step, writes, {}), *((f.step, f.writes, f.reads) for f in self._flights)]:
+            for request, start, length in zip(plan.requests, plan.starts, plan.lengths, strict=True):
+                index, table = request.index, self._tables[request.index]
+                for block in table[: -(-(start + length) // size)]:
+                    if earlier_writes.get(block, index) != index:
+                        raise WrongKV(f"step {plan.step}: request {request.id} uses block {block}, which another request writes in step {step} in flight")
+            for block, index in writes.items():
+                if earlier_reads.get(block, index) != index:
+                    raise WrongKV(f"step {plan.step}: block {block} is written again while step {step} in flight still reads it")
+        return _Flight(plan.step, writes, reads)
+
+    def _run_chunk(self, plan: StepPlan, request: Request, start: int, length: int) -> None:
+        table, size, slots = self._tables[request.index], self._size, self._slots
+        tokens = self._device_tokens(request)
         where = f"step {plan.step}, request {request.id}, chunk [{start}, {start + length})"
-        table, size = self._tables.get(request.index, []), self._size
-        tokens = self._known(request)
         if length < 1 or start + length > len(tokens):
             raise WrongKV(f"{where}: only {len(tokens)} tokens are known")
-        if start + length > len(table) * size:
-            raise WrongKV(f"{where}: the block table covers {len(table) * size} tokens")
         if table != request.block_table[: len(table)]:
             raise WrongKV(f"{where}: the table was rewritten while it ran: {table} became {request.block_table}")
+        if max(table) >= self._total:
+            raise WrongKV(f"{where}: block {max(table)} does not exist")
+        prefix = self._prefix(request, tokens)
         for position in range(start):
             slot = table[position // size] * size + position % size
-            expected = tuple(tokens[: position + 1])
-            if self._slots.get(slot) != expected:
-                raise WrongKV(f"{where}: slot {slot} should hold the prefix {expected}, it holds {self._slots.get(slot)}")
+            if slots.get(slot) != prefix[position]:
+                held = self._prefixes.tokens(slots.get(slot))
+                raise WrongKV(f"{where}: slot {slot} should hold {self._prefixes.tokens(prefix[position])}, it holds {held}")
         for position in range(start, start + length):
-            block = table[position // size]
-            if block >= self._total:
-                raise WrongKV(f"{where}: block {block} does not exist")
-            self._slots[block * size + position % size] = tuple(tokens[: position + 1])
-            written.add(block)
+            slots[table[position // size] * size + position % size] = prefix[position]
 
-    def _known(self, request: Request) -> list[int]:
+    def _prefix(self, request: Request, tokens: list[int]) -> list[int]:
+        known = self._known.setdefault(request.index, [])
+        before: Any = known[-1] if known else self._prefixes.extend(request.cache_salt, "root")
+        for token in tokens[len(known) :]:
+            before = self._prefixes.extend(before, token)
+            known.append(before)
+        return known
+
+    def _device_tokens(self, request: Request) -> list[int]:
         """Tokens as the device knows them: those of steps in flight included."""
         tokens = self._tokens.setdefault(request.index, list(request.token_ids))
-        if len(request.token_ids) > len(tokens):
-            tokens[:] = request.token_ids
+        if tokens[: len(request.token_ids)] != request.token_ids:
+            raise WrongKV(f"request {request.id}: the engine's tokens {request.token_ids} are not those that were sampled, {tokens}")
         return tokens
 
     def _sample(self, request: Request, position: int) -> int:
-        tokens = self._known(request)
-        if position != len(tokens):
-            raise WrongKV(f"request {request.id} samples position {position}, but {len(tokens)} tokens are known")
-        token = self.token(request, position)
+        tokens = self._tokens[request.index]
+        token = self.token(request.id, position)
         tokens.append(token)
         return token
 
-    def _check_holders(self, plan: StepPlan) -> None:
-        """A block written in this step must not be in the table of any other request of it."""
-        owners: dict[int, Sequence[Any]] = {}
-        for request, start, length in zip(plan.requests, plan.starts, plan.lengths, strict=True):
-            table = self._tables[request.index]
-            for i in range(start // self._size, (start + length - 1) // self._size + 1):
-                if table[i] in owners:
-                    raise WrongKV(f"step {plan.step}: block {table[i]} is written by {owners[table[i]][0]} and {request.id}")
-                owners[table[i]] = (request.id,)
-        for request in plan.requests:
-            for i, block in enumerate(self._tables[request.index]):
-                if block in owners and owners[block][0] != request.id:
-                    raise WrongKV(f"step {plan.step}: block {block} at table[{i}] of {request.id} is being written by {owners[block][0]}")
+
+def sampled_token(seed: int, request_id: str, position: int, vocab_size: int) -> int:
+    digest = blake2b(f"{seed}/{request_id}/{position}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % vocab_size
