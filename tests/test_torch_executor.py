@@ -193,3 +193,16 @@ def test_more_blocks_than_memory_is_an_error(monkeypatch):
     monkeypatch.setattr(torch, "zeros", full)
     with pytest.raises(ConfigError, match="lower engine.num_blocks"):
         engine_of(executor, num_blocks=64)
+
+
+@pytest.mark.parametrize("limits", [{"max_num_batched_tokens": 50}, {"max_num_batched_tokens": 100, "max_model_len": 40, "max_num_seqs": 300}])
+def test_the_profiling_step_is_the_largest_one(limits):
+    from plugins.executors.torch.memory import _largest_step
+
+    execution = prepared(variant("qwen3")).execution
+    seen = []
+    hook = execution.model.register_forward_hook(lambda module, inputs, hidden: seen.append(hidden.shape[0]))
+    with torch.inference_mode():
+        _largest_step(execution.model, execution.kernels, execution.device, EngineConfig(**limits))
+    hook.remove()
+    assert seen == [limits["max_num_batched_tokens"]]

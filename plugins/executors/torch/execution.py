@@ -15,12 +15,12 @@ from headway import ConfigError, EngineConfig, ModelConfig, StepPlan, StepResult
 
 from ...kernels.compose import KernelChoice, compose, lookup
 from ...kernels.torch import TorchKernels
-from ...models.loading import build, load
+from ...models.loading import Share, Whole, build, load
 from ...models.spec import read_model
 from ...models.tokenizer import Tokenizer
 from .batch import NO_LOGPROBS, Batcher, StepInput
 from .graphs import DecodeGraphs
-from .memory import allocate_cache, kv_bytes_free
+from .memory import allocate_cache, bytes_per_token, kv_bytes_free
 from .runner import ModelRunner, Sampled
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ class Ticket:
 
 
 class Execution:
+    """On one rank. A parallel run overrides the hooks: which part of the weights is ours, what runs a step, how to wait for it."""
+
+    batcher_class = Batcher
+    runner_class = ModelRunner
+
     def __init__(
         self, config: TorchExecutor, model: ModelConfig, kernels: KernelChoice | None, engine: EngineConfig,
         backends: Callable[[str], KernelChoice] | None, seed: int,
@@ -65,10 +70,14 @@ class Execution:
         if self.kernels.cuda_graphs and self.device.type != "cuda":
             raise ConfigError(f"kernels.cuda_graphs=true needs a GPU, the model runs on {self.device}: set kernels.cuda_graphs=false")
         self.model = build(self.spec, self.kernels)
-        load(self.model, self.device, seed=seed)
+        load(self.model, self.device, self._share(), seed=seed)
         self.runner: ModelRunner
         self._last_end: Any = None  # CUDA event at the end of the last step, when profiling
         self._collected = 0.0
+
+    def _share(self) -> Share:
+        """Our part of the weights; may make the model smaller."""
+        return Whole()
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -85,14 +94,14 @@ class Execution:
             free = kv_bytes_free(self.model, self.kernels, self.device, self.engine, self.config.gpu_memory_utilization)
         else:
             free = 2**30
-        return max(0, free // (self.spec.shape.kv_bytes_per_token * block_size) - 1)
+        return max(0, free // (bytes_per_token(self.model) * block_size) - 1)
 
     def start(
         self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int, seed: int
     ) -> None:
-        caches = allocate_cache(self.spec.shape, len(self.model.model.layers), num_blocks + 1, block_size, self.device)
-        self.batcher = Batcher(max_num_seqs, seed)
-        self.runner = ModelRunner(
+        caches = allocate_cache(self.model, num_blocks + 1, block_size, self.device)
+        self.batcher = self.batcher_class(max_num_seqs, seed)
+        self.runner = self.runner_class(
             self.model, self.kernels, self.device, caches, num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, max_plans=max_plans,
         )  # fmt: skip
@@ -101,12 +110,12 @@ class Execution:
         self._results = [torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(max_plans + 1)]
         self._arrived = [torch.cuda.Event() for _ in self._results] if pinned else []
         self._slots = deque(range(len(self._results)))
-        self._decode = DecodeGraphs(self.runner).decode if self.kernels.cuda_graphs else self.runner.decode
-        self.runner.decode_step = self._decode
+        if self.kernels.cuda_graphs:
+            self.runner.decode_step = DecodeGraphs(self.runner).decode
 
     def close(self) -> None:
         """Gives the memory back."""
-        for name in ("runner", "model", "_decode"):
+        for name in ("runner", "model"):
             self.__dict__.pop(name, None)
 
     # ---- steps ---------------------------------------------------------------------------------------------------
@@ -123,12 +132,15 @@ class Execution:
             ticket.began.record()
         if step.logprobs != NO_LOGPROBS:
             ticket.wanted = [r.sampling.logprobs for r, sample in zip(plan.requests, plan.samples, strict=True) if sample]
-        self._send_back(ticket, self.runner.execute(step))
+        self._send_back(ticket, self._execute(step))
         if ticket.ended is not None:
             ticket.ended.record()
         if self.config.profile:
             ticket.timings = {"prepare": packed - began, "launch": perf_counter() - packed}
         return ticket
+
+    def _execute(self, step: StepInput) -> Sampled:
+        return self.runner.execute(step)
 
     def _send_back(self, ticket: Ticket, sampled: Sampled) -> None:
         self._results[ticket.slot][: ticket.step.num_samples].copy_(sampled.tokens, non_blocking=True)
@@ -139,8 +151,7 @@ class Execution:
 
     def collect(self, ticket: Ticket, clock: Any) -> StepResult:
         began = perf_counter()
-        if self._arrived:
-            self._arrived[ticket.slot].synchronize()
+        self._wait(ticket)
         waited = perf_counter()
         step = ticket.step
         drawn = self._results[ticket.slot][: step.num_samples].tolist()
@@ -160,6 +171,11 @@ class Execution:
             if spread is not None and logprobs is not None:
                 spread[at] = logprobs[i]
         return StepResult(tokens, start, end, spread, ticket.timings)
+
+    def _wait(self, ticket: Ticket) -> None:
+        """Until the step's tokens are in its result buffer."""
+        if self._arrived:
+            self._arrived[ticket.slot].synchronize()
 
     def _gpu_times(self, ticket: Ticket) -> None:
         ticket.ended.synchronize()

@@ -1,4 +1,4 @@
-"""The KV cache: how much fits, and where it lives."""
+"""The KV cache: how much fits, and where it lives. Sizes are read off the model's layers, which a parallel plan may have cut."""
 
 from __future__ import annotations
 
@@ -6,26 +6,36 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headway import ConfigError, EngineConfig, ModelShape
+from headway import ConfigError, EngineConfig
 
 from ...kernels.ops import BatchMetadata
 
 if TYPE_CHECKING:
     from ...kernels.compose import Kernels
-    from ...models.layers import CausalLM, KVCache
+    from ...models.layers import Attention, CausalLM, KVCache
 
 
-def allocate_cache(shape: ModelShape, num_layers: int, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
+def bytes_per_token(model: CausalLM) -> int:
+    """KV bytes of one token in all layers that this rank holds."""
+    attentions = [layer.self_attn for layer in model.model.layers]
+    return sum(2 * a.num_kv_heads * a.head_dim * a.o_proj.weight.element_size() for a in attentions)
+
+
+def allocate_cache(model: CausalLM, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
     """Keys and values of each layer, [num_blocks, block_size, K, D] in the model's dtype. `num_blocks` includes the reserved one."""
-    size = (2, num_blocks, block_size, shape.num_key_value_heads, shape.head_dim)
     try:
-        pairs = [torch.zeros(size, dtype=getattr(torch, shape.dtype), device=device) for _ in range(num_layers)]
+        return [_layer_cache(layer.self_attn, num_blocks, block_size, device) for layer in model.model.layers]
     except torch.OutOfMemoryError:
         raise ConfigError(
-            f"{num_blocks} KV blocks of {block_size} tokens take {num_blocks * block_size * shape.kv_bytes_per_token / 2**30:.1f} GiB, "
+            f"{num_blocks} KV blocks of {block_size} tokens take {num_blocks * block_size * bytes_per_token(model) / 2**30:.1f} GiB, "
             f"more than {device} has left: lower engine.num_blocks, or leave it unset to take what fits"
         ) from None
-    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def _layer_cache(attention: Attention, num_blocks: int, block_size: int, device: torch.device) -> KVCache:
+    size = (2, num_blocks, block_size, attention.num_kv_heads, attention.head_dim)
+    keys, values = torch.zeros(size, dtype=attention.o_proj.weight.dtype, device=device)
+    return keys, values
 
 
 @torch.inference_mode()
@@ -33,7 +43,6 @@ def kv_bytes_free(model: CausalLM, kernels: Kernels, device: torch.device, engin
     """Bytes left of `utilization` of the GPU after the weights and the largest step, which is run once to measure it.
 
     Raises ConfigError when that step alone does not fit."""
-    shape = model.spec.shape
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -50,7 +59,7 @@ def kv_bytes_free(model: CausalLM, kernels: Kernels, device: torch.device, engin
     torch.cuda.empty_cache()
     used = total - free  # by weights, other processes and the CUDA context
     left = int(total * utilization) - used - peak
-    if left < engine.block_size * shape.kv_bytes_per_token:
+    if left < engine.block_size * bytes_per_token(model):
         raise ConfigError(
             f"no memory for KV blocks on {device}: {total / 2**30:.1f} GiB x {utilization} less {used / 2**30:.1f} GiB in use and "
             f"{peak / 2**30:.1f} GiB for a step. Raise executor.gpu_memory_utilization, lower engine.max_num_batched_tokens, or use a smaller model"
@@ -64,8 +73,8 @@ def _largest_step(model: CausalLM, kernels: Kernels, device: torch.device, engin
     longest = min(engine.max_model_len or shape.max_position_embeddings, shape.max_position_embeddings)
     total = engine.max_num_batched_tokens
     lengths = [longest] * (total // longest) + ([total % longest] if total % longest else [])
-    width = -(-longest // size)
-    cache = allocate_cache(shape, 1, width + 1, size, device)[0]
+    width = -(-max(lengths) // size)
+    cache = _layer_cache(model.model.layers[0].self_attn, width, size, device)  # one for all layers: its contents do not matter
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])
     batch = BatchMetadata(
@@ -77,7 +86,7 @@ def _largest_step(model: CausalLM, kernels: Kernels, device: torch.device, engin
         max_seqlen_k=max(lengths),
         block_size=size,
     )
-    hidden = model(torch.zeros_like(positions), positions, [cache] * shape.num_hidden_layers, batch)
+    hidden = model(torch.zeros_like(positions), positions, [cache] * len(model.model.layers), batch)
     rows = min(engine.max_num_seqs, engine.max_num_batched_tokens)
     logits = model.compute_logits(hidden[:rows])
     ones = torch.ones(len(logits), device=device)

@@ -87,10 +87,14 @@ class ModelRunner:
             self.block_tables[row.long(), index.long()] = block
         if not step.decode:
             return self._mixed(step, data[3 * n :])
-        if not step.same_rows:
-            self.batch_rows[: step.num_seqs] = data[3 * n :]
-            self.batch_rows[step.num_seqs :] = self.max_num_seqs
+        self._set_batch(step, data[3 * n :])
         return self.decode_step(step.num_seqs, step.max_context, step.sampling, step.logprobs)
+
+    def _set_batch(self, step: StepInput, data: Tensor) -> None:
+        """The rows of a decode step; `data` is what follows the block-table updates."""
+        if not step.same_rows:
+            self.batch_rows[: step.num_seqs] = data
+            self.batch_rows[step.num_seqs :] = self.max_num_seqs
 
     def decode(self, num_seqs: int, max_context: int, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
         """One token for each of the first `num_seqs` of `batch_rows`. Reads and writes device state only, at fixed addresses."""
