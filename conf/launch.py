@@ -126,7 +126,7 @@ def ending(job: Callable[[], None], registry: Registry, sweep: Path, codes: list
             traceback.print_exc()
         print(f"error: {explain(error, registry)}", file=sys.stderr)
         code = CONFIG
-    except HeadwayError as error:
+    except Exception as error:
         complain(error)
         code = CONFIG if isinstance(error, ConfigError) else FAILED
     found = results.read_results(sweep) if sweep.is_dir() else []

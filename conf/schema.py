@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core.build import Composition
 from core.config import Hardware, ModelConfig, ParallelConfig
 from core.engine import EngineConfig
-from core.errors import PluginError
+from core.errors import ConfigError, PluginError
 from core.hooks import OPTIONAL, Broken, Registry
 from core.policy import ROLES
 from core.request import SLO
@@ -86,8 +86,19 @@ def composition(cfg: DictConfig) -> Composition:
     """The run that a composed config describes. Raises ConfigError for values that a node refuses."""
     choices: dict[str, tuple[str, dict[str, Any]]] = {}
     for role in GROUP_ROLES:
-        if cfg[role] is not None and cfg[role].name != "none" or role == "cache":
-            parameters = vars(OmegaConf.to_object(cfg[role])).copy()
-            choices[role] = parameters.pop("name"), parameters
-    nodes = {name: config(**vars(OmegaConf.to_object(cfg[name]))) for name, config in NODES.items()}
+        chosen = cfg[role]
+        if chosen is None or (chosen.name == "none" and role in OPTIONAL):
+            continue
+        parameters = _values(chosen, ConfigStore.instance().load(f"{role}/{chosen.name}.yaml").node, f"{role}={chosen.name}")
+        choices[role] = parameters.pop("name"), parameters
+    root = ConfigStore.instance().load("schema.yaml").node
+    nodes = {name: config(**_values(cfg[name], root[name], name)) for name, config in NODES.items()}
     return Composition(choices, seed=cfg.seed, **nodes)
+
+
+def _values(given: DictConfig, schema: DictConfig, where: str) -> dict[str, Any]:
+    """A node's values by name. The schema is merged in again because the config of an earlier run comes back as plain YAML."""
+    try:
+        return dict(vars(OmegaConf.to_object(OmegaConf.merge(schema, given))))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error

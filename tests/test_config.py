@@ -120,6 +120,22 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_built(registry, ov
     assert answer in str(caught.value)
 
 
+def test_a_parameter_without_a_default_must_be_given():
+    @dataclass
+    class Strict(Order):
+        """Has a parameter that nobody can guess."""
+
+        alpha: float
+
+        def order(self, view):
+            return view.waiting
+
+    node = OmegaConf.structured(schema.node(Strict, "strict"))
+    with pytest.raises(ConfigError, match="order=strict: .*missing mandatory value: alpha"):
+        schema._values(node, node, "order=strict")
+    assert schema._values(OmegaConf.create({"name": "strict", "alpha": 2}), node, "order=strict") == {"name": "strict", "alpha": 2.0}
+
+
 def test_a_broken_plugin_that_is_asked_for_says_why(registry):
     registry.broken.append(next(iter(_broken())))
     try:

@@ -114,6 +114,15 @@ def test_the_same_seed_takes_the_same_decisions_in_every_process(tmp_path):
     assert hashes[0] == hashes[1]
 
 
+def test_a_runs_saved_config_runs_it_again(tmp_path):
+    (first := tmp_path / "first").mkdir()
+    (again := tmp_path / "again").mkdir()
+    assert run(first, *SIM, "seed=3", "scheduler=pd_split").returncode == 0
+    ended = run(again, "-cp", str(only(first) / ".hydra"), "-cn", "config")
+    assert ended.returncode == 0, ended.stderr
+    assert read(only(again) / "summary.json")["decision_hash"] == read(only(first) / "summary.json")["decision_hash"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
