@@ -232,7 +232,7 @@ class StepBuilder:
             return _THRASHING
         if len(engine.running) >= engine.max_num_seqs or self.tokens_left <= 0 or self.seqs_left <= 0:
             return _NO_BUDGET
-        if request.state is _WAITING and (refusal := self._ask_admission(request)):
+        if request.state is _WAITING and (refusal := self._ask_admission(request)) is not None:
             return refusal
         matched, cached = engine.view.match(request)
         n = self._grantable(request, request.num_tokens - cached, at_most)
