@@ -13,6 +13,7 @@ from core.hooks import hookimpl, load_registry
 from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
     API_VERSION,
+    PREEMPTION_MODES,
     Admission,
     Admit,
     Context,
@@ -47,13 +48,13 @@ from core.testing.oracle import OracleExecutor
 from core.view import Match, View
 
 __all__ = [
-    "API_VERSION", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "Chunk", "Composition", "ConfigError", "Context", "CostModel",
-    "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware", "HeadwayError", "InvariantError",
-    "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Match", "ModelConfig", "ModelError", "ModelShape", "Need", "NeedBlocks", "NoBudget",
-    "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "PluginError", "PolicyError", "Predictor", "PrefixCache", "Reject", "ReplayClock", "Request",
-    "RequestOutput", "RequestState", "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan",
-    "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError",
-    "build", "hookimpl", "load_registry", "metrics", "near",
+    "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "Chunk", "Composition",
+    "ConfigError", "Context", "CostModel", "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware",
+    "HeadwayError", "InvariantError", "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Match", "ModelConfig", "ModelError",
+    "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "PluginError",
+    "PolicyError", "Predictor", "PrefixCache", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
+    "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
+    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "hookimpl", "load_registry", "metrics", "near",
 ]  # fmt: skip
 
 

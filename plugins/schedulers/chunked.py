@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Scheduler, StepBuilder, View, hookimpl
+from headway import Request, Scheduler, StepBuilder, View, hookimpl
 
 
 @dataclass
@@ -19,16 +20,19 @@ class ChunkedPrefill(Scheduler):
     chunk_size: int | None = None
 
     def plan(self, step: StepBuilder, view: View) -> None:
+        self.fill(step, view.running, self.order(view))
+
+    def fill(self, step: StepBuilder, running: Iterable[Request], waiting: Iterable[Request]) -> None:
         step.limit(tokens=self.token_budget)
         prefills = []
-        for request in view.running:
+        for request in running:
             if request.num_new_tokens > 1:
                 prefills.append(request)
             else:
                 step.add(request)
         for request in prefills:
             step.add(request, self.chunk_size)
-        for request in self.order(view):
+        for request in waiting:
             if not step.add(request, self.chunk_size):
                 break
 

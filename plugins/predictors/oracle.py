@@ -1,0 +1,30 @@
+"""The true length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headway import Context, LengthPrediction, Predictor, Request, hookimpl
+
+
+@dataclass
+class TrueLength(Predictor):
+    """The true output length, which no deployed system knows; results are stamped with it.
+
+    Where the workload gives no length and the model decides when to stop, it is max_tokens or what the context leaves.
+    """
+
+    oracle = True
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self._truth = ctx.oracle
+
+    def predict(self, request: Request) -> LengthPrediction:
+        length = float(self._truth.output_len(request))
+        return LengthPrediction(length, length)
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("predictor", "oracle", TrueLength)

@@ -1,0 +1,105 @@
+"""Multi-level feedback queues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headway import ConfigError, Context, KeyOrder, Request, StepRecord, View, hookimpl
+
+from .alarms import Alarms
+
+
+@dataclass
+class _Place:
+    level: int
+    serial: int  # within a level, first in, first out
+    attained: float = 0.0  # seconds of service in this level
+
+
+@dataclass
+class SkipJoinMLFQ(KeyOrder):
+    """FastServe (Wu et al., arXiv 2305.05920, section 4): skip-join MLFQ, for lengths that nobody knows.
+
+    num_queues, quantum, ratio: level i holds a request for quantum * ratio**i seconds of service, the last one for good.
+    starve_limit: seconds without service after which a request is promoted to the first level (alpha in the paper).
+    seconds_per_token: prefill time of a prompt token, where the executor has no cost model; 0 lets everybody join the first level.
+
+    A request skips to the first level whose quantum covers its prefill, and is demoted when its service in a level exceeds the quantum.
+    Service is the duration of the steps that held it. Use scheduler=preemptive for the paper's preemption at every iteration.
+    Not here: proactive swapping. A preempted request recomputes its KV, and that time counts as service.
+    """
+
+    num_queues: int = 8
+    quantum: float = 0.01
+    ratio: float = 2.0
+    starve_limit: float = 3.0
+    seconds_per_token: float = 0.0
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        for name, ok, expected in (
+            ("num_queues", self.num_queues >= 1, "at least 1"),
+            ("quantum", self.quantum > 0, "seconds > 0"),
+            ("ratio", self.ratio >= 1, "at least 1"),
+            ("starve_limit", self.starve_limit > 0, "seconds > 0"),
+        ):
+            if not ok:
+                raise ConfigError(f"order.{name}={getattr(self, name)}: expected {expected}")
+        self._quanta = [self.quantum * self.ratio**i for i in range(self.num_queues - 1)]
+        self._quanta.append(float("inf"))
+        self._cost = ctx.cost_model
+        self._places: dict[int, _Place] = {}
+        self._starving, self._serial = Alarms(), 0
+
+    def level(self, request: Request) -> int:
+        """0 is the first queue."""
+        return self._places[request.index].level
+
+    def key(self, request: Request) -> tuple[int, int]:
+        place = self._places[request.index]
+        return place.level, place.serial
+
+    def order(self, view: View) -> Sequence[Request]:
+        for request in self._starving.ring(view.now):
+            self._enter(request, 0)
+            self.rekey(request)
+        return super().order(view)
+
+    def on_arrival(self, request: Request, now: float) -> None:
+        tokens = request.num_prompt_tokens
+        first = self._cost.step_time([0], [tokens]) if self._cost else tokens * self.seconds_per_token
+        self._enter(request, next(i for i, quantum in enumerate(self._quanta) if first <= quantum))
+        super().on_arrival(request, now)
+        self._starving.set(request, now + self.starve_limit)
+
+    def on_preempt(self, request: Request, now: float) -> None:
+        super().on_preempt(request, now)
+        self._starving.set(request, now + self.starve_limit)
+
+    def on_admit(self, request: Request, now: float) -> None:
+        super().on_admit(request, now)
+        self._starving.clear(request)
+
+    def on_step_end(self, record: StepRecord) -> None:
+        spent, quanta = record.end - record.start, self._quanta
+        for request in record.plan.requests:
+            if (place := self._places.get(request.index)) is not None:
+                place.attained += spent
+                if place.attained > quanta[place.level]:
+                    self._enter(request, place.level + 1)
+                    self.rekey(request)
+
+    def on_finish(self, request: Request, now: float) -> None:
+        super().on_finish(request, now)
+        self._starving.clear(request)
+        self._places.pop(request.index, None)
+
+    def _enter(self, request: Request, level: int) -> None:
+        self._serial += 1
+        self._places[request.index] = _Place(level, self._serial)
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("order", "mlfq", SkipJoinMLFQ)

@@ -1,0 +1,23 @@
+"""Static priorities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headway import KeyOrder, Request, hookimpl
+
+
+@dataclass
+class Priority(KeyOrder):
+    """Smallest `tags.priority` first, then by arrival (vLLM's `--scheduling-policy priority`).
+
+    With scheduler=preemptive a waiting request also takes the place of a running one of lower priority.
+    """
+
+    def key(self, request: Request) -> int:
+        return request.tags.priority
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("order", "priority", Priority)

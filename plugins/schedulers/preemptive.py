@@ -1,0 +1,81 @@
+"""Stall-free batching in which the order also decides who runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headway import PREEMPTION_MODES, ConfigError, Context, KeyOrder, Request, StepBuilder, View, hookimpl, near
+
+from .chunked import ChunkedPrefill
+
+
+@dataclass
+class Preemptive(ChunkedPrefill):
+    """scheduler=chunked, but a waiting request takes the place of running ones that the order ranks behind it (SRPT, FastServe, LTR, EDF).
+
+    mode: how they are preempted: "recompute" or "drop_tail".
+
+    Before each step the best waiting requests are given, in the order's ranking, what is free of sequences and blocks; where that is
+    short, the last-ranked running requests go, but only if that is enough for the request to start. Running requests are then planned
+    in the same ranking. Papers that preempt swap KV to the host (FastServe, Autellix); here it is recomputed, so preemption costs
+    more than theirs, and a request that was preempted before stays until it has generated a token: nobody recomputes for ever.
+    Needs an order with a key: a KeyOrder, not a queue discipline as fcfs, lpm, vtc or dlpm.
+    """
+
+    mode: str = "recompute"
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        if self.mode not in PREEMPTION_MODES:
+            raise ConfigError(f"scheduler.mode={self.mode!r}: expected one of {', '.join(PREEMPTION_MODES)}.{near(self.mode, PREEMPTION_MODES)}")
+        if not isinstance(self._order, KeyOrder):
+            raise ConfigError(
+                f"{self.plugin_name} needs an order that ranks running requests too, and {self._order.plugin_name} does not: "
+                "choose order=priority, sjf, srpt, edf, least_slack, ltr, mlfq or plas, or derive yours from headway.KeyOrder"
+            )
+        self._max_num_seqs = ctx.max_num_seqs
+        self._leaving: list[Request] = []  # preempted, with blocks that come back with a step in flight
+        self._paid: dict[int, int] = {}  # preempted request index -> tokens it had generated then
+
+    def plan(self, step: StepBuilder, view: View) -> None:
+        rank = self._order.rank
+        running = sorted(view.running, key=rank)
+        waiting = list(self.order(view))
+        if waiting and running and rank(waiting[0]) < rank(running[-1]):
+            gone = self.make_way(step, view, running, waiting)
+            running = [request for request in running if request.index not in gone]
+        self.fill(step, running, waiting)
+
+    def make_way(self, step: StepBuilder, view: View, running: list[Request], waiting: list[Request]) -> set[int]:
+        """Preempts from the end of `running` for as many of `waiting` as rank before it; returns the indices of those that went."""
+        rank, paid = self._order.rank, self._paid
+        movable = [request for request in running if request.num_output_tokens > paid.get(request.index, -1)]
+        self._leaving = [request for request in self._leaving if request.num_scheduled_tokens]
+        seqs = self._max_num_seqs - len(running)
+        blocks = view.kv.available + sum(len(request.block_table) for request in self._leaving)
+        tokens = min(step.tokens_left, self.token_budget or step.tokens_left) - sum(request.num_new_tokens for request in running)
+        gone: set[int] = set()
+        for request in waiting:
+            need = view.num_blocks_for(request.num_tokens) - len(request.block_table)
+            others: list[Request] = []
+            while (seqs < 1 or blocks < need) and movable and rank(request) < rank(movable[-1]):
+                other = movable.pop()
+                others.append(other)
+                seqs, blocks, tokens = seqs + 1, blocks + len(other.block_table), tokens + other.num_new_tokens
+            if seqs < 1 or blocks < need or tokens <= 0:
+                break
+            for other in others:
+                paid[other.index] = other.num_output_tokens
+                gone.add(other.index)
+                self._leaving.append(other)
+                step.preempt(other, self.mode)
+            seqs, blocks, tokens = seqs - 1, blocks - need, tokens - request.num_tokens
+        return gone
+
+    def on_finish(self, request: Request, now: float) -> None:
+        self._paid.pop(request.index, None)
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("scheduler", "preemptive", Preemptive)

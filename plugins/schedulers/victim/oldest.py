@@ -1,0 +1,23 @@
+"""First come, first preempted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from headway import Need, Request, Victim, View, hookimpl
+
+
+@dataclass
+class Oldest(Victim):
+    """The running request that arrived first goes first: a baseline that loses the most finished work."""
+
+    mode: str = "recompute"
+
+    def victims(self, need: Need, view: View) -> Iterable[Request]:
+        return view.running
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("victim", "oldest", Oldest)
