@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from itertools import product
+from random import Random
 
 import pytest
 import torch
 from torch_engines import CACHES, GREEDY, SCHEDULERS, VARIANTS, engine_of, generate, prepared, reference_tokens, shared_prompts, smollm2, variant
 
-from headway import ConfigError, EngineConfig, ModelConfig, SamplingParams
+from headway import Arrival, ConfigError, EngineConfig, ModelConfig, SamplingParams
 from plugins.executors.torch import TorchExecutor
 from plugins.executors.torch.graphs import batch_sizes
 from plugins.kernels.torch import TorchKernels
@@ -80,8 +81,6 @@ def test_a_prefix_hit_is_not_computed_again():
 
 
 def _arrival(prompt, **options):
-    from headway import Arrival
-
     return Arrival(0.0, prompt, GREEDY, **options)
 
 
@@ -206,3 +205,20 @@ def test_the_profiling_step_is_the_largest_one(limits):
         _largest_step(execution.model, execution.kernels, execution.device, EngineConfig(**limits))
     hook.remove()
     assert seen == [limits["max_num_batched_tokens"]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_workloads_policies_and_limits(seed):
+    directory = variant("qwen3")
+    rng = Random(seed)
+    prompts = [rng.choice(PROMPTS)[: rng.randint(1, 40)] for _ in range(rng.randint(3, 12))]
+    sampling = [SamplingParams(temperature=0, max_tokens=rng.randint(1, 12), ignore_eos=True) for _ in prompts]
+    engine = engine_of(
+        prepared(directory), *rng.choice(PAIRS), chunk=rng.choice([2, 5, 16]), block_size=rng.choice([1, 3, 8]),
+        num_blocks=rng.randint(60, 90), max_num_seqs=rng.choice([2, 5, 12]), max_inflight=rng.choice([1, 2, 3, 4]),
+    )  # fmt: skip
+    engine.victim.mode = rng.choice(["recompute", "drop_tail"])
+    times = sorted(rng.choice([0.0, 0.01, 0.03]) for _ in prompts)
+    result = engine.run([Arrival(t, p, s) for t, p, s in zip(times, prompts, sampling, strict=True)])
+    for output, prompt, parameters in zip(result.outputs, prompts, sampling, strict=True):
+        assert output.output_token_ids == reference_tokens(directory, tuple(prompt), 12)[: parameters.max_tokens]
