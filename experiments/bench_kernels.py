@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def flash_attention() -> Callable[..., Any] | None:
 
 
 def time_attention(what: str, case: Case, variants: dict[str, Callable[..., Any]], note: Callable[[Case, float], str]) -> None:
-    calls = max(len(case.caches), 2 if case.kv_bytes > 1e9 or case.flops > 1e12 else 12)
+    calls = max(len(case.caches), 8 if case.kv_bytes > 1e9 or case.flops > 1e12 else 16)
     for name, attention in variants.items():
         case.batch.extra.clear()
 
@@ -163,7 +163,7 @@ def decode_variants(tune: bool, flash: Callable[..., Any] | None) -> dict[str, C
     if flash is not None:
         variants["flash_attn 3"] = flash
     for shape in TUNE_DECODE if tune else ():
-        variants[f"tile{shape.tile} x{shape.shares} w{shape.warps} s{shape.stages}"] = with_shape(decode=shape)
+        variants["/".join(str(x) for x in astuple(shape))] = with_shape(decode=shape)
     return variants
 
 
@@ -172,11 +172,13 @@ def with_shape(**shapes: Any) -> Callable[..., Any]:
 
 
 TUNE_DECODE = [
-    DecodeShape(64, 3, 4, 3), DecodeShape(64, 6, 4, 3), DecodeShape(64, 9, 4, 3), DecodeShape(64, 2, 4, 4), DecodeShape(64, 4, 4, 4),
-    DecodeShape(32, 6, 4, 3), DecodeShape(32, 4, 4, 5), DecodeShape(64, 6, 8, 3), DecodeShape(128, 2, 8, 2), DecodeShape(32, 5, 2, 3),
+    DecodeShape(64, 3, 4, 3, 1, 8192, 168), DecodeShape(64, 3, 4, 3, 1, 4096, 168), DecodeShape(64, 3, 4, 3, 1, 16384, 168),
+    DecodeShape(64, 3, 4, 3, 2, 8192, 168), DecodeShape(64, 3, 4, 3, 4, 8192, 168), DecodeShape(64, 2, 4, 4, 1, 8192),
+    DecodeShape(64, 2, 4, 4, 2, 8192), DecodeShape(64, 2, 4, 4, 1, 16384), DecodeShape(64, 3, 2, 3, 1, 4096), DecodeShape(64, 2, 2, 4, 1, 4096),
+    DecodeShape(32, 6, 2, 3, 1, 4096, 168), DecodeShape(32, 5, 1, 3, 1, 2048), DecodeShape(32, 6, 2, 3, 4, 4096, 168),
 ]  # fmt: skip
 TUNE_PROMPT = [
-    PromptShape(128, 64, 8, 3), PromptShape(128, 128, 8, 2), PromptShape(64, 64, 4, 2), PromptShape(64, 64, 4, 3), PromptShape(128, 128, 8, 1),
+    PromptShape(128, 64, 8, 4), PromptShape(128, 128, 8, 3), PromptShape(64, 128, 4, 2), PromptShape(128, 32, 8, 4), PromptShape(64, 32, 4, 4),
 ]  # fmt: skip
 
 
@@ -211,7 +213,7 @@ def bench_prompt(tune: bool) -> None:
             if flash is not None:
                 variants["flash_attn 3"] = flash
             for shape in TUNE_PROMPT if tune else ():
-                variants[f"lanes{shape.lanes} tile{shape.tile} w{shape.warps} s{shape.stages}"] = with_shape(prompt=shape)
+                variants["/".join(str(x) for x in astuple(shape))] = with_shape(prompt=shape)
             time_attention("prompt", case, variants, rate)
 
 

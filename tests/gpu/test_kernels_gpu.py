@@ -53,15 +53,15 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", empty)
 
 
-def paged_batch(queries, contexts, block_size, kv_heads, group, size, dtype):
-    """q, caches, BatchMetadata with every row's blocks scattered; what belongs to no row is NaN, unused table entries point at it."""
+def paged_batch(queries, contexts, block_size, kv_heads, group, size, dtype, unused=float("nan")):
+    """q, caches, BatchMetadata with every row's blocks scattered; what belongs to no row is `unused`, spare table entries point at it."""
     rows = len(contexts)
     needed = [-(-context // block_size) for context in contexts]
     width = max(needed) + 2
     blocks = sum(needed) + 3
     order = (torch.randperm(blocks - 1) + 1).tolist()  # block 0 is the reserved one
     tables = torch.zeros(rows, width, dtype=torch.int32)
-    k_cache = torch.full((blocks, block_size, kv_heads, size), float("nan"), dtype=dtype, device=DEVICE)
+    k_cache = torch.full((blocks, block_size, kv_heads, size), unused, dtype=dtype, device=DEVICE)
     v_cache = k_cache.clone()
     keys, values = [], []
     for i, context in enumerate(contexts):
@@ -103,8 +103,8 @@ def cut(rows, lengths):
     return [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
 
-def check_attention(monkeypatch, attention, queries, contexts, block_size, kv_heads, group, size, dtype):
-    q, k_cache, v_cache, batch, keys, values = paged_batch(queries, contexts, block_size, kv_heads, group, size, dtype)
+def check_attention(monkeypatch, attention, queries, contexts, block_size, kv_heads, group, size, dtype, unused=float("nan")):
+    q, k_cache, v_cache, batch, keys, values = paged_batch(queries, contexts, block_size, kv_heads, group, size, dtype, unused)
     poisoned(monkeypatch)
     for _layer in range(2):  # the second layer finds the plan of the first
         out = attention(q, k_cache, v_cache, batch, size**-0.5)
@@ -342,7 +342,8 @@ def test_flash_attention(monkeypatch, package, size, rows):
         pytest.skip(f"{package} is not installed")
     name = {"flash_attn_interface": "fa3", "flash_attn": "fa2"}[package]
     attention = importlib.import_module(f"plugins.kernels.flash_attn.{name}").attention
-    check_attention(monkeypatch, attention, *rows, 256, 2, 4, size, torch.bfloat16)
+    # FlashAttention-3 multiplies the values behind a row's end by probabilities of 0, so a NaN there comes through: large, not NaN.
+    check_attention(monkeypatch, attention, *rows, 256, 2, 4, size, torch.bfloat16, unused=1e4)
 
 
 @flash
@@ -350,7 +351,7 @@ def test_a_captured_graph_of_flash_attention_follows_the_lengths():
     from plugins.kernels.flash_attn import FlashAttnKernels
 
     attention = FlashAttnKernels().operations("cuda").attention
-    q, k_cache, v_cache, batch, keys, values = paged_batch([1] * 6, [900] * 6, 256, 2, 4, 128, torch.bfloat16)
+    q, k_cache, v_cache, batch, keys, values = paged_batch([1] * 6, [900] * 6, 256, 2, 4, 128, torch.bfloat16, unused=1e4)
     attention(q, k_cache, v_cache, batch, 0.1)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

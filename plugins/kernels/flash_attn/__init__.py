@@ -1,4 +1,8 @@
-"""FlashAttention's paged attention (Dao et al., 2022; FlashAttention-3, Shah et al., 2024), from the packages its authors publish."""
+"""FlashAttention's paged attention (Dao et al., 2022; FlashAttention-3, Shah et al., 2024), from the packages its authors publish.
+
+The values behind a row's end, in its last block, are multiplied by probabilities of 0: they must be finite, so a KV cache that these
+kernels read starts as zeros.
+"""
 
 from __future__ import annotations
 

@@ -26,6 +26,9 @@ class DecodeShape:
     shares: int  # programs a multiprocessor
     warps: int
     stages: int
+    least: int = 1  # tiles of a share, where there is little work
+    combine: int = 8192  # elements of partial results that one pass of the reduction holds
+    registers: int | None = None  # bound a thread, so that `shares` programs fit on a multiprocessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +44,15 @@ class PromptShape:
 def decode_shape(size: int, width: int) -> DecodeShape:
     """size: head size; width: bytes an element."""
     if width == 4:
-        return DecodeShape(tile=16 if size > 128 else 32, shares=4, warps=4, stages=2)
-    return DecodeShape(tile=32 if size > 128 else 64, shares=4, warps=4, stages=3)
+        return DecodeShape(tile=16 if size > 128 else 32, shares=3, warps=4, stages=2)
+    return DecodeShape(tile=32 if size > 128 else 64, shares=3, warps=4, stages=3)
 
 
 def prompt_shape(size: int, width: int) -> PromptShape:
     """size: head size; width: bytes an element."""
     if width == 4:
         return PromptShape(lanes=16, tile=16 if size > 128 else 32, warps=4, stages=1)
-    return PromptShape(lanes=128, tile=32 if size > 128 else 64, warps=8, stages=2)
+    return PromptShape(lanes=128, tile=32 if size > 128 else 64, warps=8, stages=2 if size > 128 else 3)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -77,7 +80,7 @@ def attention(
     decode_work = batch.extra.get(key)
     if decode_work is None:
         programs = multiprocessors(q.device) * decode.shares
-        decode_work = batch.extra[key] = decode_plan(batch, programs, decode.tile, kv_heads, group, size)
+        decode_work = batch.extra[key] = decode_plan(batch, programs, decode.tile, decode.least, kv_heads, group, size)
     _decode(q, k_cache, v_cache, out, batch, scale, decode_work, decode, group)
     if batch.max_seqlen_q > 1:
         prompt = prompt or prompt_shape(size, q.element_size())
@@ -101,7 +104,8 @@ def _decode(
         plan.partial, plan.stats, batch.context_lens.shape[0], scale * math.log2(math.e), q.stride(0), batch.block_tables.stride(0),
         k_cache.stride(0), k_cache.stride(1),
         K=kv_heads, G=group, D=size, BLOCK_SIZE=block_size, M=max(16, heads), D_PAD=padded, TILE=plan.tile,
-        PARTS=max(2, 4096 // (heads * padded)), G_PAD=heads, num_warps=shape.warps, num_stages=shape.stages,
+        PARTS=max(2, shape.combine // (heads * padded)), G_PAD=heads, LEAST=shape.least,
+        num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .paging import block_of
+from .plan import share_of
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -20,11 +21,12 @@ def decode_kernel(
     rows, scale, q_stride, table_stride, block_stride, slot_stride,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     M: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr,
+    LEAST: tl.constexpr,
 ):  # fmt: skip
     """q [T, K * G, D], out the same; caches [blocks, BLOCK_SIZE, K, D]. scale includes log2(e). M >= G: rows of the products."""
     program = tl.program_id(0)
     total = tl.load(first_ptr + rows) * K
-    share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
+    share = share_of(total, tl.num_programs(0), LEAST)
     tile = program * share  # on the line
     end = tl.minimum(tile + share, total)
     row = tl.load(row_ptr + program)
@@ -52,14 +54,14 @@ def decode_kernel(
         for _ in range(tile - begin, stop - begin):
             position = start + tl.arange(0, TILE)
             valid = position < context
-            offset = block * block_stride + (position % BLOCK_SIZE) * slot_stride + unit * D
+            offset = block.to(tl.int64) * block_stride + (position % BLOCK_SIZE) * slot_stride + unit * D
             # What lies past the context may be anything, NaN included: it is never loaded.
             mask = valid[:, None] & (dim[None, :] < D)
             k = tl.load(k_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
             score = tl.where(valid[None, :], score, float("-inf"))
-            higher = tl.maximum(highest, tl.max(score, axis=1))
-            weight = tl.exp2(score - higher[:, None])
+            higher = tl.maximum(highest, tl.max(score, axis=1) * scale)
+            weight = tl.exp2(score * scale - higher[:, None])
             shrink = tl.exp2(highest - higher)
             norm = norm * shrink + tl.sum(weight, axis=1)
             highest = higher

@@ -39,6 +39,12 @@ class PromptPlan:
 
 
 @triton.jit
+def share_of(total, programs, LEAST: tl.constexpr):
+    """Tiles a program. Few tiles go to fewer programs: combining many small parts costs more than it saves."""
+    return tl.maximum((total + programs - 1) // programs, LEAST)
+
+
+@triton.jit
 def decode_tiles(cu_q_ptr, len_ptr, row, rows, TILE: tl.constexpr):
     """KV tiles of rows with one query; at least one, so that an empty row's output is written too. Other rows have none."""
     mask = row < rows
@@ -58,7 +64,8 @@ def prompt_tiles(cu_q_ptr, len_ptr, row, rows, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "programs", "arrivals"])  # one compilation for every batch
 def _plan_kernel(
     cu_q_ptr, len_ptr, first_ptr, row_ptr, arrived_ptr, rows, programs, arrivals,
-    K: tl.constexpr, TILE: tl.constexpr, tiles_of: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, ARRIVALS: tl.constexpr,
+    K: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr, tiles_of: tl.constexpr,
+    ROWS: tl.constexpr, PROGRAMS: tl.constexpr, ARRIVALS: tl.constexpr,
 ):  # fmt: skip
     """Each program of this kernel plans PROGRAMS programs of the attention kernel. K > 0: their shares cut K heads' tiles evenly;
     K == 0: one tile a program."""
@@ -68,7 +75,7 @@ def _plan_kernel(
         total += tl.sum(tiles_of(cu_q_ptr, len_ptr, start + lane, rows, TILE))
     number = tl.program_id(0) * PROGRAMS + tl.arange(0, PROGRAMS)
     if K > 0:
-        begin = number * ((total * K + programs - 1) // programs)
+        begin = number * share_of(total * K, programs, LEAST)
     else:
         begin = number
     heads: tl.constexpr = K if K > 0 else 1
@@ -90,16 +97,18 @@ def _plan_kernel(
         tl.store(arrived_ptr + at, 0, mask=at < arrivals)
 
 
-def _run(batch: BatchMetadata, programs: int, first: Tensor, row: Tensor, arrived: Tensor, kv_heads: int, tile: int, tiles_of: object) -> None:
+def _run(
+    batch: BatchMetadata, programs: int, first: Tensor, row: Tensor, arrived: Tensor, kv_heads: int, tile: int, least: int, tiles_of: object
+) -> None:
     rows = batch.context_lens.shape[0]
     _plan_kernel[(triton.cdiv(programs, 16),)](
         batch.cu_seqlens_q, batch.context_lens, first, row, arrived, rows, programs, arrived.shape[0],
-        K=kv_heads, TILE=tile, tiles_of=tiles_of, ROWS=256, PROGRAMS=16, ARRIVALS=256, num_warps=4,
+        K=kv_heads, TILE=tile, LEAST=least, tiles_of=tiles_of, ROWS=256, PROGRAMS=16, ARRIVALS=256, num_warps=4,
     )  # fmt: skip
 
 
-def decode_plan(batch: BatchMetadata, programs: int, tile: int, kv_heads: int, group: int, size: int) -> DecodePlan:
-    """programs: shares to cut; tile: KV tokens; group: query heads a KV head; size: head size."""
+def decode_plan(batch: BatchMetadata, programs: int, tile: int, least: int, kv_heads: int, group: int, size: int) -> DecodePlan:
+    """programs: shares to cut; tile: KV tokens; least: tiles of a share; group: query heads a KV head; size: head size."""
     rows, device = batch.context_lens.shape[0], batch.context_lens.device
     plan = DecodePlan(
         programs=programs,
@@ -110,7 +119,7 @@ def decode_plan(batch: BatchMetadata, programs: int, tile: int, kv_heads: int, g
         partial=torch.empty((programs * 2, group, size), dtype=torch.float32, device=device),
         stats=torch.empty((programs * 2, 2, group), dtype=torch.float32, device=device),
     )
-    _run(batch, programs, plan.first, plan.row, plan.arrived, kv_heads, tile, decode_tiles)
+    _run(batch, programs, plan.first, plan.row, plan.arrived, kv_heads, tile, least, decode_tiles)
     return plan
 
 
@@ -123,5 +132,5 @@ def prompt_plan(batch: BatchMetadata, tokens: int, tile: int) -> PromptPlan:
         first=torch.empty(rows + 1, dtype=torch.int32, device=device),
         row=torch.empty(programs, dtype=torch.int32, device=device),
     )
-    _run(batch, programs, plan.first, plan.row, plan.first[:0], 0, tile, prompt_tiles)
+    _run(batch, programs, plan.first, plan.row, plan.first[:0], 0, tile, 1, prompt_tiles)
     return plan

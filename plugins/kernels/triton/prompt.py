@@ -23,7 +23,7 @@ def _walk(
     for start in range(lo, hi, TILE):
         column = start + tl.arange(0, TILE)
         valid = column < context
-        offset = block * block_stride + (column % BLOCK_SIZE) * slot_stride
+        offset = block.to(tl.int64) * block_stride + (column % BLOCK_SIZE) * slot_stride
         at = offset[:, None] + dim[None, :]
         if EDGE:
             mask = valid[:, None] & (dim[None, :] < D)
@@ -35,11 +35,11 @@ def _walk(
         else:
             k = tl.load(k_ptr + at, mask=dim[None, :] < D, other=0.0)
             v = tl.load(v_ptr + at, mask=dim[None, :] < D, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
         if EDGE:
             score = tl.where(column[None, :] <= position[:, None], score, float("-inf"))
-        higher = tl.maximum(highest, tl.max(score, axis=1))
-        weight = tl.exp2(score - higher[:, None])
+        higher = tl.maximum(highest, tl.max(score, axis=1) * scale)
+        weight = tl.exp2(score * scale - higher[:, None])
         shrink = tl.exp2(highest - higher)
         norm = norm * shrink + tl.sum(weight, axis=1)
         highest = higher
