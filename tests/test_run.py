@@ -129,7 +129,7 @@ def test_a_runs_saved_config_runs_it_again(tmp_path):
         (["schedulr=fcfs"], "error: schedulr: there is no such key. Did you mean scheduler"),
         (["scheduler.token_budget=abc"], "could not be converted to Integer"),
         (["engine.block_size=0"], "error: engine.block_size=0: expected at least 1"),
-        (["executor=torch", "parallel.tp=4"], "parallel.tp=4"),
+        (["executor=oracle", "parallel.tp=4"], "error: parallel.tp=4 parallel.pp=1: executor=oracle runs on one rank"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path, arguments, message):
