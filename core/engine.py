@@ -139,7 +139,7 @@ class Engine:
         self._keep: dict[int, int] = {}  # request index -> head blocks kept by a drop_tail preemption
         self.owed: dict[int, int] = {}  # running request index -> blocks it was promised from those in flight
         self._releasing: dict[int, Request] = {}  # preempted or ended, with blocks still in flight
-        self._pins = Pins(self.pool, self._release)
+        self._pins = Pins(self.pool)
         self.on_result: Callable[[Request, float], Iterable[Arrival]] | None = None
 
         self._setup_roles(num_blocks)
@@ -320,6 +320,9 @@ class Engine:
             request._published = keep
             request._parent = request._shadow.get(keep - 1, table[keep - 1]) if keep else ROOT
         request._match = None
+        if request.index in self._pins.dropped:  # its retention policy said so
+            self._pins.dropped.remove(request.index)
+            self.pool.drop(table)
 
     # ---- one turn of the loop --------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 
 from .blocks import BlockPool
 from .request import Request
@@ -12,8 +11,9 @@ from .request import Request
 class Pins:
     """What `Retention.retain` is handed (KVControl). Every pin ends at a time, at its session's end, or under memory pressure."""
 
-    def __init__(self, pool: BlockPool, release: Callable[[Request], None]) -> None:
-        self._pool, self._release = pool, release
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self.dropped: set[int] = set()  # index of requests whose blocks are forgotten once they are released
         self._heap: list[tuple[float, int, Request, tuple[int, ...]]] = []  # by expiry
         self._serial = 0
 
@@ -37,10 +37,8 @@ class Pins:
                 self._pool.unpin(held, request.tags)
 
     def drop(self, request: Request) -> None:
-        """Forgets the request's blocks at once, where nobody else holds them."""
-        table = list(request.block_table)
-        self._release(request)
-        self._pool.drop(table)
+        """Forgets the request's blocks where nobody else holds them: at once, or when the last step in flight that uses them is back."""
+        self.dropped.add(request.index)
 
     def expire(self, now: float) -> None:
         while self._heap and self._heap[0][0] <= now:
