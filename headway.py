@@ -6,9 +6,9 @@ from core import metrics
 from core.blocks import ROOT, Block
 from core.build import Composition, build
 from core.clock import ReplayClock, VirtualClock, WallClock
-from core.config import Hardware, ModelConfig, ModelShape
+from core.config import Hardware, ModelConfig, ModelShape, ParallelConfig
 from core.engine import Engine, EngineConfig, RunResult
-from core.errors import ConfigError, HeadwayError, InvariantError, ModelError, PluginError, PolicyError, WorkloadError, near
+from core.errors import ConfigError, HeadwayError, InvariantError, ModelError, PluginError, PolicyError, RankError, WorkloadError, near
 from core.hooks import hookimpl, load_registry
 from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
@@ -51,8 +51,8 @@ __all__ = [
     "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "Chunk", "Composition",
     "ConfigError", "Context", "CostModel", "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware",
     "HeadwayError", "InvariantError", "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Match", "ModelConfig", "ModelError",
-    "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "PluginError",
-    "PolicyError", "Predictor", "PrefixCache", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
+    "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
+    "PolicyError", "Predictor", "PrefixCache", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
     "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "hookimpl", "load_registry", "metrics", "near",
 ]  # fmt: skip

@@ -216,12 +216,19 @@ class ParallelConfig:
     """The `parallel` node: how many ranks share one model."""
 
     tp: int = 1  # tensor parallel: ranks that split every layer
-    pp: int = 1  # pipeline parallel: stages of consecutive layers
+    pp: int = 1  # pipeline parallel: stages of consecutive layers; as many plans are kept in flight
+    layers: list[int] | None = None  # layers of each stage; None: as evenly as can be
+    timeout: float = 15.0  # seconds without progress of a step after which a rank is taken to hang
+    port: int = 0  # where ranks of one host meet; 0: any free one. torchrun has its own
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)}: expected at least 1")
+        if not self.timeout > 0:
+            raise ConfigError(f"parallel.timeout={self.timeout}: expected seconds > 0")
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"parallel.port={self.port}: expected 0 to 65535")
 
     @property
     def world_size(self) -> int:

@@ -42,6 +42,10 @@ class ModelError(HeadwayError):
     """A checkpoint cannot be loaded or run; names the tensor or the field."""
 
 
+class RankError(HeadwayError):
+    """A rank of a parallel run died, raised or hangs; names the rank and the cause."""
+
+
 def near(name: str, options: Iterable[str]) -> str:
     """' Did you mean ...?' for a misspelt name, or the whole list when nothing is close."""
     options = sorted(options)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headway import ConfigError, Context, EngineConfig, Executor, ExecutorCaps, ModelConfig, Request, StepPlan, StepResult, WallClock, hookimpl
+from headway import (
+    ConfigError,
+    Context,
+    EngineConfig,
+    Executor,
+    ExecutorCaps,
+    ModelConfig,
+    ParallelConfig,
+    Request,
+    StepPlan,
+    StepResult,
+    WallClock,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from ...kernels.compose import KernelChoice
@@ -50,18 +64,27 @@ class TorchExecutor(Executor):
         engine: EngineConfig | None = None,
         backends: Callable[[str], KernelChoice] | None = None,
         seed: int = 0,
+        parallel: ParallelConfig | None = None,
     ) -> None:
         """Loads the model; `caps` and `kv_capacity` are known afterwards.
 
         kernels: the `kernels` role (None: plain torch). backends: name -> kernels role with its defaults, for a composition of several.
-        engine: its limits size the profiling pass. Raises ConfigError and ModelError before weights are read.
+        engine: its limits size the profiling pass. parallel: starts the other ranks, or turns this process into one of them.
+        Raises ConfigError and ModelError before weights are read, and RankError when another rank fails.
         """
-        from .execution import Execution
+        parallel = parallel or ParallelConfig()
+        if parallel.world_size > 1:
+            from ...parallel.execution import Job, drive
 
-        self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
+            fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+            self._execution = drive(Job(fields, model, kernels, engine or EngineConfig(), seed, parallel), backends)
+        else:
+            from .execution import Execution
+
+            self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
         spec = self._execution.spec
         shape = spec.shape
-        self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, spec.eos_token_ids, True, MAX_PLANS, shape)
+        self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, spec.eos_token_ids, parallel.pp == 1, max(MAX_PLANS, parallel.pp), shape)
 
     @property
     def execution(self) -> Execution:
@@ -90,7 +113,7 @@ class TorchExecutor(Executor):
 
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
         longest = self._max_model_len or self.caps.max_model_len
-        self.execution.start(num_blocks, block_size, max_num_seqs, max_num_batched_tokens, longest, MAX_PLANS, seed)
+        self.execution.start(num_blocks, block_size, max_num_seqs, max_num_batched_tokens, longest, self.caps.max_inflight, seed)
 
     def launch(self, plan: StepPlan) -> Any:
         return self.execution.launch(plan, self.clock.now())

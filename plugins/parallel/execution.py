@@ -1,0 +1,123 @@
+"""The real executor's Execution on one of several ranks: the same steps on a part of the model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter, sleep
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headway import EngineConfig, ModelConfig, ParallelConfig
+
+from ..executors.torch import TorchExecutor
+from ..executors.torch.execution import Execution, Ticket
+from ..executors.torch.runner import Sampled
+from .launch import Ranks, under_torchrun
+from .pipeline import Stage, StageBatcher, StageRunner, cut
+from .tensor import Sharding, shard
+
+if TYPE_CHECKING:
+    from ..executors.torch.batch import StepInput
+    from ..kernels.compose import KernelChoice
+    from .mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a rank must know to be one. Sent to each rank once, as the driver composed it."""
+
+    executor: dict[str, Any]  # the fields of TorchExecutor
+    model: ModelConfig
+    kernels: KernelChoice | None
+    engine: EngineConfig
+    seed: int
+    parallel: ParallelConfig
+
+
+def drive(job: Job, backends: Callable[[str], KernelChoice] | None) -> DriverExecution:
+    """Rank 0's Execution, with all other ranks loaded. On another rank of torchrun's it serves rank 0 and then ends the process."""
+    if under_torchrun() and os.environ["RANK"] != "0":
+        from .worker import serve_torchrun
+
+        sys.exit(serve_torchrun(job))
+    ranks = Ranks(job)
+    try:
+        with ranks.blaming():
+            return DriverExecution(job, ranks, backends)
+    except BaseException:
+        ranks.close(failed=True)
+        raise
+
+
+class RankExecution(Execution):
+    """On any rank. Every rank is sent the same steps and runs them in the same order."""
+
+    def __init__(self, job: Job, mesh: Mesh, backends: Callable[[str], KernelChoice] | None) -> None:
+        self.mesh = mesh
+        if job.parallel.pp > 1:
+            self.batcher_class = StageBatcher
+            self.runner_class = partial(_stage_runner, mesh)  # type: ignore[assignment]
+        super().__init__(TorchExecutor(**job.executor | {"device": str(mesh.device)}), job.model, job.kernels, job.engine, backends, job.seed)
+        if job.parallel.pp > 1:
+            self.model = Stage(self.model, mesh)  # type: ignore[assignment]
+
+    def _share(self) -> Sharding:
+        cut(self.model, self.mesh)
+        return shard(self.model, self.mesh)
+
+
+def _stage_runner(mesh: Mesh, *args: Any, **options: Any) -> StageRunner:
+    runner = StageRunner(*args, **options)
+    runner.mesh = mesh
+    return runner
+
+
+class DriverExecution(RankExecution):
+    """On rank 0, which schedules for all."""
+
+    def __init__(self, job: Job, ranks: Ranks, backends: Callable[[str], KernelChoice] | None) -> None:
+        self.ranks = ranks
+        super().__init__(job, ranks.mesh, backends)
+        ranks.answers()  # every rank has loaded its part
+
+    def kv_capacity(self, block_size: int) -> int:
+        self.ranks.call("kv_capacity", block_size)
+        with self.ranks.blaming():
+            own = super().kv_capacity(block_size)
+        return min(own, *self.ranks.answers())
+
+    def start(self, *args: Any) -> None:
+        self.ranks.call("start", *args)
+        with self.ranks.blaming():
+            super().start(*args)
+        self.ranks.answers()
+
+    def _execute(self, step: StepInput) -> Sampled:
+        with self.ranks.blaming():
+            self.ranks.broadcast(step)
+            return super()._execute(step)
+
+    def _send_back(self, ticket: Ticket, sampled: Sampled) -> None:
+        if self.mesh.is_last:
+            super()._send_back(ticket, sampled)
+
+    def _wait(self, ticket: Ticket) -> None:
+        limit = perf_counter() + self.mesh.parallel.timeout
+        if not self.mesh.is_last:
+            tokens, logprobs = self.ranks.result(limit)
+            self._results[ticket.slot][: ticket.step.num_samples] = torch.from_numpy(tokens)
+            ticket.logprobs = logprobs
+        elif self._arrived:
+            # Not `synchronize`: that would wait for ever when a rank is gone.
+            while not self._arrived[ticket.slot].query():
+                self.ranks.check(limit)
+                sleep(0)
+
+    def close(self) -> None:
+        super().close()  # before the communicators that its graphs hold
+        self.ranks.close()

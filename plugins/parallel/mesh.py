@@ -1,0 +1,115 @@
+"""Who this rank is, and how it talks to the ranks beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from headway import ConfigError, HeadwayError, ModelShape
+from headway import ParallelConfig as Parallel
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+STARTUP = 600.0  # seconds that ranks may be apart while kernels compile and graphs are captured
+
+
+class CollectiveError(HeadwayError):
+    """A collective failed or ran out of time. Another rank is the cause: `launch.py` finds out which."""
+
+
+class Mesh:
+    """Ranks in a torch DeviceMesh (pp, tp): rank = stage * tp + place in the stage. Rank 0 is the driver."""
+
+    def __init__(self, parallel: Parallel, rank: int, store: Any, device: torch.device) -> None:
+        """Meets the other ranks at `store`. Raises CollectiveError when one does not come."""
+        if dist.is_initialized():
+            raise ConfigError("another run on several ranks is open in this process: close it first (LLM.close(), executor.close())")
+        self.parallel, self.rank, self.device = parallel, rank, device
+        self.stage, self.place = divmod(rank, parallel.tp)
+        self.entered = 0  # collectives begun: of ranks that wait for each other, the one at fault has begun the fewest
+        on_gpu = device.type == "cuda"
+        # Captured collectives are no business of NCCL's own watchdog, so the driver's clock ends a step that hangs on a GPU.
+        limit = timedelta(seconds=STARTUP if on_gpu else parallel.timeout)
+        self._guarded(
+            dist.init_process_group, "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=parallel.world_size, timeout=limit,
+            device_id=device if on_gpu else None,
+        )  # fmt: skip
+        mesh = init_device_mesh(device.type, (parallel.pp, parallel.tp), mesh_dim_names=("pp", "tp"))
+        self.tp_group, self.pp_group = mesh.get_group("tp"), mesh.get_group("pp")
+        self._sending: Any = None  # the last send, not known to be over; and what it sends
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.parallel.pp - 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks of this stage, in place."""
+        if self.parallel.tp > 1:
+            self._guarded(dist.all_reduce, x, group=self.tp_group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [R, C] of every rank of this stage, side by side: [R, tp * C]."""
+        if self.parallel.tp == 1:
+            return x
+        parts = x.new_empty(self.parallel.tp * len(x), x.shape[1])
+        self._guarded(_all_gather, parts, x.contiguous(), group=self.tp_group)
+        return parts.view(self.parallel.tp, *x.shape).movedim(0, 1).reshape(len(x), -1)
+
+    def send(self, x: Tensor) -> None:
+        """To the same place in the next stage. On a CPU the stage goes on while the bytes leave."""
+        if self.device.type == "cuda":
+            self._guarded(dist.send, x, self.rank + self.parallel.tp, group=self.pp_group)
+            return
+        if self._sending is not None:
+            self._guarded(self._sending[0].wait)
+        self._sending = self._guarded(dist.isend, x, self.rank + self.parallel.tp, group=self.pp_group), x
+
+    def receive(self, x: Tensor) -> Tensor:
+        """Into x, from the same place in the stage before."""
+        self._guarded(dist.recv, x, self.rank - self.parallel.tp, group=self.pp_group)
+        return x
+
+    def _guarded(self, collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self.entered += 1
+        try:
+            return collective(*args, **options)
+        except RuntimeError as error:
+            raise CollectiveError(f"rank {self.rank}: {getattr(collective, '__name__', 'collective')}: {str(error).splitlines()[0]}") from error
+
+    def close(self, failed: bool = False) -> None:
+        """Gives ports and communicators back; after a failure without waiting for ranks that may be gone."""
+        if dist.is_initialized():
+            if failed and self.device.type == "cuda":
+                dist.distributed_c10d._abort_process_group()
+            else:
+                dist.destroy_process_group()
+
+
+def check_fits(shape: ModelShape, parallel: Parallel) -> None:
+    """Raises ConfigError where a model cannot be split as asked. Looks at numbers alone: no weights, no ranks yet."""
+    tp, pp = parallel.tp, parallel.pp
+    heads, kv_heads, inner, layers = shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size, shape.num_hidden_layers
+    if heads % tp:
+        raise ConfigError(f"parallel.tp={tp} does not divide the model's {heads} attention heads: {_divisors('tp', heads)}")
+    if kv_heads % tp and tp % kv_heads:
+        raise ConfigError(f"parallel.tp={tp} neither divides the model's {kv_heads} KV heads nor is a multiple of them: {_divisors('tp', kv_heads)}")
+    if inner % tp:
+        raise ConfigError(f"parallel.tp={tp} does not divide intermediate_size={inner}: {_divisors('tp', inner)}")
+    if pp > layers:
+        raise ConfigError(f"parallel.pp={pp}: the model has only {layers} layers, and each stage needs one")
+    if parallel.layers is not None and (len(parallel.layers) != pp or sum(parallel.layers) != layers or min(parallel.layers) < 1):
+        raise ConfigError(f"parallel.layers={list(parallel.layers)}: expected {pp} numbers of at least 1, one a stage, that add up to {layers} layers")
+
+
+def _divisors(axis: str, number: int) -> str:
+    return f"set parallel.{axis} to one of {', '.join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)}"
