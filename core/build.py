@@ -12,7 +12,7 @@ from .config import Hardware, ModelConfig, ParallelConfig
 from .engine import Engine, EngineConfig, RunResult
 from .errors import ConfigError, HeadwayError
 from .hooks import Plugin, Registry
-from .policy import Observer, Role
+from .policy import Observer, Role, Workload
 from .request import SLO, Arrival
 
 
@@ -177,10 +177,16 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     """
     roles, plugins = build_roles(registry, composition.choices)
     tracking = roles.pop("tracking", None)
+    for role in roles.values():
+        if "predictor" in role.requires and "predictor" not in roles:
+            raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: set predictor=history, oracle, noisy or constant")
+    workload: Any = roles.get("workload")
+    if isinstance(workload, Workload):
+        workload.check()
     roles["executor"] = _ready_executor(registry, composition, roles)
     executor = roles["executor"]
-    if hasattr(roles.get("workload"), "tokenizer"):
-        roles["workload"].tokenizer = getattr(executor, "tokenizer", None)  # type: ignore[attr-defined]  # for real texts
+    if hasattr(workload, "tokenizer"):
+        workload.tokenizer = getattr(executor, "tokenizer", None)  # for real texts
     engine = Engine(roles, composition.engine, seed=composition.seed, stop_text=getattr(executor, "stop_text", None))
     run = Run(composition, roles, plugins, engine, registry, **about)
     engine.observers.extend([*observers, *registry.observers(run)])

@@ -449,6 +449,9 @@ class Workload(Role):
 
     role = "workload"
 
+    def check(self) -> None:
+        """Raises WorkloadError for what can be known before a model is loaded: a file that is not there."""
+
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Any]:
         """Arrivals in order of time. May be lazy. Raise WorkloadError for what cannot be read."""
         raise NotImplementedError

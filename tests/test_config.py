@@ -20,7 +20,7 @@ from core.config import ModelConfig, ParallelConfig
 from core.engine import EngineConfig
 from core.hooks import OPTIONAL, Registry, load_registry
 from core.policy import ROLES
-from headway import SLO, Arrival, ConfigError, Order, SamplingParams, Victim
+from headway import SLO, Arrival, ConfigError, HeadwayError, Order, SamplingParams, Victim
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -255,6 +255,20 @@ def test_an_executor_gets_what_its_prepare_names(registry):
 def test_a_model_without_a_known_shape_is_refused_by_the_simulator(registry):
     with pytest.raises(ConfigError, match="the shape of model '/no/such/checkpoint' is not known"):
         build(registry, simulated(registry, model=ModelConfig("/no/such/checkpoint")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (("order=sjf",), "order=sjf needs a predictor, and none is chosen: set predictor=history"),
+        (("workload=mooncake", "workload.path=/no/such/trace"), "workload.path=/no/such/trace: there is no such file"),
+        (("workload=chat", "workload.path=/no/such/texts"), "workload.path=/no/such/texts: cannot be read"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(registry, monkeypatch, overrides, answer):
+    monkeypatch.setattr("core.build.prepare_executor", lambda *given: pytest.fail("the executor was prepared"))
+    with pytest.raises(HeadwayError, match=answer):
+        build(registry, schema.composition(cfg(*overrides)))
 
 
 def test_a_run_of_one_rank_refuses_more(registry):

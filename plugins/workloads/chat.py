@@ -47,6 +47,9 @@ class Chat(Paced):
 
     tokenizer: ClassVar[Any] = None  # set on the object by the composition: encode(text), has_chat_template, encode_chat(messages)
 
+    def check(self) -> None:
+        self.texts()
+
     def texts(self) -> list[str]:
         """The prompts. Raises WorkloadError with file and line for what cannot be read."""
         if not self.path:

@@ -46,12 +46,16 @@ class Trace(Paced):
             if value is not None and value < 1:
                 raise WorkloadError(f"workload.{name}={value}: expected at least 1")
 
-    def rows(self) -> list[Row]:
-        """The whole file, in order of time, checked. Raises WorkloadError with file and line for what cannot be read."""
+    def check(self) -> None:
         if not self.path:
             raise WorkloadError(f"workload.path is not set: give the path of a {self.format} trace (workload.path=FILE)")
-        if not (file := Path(self.path).expanduser()).is_file():
+        if not Path(self.path).expanduser().is_file():
             raise WorkloadError(f"workload.path={self.path}: there is no such file")
+
+    def rows(self) -> list[Row]:
+        """The whole file, in order of time, checked. Raises WorkloadError with file and line for what cannot be read."""
+        self.check()
+        file = Path(self.path).expanduser()
         opened = gzip.open if file.suffix == ".gz" else open
         rows: list[Row] = []
         try:
