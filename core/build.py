@@ -183,13 +183,17 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     workload: Any = roles.get("workload")
     if isinstance(workload, Workload):
         workload.check()
-    roles["executor"] = _ready_executor(registry, composition, roles)
-    executor = roles["executor"]
-    if hasattr(workload, "tokenizer"):
-        workload.tokenizer = getattr(executor, "tokenizer", None)  # for real texts
-    engine = Engine(roles, composition.engine, seed=composition.seed, stop_text=getattr(executor, "stop_text", None))
-    run = Run(composition, roles, plugins, engine, registry, **about)
-    engine.observers.extend([*observers, *registry.observers(run)])
+    executor: Any = _ready_executor(registry, composition, roles)
+    roles["executor"] = executor
+    try:
+        if hasattr(workload, "tokenizer"):
+            workload.tokenizer = getattr(executor, "tokenizer", None)  # for real texts
+        engine = Engine(roles, composition.engine, seed=composition.seed, stop_text=getattr(executor, "stop_text", None))
+        run = Run(composition, roles, plugins, engine, registry, **about)
+        engine.observers.extend([*observers, *registry.observers(run)])
+    except BaseException:
+        executor.close()  # it may hold other processes
+        raise
     if tracking is not None:
         tracking.run = run  # type: ignore[attr-defined]
         engine.observers.append(tracking)  # type: ignore[arg-type]

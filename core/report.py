@@ -41,6 +41,8 @@ def composed(run: Run) -> str:
     c = run.composition
     engine = run.engine
     lines.append(f"  {'model':<{width}}  {c.model.name_or_path}")
+    if c.parallel.world_size > 1:
+        lines.append(f"  {'parallel':<{width}}  tp={c.parallel.tp} pp={c.parallel.pp}")
     lines.append(
         f"  {'engine':<{width}}  {engine.pool.num_blocks} KV blocks of {engine.pool.block_size} tokens, {engine.max_num_seqs} sequences, "
         f"{engine.max_num_batched_tokens} tokens a step, max_inflight={engine.config.max_inflight}, context {engine.max_model_len}"
