@@ -68,7 +68,9 @@ class Sharding:
         self._kv_rows = shape.num_key_value_heads * shape.head_dim
         # With fewer KV heads than ranks, neighbours hold the same one.
         self._copies = max(1, self._tp // shape.num_key_value_heads)
-        self._layers = {name for name, _ in model.named_modules()}
+        modules = dict(model.named_modules())
+        self._layers = {name for name in modules if name.startswith("model.layers.") and name.count(".") == 2}
+        self._elsewhere = {name for name, module in modules.items() if isinstance(module, nn.Identity)}  # in other stages
 
     def full_shape(self, name: str, local: tuple[int, ...]) -> tuple[int, ...]:
         kind, axis = self._rule(name)
@@ -94,7 +96,9 @@ class Sharding:
         return tensor[:, place * rows : (place + 1) * rows] if axis else tensor[place * rows : (place + 1) * rows]
 
     def owns(self, name: str) -> bool:
-        return name.rpartition(".")[0] in self._layers or not name.startswith("model.layers.")
+        if name.startswith("model.layers."):
+            return ".".join(name.split(".")[:3]) in self._layers
+        return name.rpartition(".")[0] not in self._elsewhere
 
     def _rule(self, name: str) -> tuple[str, int]:
         """How a checkpoint's tensor is split, and along which axis."""
