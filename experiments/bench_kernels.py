@@ -172,10 +172,8 @@ def with_shape(**shapes: Any) -> Callable[..., Any]:
 
 
 TUNE_DECODE = [
-    DecodeShape(64, 3, 4, 3, 1, 8192, 168), DecodeShape(64, 3, 4, 3, 1, 4096, 168), DecodeShape(64, 3, 4, 3, 1, 16384, 168),
-    DecodeShape(64, 3, 4, 3, 2, 8192, 168), DecodeShape(64, 3, 4, 3, 4, 8192, 168), DecodeShape(64, 2, 4, 4, 1, 8192),
-    DecodeShape(64, 2, 4, 4, 2, 8192), DecodeShape(64, 2, 4, 4, 1, 16384), DecodeShape(64, 3, 2, 3, 1, 4096), DecodeShape(64, 2, 2, 4, 1, 4096),
-    DecodeShape(32, 6, 2, 3, 1, 4096, 168), DecodeShape(32, 5, 1, 3, 1, 2048), DecodeShape(32, 6, 2, 3, 4, 4096, 168),
+    DecodeShape(64, 3, 4, 3, 1, 4096, 168), DecodeShape(64, 3, 4, 3), DecodeShape(64, 6, 4, 3, 1, 4096, 168), DecodeShape(64, 2, 4, 4),
+    DecodeShape(64, 2, 4, 3), DecodeShape(32, 6, 2, 3, 1, 4096, 168), DecodeShape(64, 3, 4, 3, 2, 8192),
 ]  # fmt: skip
 TUNE_PROMPT = [
     PromptShape(128, 64, 8, 4), PromptShape(128, 128, 8, 3), PromptShape(64, 128, 4, 2), PromptShape(128, 32, 8, 4), PromptShape(64, 32, 4, 4),

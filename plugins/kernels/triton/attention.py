@@ -23,12 +23,12 @@ class DecodeShape:
     """Launch shape of the decode kernel."""
 
     tile: int  # KV tokens
-    shares: int  # programs a multiprocessor
+    programs: int  # a multiprocessor
     warps: int
     stages: int
     least: int = 1  # tiles of a share, where there is little work
     combine: int = 8192  # elements of partial results that one pass of the reduction holds
-    registers: int | None = None  # bound a thread, so that `shares` programs fit on a multiprocessor
+    registers: int | None = None  # bound a thread, so that `programs` of them fit on a multiprocessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,16 @@ class PromptShape:
     stages: int
 
 
-def decode_shape(size: int, width: int) -> DecodeShape:
-    """size: head size; width: bytes an element."""
+def decode_shape(size: int, width: int, units: int) -> DecodeShape:
+    """size: head size; width: bytes an element; units: rows times KV heads. Measured on one H200: with much work, three programs a
+    multiprocessor keep memory busy; with little, the reduction's latency counts, and it wants registers."""
     if width == 4:
-        return DecodeShape(tile=16 if size > 128 else 32, shares=3, warps=4, stages=2)
-    return DecodeShape(tile=32 if size > 128 else 64, shares=3, warps=4, stages=3)
+        return DecodeShape(tile=16 if size > 128 else 32, programs=2, warps=4, stages=2)
+    if size > 128:
+        return DecodeShape(tile=32, programs=2, warps=4, stages=3)
+    if units < 256:
+        return DecodeShape(tile=64, programs=3, warps=4, stages=3)
+    return DecodeShape(tile=64, programs=3, warps=4, stages=3, combine=4096, registers=168)
 
 
 def prompt_shape(size: int, width: int) -> PromptShape:
@@ -75,12 +80,12 @@ def attention(
     if not q.shape[0]:
         return out
     capturing = _capturing(q.device)
-    decode = decode or decode_shape(size, q.element_size())
+    decode = decode or decode_shape(size, q.element_size(), batch.context_lens.shape[0] * kv_heads)
     key = ("triton decode", kv_heads, group, size, decode, capturing)
     decode_work = batch.extra.get(key)
     if decode_work is None:
-        programs = multiprocessors(q.device) * decode.shares
-        decode_work = batch.extra[key] = decode_plan(batch, programs, decode.tile, decode.least, kv_heads, group, size)
+        shares = max(1, multiprocessors(q.device) * decode.programs // kv_heads)
+        decode_work = batch.extra[key] = decode_plan(batch, shares, decode.tile, decode.least, kv_heads, group, size)
     _decode(q, k_cache, v_cache, out, batch, scale, decode_work, decode, group)
     if batch.max_seqlen_q > 1:
         prompt = prompt or prompt_shape(size, q.element_size())
@@ -99,7 +104,7 @@ def _decode(
     block_size, kv_heads, size = k_cache.shape[1:]
     padded = triton.next_power_of_2(size)
     heads = triton.next_power_of_2(group)
-    decode_kernel[(plan.programs,)](
+    decode_kernel[(kv_heads, plan.shares)](
         q, k_cache, v_cache, out, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, plan.first, plan.row, plan.arrived,
         plan.partial, plan.stats, batch.context_lens.shape[0], scale * math.log2(math.e), q.stride(0), batch.block_tables.stride(0),
         k_cache.stride(0), k_cache.stride(1),

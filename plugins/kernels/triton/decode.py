@@ -1,9 +1,9 @@
 """Split-KV decode attention for grouped queries over paged KV (flash-decoding), balanced whatever the lengths are.
 
-All KV tiles of the step, (row, KV head, tile), form one line that is cut into equal shares, one a program. A program walks its share
-unit by unit, a unit being one (row, KV head); a unit inside one share is written directly, a unit cut by a border leaves partial
-results, and the last program to arrive at it combines them, in a fixed order. The query heads of a group fill the rows of one
-`tl.dot`, so a K or V tile is read once.
+The KV tiles of all rows form one line that is cut into equal shares; a program walks one share for one KV head, row by row (the
+stream-K idea applied to split KV). A row inside one share is written directly; a row cut by a border leaves partial results, and the
+last program to arrive at it combines them, in a fixed order. The query heads of a group fill the rows of one `tl.dot`, so a K or V
+tile is read once. Neighbouring programs walk the same tokens of neighbouring heads, which lie side by side in memory.
 """
 
 from __future__ import annotations
@@ -24,24 +24,22 @@ def decode_kernel(
     LEAST: tl.constexpr,
 ):  # fmt: skip
     """q [T, K * G, D], out the same; caches [blocks, BLOCK_SIZE, K, D]. scale includes log2(e). M >= G: rows of the products."""
-    program = tl.program_id(0)
-    total = tl.load(first_ptr + rows) * K
-    share = share_of(total, tl.num_programs(0), LEAST)
-    tile = program * share  # on the line
+    head, number, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    total = tl.load(first_ptr + rows)
+    share = share_of(total, shares, LEAST)
+    tile = number * share  # on the line
     end = tl.minimum(tile + share, total)
-    row = tl.load(row_ptr + program)
+    row = tl.load(row_ptr + number)
     head_of_group = tl.arange(0, M)
     dim = tl.arange(0, D_PAD)
     q_mask = (head_of_group[:, None] < G) & (dim[None, :] < D)
     while tile < end:
-        before = tl.load(first_ptr + row)
-        tiles = tl.load(first_ptr + row + 1) - before
-        unit = (tile - before * K) // tiles  # the KV head
-        begin = before * K + unit * tiles  # where the unit begins on the line
-        stop = tl.minimum(end, begin + tiles)
+        begin = tl.load(first_ptr + row)  # where the row begins and ends on the line
+        finish = tl.load(first_ptr + row + 1)
+        stop = tl.minimum(end, finish)
         context = tl.load(len_ptr + row)
         token = tl.load(cu_q_ptr + row).to(tl.int64)
-        at = (unit * G + head_of_group[:, None]) * D + dim[None, :]
+        at = (head * G + head_of_group[:, None]) * D + dim[None, :]
         q = tl.load(q_ptr + token * q_stride + at, mask=q_mask, other=0.0)
         highest = tl.full([M], -1.0e30, tl.float32)  # finite: an empty row must not give NaN
         norm = tl.zeros([M], tl.float32)
@@ -54,7 +52,7 @@ def decode_kernel(
         for _ in range(tile - begin, stop - begin):
             position = start + tl.arange(0, TILE)
             valid = position < context
-            offset = block.to(tl.int64) * block_stride + (position % BLOCK_SIZE) * slot_stride + unit * D
+            offset = block.to(tl.int64) * block_stride + (position % BLOCK_SIZE) * slot_stride + head * D
             # What lies past the context may be anything, NaN included: it is never loaded.
             mask = valid[:, None] & (dim[None, :] < D)
             k = tl.load(k_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
@@ -71,25 +69,26 @@ def decode_kernel(
             block = block_of(table, start, context, BLOCK_SIZE, TILE)
         dtype: tl.constexpr = out_ptr.dtype.element_ty
         out = out_ptr + token * (K * G * D)
-        first_program = begin // share
-        last_program = (begin + tiles - 1) // share
-        if first_program == last_program:
+        first_share = begin // share
+        last_share = (finish - 1) // share
+        if first_share == last_share:
             tl.store(out + at, (acc / tl.maximum(norm, 1.0e-30)[:, None]).to(dtype), mask=q_mask)
         else:
-            slot = program * 2 + (begin > program * share).to(tl.int32)
+            slot = (head * shares + number) * 2 + (begin > number * share).to(tl.int32)
             tl.store(partial_ptr + slot * G * D + head_of_group[:, None] * D + dim[None, :], acc, mask=q_mask)
             tl.store(stats_ptr + slot * 2 * G + head_of_group, highest, mask=head_of_group < G)
             tl.store(stats_ptr + slot * 2 * G + G + head_of_group, norm, mask=head_of_group < G)
             tl.debug_barrier()  # every thread's part is written before one thread says so
-            arrived = tl.atomic_add(arrived_ptr + row * K + unit, 1, sem="acq_rel")
-            if arrived == last_program - first_program:
-                tl.store(arrived_ptr + row * K + unit, 0)
+            arrived = tl.atomic_add(arrived_ptr + row * K + head, 1, sem="acq_rel")
+            if arrived == last_share - first_share:
+                tl.store(arrived_ptr + row * K + head, 0)
+                skipped = head * shares * 2
                 _combine(
-                    partial_ptr, stats_ptr, out + unit * G * D, first_program, last_program, (begin > first_program * share).to(tl.int32),
-                    G, D, D_PAD, PARTS, G_PAD,
+                    partial_ptr + skipped * G * D, stats_ptr + skipped * 2 * G, out + head * G * D,
+                    first_share, last_share, (begin > first_share * share).to(tl.int32), G, D, D_PAD, PARTS, G_PAD,
                 )  # fmt: skip
         tile = stop
-        while (tile >= tl.load(first_ptr + row + 1) * K) & (tile < end):
+        while (tile >= tl.load(first_ptr + row + 1)) & (tile < end):
             row += 1
 
 
@@ -98,7 +97,7 @@ def _combine(
     partial_ptr, stats_ptr, out_ptr, first, last, late,
     G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One unit's parts, in the order of the programs that wrote them. late: 1 where the unit begins inside its first program's share."""
+    """One row's parts of one KV head, in the order of their shares. late: 1 where the row begins inside its first share."""
     head = tl.arange(0, G_PAD)
     dim = tl.arange(0, D_PAD)
     mask = (head[:, None] < G) & (dim[None, :] < D)
@@ -106,9 +105,9 @@ def _combine(
     norm = tl.zeros([G_PAD], tl.float32)
     acc = tl.zeros([G_PAD, D_PAD], tl.float32)
     for start in range(first, last + 1, PARTS):
-        program = start + tl.arange(0, PARTS)
-        slot = program * 2 + tl.where(program == first, late, 0)
-        there = (program <= last)[:, None] & (head < G)[None, :]  # [PARTS, G_PAD]
+        number = start + tl.arange(0, PARTS)
+        slot = number * 2 + tl.where(number == first, late, 0)
+        there = (number <= last)[:, None] & (head < G)[None, :]  # [PARTS, G_PAD]
         at = stats_ptr + slot[:, None] * 2 * G + head[None, :]
         # .cg: past the first-level cache, which is not coherent between multiprocessors
         part_highest = tl.load(at, mask=there, other=-1.0e30, cache_modifier=".cg")

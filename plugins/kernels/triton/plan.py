@@ -18,15 +18,15 @@ from ..ops import BatchMetadata
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """Equal shares of all decode rows' KV tiles, one share a program (the stream-K idea applied to split KV)."""
+    """Equal shares of all decode rows' KV tiles: one share and KV head a program."""
 
-    programs: int
+    shares: int
     tile: int  # KV tokens
-    first: Tensor  # int32 [B + 1]: tiles of one KV head in the rows before
-    row: Tensor  # int32 [programs]: the row a program's share begins in
+    first: Tensor  # int32 [B + 1]: tiles in the rows before
+    row: Tensor  # int32 [shares]: the row that a share begins in
     arrived: Tensor  # int32 [B * K]: programs that have written their part of a (row, KV head); zero between steps
-    partial: Tensor  # float32 [programs * 2, G, D]: unnormalised output of a share's first and last unit
-    stats: Tensor  # float32 [programs * 2, 2, G]: their maximum (log2) and sum
+    partial: Tensor  # float32 [K, shares, 2, G, D]: unnormalised output of a share's first and last row
+    stats: Tensor  # float32 [K, shares, 2, 2, G]: their maximum (log2) and sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +64,20 @@ def prompt_tiles(cu_q_ptr, len_ptr, row, rows, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "programs", "arrivals"])  # one compilation for every batch
 def _plan_kernel(
     cu_q_ptr, len_ptr, first_ptr, row_ptr, arrived_ptr, rows, programs, arrivals,
-    K: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr, tiles_of: tl.constexpr,
+    SHARED: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr, tiles_of: tl.constexpr,
     ROWS: tl.constexpr, PROGRAMS: tl.constexpr, ARRIVALS: tl.constexpr,
 ):  # fmt: skip
-    """Each program of this kernel plans PROGRAMS programs of the attention kernel. K > 0: their shares cut K heads' tiles evenly;
-    K == 0: one tile a program."""
+    """Each program of this kernel plans PROGRAMS programs of the attention kernel. SHARED: they cut the line of tiles
+    evenly; else each has one tile."""
     lane = tl.arange(0, ROWS)
     total = 0
     for start in range(0, rows, ROWS):
         total += tl.sum(tiles_of(cu_q_ptr, len_ptr, start + lane, rows, TILE))
     number = tl.program_id(0) * PROGRAMS + tl.arange(0, PROGRAMS)
-    if K > 0:
-        begin = number * share_of(total * K, programs, LEAST)
+    if SHARED:
+        begin = number * share_of(total, programs, LEAST)
     else:
         begin = number
-    heads: tl.constexpr = K if K > 0 else 1
     row = tl.zeros([PROGRAMS], tl.int32)
     before = 0
     for start in range(0, rows, ROWS):
@@ -86,7 +85,7 @@ def _plan_kernel(
         end = before + tl.cumsum(tiles, axis=0)
         if tl.program_id(0) == 0:
             tl.store(first_ptr + start + lane, end - tiles, mask=start + lane < rows)
-        ended = (end[None, :] * heads <= begin[:, None]) & ((start + lane)[None, :] < rows)
+        ended = (end[None, :] <= begin[:, None]) & ((start + lane)[None, :] < rows)
         row += tl.sum(ended.to(tl.int32), axis=1)
         before += tl.sum(tiles)
     if tl.program_id(0) == 0:
@@ -98,28 +97,28 @@ def _plan_kernel(
 
 
 def _run(
-    batch: BatchMetadata, programs: int, first: Tensor, row: Tensor, arrived: Tensor, kv_heads: int, tile: int, least: int, tiles_of: object
+    batch: BatchMetadata, programs: int, first: Tensor, row: Tensor, arrived: Tensor, shared: bool, tile: int, least: int, tiles_of: object
 ) -> None:
     rows = batch.context_lens.shape[0]
     _plan_kernel[(triton.cdiv(programs, 16),)](
         batch.cu_seqlens_q, batch.context_lens, first, row, arrived, rows, programs, arrived.shape[0],
-        K=kv_heads, TILE=tile, LEAST=least, tiles_of=tiles_of, ROWS=256, PROGRAMS=16, ARRIVALS=256, num_warps=4,
+        SHARED=shared, TILE=tile, LEAST=least, tiles_of=tiles_of, ROWS=256, PROGRAMS=16, ARRIVALS=256, num_warps=4,
     )  # fmt: skip
 
 
-def decode_plan(batch: BatchMetadata, programs: int, tile: int, least: int, kv_heads: int, group: int, size: int) -> DecodePlan:
-    """programs: shares to cut; tile: KV tokens; least: tiles of a share; group: query heads a KV head; size: head size."""
+def decode_plan(batch: BatchMetadata, shares: int, tile: int, least: int, kv_heads: int, group: int, size: int) -> DecodePlan:
+    """shares: how many to cut; tile: KV tokens; least: tiles of a share; group: query heads a KV head; size: head size."""
     rows, device = batch.context_lens.shape[0], batch.context_lens.device
     plan = DecodePlan(
-        programs=programs,
+        shares=shares,
         tile=tile,
         first=torch.empty(rows + 1, dtype=torch.int32, device=device),
-        row=torch.empty(programs, dtype=torch.int32, device=device),
+        row=torch.empty(shares, dtype=torch.int32, device=device),
         arrived=torch.empty(rows * kv_heads, dtype=torch.int32, device=device),
-        partial=torch.empty((programs * 2, group, size), dtype=torch.float32, device=device),
-        stats=torch.empty((programs * 2, 2, group), dtype=torch.float32, device=device),
+        partial=torch.empty((kv_heads, shares, 2, group, size), dtype=torch.float32, device=device),
+        stats=torch.empty((kv_heads, shares, 2, 2, group), dtype=torch.float32, device=device),
     )
-    _run(batch, programs, plan.first, plan.row, plan.arrived, kv_heads, tile, least, decode_tiles)
+    _run(batch, shares, plan.first, plan.row, plan.arrived, True, tile, least, decode_tiles)
     return plan
 
 
@@ -132,5 +131,5 @@ def prompt_plan(batch: BatchMetadata, tokens: int, tile: int) -> PromptPlan:
         first=torch.empty(rows + 1, dtype=torch.int32, device=device),
         row=torch.empty(programs, dtype=torch.int32, device=device),
     )
-    _run(batch, programs, plan.first, plan.row, plan.first[:0], 0, tile, 1, prompt_tiles)
+    _run(batch, programs, plan.first, plan.row, plan.first[:0], False, tile, 1, prompt_tiles)
     return plan

@@ -133,6 +133,6 @@ def qk_norm_rope_store(
         rows = max(2, 512 // block)  # heads a program
         _qk_norm_rope_store_kernel[(tokens, triton.cdiv(heads, rows))](
             qkv, q_weight, k_weight, positions, cos_sin, slot_mapping, q, k_cache, v_cache, eps,
-            H=num_heads, K=num_kv_heads, HALF=size // 2, HEADS=rows, BLOCK=block, NORM=q_weight is not None, num_warps=2,
+            H=num_heads, K=num_kv_heads, HALF=size // 2, HEADS=rows, BLOCK=block, NORM=q_weight is not None, num_warps=4,
         )  # fmt: skip
     return q

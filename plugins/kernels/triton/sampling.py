@@ -211,11 +211,12 @@ def sample(
     if filtered:
         near = torch.empty((rows, NEAR), dtype=torch.float32, device=device)
         _floor_kernel[(rows,)](
-            logits, temperature, top_k, top_p, min_p, floor, near, vocab, logits.stride(0), BLOCK=block, NEAR=NEAR, REACH=REACH, num_warps=16
-        )
+            logits, temperature, top_k, top_p, min_p, floor, near, vocab, logits.stride(0),
+            BLOCK=min(2 * block, 8192), NEAR=NEAR, REACH=REACH, num_warps=16,
+        )  # fmt: skip
     _best_of_chunk_kernel[(rows, chunks)](
         logits, temperature, seeds, positions, floor, best, token, vocab, logits.stride(0), chunks,
-        BLOCK=block, SAMPLED=temperature is not None, FILTERED=filtered, log=_fast_log if logits.is_cuda else _log, num_warps=8,
+        BLOCK=block, SAMPLED=temperature is not None, FILTERED=filtered, log=_fast_log if logits.is_cuda else _log, num_warps=4,
     )  # fmt: skip
     _best_of_row_kernel[(rows,)](best, token, out, chunks, CHUNKS=max(2, triton.next_power_of_2(chunks)), num_warps=1)
     return out
