@@ -17,6 +17,8 @@ from .ops import KernelBackend, KernelCaps
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .ops import BatchMetadata
+
 #: Field of a kernels config -> the operations that it chooses. `qk_norm_rope_store` follows from norm, rope and store.
 GROUPS = {
     "attention": ("attention",),
@@ -36,6 +38,7 @@ class KernelChoice(KernelBackend):
     A backend subclasses this and sets the defaults that `kernels=<its name>` stands for."""
 
     attention: str = "torch"
+    decode: str | None = None  # attention of steps that are all decodes; None: as `attention`
     norm: str = "torch"
     rope: str = "torch"
     activation: str = "torch"
@@ -108,6 +111,11 @@ def compose(
         for operation in operations:
             chosen[operation] = name if operation in backend(name)[0].ops else "torch"
             calls[operation] = getattr(backend(chosen[operation])[1], operation)
+    if choice.decode is not None and choice.decode != chosen["attention"]:
+        if "attention" not in backend(choice.decode)[0].ops:
+            raise ConfigError(f"kernels.decode={choice.decode}: that backend has no attention. Leave kernels.decode unset, or name another.")
+        chosen["decode"] = choice.decode
+        calls["attention"] = _by_step(calls["attention"], backend(choice.decode)[1].attention)
     parts = {chosen[operation] for operation in ("rms_norm", "rotary", "store_kv")}
     fused = parts.pop() if len(parts) == 1 else ""
     if fused and FUSED in backend(fused)[0].ops:
@@ -119,6 +127,15 @@ def compose(
         unsafe = [name for name in sorted(set(chosen.values()) - {"separate"}) if not made[name][0].graph_safe]
         raise ConfigError(f"kernels.cuda_graphs=true: {_list(unsafe)} cannot be captured. Set kernels=triton, or kernels.cuda_graphs=false.")
     return Kernels(**calls, chosen=chosen, caps=_together(used), cuda_graphs=choice.cuda_graphs)  # type: ignore[arg-type]
+
+
+def _by_step(attention: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One backend for steps that hold prompt tokens, another for steps of decodes."""
+
+    def chosen(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata, scale: float) -> Tensor:
+        return (decode if batch.max_seqlen_q == 1 else attention)(q, k_cache, v_cache, batch, scale)
+
+    return chosen
 
 
 def _separate(rms_norm: Any, rotary: Any, store_kv: Any) -> Callable[..., Tensor]:

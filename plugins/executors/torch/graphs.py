@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,9 +33,10 @@ class DecodeGraphs:
         self._covering = [next(s for s in self._sizes if s >= n) for n in range(runner.max_num_seqs + 1)]
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Sampled]] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        for sampling in (GREEDY, RANDOM, FILTERED):
-            for size in reversed(self._sizes):
-                self._capture(size, sampling)
+        with _no_garbage():
+            for sampling in (GREEDY, RANDOM, FILTERED):
+                for size in reversed(self._sizes):
+                    self._capture(size, sampling)
 
     @torch.inference_mode()
     def _capture(self, size: int, sampling: int) -> None:
@@ -56,3 +60,16 @@ class DecodeGraphs:
         graph, sampled = self._graphs[self._covering[num_seqs], sampling]
         graph.replay()
         return sampled._replace(tokens=sampled.tokens[:num_seqs])
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """The collector does not run: were it to free another engine's graphs in the middle of a capture, the capture would fail."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

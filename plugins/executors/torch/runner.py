@@ -70,7 +70,10 @@ class ModelRunner:
         self.block_tables = torch.full((rows, max_blocks), num_blocks, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens whose KV is written or being written
         self.last_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.parameters = torch.zeros((rows, PARAMETERS), dtype=torch.int32, device=device)
+        # Sampling parameters; a parameter's rows lie together, as kernels read them.
+        self.numbers = torch.zeros((3, rows), dtype=torch.float32, device=device)  # temperature, top_p, min_p
+        self.top_k = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.batch_rows = torch.zeros(rows, dtype=torch.int64, device=device)  # of the running decode batch, padded
         self.ordinals = torch.arange(max(rows, max_num_batched_tokens) + 1, device=device)  # int64 0, 1, 2 ...
         self.bounds = torch.arange(rows + 1, dtype=torch.int32, device=device)  # cu_seqlens_q of a decode batch
@@ -126,8 +129,7 @@ class ModelRunner:
         sizes = (step.num_admitted * width, seqs, seqs, seqs + 1, step.num_samples, tokens_in, tokens_in)
         admissions, rows, starts, bounds, chosen, tokens, owners = data.split(sizes)
         if step.num_admitted:
-            admissions = admissions.view(-1, width)
-            self.parameters[admissions[:, 0].long()] = admissions[:, 1:]
+            self._admit(admissions.view(-1, width))
         rows, chosen, owners = rows.long(), chosen.long(), owners.long()
         size = self.block_size
         positions = (starts - bounds[:-1])[owners] + self.ordinals[:tokens_in]  # int64 [T]
@@ -152,17 +154,22 @@ class ModelRunner:
         self.last_tokens[drawing] = sampled.tokens
         return sampled
 
+    def _admit(self, admissions: Tensor) -> None:
+        """admissions int32 [A, 1 + PARAMETERS]: rows and what their sampling needs."""
+        rows, words = admissions[:, 0].long(), admissions[:, 1:].clone()
+        self.numbers[:, rows] = words[:, :3].view(torch.float32).t()
+        self.top_k[rows] = words[:, 3]
+        self.seeds[rows] = words[:, 4:].reshape(-1).clone().view(torch.int64)
+
     def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
         """hidden [S, N] of the last known tokens; positions int64 [S]: where the sampled tokens will stand."""
         logits = self.model.compute_logits(hidden)
         if sampling == GREEDY:
             tokens = self.kernels.sample(logits, None, None, None, None, rows, positions)
         else:
-            words = self.parameters[rows]
-            numbers, seeds = words[:, :3].view(torch.float32), words[:, 4:6].view(torch.int64).squeeze(1)
-            temperature, top_p, min_p = numbers.unbind(1)
-            filters = (words[:, 3], top_p, min_p) if sampling == FILTERED else (None, None, None)
-            tokens = self.kernels.sample(logits, temperature, *filters, seeds, positions)
+            temperature, top_p, min_p = self.numbers[:, rows]
+            filters = (self.top_k[rows], top_p, min_p) if sampling == FILTERED else (None, None, None)
+            tokens = self.kernels.sample(logits, temperature, *filters, self.seeds[rows], positions)
         return Sampled(tokens, None if logprobs == NO_LOGPROBS else _logprobs(logits, tokens, logprobs))
 
 

@@ -1,0 +1,505 @@
+"""The real engine's speed on one GPU, beside other engines and the roofline: one command, one machine, one order.
+
+    python experiments/bench_engine.py A B C D decode seam [--peer vllm=PYTHONPATH] [--peer nano=PYTHONPATH] [--repeats 3] [--json FILE]
+
+A      nano-vLLM's benchmark: 256 requests at once, prompts and answers of 100 to 1,024 tokens, T=0.6; shape of Qwen3-0.6B, bf16
+B      the same requests on the shape of Qwen3-8B
+C      B's requests as Poisson arrivals at 80% of B's saturated rate: TTFT and TPOT
+D      100 prompts of 512 tokens, 70 of which begin with the same 80% (rounded up to a block): cache=hash against cache=none; 8B
+decode one request, 8B: step time over the time to read the weights once; host time with graphs against without
+seam   A through hooks and roles against the same engine with its policy wired in by hand
+
+Every engine runs in its own process with random weights; the first repeat warms up and is not counted. A peer is any of vllm, nano
+(nano-vLLM) and sglang; PYTHONPATH is where it is found, "" where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+QWEN3 = {
+    "architecture": "Qwen3ForCausalLM", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6, "dtype": "bfloat16",
+}  # fmt: skip
+SHAPES = {
+    "0.6B": QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "tie_word_embeddings": True},
+    "8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False},
+}
+MODEL = {"A": "0.6B", "B": "8B", "C": "8B", "D": "8B", "decode": "8B", "seam": "0.6B"}
+GOALS = {"A": {"vllm": 1.2, "nano": 1.35, "roofline": 0.75}, "B": {"vllm": 1.12, "nano": 1.2, "roofline": 0.80}}
+LOAD = 0.8  # of the saturated rate, in C
+
+
+def requests(repeat: int) -> tuple[list[list[int]], list[int]]:
+    """nano-vLLM's prompts and answer lengths; each repeat shifts the tokens, so that no prefix cache helps."""
+    rng = Random(0)
+    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
+    lengths = [rng.randint(100, 1024) for _ in range(256)]
+    return [[(token + 17 * repeat) % 10000 for token in prompt] for prompt in prompts], lengths
+
+
+# ---- the floor -----------------------------------------------------------------------------------------------------
+
+
+def machine_rates() -> dict[str, float]:
+    """Bytes/s that a reduction reads, FLOP/s of a large bf16 product, on random data."""
+    import torch
+
+    def seconds(call: Any) -> float:
+        for _ in range(3):
+            call()
+        times = []
+        for _ in range(10):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    data = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
+    words = data.view(torch.int32)
+    read = data.nbytes / seconds(lambda: words.sum(dtype=torch.int32))
+    target = torch.empty_like(data)
+    copy = 2 * data.nbytes / seconds(lambda: target.copy_(data))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return {"read": read, "copy": copy, "bandwidth": max(read, copy), "flops": 2 * 8192**3 / seconds(lambda: a @ b)}
+
+
+def floor(shape: dict[str, Any], rates: dict[str, float]) -> float:
+    """Seconds that the requests of A and B take at least: prompts at the matrix rate, then one step a token, each at the larger of
+    reading weights and KV once and its FLOPs."""
+    from headway import ModelShape
+
+    model = ModelShape(**shape)
+    prompts, lengths = requests(0)
+    sizes = [len(p) for p in prompts]
+    flops = sum(model.linear_flops_per_token * n + model.attention_flops_per_pair * n * (n + 1) // 2 + model.head_flops for n in sizes)
+    total = flops / rates["flops"]
+    for done in range(1, max(lengths)):
+        contexts = [size + done for size, length in zip(sizes, lengths, strict=True) if length > done]
+        moved = (model.num_hidden_layers * model.layer_parameters + model.embedding_parameters) * model.dtype_bytes
+        moved += sum(contexts) * model.kv_bytes_per_token
+        total += max(moved / rates["bandwidth"], sum(map(model.flops_per_token, contexts)) / rates["flops"])
+    return total
+
+
+# ---- workers: one engine, one process --------------------------------------------------------------------------------
+
+
+def report(**result: Any) -> None:
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def kernel_choice(text: str) -> dict[str, Any]:
+    """"flash_attn,decode=triton" -> a kernels choice, with graphs."""
+    name, *fields = text.split(",")
+    return {"name": name, "cuda_graphs": True} | dict(field.split("=") for field in fields)
+
+
+def ours(model: str, kernels: str, **options: Any) -> Any:
+    from headway import LLM
+
+    defaults = {
+        "kernels": kernel_choice(kernels), "scheduler": "fcfs", "cache": "hash", "max_model_len": 4096, "max_num_seqs": 256,
+        "max_num_batched_tokens": 16384, "max_inflight": 2,
+    }  # fmt: skip
+    return LLM(model, load_format="dummy", **SHAPES[model], **(defaults | options))
+
+
+def saturated(generate: Any, repeats: int, engine: str) -> None:
+    """`generate(prompts, lengths)` -> tokens made. Reports output tokens/s; the first repeat is the warm-up."""
+    for repeat in range(repeats + 1):
+        prompts, lengths = requests(repeat)
+        start = time.perf_counter()
+        done = generate(prompts, lengths)
+        seconds = time.perf_counter() - start
+        assert done == sum(lengths), (done, sum(lengths))
+        report(engine=engine, repeat=repeat, seconds=seconds, tokens=done)
+
+
+def work_headway(args: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    {"A": ours_saturated, "B": ours_saturated, "C": ours_open, "D": ours_prefix, "decode": ours_decode, "seam": ours_seam}[args.workload](args)
+    print(f"worker took {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def sampling(length: int) -> Any:
+    from headway import SamplingParams
+
+    return SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length)
+
+
+def run_ours(llm: Any, prompts: list[list[int]], lengths: list[int]) -> int:
+    return sum(len(r.outputs[0].token_ids) for r in llm.generate(prompts, [sampling(n) for n in lengths]))
+
+
+def ours_saturated(args: argparse.Namespace) -> None:
+    llm = ours(MODEL[args.workload], args.kernels)
+    saturated(lambda prompts, lengths: run_ours(llm, prompts, lengths), args.repeats, "headway")
+    report(engine="headway", kv_blocks=llm.engine.pool.num_blocks)
+    steps = profiled(llm, lambda: run_ours(llm, *requests(args.repeats + 1)))
+    decode = [s for s in steps if s["decode"]]
+    total = {k: sum(s.get(k, 0.0) for s in decode) for k in ("gpu", "gpu_idle", "policy", "prepare", "launch", "collect", "rest", "seqs")}
+    host = total["policy"] + total["prepare"] + total["launch"] + total["collect"] + total["rest"]
+    report(
+        engine="headway", profile=True, idle_share=total["gpu_idle"] / (total["gpu"] + total["gpu_idle"]), decode_steps=len(decode),
+        host_us_a_request=host / total["seqs"] * 1e6, policy_us_a_request=total["policy"] / total["seqs"] * 1e6,
+        step_ms={k: total[k] / len(decode) * 1e3 for k in ("gpu", "gpu_idle", "policy", "prepare", "launch", "collect", "rest")},
+        prompt_s=sum(s["gpu"] + s.get("gpu_idle", 0.0) for s in steps if not s["decode"]),
+        by_batch=by_batch(decode),
+    )  # fmt: skip
+
+
+def by_batch(decode: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Batch size class -> [steps, mean GPU ms, mean idle ms, mean host ms]."""
+    table = {}
+    for low, high in ((1, 1), (2, 4), (5, 16), (17, 64), (65, 128), (129, 192), (193, 256)):
+        chosen = [s for s in decode if low <= s["seqs"] <= high]
+        if chosen:
+            mean = lambda key, among=chosen: statistics.fmean(s.get(key, 0.0) for s in among) * 1e3  # noqa: E731
+            host = mean("policy") + mean("prepare") + mean("launch") + mean("collect") + mean("rest")
+            table[f"{low}-{high}"] = [len(chosen), round(mean("gpu"), 3), round(mean("gpu_idle"), 4), round(host, 3)]
+    return table
+
+
+def profiled(llm: Any, call: Any) -> list[dict[str, Any]]:
+    """One more repeat with executor.profile on: every step's breakdown, seconds."""
+    steps: list[dict[str, Any]] = []
+
+    class Collector:
+        def __init__(self) -> None:
+            self.last = 0.0
+
+        def on_start(self, engine: Any) -> None:
+            self.last = time.perf_counter()
+
+        def on_step(self, record: Any) -> None:
+            now = time.perf_counter()
+            plan, known = record.plan, record.timings
+            row = {"decode": plan.num_tokens == len(plan.requests), "seqs": len(plan.requests), "policy": record.policy_time, **known}
+            # What is left of the turn once every part that is timed is taken out: the loop itself, the clock, the observers.
+            row["rest"] = max(0.0, now - self.last - record.policy_time - sum(known.get(k, 0.0) for k in ("prepare", "launch", "wait", "collect")))
+            self.last = now
+            steps.append(row)
+
+        def on_requests(self, finished: Any) -> None: ...
+        def close(self, result: Any) -> None: ...
+
+    llm.engine.executor.profile = True
+    llm.engine.observers.append(Collector())
+    call()
+    llm.engine.observers.pop()
+    llm.engine.executor.profile = False
+    return steps
+
+
+def ours_open(args: argparse.Namespace) -> None:
+    """C: every repeat draws its own arrival times."""
+    from headway import Arrival, metrics
+
+    llm = ours("8B", args.kernels, scheduler=args.scheduler or {"name": "chunked", "token_budget": 2048})
+    run_ours(llm, *requests(0))
+    for repeat in range(1, args.repeats + 1):
+        prompts, lengths = requests(repeat)
+        rng, at = Random(repeat), llm.engine.executor.clock.now() + 0.1
+        arrivals = []
+        for prompt, length in zip(prompts, lengths, strict=True):
+            at += rng.expovariate(args.rate)
+            arrivals.append(Arrival(at, prompt, sampling(length)))
+        before = len(llm.engine.finished)
+        llm.engine.run(arrivals)
+        done = llm.engine.finished[before:]
+        ttft = sorted(o.token_times[0] - o.arrival_time for o in done)
+        tpot = sorted((o.token_times[-1] - o.token_times[0]) / (len(o.token_times) - 1) for o in done)
+        at = lambda values, q: values[min(len(values) - 1, int(q * len(values)))]  # noqa: E731
+        report(
+            engine="headway", repeat=repeat, rate=args.rate, ttft_p50=at(ttft, 0.5), ttft_p99=at(ttft, 0.99), tpot_p50=at(tpot, 0.5), tpot_p99=at(tpot, 0.99)
+        )
+    del metrics
+
+
+def ours_prefix(args: argparse.Namespace) -> None:
+    """D: the first request that has the prefix is answered, then the other 99 come at once."""
+    for cache in ("none", "hash"):
+        llm = ours("8B", args.kernels, cache=cache)
+        for repeat in range(args.repeats + 1):
+            rng = Random(repeat)
+            draw = lambda n, rng=rng: [rng.randint(0, 10000) for _ in range(n)]  # noqa: E731
+            head = draw(416)  # 80% of 512, rounded up to a block
+            prompts = [head + draw(96) for _ in range(70)] + [draw(512) for _ in range(30)]
+            rest = prompts[1:]
+            rng.shuffle(rest)
+            planned = llm.engine.planned_tokens
+            start = time.perf_counter()
+            made = run_ours(llm, prompts[:1], [args.output_len]) + run_ours(llm, rest, [args.output_len] * 99)
+            seconds = time.perf_counter() - start
+            computed = llm.engine.planned_tokens - planned - (made - 100)
+            report(engine="headway", cache=cache, repeat=repeat, seconds=seconds, saved=1 - computed / (100 * 512))
+        llm.close()
+        del llm
+
+
+def ours_decode(args: argparse.Namespace) -> None:
+    """One request of 128 tokens answers 256: a step's seconds, and the host's part of it, with graphs and without."""
+    import torch
+
+    for graphs in (True, False):
+        llm = ours("8B", args.kernels, kernels=kernel_choice(args.kernels) | {"cuda_graphs": graphs}, max_num_seqs=8, max_num_batched_tokens=2048)
+        prompt = requests(0)[0][0][:128]
+        run_ours(llm, [prompt], [32])
+        for repeat in range(1, args.repeats + 1):
+            start = time.perf_counter()
+            run_ours(llm, [[t + repeat for t in prompt]], [256])
+            wall = time.perf_counter() - start
+            steps = [s for s in profiled(llm, lambda: run_ours(llm, [prompt], [64])) if s["decode"]][8:]
+            median = lambda key, among=steps: statistics.median(s.get(key, 0.0) for s in among)  # noqa: E731
+            report(
+                engine="headway", graphs=graphs, repeat=repeat, step_ms=wall / 256 * 1e3, gpu_ms=median("gpu") * 1e3, launch_ms=median("launch") * 1e3,
+                host_ms=(median("policy") + median("prepare") + median("launch") + median("collect") + median("rest")) * 1e3,
+            )  # fmt: skip
+        llm.close()
+        del llm
+        torch.cuda.empty_cache()
+
+
+def ours_seam(args: argparse.Namespace) -> None:
+    """A, alternately as it is and with a policy double in the engine's place of policies."""
+    from wired_policy import wire
+
+    llm = ours("0.6B", args.kernels)
+    run_ours(llm, *requests(0))
+    for repeat in range(1, args.repeats + 1):
+        for wired in (False, True):
+            undo = wire(llm.engine) if wired else None
+            start = time.perf_counter()
+            made = run_ours(llm, *requests(2 * repeat + wired))
+            report(engine="headway", wired=wired, repeat=repeat, seconds=time.perf_counter() - start, tokens=made)
+            if undo is not None:
+                undo()
+
+
+def peer_directory(model: str) -> str:
+    """config.json and a word tokenizer, as a checkpoint has them; the weights are made in the process."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path, shape = Path(tempfile.gettempdir()) / f"headway-bench-{model}", SHAPES[model]
+    path.mkdir(exist_ok=True)
+    vocab = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *(f"t{i}" for i in range(3, shape["vocab_size"]))])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(path)
+    config = {k: v for k, v in shape.items() if k not in ("architecture", "dtype")} | {
+        "architectures": [shape["architecture"]], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": shape["dtype"], "initializer_range": 0.02, "rope_scaling": None,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def work_vllm(args: argparse.Namespace) -> None:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(peer_directory(MODEL[args.workload]), max_model_len=4096, load_format="dummy")
+
+    def generate(prompts: list[list[int]], lengths: list[int]) -> int:
+        params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in lengths]
+        return sum(len(r.outputs[0].token_ids) for r in llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False))
+
+    saturated(generate, args.repeats, "vllm")
+
+
+def work_nano(args: argparse.Namespace) -> None:
+    import torch
+    from nanovllm import LLM, SamplingParams
+
+    llm = LLM(peer_directory(MODEL[args.workload]), enforce_eager=False, max_model_len=4096)
+    for name, parameter in llm.model_runner.model.named_parameters():  # it has no random initialisation of its own
+        with torch.no_grad():
+            parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=0.02)
+
+    def generate(prompts: list[list[int]], lengths: list[int]) -> int:
+        params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in lengths]
+        return sum(len(r["token_ids"]) for r in llm.generate(prompts, params, use_tqdm=False))
+
+    saturated(generate, args.repeats, "nano")
+
+
+def work_sglang(args: argparse.Namespace) -> None:
+    import sglang
+
+    llm = sglang.Engine(
+        model_path=peer_directory(MODEL[args.workload]), load_format="dummy", attention_backend="fa3", sampling_backend="pytorch", context_length=4096,
+        mem_fraction_static=0.85, max_running_requests=512, log_level="warning",
+    )  # fmt: skip
+
+    def generate(prompts: list[list[int]], lengths: list[int]) -> int:
+        params = [{"temperature": 0.6, "ignore_eos": True, "max_new_tokens": n} for n in lengths]
+        return sum(r["meta_info"]["completion_tokens"] for r in llm.generate(input_ids=prompts, sampling_params=params))
+
+    saturated(generate, args.repeats, "sglang")
+    llm.shutdown()
+
+
+WORKERS = {"headway": work_headway, "vllm": work_vllm, "nano": work_nano, "sglang": work_sglang}
+
+
+# ---- the driver ------------------------------------------------------------------------------------------------------
+
+
+def run_worker(engine: str, workload: str, args: argparse.Namespace, path: str | None = None, **extra: Any) -> list[dict[str, Any]]:
+    command = [sys.executable, __file__, "--worker", engine, "--workload", workload, "--repeats", str(args.repeats), "--kernels", args.kernels]
+    for name, value in extra.items():
+        command += [f"--{name}", str(value)]
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_USE_FLASHINFER_SAMPLER="0", PYTHONUNBUFFERED="1")
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in (path, environment.get("PYTHONPATH", "")) if p)
+    began = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.timeout)
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    print(f"-- {engine} {workload}: {len(results)} results, {time.perf_counter() - began:.0f} s, exit {done.returncode}", flush=True)
+    if done.returncode or not results:
+        print((done.stdout + done.stderr)[:4000], "\n...\n", (done.stdout + done.stderr)[-1500:], flush=True)
+    return results
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):,.4g} ({min(values):,.4g} to {max(values):,.4g})"
+
+
+def throughputs(results: list[dict[str, Any]]) -> list[float]:
+    return [r["tokens"] / r["seconds"] for r in results if r.get("repeat")]
+
+
+def compare(workload: str, args: argparse.Namespace, rates: dict[str, float], found: dict[str, Any]) -> None:
+    least = floor(SHAPES[MODEL[workload]], rates)
+    tokens = sum(requests(0)[1])
+    print(f"\n{workload}: Qwen3-{MODEL[workload]} shape, {tokens:,} output tokens; roofline floor {least:.2f} s = {tokens / least:,.0f} tok/s")
+    engines = {"headway": None, **dict(peer.split("=", 1) for peer in args.peer)}
+    speeds: dict[str, float] = {}
+    for engine, path in engines.items():
+        results = found[f"{workload} {engine}"] = run_worker(engine, workload, args, path)
+        values = throughputs(results)
+        if not values:
+            continue
+        speeds[engine] = statistics.median(values)
+        line = f"   {engine:<8} {statistics.median(values):>9,.0f} tok/s ({min(values):,.0f} to {max(values):,.0f}), {tokens / speeds[engine]:.2f} s"
+        if engine != "headway" and "headway" in speeds:
+            ratio = speeds["headway"] / speeds[engine]
+            line += f"; headway is {ratio:.3f}x ({met(ratio >= GOALS[workload].get(engine, 0))}: at least {GOALS[workload].get(engine, 0)}x)"
+        print(line, flush=True)
+        for r in results:
+            if r.get("profile"):
+                print(
+                    f"      GPU idle share in decode {r['idle_share']:.2%} ({met(r['idle_share'] <= 0.03)}: at most 3%); host "
+                    f"{r['host_us_a_request']:.2f} us a request and step ({met(r['host_us_a_request'] <= 2)}: at most 2), of it policy "
+                    f"{r['policy_us_a_request']:.2f}; mean decode step, ms: {rounded(r['step_ms'])}; prompts {r['prompt_s']:.3f} s"
+                )
+                print(f"      batch: steps, GPU ms, idle ms, host ms: {r['by_batch']}")
+            if "kv_blocks" in r:
+                print(f"      {r['kv_blocks']:,} KV blocks")
+    if "headway" in speeds:
+        share = speeds["headway"] * least / tokens
+        print(f"   headway reaches {share:.1%} of the floor ({met(share >= GOALS[workload]['roofline'])}: at least {GOALS[workload]['roofline']:.0%})")
+
+
+def met(reached: bool) -> str:
+    return "met" if reached else "MISSED"
+
+
+def rounded(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
+
+
+def open_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    saturated_runs = [r["seconds"] for r in found.get("B headway", []) if r.get("repeat")]
+    rate = args.rate or (LOAD * 256 / statistics.median(saturated_runs) if saturated_runs else 0)
+    if not rate:
+        print("\nC needs B before it, or --rate")
+        return
+    results = found["C headway"] = run_worker("headway", "C", args, rate=rate, scheduler=args.scheduler)
+    print(f"\nC: Qwen3-8B shape, Poisson arrivals at {rate:.2f} requests/s, scheduler {args.scheduler or 'chunked, 2,048 tokens a step'}")
+    for name, unit in (("ttft_p50", "s"), ("ttft_p99", "s"), ("tpot_p50", "s"), ("tpot_p99", "s")):
+        if results:
+            print(f"   {name} {spread([r[name] for r in results])} {unit}")
+
+
+def prefix_test(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    results = found["D headway"] = run_worker("headway", "D", args, **{"output-len": args.output_len})
+    seconds = {c: [r["seconds"] for r in results if r["cache"] == c and r["repeat"]] for c in ("none", "hash")}
+    if not all(seconds.values()):
+        return
+    saved = min(r["saved"] for r in results if r["cache"] == "hash" and r["repeat"])
+    ratio = statistics.median(seconds["none"]) / statistics.median(seconds["hash"])
+    print(f"\nD: Qwen3-8B shape, {args.output_len} output tokens: cache=none {spread(seconds['none'])} s, cache=hash {spread(seconds['hash'])} s")
+    print(f"   {ratio:.2f}x ({met(ratio >= 1.78)}: at least 1.78x), {saved:.2%} of the prompt tokens saved ({met(saved >= 0.56)}: at least 56%)")
+
+
+def single_decode(args: argparse.Namespace, rates: dict[str, float], found: dict[str, Any]) -> None:
+    from headway import ModelShape
+
+    results = found["decode headway"] = run_worker("headway", "decode", args)
+    model = ModelShape(**SHAPES["8B"])
+    least = (model.num_hidden_layers * model.layer_parameters + model.embedding_parameters) * model.dtype_bytes / rates["bandwidth"] * 1e3
+    pick = {g: {k: statistics.median(r[k] for r in results if r["graphs"] is g) for k in ("step_ms", "gpu_ms", "launch_ms", "host_ms")} for g in (True, False)}
+    ratio, saved = pick[True]["step_ms"] / least, 1 - pick[True]["host_ms"] / pick[False]["host_ms"]
+    print(f"\ndecode: one request, Qwen3-8B shape, weights over bandwidth {least:.2f} ms\n   graphs {rounded(pick[True])}\n   eager  {rounded(pick[False])}")
+    print(f"   {ratio:.3f}x the floor ({met(ratio <= 1.35)}: at most 1.35x); CPU {saved:.0%} below the step without graphs ({met(saved >= 0.6)}: at least 60%)")
+
+
+def seam(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    results = found["seam headway"] = run_worker("headway", "seam", args)
+    roles, wired = ([r["seconds"] for r in results if r["wired"] is w] for w in (False, True))
+    if roles and wired:
+        cost = statistics.median(roles) / statistics.median(wired) - 1
+        print(f"\nseam: A through hooks and roles {spread(roles)} s, policy wired in {spread(wired)} s: {cost:+.2%} ({met(cost < 0.01)}: less than 1%)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", default=["A", "B", "C", "D", "decode", "seam"])
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHONPATH")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kernels", default="flash_attn")
+    parser.add_argument("--rate", type=float, default=0.0, help="requests/s of C")
+    parser.add_argument("--scheduler", default="", help="of C")
+    parser.add_argument("--output-len", type=int, default=16, help="of D")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds a worker may take")
+    parser.add_argument("--json", default="")
+    parser.add_argument("--worker", default="")
+    parser.add_argument("--workload", default="")
+    args = parser.parse_args()
+    if args.worker:
+        WORKERS[args.worker](args)
+        return
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import bench_engine; print(json.dumps(bench_engine.machine_rates()))"
+    rates = json.loads(subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=True).stdout)
+    print(f"read {rates['read'] / 1e12:.2f} TB/s, copy {rates['copy'] / 1e12:.2f} TB/s, bf16 product {rates['flops'] / 1e12:.0f} TFLOP/s")
+    found: dict[str, Any] = {"rates": rates}
+    for workload in args.workloads:
+        if workload in GOALS:
+            compare(workload, args, rates, found)
+        else:
+            {"C": lambda: open_load(args, found), "D": lambda: prefix_test(args, found), "decode": lambda: single_decode(args, rates, found),
+             "seam": lambda: seam(args, found)}[workload]()  # fmt: skip
+        if args.json:
+            Path(args.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
