@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from ..blocks import ROOT, BlockPool
 from ..clock import VirtualClock
 from ..errors import InvariantError
 from ..plan import StepPlan
@@ -33,6 +34,14 @@ class Prefixes:
         if id == len(self._back):
             self._back.append((before, token))
         return id
+
+    def before(self, id: int | None) -> Any:
+        """The prefix without its last token."""
+        return None if id is None else self._back[id][0]
+
+    def is_root(self, id: Any) -> bool:
+        """Whether it is the empty prefix (of one cache_salt)."""
+        return isinstance(id, int) and not isinstance(self._back[id][0], int)
 
     def tokens(self, id: int | None) -> str:
         """The prefix in words, for an error."""
@@ -118,6 +127,21 @@ class OracleExecutor(Executor):
         self._flights.pop(0)
         return StepResult(sampled, start, end)
 
+    def check_cached(self, pool: BlockPool) -> None:
+        """Every cached block holds what continues its parent. Raises WrongKV."""
+        size, slots, before = self._size, self._slots, self._prefixes.before
+        for block in pool.blocks:
+            if not block.cached:
+                continue
+            held = [slots.get(block.id * size + i) for i in range(size)]
+            above = [before(h) for h in held]
+            start = slots.get(block.parent * size + size - 1) if block.parent != ROOT else above[0]
+            if None in held or [start, *held[:-1]] != above or (block.parent == ROOT and not self._prefixes.is_root(start)):
+                holds = ", ".join(map(self._prefixes.tokens, held))
+                raise WrongKV(
+                    f"{block} is cached, but does not continue its parent: it holds {holds}; its parent ends with {self._prefixes.tokens(start)}"
+                )
+
     # ---- what is checked ---------------------------------------------------------------------------------------
 
     def _update_tables(self, plan: StepPlan) -> None:
@@ -156,7 +180,9 @@ class OracleExecutor(Executor):
                 index, table = request.index, self._tables[request.index]
                 for block in table[: -(-(start + length) // size)]:
                     if earlier_writes.get(block, index) != index:
-                        raise WrongKV(f"step {plan.step}: request {request.id} uses block {block}, which another request writes in step {step} in flight")
+                        raise WrongKV(
+                            f"step {plan.step}: request {request.id} uses block {block}, which another request writes in step {step} in flight"
+                        )
             for block, index in writes.items():
                 if earlier_reads.get(block, index) != index:
                     raise WrongKV(f"step {plan.step}: block {block} is written again while step {step} in flight still reads it")
@@ -198,6 +224,9 @@ class OracleExecutor(Executor):
 
     def _sample(self, request: Request, position: int) -> int:
         tokens = self._tokens[request.index]
+        most = request.sampling.max_tokens
+        if position >= min(self.max_model_len, request.num_prompt_tokens + (most if most is not None else self.max_model_len)):
+            raise WrongKV(f"request {request.id} samples position {position}, past its max_tokens={most} or the context of {self.max_model_len}")
         token = self.token(request.id, position)
         tokens.append(token)
         return token

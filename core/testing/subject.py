@@ -1,0 +1,139 @@
+"""What is tested: the policies a user named, and the choices that fill every other role."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import policy
+from ..build import build_roles
+from ..errors import ConfigError, near
+from ..hooks import OPTIONAL, Origin, Registry, load_registry
+from ..policy import Role
+from . import shake
+from .case import Case, random_case
+
+#: Roles that a case fills when nobody named them: choices of (plugin, parameter -> values). "none" leaves an optional role out.
+FILLERS: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
+    "scheduler": [
+        ("chunked", {"token_budget": [None, 3, 8], "chunk_size": [None, 1, 2, 7]}),
+        ("chunked", {"token_budget": [None, 3, 8], "chunk_size": [None, 1, 2, 7]}),
+        ("fcfs", {}),
+        ("pd_split", {"switch_waiting": [1, 3]}),
+        ("shake", {}),
+    ],
+    "order": [("fcfs", {}), ("fcfs", {}), ("shake", {})],
+    "victim": [("newest", {"mode": list(policy.PREEMPTION_MODES)}), ("shake", {"mode": list(policy.PREEMPTION_MODES)})],
+    "cache": [("hash", {}), ("radix", {}), ("hash", {}), ("radix", {}), ("none", {})],
+    "eviction": [("lru", {}), ("fifo", {}), ("lfu", {}), ("shake", {})],
+    "retention": [("none", {}), ("none", {}), ("shake", {})],
+    "admission": [("none", {}), ("none", {}), ("none", {}), ("shake", {})],
+    "budget": [("none", {}), ("none", {}), ("none", {}), ("shake", {})],
+    "predictor": [("shake", {})],
+}
+#: The plain choice for each of them, where a check compares or measures.
+PLAIN = {
+    "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+    "predictor": ("shake", {}),
+}  # fmt: skip
+
+
+@dataclass
+class Subject:
+    """A composition to check, as `role=name role.parameter=value` words; modules are plugin files that are not installed."""
+
+    words: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    registry: Registry = field(init=False)
+    choices: dict[str, tuple[str, dict[str, Any]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.registry = kit_registry(self.modules)
+        self.choices = _parse(self.words, self.registry)
+
+    def case(self, seed: int) -> Case:
+        fillers = {role: choices for role, choices in FILLERS.items() if role not in self.choices}
+        return random_case(seed, fillers)
+
+    def roles(self, case: Case) -> dict[str, Role]:
+        """New objects for one run of the case."""
+        filled = {role: (name, dict(parameters)) for role, name, parameters in case.fill if name != "none" or role not in OPTIONAL}
+        return self._build({**filled, **self.choices})
+
+    def plain_roles(self, case: Case | None = None) -> dict[str, Role]:
+        """The named policies among plain ones."""
+        return self._build({**PLAIN, **self.choices})
+
+    def _build(self, choices: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Role]:
+        present = {role: choice for role, choice in choices.items() if not (choice[0] == "none" and role in OPTIONAL)}
+        return build_roles(self.registry, present)[0]
+
+    def classes(self) -> list[type[Role]]:
+        """Of the policies that were named."""
+        roles = self.plain_roles()
+        return [type(roles[role]) for role in self.choices if role in roles]
+
+    def __str__(self) -> str:
+        return " ".join(self.words) or "the default composition"
+
+
+def kit_registry(modules: Sequence[str] = ()) -> Registry:
+    """Everything available, the kit's own shaky policies, and plugin modules given by file or by name."""
+    registry = load_registry()
+    shake.add_to(registry)
+    for name in modules:
+        registry.register(_load(name), Origin(Path(name).stem, name))
+    return registry
+
+
+def _load(name: str) -> Any:
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"--module {name}: there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _parse(words: Sequence[str], registry: Registry) -> dict[str, tuple[str, dict[str, Any]]]:
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        role, dot, parameter = key.partition(".")
+        if not equals:
+            raise ConfigError(f"{word!r}: expected role=name or role.parameter=value, such as order=sjf")
+        if role not in FILLERS:
+            raise ConfigError(f"{word!r}: the kit checks policies, and there is no policy role {role!r}.{near(role, FILLERS)}")
+        if dot:
+            name = chosen.get(role, (PLAIN.get(role, ("", {}))[0], {}))[0]
+            known = [f.name for f in registry.get(role, name).parameters()]
+            if parameter not in known:
+                raise ConfigError(f"{word!r}: {role}={name} has no parameter {parameter!r}.{near(parameter, known)}")
+            chosen.setdefault(role, (name, {}))[1][parameter] = _value(text)
+        elif role in chosen:
+            raise ConfigError(f"{word!r}: {role}={chosen[role][0]} was given before it; name a role once, and before its parameters")
+        else:
+            if text != "none" or role not in OPTIONAL:
+                registry.get(role, text)  # refuses what is not there or broken
+            chosen[role] = (text, {})
+    return chosen
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,127 @@
+"""The fuzz can fail: bugs planted one by one in the core and the caches are each found within a few hundred seeds."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+
+import pytest
+
+from core import blocks, engine, pins, step, view
+from core.testing.subject import Subject
+from core.testing.trial import Trial
+from plugins.cache import hash as hash_cache
+from plugins.cache import radix
+
+SEEDS = 400
+
+
+def plant(monkeypatch, owner: type, method: str, right: str, wrong: str) -> None:
+    """Replaces `right` by `wrong` in the source of a method."""
+    source = textwrap.dedent(inspect.getsource(inspect.getattr_static(owner, method)))
+    assert source.count(right) == 1, f"{owner.__name__}.{method} no longer holds {right!r} once: plant the bug anew"
+    scope: dict = {}
+    code = compile("from __future__ import annotations\n" + source.replace(right, wrong), f"<planted {method}>", "exec")
+    exec(code, vars(sys.modules[owner.__module__]), scope)
+    monkeypatch.setattr(owner, method, scope[method])
+
+
+def first_failure(words: tuple[str, ...] = ()):
+    subject = Subject(words)
+    for seed in range(SEEDS):
+        outcome = Trial(subject.case(seed), subject.roles).run()
+        if outcome.failure:
+            return seed, outcome.failure
+    return None
+
+
+#: name -> (class, method, source, planted source)
+BUGS = {
+    "publish before compute": (
+        step.StepBuilder,
+        "_append",
+        "sample = start + n == request.num_tokens",
+        "sample = start + n == request.num_tokens; "
+        "self._engine.cache.enabled and self._pool.publish(request, min(start + n, len(request.token_ids)) // self._block_size)",
+    ),
+    "free while referenced": (blocks.BlockPool, "release", "block.ref_count -= 1", "block.ref_count = 0"),
+    "free while in flight": (engine.Engine, "_give_back", "if request._in_flight:", "if False:"),
+    "dropped while in flight": (
+        pins.Pins,
+        "drop",
+        "self.dropped.add(request.index)",
+        "self._pool.release(request.block_table); request.block_table = []",
+    ),
+    "stale hash after eviction": (hash_cache.HashBlocks, "remove", "if self._by_key.get(key) == block:", "if False:"),
+    "stale radix leaf after eviction": (radix.RadixTree, "remove", "if not node.blocks and node.parent is not None:", "if False:"),
+    "last token matched": (view.View, "match", "(request.num_tokens - 1) // pool.block_size", "request.num_tokens // pool.block_size"),
+    "double free": (
+        engine.Engine,
+        "_release",
+        "self.pool.release(table[keep:], request.tags)",
+        "self.pool.release([*table[keep:], *table[keep:]], request.tags)",
+    ),
+    "freed twice on the free list": (blocks.BlockPool, "release", "self._free.append(id)", "self._free += [id, id]"),
+    "remap of a running table": (
+        blocks.BlockPool,
+        "publish",
+        "request._shadow[index] = canonical",
+        "request._shadow[index] = canonical; table[index] = canonical",
+    ),
+    "missing twin reference": (
+        blocks.BlockPool,
+        "publish",
+        "self.acquire((canonical,), request.tags, hit=False)\n            request._shadow[index] = canonical",
+        "pass",
+    ),
+    "twin never given back": (engine.Engine, "_release", "self.pool.release(twins, request.tags)", "pass"),
+    "wrong parent": (blocks.BlockPool, "publish", "request._parent = canonical", "request._parent = id"),
+    "wrong parent after drop_tail": (engine.Engine, "_release", "request._shadow.get(keep - 1, table[keep - 1]) if keep else ROOT", "ROOT"),
+    "generation not bumped": (blocks.BlockPool, "_evict_block", "block.generation += 1", "pass"),
+    "version not bumped": (blocks.BlockPool, "_cached", "above.version += 1", "pass"),
+    "root version not bumped": (blocks.BlockPool, "_cached", "self.root_version += 1", "pass"),
+    "parent evicted before its child": (blocks.BlockPool, "release", "if block.num_children == 0:", "if True:"),
+    "parent not evictable after its child": (blocks.BlockPool, "_evict_block", "if above.num_children == 0 and above.ref_count == 0:", "if False:"),
+    "evictable count drifts": (blocks.BlockPool, "acquire", "self.num_evictable -= 1", "pass"),
+    "cached block still evictable when hit": (blocks.BlockPool, "acquire", "eviction.on_in_use(block)", "pass"),
+    "preempted in its own step": (step.StepBuilder, "_make_room", "if other._planned == self.step:", "if False:"),
+    "token budget not charged": (step.StepBuilder, "_append", "self.tokens_left -= n", "pass"),
+    "hits counted again after preemption": (engine.Engine, "_admit", "if first:", "if True:"),
+    "matched blocks handed out again": (step.StepBuilder, "_add_waiting", "- idle - sum", "- sum"),
+    "partial block published": (
+        engine.Engine,
+        "_update",
+        "self.pool.publish(request, computed // size)",
+        "self.pool.publish(request, -(-computed // size))",
+    ),
+    "one token computed too few": (
+        engine.Engine,
+        "_update",
+        "request.num_computed_tokens = start + length",
+        "request.num_computed_tokens = start + length - (length > 3)",
+    ),
+    "token of a preempted request lost": (engine.Engine, "_update", "elif request.state is not RequestState.PREEMPTED:", "else:"),
+    "ended request keeps its pin of drop_tail": (engine.Engine, "_finish", "self._keep.pop(request.index, None)", "pass"),
+    "planned past max_tokens": (step.StepBuilder, "_add_running", "if request.num_tokens >= request._limit:", "if False:"),
+    "salts share a prefix": (hash_cache.HashBlocks, "_key", "key=parent or request.cache_salt.encode()[:64]", "key=parent"),
+    "radix salts share a prefix": (radix.RadixTree, "_root", "if salt not in self._roots:", 'salt = ""\n    if salt not in self._roots:'),
+    "radix split forgets its children": (
+        radix.RadixTree,
+        "_split",
+        "tail.children, node.children = node.children,",
+        "_, node.children = node.children,",
+    ),
+    "radix compares no tokens": (radix.RadixTree, "match", "if ours != theirs:\n            run", "if False:\n            run"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug: str, monkeypatch) -> None:
+    plant(monkeypatch, *BUGS[bug])
+    found = first_failure()
+    assert found, f"{SEEDS} seeds pass with the bug"
+
+
+def test_without_a_bug_the_same_seeds_pass() -> None:
+    assert first_failure() is None
