@@ -58,7 +58,8 @@ class DynamicChunk(TokenBudget):
         least = float("inf")
         for request in view.running:
             if request.token_times and request.num_new_tokens <= 1:  # one that recomputes is a prefill again
-                due = request.token_times[0] + (request.num_tokens - request.num_prompt_tokens) * (request.slo.tpot or self.tbt)
+                # This step brings the token after those that have come back and those of the steps in flight.
+                due = request.token_times[0] + (len(request.token_times) + view.lag) * (request.slo.tpot or self.tbt)
                 least = min(least, due)
         return (least - view.now) / (1 + view.lag)
 

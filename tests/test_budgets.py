@@ -1,0 +1,96 @@
+"""Token budgets: how much of a prompt goes into a step."""
+
+from __future__ import annotations
+
+import pytest
+from policy_runs import Server, Steps, ask, compose, run
+
+from core.engine import EngineConfig
+from core.errors import ConfigError
+from core.request import SLO
+
+CONFIG = EngineConfig(max_num_seqs=8, max_num_batched_tokens=2048)
+WIDE = ("chunked", {"token_budget": None})
+
+
+def chunks(steps: Steps, id: str) -> list[int]:
+    return [n for r in steps.records for q, n in zip(r.plan.requests, r.plan.lengths, strict=True) if q.id == id]
+
+
+def test_fixed_cuts_every_prompt_into_equal_chunks_and_leaves_decodes_alone():
+    steps = Steps()
+    run([ask(0.0, 100, 3, "a"), ask(0.0, 70, 2, "b")], budget=("fixed", {"chunk_size": 32}), scheduler=WIDE, engine=CONFIG, observers=[steps])
+    assert chunks(steps, "a") == [32, 32, 32, 4, 1, 1]
+    assert chunks(steps, "b") == [32, 32, 6, 1]
+
+
+def slow() -> Server:
+    return Server(overhead=0.005, per_token=0.0001)
+
+
+def gaps(steps: Steps, id: str) -> list[float]:
+    ends = [r.end for r in steps.records if id in [q.id for q in r.plan.requests]]
+    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def long_prompt_joins(budget, tpot: float) -> tuple[Steps, list[int]]:
+    """One request decodes with a TPOT target while a prompt of 1500 tokens comes in."""
+    asked = [ask(0.0, 16, 300, "decode", SLO(tpot=tpot)), ask(0.02, 1500, 2, "prompt")]
+    steps = Steps()
+    choice = {"budget": budget} if budget else {}
+    run(asked, server=slow(), scheduler=WIDE, engine=CONFIG, observers=[steps], **choice)
+    return steps, chunks(steps, "prompt")
+
+
+def deadlines_met(steps: Steps, tpot: float) -> bool:
+    ends = [r.end for r in steps.records if "decode" in [q.id for q in r.plan.requests]]
+    return all(end <= ends[0] + k * tpot + 1e-9 for k, end in enumerate(ends))
+
+
+def test_dynamic_chunk_keeps_every_token_of_a_decode_on_time():
+    steps, sizes = long_prompt_joins(("dynamic_chunk", {"tile": 16}), tpot=0.02)
+    assert deadlines_met(steps, 0.02)
+    plain, whole = long_prompt_joins(None, tpot=0.02)
+    assert whole == [1500, 1] and max(gaps(plain, "decode")) > 0.15
+    # Slack saved before goes into one large chunk, then every step takes what 20 ms leave: (0.020 - 0.005) / 0.0001 - 1 = 149.
+    assert 300 < sizes[0] < 1000 and len(sizes) > 5 and set(sizes[1:-2]) <= {144, 160}  # 160 where tiles left slack over
+
+
+def test_dynamic_chunk_takes_the_largest_tile_that_fits():
+    steps, sizes = long_prompt_joins(("dynamic_chunk", {"tile": 1}), tpot=0.02)
+    assert deadlines_met(steps, 0.02)
+    assert len(sizes) > 5 and set(sizes[1:-2]) <= {148, 149, 150}  # rounding carries over
+
+
+def test_dynamic_chunk_without_decodes_gives_everything():
+    steps = Steps()
+    run([ask(0.0, 1500, 2, "prompt")], server=slow(), budget="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
+    assert chunks(steps, "prompt") == [1500, 1]
+
+
+def test_dynamic_chunk_waits_while_a_decode_is_late_and_everybody_still_finishes():
+    """A target below the time of a decode step alone can't be met: prompts wait until the decode has ended."""
+    steps, sizes = long_prompt_joins(("dynamic_chunk", {}), tpot=0.001)
+    last = max(r.step for r in steps.records if "decode" in [q.id for q in r.plan.requests])
+    first = min(r.step for r in steps.records if "prompt" in [q.id for q in r.plan.requests])
+    assert first > last and sizes == [1500, 1]
+
+
+def test_dynamic_chunk_uses_its_own_target_where_the_request_has_none():
+    asked = [ask(0.0, 16, 100, "decode"), ask(0.1, 600, 2, "prompt")]
+    steps = Steps()
+    run(asked, server=slow(), budget=("dynamic_chunk", {"tbt": 0.02}), scheduler=WIDE, engine=CONFIG, observers=[steps])
+    assert deadlines_met(steps, 0.02)
+
+
+def test_dynamic_chunk_needs_a_cost_model():
+    server = Server()
+    server.cost_model = None
+    with pytest.raises(ConfigError, match="budget=dynamic_chunk needs step_time"):
+        compose(server=server, budget="dynamic_chunk")
+
+
+@pytest.mark.parametrize("budget", [("fixed", {"chunk_size": 0}), ("dynamic_chunk", {"tbt": 0.0}), ("dynamic_chunk", {"tile": 0})])
+def test_budgets_refuse_what_would_never_let_a_prompt_through(budget):
+    with pytest.raises(ConfigError, match="expected"):
+        compose(budget=budget)
