@@ -176,10 +176,17 @@ class Engine:
         except HeadwayError:
             raise
         except Exception as error:
-            culprit = _culprit(error) or role
-            raise PolicyError(
-                f"raised {type(error).__name__}: {error}", plugin=culprit.plugin_name, step=self.view.step, view=self.view.describe()
-            ) from error
+            raise self._named(error, role) from error
+
+    def _named(self, error: BaseException, role: Role | None = None) -> BaseException:
+        """The error of a plugin with the plugin's name, the step and the view; what already says them, or no plugin raised, as it is."""
+        culprit = _culprit(error) or role
+        if culprit is None or isinstance(error, HeadwayError) or not isinstance(error, Exception):
+            return error
+        what = f"raised {type(error).__name__}: {error}"
+        named = PolicyError(what, plugin=culprit.plugin_name, step=self.view.step, view=self.view.describe())
+        named.__cause__ = error
+        return named
 
     def _notify(self, event: str, *args: Any) -> None:
         for role, function in self.callbacks[event]:
@@ -503,7 +510,7 @@ class Engine:
         except KeyboardInterrupt:
             status = "interrupted"
         except BaseException as error:
-            status, problem = "failed", error
+            status, problem = "failed", self._named(error)
         result = self.result(status, str(problem) if problem else "")
         if self._done:
             for observer in self.observers:
