@@ -15,8 +15,9 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,38 +159,36 @@ DECODES = {
 }
 
 
-def decode_variants(tune: bool, flash: Callable[..., Any] | None) -> dict[str, Callable[..., Any]]:
+def attention_variants(role: str, shapes: Sequence[DecodeShape | PromptShape]) -> dict[str, Callable[..., Any]]:
+    """Ours, FlashAttention where it is installed, and ours at other launch shapes. role: "decode" or "prompt"."""
     variants: dict[str, Callable[..., Any]] = {"triton": kernels.attention}
+    flash = flash_attention()
     if flash is not None:
         variants["flash_attn 3"] = flash
-    for shape in TUNE_DECODE if tune else ():
-        variants["/".join(str(x) for x in astuple(shape))] = with_shape(decode=shape)
+    for shape in shapes:
+        variants["/".join(str(x) for x in astuple(shape))] = partial(kernels.attention, **{role: shape})
     return variants
-
-
-def with_shape(**shapes: Any) -> Callable[..., Any]:
-    return lambda *args: kernels.attention(*args, **shapes)
 
 
 TUNE_DECODE = [
     DecodeShape(64, 3, 4, 3, 1, 4096, 168), DecodeShape(64, 3, 4, 3), DecodeShape(64, 6, 4, 3, 1, 4096, 168), DecodeShape(64, 2, 4, 4),
-    DecodeShape(64, 2, 4, 3), DecodeShape(32, 6, 2, 3, 1, 4096, 168), DecodeShape(64, 3, 4, 3, 2, 8192),
+    DecodeShape(64, 3, 4, 3, 1, 4096), DecodeShape(64, 3, 4, 3, 1, 2048), DecodeShape(32, 6, 2, 3, 1, 4096, 168), DecodeShape(64, 3, 4, 3, 2, 8192),
 ]  # fmt: skip
 TUNE_PROMPT = [
     PromptShape(128, 64, 8, 4), PromptShape(128, 128, 8, 3), PromptShape(64, 128, 4, 2), PromptShape(128, 32, 8, 4), PromptShape(64, 32, 4, 4),
 ]  # fmt: skip
 
 
-def bench_decode(tune: bool) -> None:
-    flash = flash_attention()
-    for heads, kv_heads, names in ((16, 8, DECODES), (32, 8, ["64 x 4096", "256 x 1024", "1 x 1024"])):
+def bench_decode(shapes: Sequence[DecodeShape]) -> None:
+    variants = attention_variants("decode", shapes)
+    for heads, kv_heads, names in ((16, 8, DECODES), (32, 8, ["64 x 4096", "256 x 1024", "1 x 1024"]), (64, 8, ["64 x 4096"])):
         for name in names:
             for block_size in (16, 256):
-                if tune and block_size == 256 and name != "64 x 4096":
+                if shapes and block_size == 256 and name != "64 x 4096":
                     continue
                 contexts = DECODES[name]
                 case = attention_case([1] * len(contexts), contexts, heads, kv_heads, 128, block_size, f"{heads}/{kv_heads} {name} bs{block_size}")
-                time_attention("decode", case, decode_variants(tune, flash), bandwidth)
+                time_attention("decode", case, variants, bandwidth)
                 del case
 
 
@@ -202,16 +201,11 @@ PROMPTS = {
 }
 
 
-def bench_prompt(tune: bool) -> None:
-    flash = flash_attention()
+def bench_prompt(shapes: Sequence[PromptShape]) -> None:
+    variants = attention_variants("prompt", shapes)
     for heads, kv_heads in ((16, 8), (32, 8)):
         for name, (queries, contexts) in PROMPTS.items():
             case = attention_case(queries, contexts, heads, kv_heads, 128, 16, f"{heads}/{kv_heads} {name}")
-            variants: dict[str, Callable[..., Any]] = {"triton": kernels.attention}
-            if flash is not None:
-                variants["flash_attn 3"] = flash
-            for shape in TUNE_PROMPT if tune else ():
-                variants["/".join(str(x) for x in astuple(shape))] = with_shape(prompt=shape)
             time_attention("prompt", case, variants, rate)
 
 
@@ -219,7 +213,7 @@ def nothing(us: float) -> str:
     return ""
 
 
-def bench_store(tune: bool) -> None:
+def bench_store(shapes: Sequence[Any]) -> None:
     kv_heads, size = 8, 128
     for tokens in (1, 256, 2048, 16384):
         k_cache, v_cache = (torch.randn(2048, 16, kv_heads, size, device=DEVICE, dtype=DTYPE) for _ in "kv")
@@ -240,7 +234,7 @@ def bench_store(tune: bool) -> None:
         attempt("store", f"{tokens} tokens", "triton", lambda us, moved=moved: f"{moved / us / 1e6:5.2f} TB/s", store, 8)
 
 
-def bench_layers(tune: bool) -> None:
+def bench_layers(shapes: Sequence[Any]) -> None:
     """Qwen3-0.6B's shapes (hidden 1024, 16/8 heads of 128, intermediate 3072) and Qwen3-8B's (4096, 32/8, 12288)."""
     for hidden, heads, kv_heads, wide in ((1024, 16, 8, 3072), (4096, 32, 8, 12288)):
         for tokens in (1, 256, 4096):
@@ -261,7 +255,7 @@ def bench_layers(tune: bool) -> None:
                 attempt("qk+rope", case, name, nothing, lambda i, o=ops: o.qk_norm_rope_store(*fused), 8)  # noqa: B023
 
 
-def bench_sample(tune: bool) -> None:
+def bench_sample(shapes: Sequence[Any]) -> None:
     for rows in (1, 256):
         logits = [torch.randn(rows, 151936, device=DEVICE, dtype=DTYPE) * 3 for _ in range(2)]
         temperature = torch.full((rows,), 0.6, device=DEVICE)
@@ -279,7 +273,10 @@ def bench_sample(tune: bool) -> None:
                 )  # fmt: skip
 
 
-PARTS = {"decode": bench_decode, "prompt": bench_prompt, "store": bench_store, "layers": bench_layers, "sample": bench_sample}
+TUNE: dict[str, Sequence[Any]] = {"decode": TUNE_DECODE, "prompt": TUNE_PROMPT}
+PARTS: dict[str, Callable[[Sequence[Any]], None]] = {
+    "decode": bench_decode, "prompt": bench_prompt, "store": bench_store, "layers": bench_layers, "sample": bench_sample,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -293,7 +290,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bandwidth in % of {READ_BANDWIDTH / 1e12} TB/s")
     for name in args.only.split(","):
-        PARTS[name](args.tune)
+        PARTS[name](TUNE.get(name, ()) if args.tune else ())
     if args.json:
         args.json.write_text(json.dumps(RESULTS, indent=1))
 
