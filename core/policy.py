@@ -80,7 +80,8 @@ class Role:
     role: ClassVar[str] = ""
     api: ClassVar[int] = API_VERSION
     oracle: ClassVar[bool] = False  # True: sees true output lengths or the future; stamped on the results
-    requires: ClassVar[tuple[str, ...]] = ()  # services it cannot work without: "predictor", "step_time"
+    may_starve: ClassVar[str] = ""  # why a request may wait without end, where that is by design; the conformance kit notes it
+    requires: ClassVar[tuple[str, ...]] = ()  # services it cannot work without: "predictor", "step_time", "future"
     plugin_name: str = ""
     rng: Random
 
@@ -340,39 +341,82 @@ class Eviction(Role):
         raise NotImplementedError
 
 
+class BlockHeap:
+    """Blocks by key, smallest first, ties in the order in which they came. What queue-based evictions are made of: a queue holds
+    only its evictable blocks, each at the position it has in the paper's list, so that nothing ever walks over blocks in use.
+
+    Entries of blocks that left before their turn are dropped lazily: every operation is O(log n), amortised.
+    """
+
+    __slots__ = ("_heap", "_entries", "_serial")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[Any, int, Block]] = []
+        self._entries: dict[int, tuple[Any, int, Block]] = {}  # block id -> its valid entry
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, block: Block) -> bool:
+        return block.id in self._entries
+
+    def push(self, key: Any, block: Block) -> None:
+        """Adds the block, or moves it to another key."""
+        self._serial += 1
+        entry = self._entries[block.id] = (key, self._serial, block)
+        heapq.heappush(self._heap, entry)
+
+    def discard(self, block: Block) -> None:
+        """Takes the block out; nothing happens if it is not in."""
+        if self._entries.pop(block.id, None) is not None and len(self._heap) > 2 * len(self._entries) + 64:
+            self._heap = list(self._entries.values())
+            heapq.heapify(self._heap)
+
+    def peek(self) -> Block | None:
+        """The block with the smallest key, None if there is none."""
+        heap, entries = self._heap, self._entries
+        while heap:
+            entry = heap[0]
+            if entries.get(entry[2].id) is entry:
+                return entry[2]
+            heapq.heappop(heap)
+        return None
+
+    def pop(self) -> Block | None:
+        """Takes out the block with the smallest key, None if there is none."""
+        heap, entries = self._heap, self._entries
+        while heap:
+            entry = heapq.heappop(heap)
+            block = entry[2]
+            if entries.get(block.id) is entry:
+                del entries[block.id]
+                return block
+        return None
+
+
 class KeyEviction(Eviction):
-    """Evicts the smallest `key(block)`. The heap is kept here: O(log n) an eviction, stale entries dropped lazily.
+    """Evicts the smallest `key(block)`. The heap is kept here: O(log n) an eviction.
 
     The key is read when a block becomes evictable; a block that is hit leaves and comes back with a new key.
     """
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        self._heap: list[tuple[Any, int, Block]] = []
-        self._live: dict[int, int] = {}  # block id -> serial of its valid heap entry
-        self._serial = 0
+        self._heap = BlockHeap()
 
     def key(self, block: Block) -> Any:
         raise NotImplementedError
 
     def on_evictable(self, block: Block) -> None:
-        self._serial += 1
-        self._live[block.id] = self._serial
-        heapq.heappush(self._heap, (self.key(block), self._serial, block))
+        self._heap.push(self.key(block), block)
 
     def on_in_use(self, block: Block) -> None:
-        del self._live[block.id]
-        if len(self._heap) > 64 and len(self._heap) > 4 * len(self._live):
-            self._heap = [e for e in self._heap if self._live.get(e[2].id) == e[1]]
-            heapq.heapify(self._heap)
+        self._heap.discard(block)
 
     def candidates(self, n: int) -> Iterator[Block]:
-        heap, live = self._heap, self._live
-        while heap:
-            _, serial, block = heapq.heappop(heap)
-            if live.get(block.id) == serial:
-                del live[block.id]
-                yield block
+        while (block := self._heap.pop()) is not None:
+            yield block
 
 
 class KVControl(Protocol):

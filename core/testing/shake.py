@@ -96,6 +96,15 @@ class ShakyPredictor(Predictor):
 
 
 @dataclass
+class Declared(Predictor):
+    """Every answer is as long as its max_tokens allows."""
+
+    def predict(self, request: Request) -> LengthPrediction:
+        longest = float(request.sampling.max_tokens or 16)
+        return LengthPrediction(longest, longest)
+
+
+@dataclass
 class ShakyEviction(Eviction):
     """A random evictable block."""
 
@@ -132,6 +141,7 @@ SHAKY = (ShakyScheduler, ShakyOrder, ShakyVictim, ShakyBudget, ShakyAdmission, S
 
 
 def add_to(registry: Registry) -> None:
-    """Makes each choosable as `role=shake`, in the kit's own registry alone."""
+    """Makes each choosable as `role=shake` (and `predictor=declared`), in the kit's own registry alone."""
     for factory in SHAKY:
         registry.add(factory.role, "shake", factory)
+    registry.add("predictor", "declared", Declared)

@@ -34,12 +34,12 @@ FILLERS: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
     "retention": [("none", {}), ("none", {}), ("shake", {})],
     "admission": [("none", {}), ("none", {}), ("none", {}), ("shake", {})],
     "budget": [("none", {}), ("none", {}), ("none", {}), ("shake", {})],
-    "predictor": [("shake", {})],
+    "predictor": [("shake", {}), ("declared", {})],
 }
 #: The plain choice for each of them, where a check compares or measures.
-PLAIN = {
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
-    "predictor": ("shake", {}),
+    "predictor": ("declared", {}),
 }  # fmt: skip
 
 

@@ -118,7 +118,7 @@ class FreshMatch:
 
     def __init__(self, view: View) -> None:
         self._view, self._match = view, view.match
-        view.match = self  # type: ignore[method-assign, assignment]
+        view.match = self  # type: ignore[method-assign]
 
     def __call__(self, request: Request) -> Any:
         answer = self._match(request)

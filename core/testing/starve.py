@@ -1,0 +1,103 @@
+"""The starvation monitor: one request that differs from an endless stream of others must end while they keep coming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ..engine import Engine, EngineConfig
+from ..policy import Role
+from ..request import SLO, Arrival, Request, RequestState, SamplingParams, Tags
+from .oracle import OracleExecutor
+
+BACKLOG = 12  # requests in the system at any time; four of them fit
+PATIENCE = 1000  # later arrivals that may end before the odd one does
+TIGHT = SLO(0.5, 0.05, 1.0)
+SHARED = [1, 2, 3, 4, 1, 2, 3, 4]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What sets the odd request apart from the stream."""
+
+    name: str
+    odd: Arrival
+    other: Arrival
+    before: int = 0  # requests like the odd one that are served before the stream begins
+
+
+def _arrival(prompt: int = 10, answer: int = 4, *, client: str = "a", session: str = "", turn: int = 0, priority: int = 0,
+             category: str = "", slo: SLO = TIGHT, shared: bool = True) -> Arrival:  # fmt: skip
+    tokens = (SHARED if shared else [0] * len(SHARED)) + [2] * (prompt - len(SHARED))
+    return Arrival(0.0, tokens, SamplingParams(max_tokens=answer), None, None, Tags(client, session, turn, category, priority), slo)
+
+
+_USUAL = _arrival()
+SCENES = (
+    Scene("nothing", _USUAL, _USUAL),
+    Scene("another client", _arrival(client="b"), _USUAL),
+    Scene("a client that was served a lot before", _arrival(client="b", session="b"), _USUAL, before=40),
+    Scene("a long prompt", _arrival(prompt=40), _USUAL),
+    Scene("a long answer", _arrival(answer=24), _USUAL),
+    Scene("no shared prefix", _arrival(shared=False), _USUAL),
+    Scene("the lowest priority", _arrival(priority=9), _USUAL),
+    Scene("a far deadline", _arrival(slo=SLO(5.0, 0.5, 10.0)), _USUAL),
+    Scene("no deadline", _arrival(slo=SLO()), _USUAL),
+    Scene("a new session among old ones", _arrival(session="new"), _arrival(session="old", turn=3)),
+    Scene("another category", _arrival(category="batch"), _arrival(category="chat")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Starved:
+    scene: str
+    waited: int  # later arrivals that had ended
+    seconds: float
+    started: bool
+
+    def __str__(self) -> str:
+        state = "has started and does not end" if self.started else "has not started"
+        return f"a request with {self.scene} {state} while {self.waited} later ones ended ({self.seconds:.0f} s on the run's clock)"
+
+
+def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
+    """None when the odd request ended in time (or was refused)."""
+    executor = OracleExecutor(num_blocks=48, step_seconds=0.05)
+    engine = Engine({**roles, "executor": executor}, EngineConfig(4, 48, 4, 32), seed=0)
+    made = 0
+
+    def more(count: int, like: Arrival, now: float) -> Iterable[Arrival]:
+        nonlocal made
+        for _ in range(count):
+            made += 1
+            like = replace(like, time=now, id=f"n{made}", prompt_token_ids=like.prompt_token_ids[:-1] + [made % 5])
+            yield like
+
+    ended = {"odd": False}
+    others = 0
+
+    def follow(request: Request, now: float) -> Iterable[Arrival]:
+        nonlocal others
+        if request.id == "odd":
+            ended["odd"] = True
+            return ()
+        if len(engine.finished) < scene.before:
+            return more(1, scene.odd, now)
+        if request.arrival_time >= start:
+            others += request.state is RequestState.FINISHED
+        return more(1, scene.other, now) if others < PATIENCE and not ended["odd"] else ()
+
+    start = float("inf")
+    engine.on_result = follow
+    for arrival in more(BACKLOG, scene.odd if scene.before else scene.other, 0.0):
+        engine.add(arrival)
+    while len(engine.finished) < max(scene.before, BACKLOG) and engine.step():
+        pass
+    start = engine.clock.inner.now()
+    engine.add(replace(scene.odd, time=start, id="odd"))
+    while not ended["odd"] and others < PATIENCE and engine.step():
+        pass
+    if ended["odd"]:
+        return None
+    odd = next((r for r in (*engine.running.items, *engine.waiting.items) if r.id == "odd"), None)
+    return Starved(scene.name, others, engine.clock.inner.now() - start, odd is not None and bool(odd.first_scheduled_time >= 0))
