@@ -188,7 +188,9 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     try:
         if hasattr(workload, "tokenizer"):
             workload.tokenizer = getattr(executor, "tokenizer", None)  # for real texts
-        engine = Engine(roles, composition.engine, seed=composition.seed, stop_text=getattr(executor, "stop_text", None))
+        # A stage without a plan of its own idles, so a pipeline has at least as many in flight as it has stages.
+        limits = replace(composition.engine, max_inflight=max(composition.engine.max_inflight, composition.parallel.pp))
+        engine = Engine(roles, limits, seed=composition.seed, stop_text=getattr(executor, "stop_text", None))
         run = Run(composition, roles, plugins, engine, registry, **about)
         engine.observers.extend([*observers, *registry.observers(run)])
     except BaseException:

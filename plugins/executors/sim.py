@@ -45,7 +45,7 @@ class SimExecutor(Executor):
     def prepare(self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """Before the engine is built: what runs, and on what. The clock starts at 0."""
         self.cost_model = self.roofline = Roofline(shape, hardware, tp, pp)
-        self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, eos_token_ids, True, self.max_plans, shape)
+        self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, eos_token_ids, pp == 1, max(self.max_plans, pp), shape)
         self.clock = VirtualClock()
 
     def kv_capacity(self, block_size: int) -> int:
