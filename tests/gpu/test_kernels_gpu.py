@@ -135,6 +135,14 @@ def test_attention_of_every_block_size(monkeypatch, block_size, rows):
     check_attention(monkeypatch, kernels.attention, *rows, block_size, 1, 2, 64, DTYPES[-1])
 
 
+@pytest.mark.parametrize("group", [2, 8])
+@pytest.mark.parametrize("size", [64] if INTERPRETED else [64, 80, 128, 256])
+def test_many_rows(monkeypatch, size, group):
+    """Enough work for the launch shapes of large batches; shares cut rows anywhere."""
+    contexts = torch.randint(1, 40 if INTERPRETED else 700, (140,)).tolist()
+    check_attention(monkeypatch, kernels.attention, [1] * 140, contexts, 16, 2, group, size, DTYPES[-1])
+
+
 def test_one_row_alone(monkeypatch):
     for context in (1, 64, 65, 500):
         check_attention(monkeypatch, kernels.attention, [1], [context], 16, 2, 4, 64, DTYPES[-1])

@@ -41,16 +41,20 @@ class PromptShape:
     stages: int
 
 
-def decode_shape(size: int, width: int, units: int) -> DecodeShape:
-    """size: head size; width: bytes an element; units: rows times KV heads. Measured on one H200: with much work, three programs a
-    multiprocessor keep memory busy; with little, the reduction's latency counts, and it wants registers."""
+def decode_shape(size: int, width: int, group: int, units: int) -> DecodeShape:
+    """size: head size, padded; width: bytes an element; group: query heads a KV head; units: rows times KV heads.
+
+    Measured on one H200. With much work, all programs are resident at once and keep 2 tiles each in flight: 12 warps a
+    multiprocessor, which leaves 168 registers a thread. With little, latency counts: the reduction takes more parts in one pass."""
     if width == 4:
         return DecodeShape(tile=16 if size > 128 else 32, programs=2, warps=4, stages=2)
     if size > 128:
         return DecodeShape(tile=32, programs=2, warps=4, stages=3)
     if units < 256:
         return DecodeShape(tile=64, programs=3, warps=4, stages=3)
-    return DecodeShape(tile=64, programs=3, warps=4, stages=3, combine=4096, registers=168)
+    if group > 4:
+        return DecodeShape(tile=min(64, 4096 // size), programs=6, warps=2, stages=3, combine=4096, registers=168)
+    return DecodeShape(tile=min(128, 8192 // size), programs=3, warps=4, stages=3, combine=2048)  # the compiler stops at 168 registers by itself
 
 
 def prompt_shape(size: int, width: int) -> PromptShape:
@@ -80,7 +84,7 @@ def attention(
     if not q.shape[0]:
         return out
     capturing = _capturing(q.device)
-    decode = decode or decode_shape(size, q.element_size(), batch.context_lens.shape[0] * kv_heads)
+    decode = decode or decode_shape(triton.next_power_of_2(size), q.element_size(), group, batch.context_lens.shape[0] * kv_heads)
     key = ("triton decode", kv_heads, group, size, decode, capturing)
     decode_work = batch.extra.get(key)
     if decode_work is None:

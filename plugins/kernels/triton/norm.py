@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import overlap, release, wait
+
 
 @triton.jit
 def _normed(x, weight, eps, N: tl.constexpr, dtype: tl.constexpr):
@@ -17,24 +19,28 @@ def _normed(x, weight, eps, N: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, eps, stride, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, eps, stride, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     mask = (row[:, None] < rows) & (col[None, :] < N)
+    release(PDL)
     weight = tl.load(weight_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    wait(PDL)
     x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(out_ptr + row[:, None] * N + col[None, :], _normed(x, weight, eps, N, dtype).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, rows, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, rows, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
     """residual += x; x = norm(residual); both in place."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     mask = (row[:, None] < rows) & (col[None, :] < N)
     at = row[:, None] * N + col[None, :]
+    release(PDL)
     weight = tl.load(weight_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    wait(PDL)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     total = (x + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)).to(dtype)
@@ -56,7 +62,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     block, rows, warps = _row_shape(n)
     if flat.shape[0]:
         _rms_norm_kernel[(triton.cdiv(flat.shape[0], rows),)](
-            flat, weight, out, flat.shape[0], eps, flat.stride(0), N=n, BLOCK=block, ROWS=rows, num_warps=warps
+            flat, weight, out, flat.shape[0], eps, flat.stride(0), N=n, BLOCK=block, ROWS=rows, num_warps=warps, **overlap(x.device)
         )
     return out
 
@@ -67,15 +73,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     block, rows, warps = _row_shape(n)
     count = x.numel() // n
     if count:
-        _add_rms_norm_kernel[(triton.cdiv(count, rows),)](x, residual, weight, count, eps, N=n, BLOCK=block, ROWS=rows, num_warps=warps)
+        _add_rms_norm_kernel[(triton.cdiv(count, rows),)](x, residual, weight, count, eps, N=n, BLOCK=block, ROWS=rows, num_warps=warps, **overlap(x.device))
     return x, residual
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < N
+    release(PDL)
+    wait(PDL)
     gate = tl.load(x_ptr + row * 2 * N + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * N + N + col, mask=mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -89,5 +97,5 @@ def silu_and_mul(x: Tensor) -> Tensor:
     out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     if tokens:
         block = min(1024, triton.next_power_of_2(n))
-        _silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](x, out, n, BLOCK=block, num_warps=4)
+        _silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](x, out, n, BLOCK=block, num_warps=4, **overlap(x.device))
     return out

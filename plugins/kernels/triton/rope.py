@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import overlap, release, wait
+
 
 @triton.jit
 def _store_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_stride, v_stride, N: tl.constexpr, BLOCK: tl.constexpr):
@@ -86,7 +88,7 @@ def _norm_weight(weight_ptr, col, HALF: tl.constexpr):
 @triton.jit
 def _qk_norm_rope_store_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, position_ptr, cos_sin_ptr, slot_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, eps,
-    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token and HEADS of its H + 2K heads a program. A value head passes through unchanged."""
     D: tl.constexpr = 2 * HALF
