@@ -23,8 +23,9 @@ def main(argv: list[str]) -> int:
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: expected at least 1")
     subject = Subject(tuple(options.words), tuple(options.module))
+    subject.refuse_what_cannot_be()
     seeds = range(options.seeds) if options.seed is None else (options.seed,)
-    print(f"checking {subject}\n\n{'check':<28} {'runs':>5}  verdict")
+    print(f"checking {subject}\n\n{'check':<32} {'runs':>5}  verdict")
     failed = []
     for name in options.only or CHECKS:
         for verdict in CHECKS[name](subject, seeds):
@@ -41,7 +42,7 @@ def _row(verdict: Verdict) -> str:
     detail = verdict.detail.split("\n")[0]
     if verdict.verdict == FAIL:
         detail = f"seed {verdict.seed}; see below" if verdict.seed is not None else "see below"
-    return f"{verdict.check:<28} {verdict.runs:>5}  {verdict.verdict:<4}  {textwrap.shorten(detail, 110, placeholder=' ...')}".rstrip()
+    return f"{verdict.check:<32} {verdict.runs:>5}  {verdict.verdict:<4}  {textwrap.shorten(detail, 110, placeholder=' ...')}".rstrip()
 
 
 def explain(verdict: Verdict) -> str:

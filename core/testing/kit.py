@@ -24,7 +24,7 @@ from .shrink import shrink
 from .subject import PLAIN, Subject
 from .trial import Decision, Failure, Outcome, Trial
 from .watch import Watch
-from .worker import VARIANTS, Answer, Worker
+from .worker import VARIANTS, Workers
 
 PASS, FAIL, NOTE = "pass", "FAIL", "note"
 #: Rows that one pass over the seeds fills; every failure of a run belongs to one of them.
@@ -100,58 +100,46 @@ def _shrunk(subject: Subject, check: str, runs: int, seed: int, failure: Failure
 # ---- determinism ---------------------------------------------------------------------------------------------------
 
 
-def check_determinism(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
+DETERMINISM_SEEDS = 40
+CAUSES = {
+    "process": "it depends on addresses (id(), a set of objects), or on what the operating system hands out",
+    "hash seed": "it depends on the order of a set, or on hash() of a string",
+    "clock": "it reads a clock; time comes from view.now",
+    "global random": "it uses the global random generator; chance comes from self.rng",
+}
+
+
+def check_determinism(subject: Subject, seeds: Sequence[int], workers: Workers | None = None) -> Iterator[Verdict]:
     """The same case in processes that differ in hash seed, clock or global chance: the decisions must not."""
-    seeds = seeds[:40]
-    workers = {variant: Worker(variant, subject.words, subject.modules) for variant in VARIANTS}
-    try:
-        found: dict[str, int] = {}
-        for seed in seeds:
-            answers = _everywhere(workers, subject.case(seed))
-            for variant, answer in answers.items():
-                if answer.decisions != answers["base"].decisions and not answer.failure:
-                    found.setdefault(variant, seed)
-        # What differs between two equal processes differs in all: it is reported once.
-        shown = [v for v in VARIANTS if v not in ("base", "hash seed 2")]
-        if "hash seed 2" in found:
-            found.setdefault("hash seed", found["hash seed 2"])
-        for variant in shown:
-            seed_of = found.get("process", found.get(variant)) if variant == "process" else found.get(variant)
-            if seed_of is None or (variant != "process" and "process" in found):
-                yield Verdict(f"same with another {variant}", len(seeds), PASS if "process" not in found else NOTE)
-            else:
-                yield _shrunk_difference(subject, {v: workers[v] for v in ("base", variant)}, len(seeds), seed_of)
-    finally:
-        for worker in workers.values():
-            worker.close()
+    if workers is None:
+        with Workers(subject.modules) as ours:
+            yield from check_determinism(subject, seeds, ours)
+        return
+    seeds = seeds[:DETERMINISM_SEEDS]
+    found: dict[str, int] = {}
+    for seed in seeds:
+        answers = workers.run(subject.words, subject.case(seed))
+        for variant, answer in answers.items():
+            if answer.decisions != answers["base"].decisions and not answers["base"].failure:
+                found.setdefault(variant.removesuffix(" 2"), seed)
+    for variant in CAUSES:
+        if variant not in found:
+            yield Verdict(f"same with another {variant}", len(seeds), PASS)
+        elif variant != "process" and "process" in found:
+            yield Verdict(f"same with another {variant}", len(seeds), NOTE, "not told apart: two equal processes differ")
+        else:
+            yield _shrunk_difference(subject, workers, variant, len(seeds), found[variant])
 
 
-def _everywhere(workers: dict[str, Worker], case: Case) -> dict[str, Answer]:
-    text = case.to_json()
-    for worker in workers.values():
-        worker.ask(text)
-    return {variant: worker.answer() for variant, worker in workers.items()}
+def _shrunk_difference(subject: Subject, workers: Workers, variant: str, runs: int, seed: int) -> Verdict:
+    others = [v for v in VARIANTS if v.removesuffix(" 2") == variant]
 
-
-def _shrunk_difference(subject: Subject, workers: dict[str, Worker], runs: int, seed: int) -> Verdict:
-    variant = list(workers)[-1]
-
-    def differ(case: Case) -> tuple[Answer, Answer] | None:
-        base, other = _everywhere(workers, case).values()
-        return (base, other) if base.decisions != other.decisions else None
+    def differ(case: Case) -> list[str] | None:
+        base, *rest = workers.run(subject.words, case, ["base", *others]).values()
+        return next((_first_difference(base.decisions, other.decisions) for other in rest if other.decisions != base.decisions), None)
 
     case = shrink(subject.case(seed), lambda c: differ(c) is not None, 150)
-    pair = differ(case) or differ(case)
-    causes = {
-        "process": "it depends on addresses (id(), a set of objects), or on what the operating system hands out",
-        "hash seed": "it depends on the order of a set, or on hash() of a string",
-        "clock": "it reads a clock; time comes from view.now",
-        "global random": "it uses the global random generator; chance comes from self.rng",
-    }
-    if pair is None:
-        return Verdict(f"same with another {variant}", runs, FAIL, causes[variant], seed, case)
-    steps = _first_difference([*pair[0].decisions], [*pair[1].decisions])
-    return Verdict(f"same with another {variant}", runs, FAIL, causes[variant], seed, case, tuple(steps))
+    return Verdict(f"same with another {variant}", runs, FAIL, CAUSES[variant], seed, case, tuple(differ(case) or ()))
 
 
 def _first_difference(one: list[str], other: list[str]) -> list[str]:

@@ -12,11 +12,13 @@ from typing import Any
 
 from .. import policy
 from ..build import build_roles
+from ..engine import Engine, EngineConfig
 from ..errors import ConfigError, near
 from ..hooks import OPTIONAL, Origin, Registry, load_registry
 from ..policy import Role
 from . import shake
 from .case import Case, random_case
+from .oracle import OracleExecutor
 
 #: Roles that a case fills when nobody named them: choices of (plugin, parameter -> values). "none" leaves an optional role out.
 FILLERS: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
@@ -68,6 +70,10 @@ class Subject:
     def plain_roles(self, case: Case | None = None) -> dict[str, Role]:
         """The named policies among plain ones."""
         return self._build({**PLAIN, **self.choices})
+
+    def refuse_what_cannot_be(self) -> None:
+        """Raises ConfigError for a composition that no run would take; the words must name the roles that it depends on."""
+        Engine({**self.plain_roles(), "executor": OracleExecutor()}, EngineConfig(4, 16))
 
     def _build(self, choices: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Role]:
         present = {role: choice for role, choice in choices.items() if not (choice[0] == "none" and role in OPTIONAL)}

@@ -12,9 +12,13 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .case import Case
 
 #: Name -> (PYTHONHASHSEED, clock, chance). Each differs from the first in one thing that no decision may rest on.
 VARIANTS = {
@@ -37,19 +41,18 @@ class Answer:
 class Worker:
     """One such process; `ask` sends a case, `answer` waits for its result, so that several can work at once."""
 
-    def __init__(self, variant: str, words: tuple[str, ...], modules: tuple[str, ...]) -> None:
+    def __init__(self, variant: str, modules: Sequence[str] = ()) -> None:
         hash_seed, clock, chance = VARIANTS[variant]
         root = Path(__file__).resolve().parent.parent.parent
         path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH", "")) if p)
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}
-        order = json.dumps({"words": words, "modules": modules, "clock": clock, "chance": chance})
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "core.testing.worker", order], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-        )
+        order = json.dumps({"modules": list(modules), "clock": clock, "chance": chance})
+        command = [sys.executable, "-m", "core.testing.worker", order]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
 
-    def ask(self, case: str) -> None:
+    def ask(self, words: Sequence[str], case: Case) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(case + "\n")
+        self._process.stdin.write(json.dumps([list(words), case.to_json()]) + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> Answer:
@@ -64,6 +67,30 @@ class Worker:
         self._process.stdin.close()
         self._process.wait(timeout=10)
         self._process.stdout.close()
+
+
+class Workers:
+    """One process of each variant, for any number of compositions. Close it, or use it in a `with`."""
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
+        self._workers = {variant: Worker(variant, modules) for variant in VARIANTS}
+
+    def run(self, words: Sequence[str], case: Case, variants: Iterable[str] = VARIANTS) -> dict[str, Answer]:
+        """The case in each of these processes, at the same time."""
+        asked = {variant: self._workers[variant] for variant in variants}
+        for worker in asked.values():
+            worker.ask(words, case)
+        return {variant: worker.answer() for variant, worker in asked.items()}
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class FakeTime:
@@ -108,12 +135,14 @@ def main() -> None:
 
     answers = sys.stdout
     sys.stdout = sys.stderr  # a plugin that prints does not disturb the protocol
-    subject = Subject(tuple(order["words"]), tuple(order["modules"]))
+    subjects: dict[tuple[str, ...], Subject] = {}
     for line in sys.stdin:
+        words, case = json.loads(line)
+        subject = subjects.get(tuple(words)) or subjects.setdefault(tuple(words), Subject(tuple(words), tuple(order["modules"])))
         random.seed(order["chance"])
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(order["chance"])
-        outcome = Trial(Case.from_json(line), subject.roles).run()
+        outcome = Trial(Case.from_json(case), subject.roles).run()
         failure = outcome.failure.message if outcome.failure else ""
         print(json.dumps([outcome.decision_hash, [str(d) for d in outcome.decisions], failure]), file=answers, flush=True)
 
