@@ -97,6 +97,8 @@ def _qk_norm_rope_store_kernel(
     col = tl.arange(0, BLOCK)[None, :]
     is_q, is_v = head < H, head >= H + K
     mask = (head < H + 2 * K) & (col < HALF)
+    release(PDL)
+    wait(PDL)
     slot = tl.load(slot_ptr + token)
     angle = cos_sin_ptr + tl.load(position_ptr + token) * D + col
     source = qkv_ptr + (token * (H + 2 * K) + head) * D + col
@@ -135,6 +137,6 @@ def qk_norm_rope_store(
         rows = max(2, 512 // block)  # heads a program
         _qk_norm_rope_store_kernel[(tokens, triton.cdiv(heads, rows))](
             qkv, q_weight, k_weight, positions, cos_sin, slot_mapping, q, k_cache, v_cache, eps,
-            H=num_heads, K=num_kv_heads, HALF=size // 2, HEADS=rows, BLOCK=block, NORM=q_weight is not None, num_warps=4,
+            H=num_heads, K=num_kv_heads, HALF=size // 2, HEADS=rows, BLOCK=block, NORM=q_weight is not None, num_warps=4, **overlap(qkv.device),
         )  # fmt: skip
     return q
