@@ -23,7 +23,7 @@ from headway import ConfigError, HeadwayError, load_registry
 from . import channel as wire
 from .channel import Channel
 from .execution import Job, RankExecution
-from .launch import KEY, RANK, STORE, facts, rank_device
+from .launch import KEY, RANK, STORE, check, facts, rank_device
 from .mesh import CollectiveError, Mesh
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class Worker:
 
 
 def serve_torchrun(job: Job) -> int:
-    """A rank that torchrun started: serves the run that rank 0 drives."""
+    """A rank that torchrun started: serves the run that rank 0 drives. Raises ConfigError as rank 0 does for what cannot run."""
+    check(job)
     store, rank, _ = next(dist.rendezvous("env://"))
     return Worker(rank, int(os.environ["LOCAL_RANK"]), store, store.get("headway/key"), facts(job)).serve()
 
