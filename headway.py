@@ -3,7 +3,7 @@
 from typing import Any
 
 from core import metrics
-from core.blocks import ROOT, Block
+from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
 from core.build import Composition, build
 from core.clock import ReplayClock, VirtualClock, WallClock
 from core.config import Hardware, ModelConfig, ModelShape, ParallelConfig
@@ -16,6 +16,7 @@ from core.policy import (
     PREEMPTION_MODES,
     Admission,
     Admit,
+    BlockHeap,
     Context,
     CostModel,
     Defer,
@@ -48,13 +49,14 @@ from core.testing.oracle import OracleExecutor
 from core.view import Match, View
 
 __all__ = [
-    "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "Chunk", "Composition",
+    "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "BlockHeap", "Chunk", "Composition",
     "ConfigError", "Context", "CostModel", "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware",
     "HeadwayError", "InvariantError", "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Match", "ModelConfig", "ModelError",
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
-    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "hookimpl", "load_registry", "metrics", "near",
+    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "hookimpl", "load_registry", "metrics", "near",
+    "prefix_keys", "root_key",
 ]  # fmt: skip
 
 

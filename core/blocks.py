@@ -9,7 +9,8 @@ A prefix cache is an index over these blocks and an eviction policy an order ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from .errors import InvariantError, PolicyError
@@ -22,6 +23,28 @@ ROOT = -1  # parent of a first block
 NO_TAGS = Tags()
 
 
+def root_key(cache_salt: str) -> int:
+    """The key that first blocks of this salt hang under."""
+    return int.from_bytes(blake2b(cache_salt.encode(), digest_size=7).digest(), "little") if cache_salt else 0
+
+
+def chain_key(parent_key: int, tokens: tuple[int, ...]) -> int:
+    """Identity of a block's content: its tokens and all before them, 64 bits.
+
+    Python salts the hash of str and bytes, not that of ints and tuples, so the key is the same in every process. Two contents may share
+    a key: whoever serves KV by it compares the tokens too.
+    """
+    return hash((parent_key, tokens))
+
+
+def prefix_keys(token_ids: Sequence[int], block_size: int, cache_salt: str = "") -> Iterator[int]:
+    """`Block.key` of each full block of a prompt, in order."""
+    key = root_key(cache_salt)
+    for end in range(block_size, len(token_ids) + 1, block_size):
+        key = chain_key(key, tuple(token_ids[end - block_size : end]))
+        yield key
+
+
 class Block:
     """One KV block. Policies read these fields; the core writes them.
 
@@ -30,7 +53,7 @@ class Block:
     """
 
     __slots__ = (
-        "id", "ref_count", "parent", "num_children", "depth", "cached", "hits",
+        "id", "ref_count", "parent", "num_children", "depth", "cached", "key", "hits",
         "last_access", "last_access_time", "created", "created_time", "tags", "version", "generation",
     )  # fmt: skip
 
@@ -41,6 +64,7 @@ class Block:
         self.num_children = 0
         self.depth = 0  # blocks before it in its prefix
         self.cached = False  # in the prefix index
+        self.key = 0  # identity of its content while cached: outlives the id, which is used again after an eviction
         self.hits = 0  # times a request was given it as a prefix hit
         self.last_access = 0
         self.last_access_time = 0.0
@@ -153,14 +177,15 @@ class BlockPool:
 
     def publish(self, request: Request, upto: int) -> None:
         """Makes the request's full, computed blocks before index `upto` matchable. Called after the step that wrote them."""
-        size, table = self.block_size, request.block_table
+        size, table, parent = self.block_size, request.block_table, request._parent
+        key = root_key(request.cache_salt) if parent == ROOT else self.blocks[parent].key
         for index in range(request._published, upto):
-            id, parent = table[index], request._parent
+            id = table[index]
             tokens = tuple(request.token_ids[index * size : (index + 1) * size])
-            block = self.blocks[id]
+            key = chain_key(key, tokens)
             canonical = self.cache.insert(request, parent, tokens, id)
             if canonical == id:
-                self._cached(block, parent, request.tags)
+                self._cached(self.blocks[id], parent, key, request.tags)
             else:
                 # Another request published the same content first. The table keeps its own copy (no table is ever
                 # rewritten under a running kernel), and a reference on the twin keeps the prefix closed.
@@ -173,11 +198,11 @@ class BlockPool:
                     )
                 self.acquire((canonical,), request.tags, hit=False)
                 request._shadow[index] = canonical
-            request._parent = canonical
-        request._published = max(request._published, upto)
+            request._parent = parent = canonical
+            request._published = index + 1
 
-    def _cached(self, block: Block, parent: int, tags: Tags) -> None:
-        block.cached, block.parent, block.num_children, block.hits = True, parent, 0, 0
+    def _cached(self, block: Block, parent: int, key: int, tags: Tags) -> None:
+        block.cached, block.parent, block.key, block.num_children, block.hits = True, parent, key, 0, 0
         self._touched(block, tags)
         block.created, block.created_time = block.last_access, self.now
         if parent == ROOT:

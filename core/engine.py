@@ -152,7 +152,7 @@ class Engine:
             role.plugin_name = role.plugin_name or f"{name}={type(role).__name__}"
             role.rng = Random(f"{self.seed}/{role.plugin_name}")
             for service in role.requires:
-                if (self.predictor if service == "predictor" else self.cost_model) is None:
+                if service != "future" and (self.predictor if service == "predictor" else self.cost_model) is None:
                     mend = "set predictor=history, oracle, noisy or constant" if service == "predictor" else "use executor=sim"
                     raise ConfigError(f"{role.plugin_name} needs {service}, and none is chosen: {mend}")
         for _, role in objects.values():
@@ -500,6 +500,8 @@ class Engine:
     def run(self, arrivals: Iterable[Arrival] = (), on_result: Callable[[Request, float], Iterable[Arrival]] | None = None) -> RunResult:
         """Runs until nothing is left. Ctrl-C and errors end the run but keep what was done; an error is raised again
         with the partial result as its `partial` attribute."""
+        if any("future" in role.requires for role in self.roles.values()):
+            arrivals = self.oracle.future = list(arrivals)
         self._arrivals, self.on_result = iter(arrivals), on_result
         for observer in self.observers:
             observer.on_start(self)

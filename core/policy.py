@@ -373,13 +373,13 @@ class BlockHeap:
             self._heap = list(self._entries.values())
             heapq.heapify(self._heap)
 
-    def peek(self) -> Block | None:
-        """The block with the smallest key, None if there is none."""
+    def peek(self) -> tuple[Any, Block] | None:
+        """The smallest key and its block, None if there is none."""
         heap, entries = self._heap, self._entries
         while heap:
-            entry = heap[0]
-            if entries.get(entry[2].id) is entry:
-                return entry[2]
+            key, _, block = heap[0]
+            if entries.get(block.id) is heap[0]:
+                return key, block
             heapq.heappop(heap)
         return None
 

@@ -19,6 +19,18 @@ class Node:
         self.children: dict[tuple[int, ...], Node] = {}  # by the tokens of the child's first block
 
 
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common prefix of two lists that differ. Halving compares slices, which C does faster than a loop here finds a token."""
+    low, high = 0, len(a)  # equal before low, different before high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
 @dataclass
 class RadixTree(PrefixCache):
     """RadixAttention's index (SGLang, NeurIPS'24, section 3) over blocks: runs are compared whole and split on divergence.
@@ -33,15 +45,10 @@ class RadixTree(PrefixCache):
         self._where: dict[int, Node] = {}  # block -> the node that holds it
         self._depth: dict[int, int] = {}  # block -> its depth in blocks
 
-    def _root(self, salt: str) -> Node:
-        if salt not in self._roots:
-            self._roots[salt] = Node([], [], 0, None)
-        return self._roots[salt]
-
     def match(self, request: Request, known: list[int], limit: int) -> list[int]:
         size, tokens = self._size, request.token_ids
         at = len(known)  # blocks matched so far
-        node = self._where[known[-1]] if known else self._root(request.cache_salt)
+        node = self._where[known[-1]] if known else self._roots.get(request.cache_salt, _NOTHING)
         found: list[int] = []
         while at < limit:
             offset = at - node.first
@@ -54,17 +61,18 @@ class RadixTree(PrefixCache):
             ours = tokens[at * size : (at + run) * size]
             theirs = node.tokens[offset * size : (offset + run) * size]
             if ours != theirs:
-                run = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b) // size
+                found += node.blocks[offset : offset + _common(ours, theirs) // size]
+                break
             found += node.blocks[offset : offset + run]
             at += run
-            if ours != theirs:
-                break
         return found
 
     def insert(self, request: Request, parent: int, tokens: tuple[int, ...], block: int) -> int:
         size = self._size
-        node = self._root(request.cache_salt) if parent == ROOT else self._where[parent]
-        depth = 0 if parent == ROOT else self._depth[parent] + 1
+        if parent == ROOT:
+            node, depth = self._roots.setdefault(request.cache_salt, Node([], [], 0, None)), 0
+        else:
+            node, depth = self._where[parent], self._depth[parent] + 1
         offset = depth - node.first
         if offset < len(node.blocks):
             if tuple(node.tokens[offset * size : (offset + 1) * size]) == tokens:
@@ -102,6 +110,9 @@ class RadixTree(PrefixCache):
         del node.tokens[-self._size :]
         if not node.blocks and node.parent is not None:
             del node.parent.children[gone]
+
+
+_NOTHING = Node([], [], 0, None)  # the tree of a salt that nobody has published under
 
 
 @hookimpl

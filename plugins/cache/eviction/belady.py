@@ -1,0 +1,55 @@
+"""Belady's optimum, on the tree."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from headway import Block, ConfigError, Context, KeyEviction, Request, hookimpl, prefix_keys
+
+NEVER = 1 << 60
+
+
+@dataclass
+class Belady(KeyEviction):
+    """Belady (IBM Systems Journal 5(2), 1966): the block whose content is asked for last. Knows every prompt to come; leaves only, as the core asks.
+
+    Optimal on a flat stream. On a tree a block is used no later than its children, so the leaf rule costs nothing while requests come
+    one at a time. Needs a workload whose arrivals are known beforehand: no closed loop.
+    """
+
+    oracle = True
+    requires = ("future",)
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self._oracle, self._size = ctx.oracle, ctx.block_size
+        self._uses: dict[int, deque[int]] | None = None  # content key -> indices of the arrivals that ask for it
+        self._admitted = bytearray()  # by arrival index
+
+    def _read_future(self) -> dict[int, deque[int]]:
+        if not self._oracle.future:
+            raise ConfigError("eviction=belady needs to know all arrivals beforehand: take a trace or an open-loop workload")
+        uses: dict[int, deque[int]] = {}
+        for index, arrival in enumerate(self._oracle.future):
+            for key in prefix_keys(arrival.prompt_token_ids, self._size, arrival.cache_salt):
+                uses.setdefault(key, deque()).append(index)
+        self._admitted = bytearray(len(self._oracle.future))
+        return uses
+
+    def on_admit(self, request: Request, now: float) -> None:
+        if self._uses is None:
+            self._uses = self._read_future()
+        if request.index < len(self._admitted):
+            self._admitted[request.index] = 1
+
+    def key(self, block: Block):
+        uses = self._uses.get(block.key)
+        while uses and self._admitted[uses[0]]:
+            uses.popleft()
+        return (-(uses[0] if uses else NEVER), block.last_access)
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("eviction", "belady", Belady)

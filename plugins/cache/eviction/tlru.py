@@ -1,0 +1,46 @@
+"""Tail-optimised LRU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headway import ROOT, Block, ConfigError, Context, KeyEviction, hookimpl
+
+
+@dataclass
+class TailOptimizedLRU(KeyEviction):
+    """Of a conversation's L tokens, those beyond L + Q_hat - xi go first, then LRU (T-LRU; Zhang et al., NeurIPS'25, arXiv 2510.15152).
+
+    Also SGLang #34012. The next turn computes what is not cached, so a tail of xi - Q_hat tokens can be missing without a prefill above xi tokens. L is where the
+    conversation's last cached block ends; a block whose tail was evicted remembers it.
+    """
+
+    xi: int = 1024  # tokens that a prefill may compute within the TTFT target
+    Q_hat: int = 256  # tokens that the next prompt is expected to add
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        if self.xi < 0 or self.Q_hat < 0:
+            raise ConfigError(f"eviction.xi={self.xi}, Q_hat={self.Q_hat}: expected token counts, 0 or more")
+        self._size = ctx.block_size
+        self._lengths: dict[int, int] = {}  # block id -> L, where the blocks behind it are gone
+
+    def _length(self, block: Block) -> int:
+        return self._lengths.get(block.id, (block.depth + 1) * self._size)
+
+    def key(self, block: Block):
+        needed = (block.depth + 1) * self._size <= self._length(block) + self.Q_hat - self.xi
+        return (needed, block.last_access)
+
+    def on_hit(self, block: Block) -> None:
+        self._lengths.pop(block.id, None)  # the conversation goes on from here
+
+    def on_evict(self, block: Block) -> None:
+        if block.parent != ROOT:  # of several conversations with this head, the longest needs it most
+            self._lengths[block.parent] = max(self._lengths.get(block.parent, 0), self._length(block))
+        self._lengths.pop(block.id, None)
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("eviction", "tlru", TailOptimizedLRU)
