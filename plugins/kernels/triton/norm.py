@@ -73,7 +73,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     block, rows, warps = _row_shape(n)
     count = x.numel() // n
     if count:
-        _add_rms_norm_kernel[(triton.cdiv(count, rows),)](x, residual, weight, count, eps, N=n, BLOCK=block, ROWS=rows, num_warps=warps, **overlap(x.device))
+        _add_rms_norm_kernel[(triton.cdiv(count, rows),)](
+            x, residual, weight, count, eps, N=n, BLOCK=block, ROWS=rows, num_warps=warps, **overlap(x.device)
+        )
     return x, residual
 
 
