@@ -218,6 +218,7 @@ class ParallelConfig:
     tp: int = 1  # tensor parallel: ranks that split every layer
     pp: int = 1  # pipeline parallel: stages of consecutive layers; as many plans are kept in flight
     layers: list[int] | None = None  # layers of each stage; None: as evenly as can be
+    all_reduce: str = "library"  # NCCL or gloo; or symmetric: GPUs of one host read each other's memory
     timeout: float = 15.0  # seconds without progress of a step after which a rank is taken to hang
     port: int = 0  # where ranks of one host meet; 0: any free one. torchrun has its own
 
@@ -225,6 +226,8 @@ class ParallelConfig:
         for name in ("tp", "pp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)}: expected at least 1")
+        if self.all_reduce not in ("library", "symmetric"):
+            raise ConfigError(f"parallel.all_reduce={self.all_reduce!r}: expected library or symmetric")
         if not self.timeout > 0:
             raise ConfigError(f"parallel.timeout={self.timeout}: expected seconds > 0")
         if not 0 <= self.port < 65536:

@@ -76,7 +76,8 @@ def test_sampling_and_logprobs_equal_those_of_one_rank(ranks):
     ]
 
     def run(executor):
-        result = engine_of(executor, max_inflight=2).run([Arrival(0.0, p, s, id=f"p{i}") for i, (p, s) in enumerate(zip(PROMPTS, sampling, strict=False))])
+        arrivals = [Arrival(0.0, PROMPTS[i], s, id=f"p{i}") for i, s in enumerate(sampling)]
+        result = engine_of(executor, max_inflight=2).run(arrivals)
         return [o.output_token_ids for o in result.outputs], result.outputs[0].logprobs
 
     tokens, logprobs = run(ranks)

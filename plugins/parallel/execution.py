@@ -63,12 +63,20 @@ class RankExecution(Execution):
             self.batcher_class = StageBatcher
             self.runner_class = partial(_stage_runner, mesh)  # type: ignore[assignment]
         super().__init__(TorchExecutor(**job.executor | {"device": str(mesh.device)}), job.model, job.kernels, job.engine, backends, job.seed)
+        if job.parallel.all_reduce == "symmetric" and job.parallel.tp > 1:
+            shape = self.spec.shape
+            mesh.map_peers(max(job.engine.max_num_batched_tokens, job.engine.max_num_seqs), shape.hidden_size, getattr(torch, shape.dtype))
         if job.parallel.pp > 1:
-            self.model = Stage(self.model, mesh)  # type: ignore[assignment]
+            self.model = Stage(self.model, mesh, self.config.profile and mesh.device.type == "cuda")  # type: ignore[assignment]
 
     def _share(self) -> Sharding:
         cut(self.model, self.mesh)
         return shard(self.model, self.mesh)
+
+    def stage_times(self) -> tuple[float, float]:
+        """(seconds in which this stage computed, seconds since its first step began), of steps since this was last asked.
+        With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0) else."""
+        return self.model.times() if isinstance(self.model, Stage) else (0.0, 0.0)
 
 
 def _stage_runner(mesh: Mesh, *args: Any, **options: Any) -> StageRunner:
@@ -96,6 +104,10 @@ class DriverExecution(RankExecution):
         with self.ranks.blaming():
             super().start(*args)
         self.ranks.answers()
+
+    def all_stage_times(self) -> list[tuple[float, float]]:
+        self.ranks.call("stage_times")
+        return [super().stage_times(), *self.ranks.answers()]
 
     def _execute(self, step: StepInput) -> Sampled:
         with self.ranks.blaming():

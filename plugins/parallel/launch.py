@@ -97,11 +97,14 @@ class Ranks:
         self._channels: dict[int, Channel] = {}
         self._answers: dict[int, queue.SimpleQueue[Any]] = {r: queue.SimpleQueue() for r in range(1, job.parallel.world_size)}
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (tokens, logprobs) of each step, from the last stage
-        self._progress = {rank: (0, 0) for rank in self._answers}  # (steps, collectives) begun
+        self._progress = dict.fromkeys(self._answers, (0, 0))  # (steps, collectives) begun
         self._failures: list[Failure] = []
         self._failed = threading.Event()
         self._closing = False
         self._steps = 0
+        self._threads = torch.get_num_threads()
+        if kind == "cpu":  # the ranks share the cores
+            torch.set_num_threads(max(1, self._threads // job.parallel.world_size))
         self.mesh: Mesh
         try:
             store = self._meet(kind)
@@ -125,7 +128,7 @@ class Ranks:
             try:
                 store = dist.TCPStore(host, port, world, is_master=True, wait_for_workers=False)
             except (RuntimeError, OSError):
-                raise ConfigError(f"parallel.port={port} cannot be opened, another program may use it: set parallel.port=0 for any free port") from None
+                raise ConfigError(f"parallel.port={port} cannot be opened, set parallel.port=0 for any free one") from None
         with socket.create_server((host, 0)) as server:
             server.settimeout(0.2)
             store.set("headway/driver", f"{host}:{server.getsockname()[1]}")
@@ -138,7 +141,8 @@ class Ranks:
         return store
 
     def _start(self, rank: int, address: str, key: bytes, kind: str) -> subprocess.Popen[bytes]:
-        environment = os.environ | {RANK: str(rank), STORE: address, KEY: key.hex(), "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+        environment = os.environ | {RANK: str(rank), STORE: address, KEY: key.hex(), "PYTHONPATH": path}
         if kind == "cpu":
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._job.parallel.world_size)))
         return subprocess.Popen([sys.executable, "-m", f"{__package__}.worker"], env=environment, stdin=subprocess.DEVNULL)
@@ -160,7 +164,10 @@ class Ranks:
             self._channels[rank] = channel
             if different := [name for name in theirs if theirs[name] != ours[name]]:
                 name = different[0]
-                text = f"rank {rank} on {host} runs with {name} {theirs[name]}, rank 0 with {ours[name]}: start every host with the same command and versions"
+                text = (
+                    f"rank {rank} on {host} runs with {name} {theirs[name]}, rank 0 with {ours[name]}: "
+                    "start every host with the same command and versions"
+                )
                 for known in self._channels.values():
                     known.send(wire.REFUSED, wire.pack(text))
                 raise ConfigError(text)
@@ -272,6 +279,7 @@ class Ranks:
             except OSError:
                 failed = True
         until = perf_counter() + (0 if failed else GRACE)
+        torch.set_num_threads(self._threads)
         if hasattr(self, "mesh"):
             # A communicator that waits for a dead rank must not hold up the end of the run.
             closing = threading.Thread(target=self.mesh.close, args=(failed,), daemon=True)

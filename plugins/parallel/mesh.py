@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
 
 from headway import ConfigError, HeadwayError, ModelShape
 from headway import ParallelConfig as Parallel
+
+from .symmetric import SymmetricReduce
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 STARTUP = 600.0  # seconds that ranks may be apart while kernels compile and graphs are captured
@@ -41,6 +44,7 @@ class Mesh:
         )  # fmt: skip
         mesh = init_device_mesh(device.type, (parallel.pp, parallel.tp), mesh_dim_names=("pp", "tp"))
         self.tp_group, self.pp_group = mesh.get_group("tp"), mesh.get_group("pp")
+        self._symmetric: SymmetricReduce | None = None
         self._sending: Any = None  # the last send, not known to be over; and what it sends
 
     @property
@@ -56,6 +60,17 @@ class Mesh:
         if self.parallel.tp > 1:
             self._guarded(dist.all_reduce, x, group=self.tp_group)
         return x
+
+    def reduced_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, K], weight [N, K] of this rank -> the sum over the ranks of x @ weight.T, [T, N]."""
+        if self._symmetric is None:
+            return self.all_reduce(F.linear(x, weight))
+        self.entered += 1
+        return self._symmetric.linear(x, weight)
+
+    def map_peers(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        """`reduced_linear` through memory of the GPUs that the others map, for results of at most [rows, columns]."""
+        self._symmetric = SymmetricReduce(self.tp_group, rows, columns, dtype, self.device)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [R, C] of every rank of this stage, side by side: [R, tp * C]."""
@@ -108,7 +123,9 @@ def check_fits(shape: ModelShape, parallel: Parallel) -> None:
     if pp > layers:
         raise ConfigError(f"parallel.pp={pp}: the model has only {layers} layers, and each stage needs one")
     if parallel.layers is not None and (len(parallel.layers) != pp or sum(parallel.layers) != layers or min(parallel.layers) < 1):
-        raise ConfigError(f"parallel.layers={list(parallel.layers)}: expected {pp} numbers of at least 1, one a stage, that add up to {layers} layers")
+        raise ConfigError(
+            f"parallel.layers={list(parallel.layers)}: expected {pp} numbers of at least 1, one a stage, that add up to {layers} layers"
+        )
 
 
 def _divisors(axis: str, number: int) -> str:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from headway import ParallelConfig, Request
+from headway import ParallelConfig
 
 from ..executors.torch.batch import Batcher, StepInput
 from ..executors.torch.runner import ModelRunner, Sampled
@@ -58,8 +59,10 @@ def cut(model: CausalLM, mesh: Mesh) -> None:
 class Stage:
     """A cut model, loaded, with the face of a whole one: what it returns is for the last stage to use."""
 
-    def __init__(self, model: CausalLM, mesh: Mesh) -> None:
+    def __init__(self, model: CausalLM, mesh: Mesh, timed: bool = False) -> None:
         self.spec, self.model, self.compute_logits, self._mesh = model.spec, model.model, model.compute_logits, mesh
+        self._timed = timed
+        self._marks: list[list[torch.cuda.Event]] = []  # of each step: its input is there; its output is
 
     def __call__(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata) -> Tensor:
         decoder, mesh = self.model, self._mesh
@@ -67,13 +70,32 @@ class Stage:
             hidden = decoder.embed_tokens(tokens)
         else:
             hidden = mesh.receive(caches[0][0].new_empty(len(tokens), self.spec.shape.hidden_size))
+        if self._timed and not torch.cuda.is_current_stream_capturing():
+            self._marks.append([])
+            self.mark()
         hidden, residual = decoder.run_layers(hidden, None, positions, caches, batch)
         assert residual is not None  # every stage has a layer
         if mesh.is_last:
             return decoder.finish(hidden, residual)
         hidden = hidden + residual
+        self.mark()
         mesh.send(hidden)
         return hidden
+
+    def mark(self) -> None:
+        """A point in time on the device, of the step that is running."""
+        if self._marks and not torch.cuda.is_current_stream_capturing():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks[-1].append(event)
+
+    def times(self) -> tuple[float, float]:
+        """(busy, elapsed) seconds of the steps marked since the last call."""
+        steps, self._marks = self._marks, []
+        if not steps:
+            return 0.0, 0.0
+        torch.cuda.synchronize()
+        return sum(marks[0].elapsed_time(marks[-1]) for marks in steps) / 1e3, steps[0][0].elapsed_time(steps[-1][-1]) / 1e3
 
 
 class StageRunner(ModelRunner):
@@ -89,7 +111,9 @@ class StageRunner(ModelRunner):
 
     def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
         if self.mesh.is_last:
-            return super()._sample(hidden, rows, positions, sampling, logprobs)
+            sampled = super()._sample(hidden, rows, positions, sampling, logprobs)
+            self.model.mark()
+            return sampled
         return Sampled(self.last_tokens[rows], None)
 
 

@@ -31,7 +31,7 @@ class RowParallelLinear(nn.Linear):
     mesh: Mesh
 
     def forward(self, x: Tensor) -> Tensor:
-        total = self.mesh.all_reduce(F.linear(x, self.weight))
+        total = self.mesh.reduced_linear(x, self.weight)
         return total if self.bias is None else total + self.bias
 
 

@@ -48,7 +48,8 @@ class DecodeGraphs:
             runner.decode(size, runner.max_model_len, sampling)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads of a parallel run ask about events at any time, which must not end a capture here.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             sampled = runner.decode(size, runner.max_model_len, sampling)
         self._graphs[size, sampling] = graph, sampled
 
