@@ -211,8 +211,8 @@ class Engine:
             _, serial, arrival = heapq.heappop(self._future)
             if serial == self._stream_serial:
                 self._stream_serial = None
-                self._pull()
-            self._arrive(arrival, now)
+            self._arrive(arrival, now)  # before the next one is pulled: a workload that raises loses nothing
+            self._pull()
 
     def _arrive(self, arrival: Arrival, now: float) -> None:
         request = Request(arrival, self._next_index, max_model_len=self.max_model_len, eos_token_ids=self.eos_token_ids)
@@ -514,12 +514,14 @@ class Engine:
         except BaseException as error:
             status, problem = "failed", self._named(error)
         result = self.result(status, str(problem) if problem else "")
-        if self._done:
-            for observer in self.observers:
-                observer.on_requests(self._done)
-            self._done = []
-        for observer in self.observers:
-            observer.close(result)
+        done, self._done = self._done, []
+        for observer in self.observers:  # each of them, also when another one fails: results must not depend on neighbours
+            try:
+                if done:
+                    observer.on_requests(done)
+                observer.close(result)
+            except Exception as error:
+                problem = problem or self._named(error)
         if problem is not None:
             problem.partial = result  # type: ignore[attr-defined]
             raise problem
