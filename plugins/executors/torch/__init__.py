@@ -84,7 +84,10 @@ class TorchExecutor(Executor):
             self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
         spec = self._execution.spec
         shape = spec.shape
-        self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, spec.eos_token_ids, parallel.pp == 1, max(MAX_PLANS, 2 * parallel.pp), shape)
+        # A token that a later stage still samples is unknown to the first, so a pipeline cannot plan it.
+        self.caps = ExecutorCaps(
+            shape.max_position_embeddings, shape.vocab_size, spec.eos_token_ids, parallel.pp == 1, max(MAX_PLANS, 2 * parallel.pp), shape
+        )
 
     @property
     def execution(self) -> Execution:
