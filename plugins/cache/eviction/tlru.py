@@ -11,8 +11,8 @@ from headway import ROOT, Block, ConfigError, Context, KeyEviction, hookimpl
 class TailOptimizedLRU(KeyEviction):
     """Of a conversation's L tokens, those beyond L + Q_hat - xi go first, then LRU (T-LRU; Zhang et al., NeurIPS'25, arXiv 2510.15152).
 
-    Also SGLang #34012. The next turn computes what is not cached, so a tail of xi - Q_hat tokens can be missing without a prefill above xi tokens. L is where the
-    conversation's last cached block ends; a block whose tail was evicted remembers it.
+    Also SGLang #34012. The next turn computes what is not cached, so a tail of xi - Q_hat tokens can be missing without a prefill above
+    xi tokens. L is where the conversation's last cached block ends; a block whose tail was evicted remembers it.
     """
 
     xi: int = 1024  # tokens that a prefill may compute within the TTFT target

@@ -40,7 +40,7 @@ class TimeToLive(Retention):
     def on_arrival(self, request: Request, now: float) -> None:
         if call := self._calls.pop(request.tags.session, None):
             tool, since = call
-            self._durations.setdefault(tool, deque(maxlen=self.history)).append(request.arrival_time - since)
+            self._durations.setdefault(tool, deque(maxlen=self.history)).append(max(0.0, request.arrival_time - since))
 
     def on_admit(self, request: Request, now: float) -> None:
         if not request.num_preemptions:
