@@ -11,19 +11,19 @@ from headway import ROOT, Context, PrefixCache, Request, chain_key, hookimpl, ro
 class HashBlocks(PrefixCache):
     """A block's key is the hash of its parent's key and its own tokens (vLLM's automatic prefix caching).
 
-    Keys are the same in every process. A hit also compares the parent and the tokens: a collision is a miss.
+    Keys are the same in every process. A hit also compares the parent and the tokens, of a first block the salt: a collision is a miss.
     """
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
         self._size = ctx.block_size
         self._by_key: dict[int, int] = {}
-        self._content: dict[int, tuple[int, int, tuple[int, ...]]] = {}  # block -> key, parent, tokens
+        self._content: dict[int, tuple[int, int | str, tuple[int, ...]]] = {}  # block -> key, parent (the salt for a first block), tokens
 
     def match(self, request: Request, known: list[int], limit: int) -> list[int]:
         size, tokens, by_key, content = self._size, request.token_ids, self._by_key, self._content
-        parent = known[-1] if known else ROOT
-        key = content[parent][0] if known else root_key(request.cache_salt)
+        parent: int | str = known[-1] if known else request.cache_salt
+        key = content[known[-1]][0] if known else root_key(request.cache_salt)
         found: list[int] = []
         for i in range(len(known), limit):
             run = tuple(tokens[i * size : (i + 1) * size])
@@ -36,8 +36,12 @@ class HashBlocks(PrefixCache):
         return found
 
     def insert(self, request: Request, parent: int, tokens: tuple[int, ...], block: int) -> int:
-        key = chain_key(root_key(request.cache_salt) if parent == ROOT else self._content[parent][0], tokens)
-        content = (key, parent, tokens)
+        salt = request.cache_salt
+        if parent == ROOT:
+            content = (chain_key(root_key(salt), tokens), salt, tokens)
+        else:
+            content = (chain_key(self._content[parent][0], tokens), parent, tokens)
+        key = content[0]
         # After a collision the first block keeps the key and this one is never matched.
         twin = self._by_key.setdefault(key, block)
         if twin != block and self._content[twin] == content:
@@ -47,7 +51,7 @@ class HashBlocks(PrefixCache):
 
     def remove(self, block: int) -> None:
         key = self._content.pop(block)[0]
-        if self._by_key[key] == block:
+        if self._by_key.get(key) == block:
             del self._by_key[key]
 
 

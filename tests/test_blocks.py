@@ -1,0 +1,343 @@
+"""BlockPool: whatever requests do, counts add up, references return to zero and only unreferenced leaves are evicted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.blocks import ROOT, Block, BlockPool, chain_key, prefix_keys, root_key
+from core.errors import InvariantError, PolicyError
+from core.hooks import load_registry
+from core.policy import BlockHeap, Context, Eviction
+from core.request import Arrival, Request
+from plugins.cache.hash import HashBlocks
+from plugins.cache.radix import RadixTree
+
+REGISTRY = load_registry()
+EVICTIONS = [name for name in REGISTRY.names("eviction") if not REGISTRY.get("eviction", name).factory.oracle]
+
+
+class Ledger(Eviction):
+    """Keeps the set of evictable blocks as the callbacks tell it and evicts the one with the smallest id."""
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self.evictable: dict[int, Block] = {}
+        self.inserted = self.hit = self.evicted = 0
+
+    def on_insert(self, block: Block) -> None:
+        assert block.cached and block.ref_count and block.id not in self.evictable
+        self.inserted += 1
+
+    def on_hit(self, block: Block) -> None:
+        assert block.cached and block.ref_count and block.id not in self.evictable
+        self.hit += 1
+
+    def on_evictable(self, block: Block) -> None:
+        assert block.cached and not block.ref_count and not block.num_children and block.id not in self.evictable
+        self.evictable[block.id] = block
+
+    def on_in_use(self, block: Block) -> None:
+        del self.evictable[block.id]
+
+    def on_evict(self, block: Block) -> None:
+        self.evicted += 1
+
+    def candidates(self, n: int) -> Iterator[Block]:
+        while self.evictable:
+            yield self.evictable.pop(min(self.evictable))
+
+
+def pool_of(num_blocks: int, size: int = 1, eviction: Eviction | None = None, cache=None) -> BlockPool:
+    eviction, cache = eviction or Ledger(), cache or HashBlocks()
+    for role in (cache, eviction):
+        role.setup(Context(0, size, num_blocks, 1 << 20, 8, 1 << 20, {"cache": cache, "eviction": eviction}))
+    return BlockPool(num_blocks, size, cache, eviction)
+
+
+def request_of(tokens: list[int], index: int = 0, salt: str = "") -> Request:
+    return Request(Arrival(0.0, tokens, cache_salt=salt), index, max_model_len=1 << 20, eos_token_ids=frozenset())
+
+
+def start(pool: BlockPool, request: Request) -> int:
+    """Matches, acquires, allocates and publishes a prompt, as the engine does. Returns the hit blocks."""
+    full = len(request.token_ids) // pool.block_size
+    found = pool.cache.match(request, [], full)
+    pool.acquire(found, request.tags)
+    request.block_table = found + pool.allocate(full - len(found))
+    request._published, request._parent = len(found), found[-1] if found else ROOT
+    pool.publish(request, full)
+    return len(found)
+
+
+def stop(pool: BlockPool, request: Request) -> None:
+    pool.release([request._shadow.pop(i) for i in sorted(request._shadow)])
+    pool.release(request.block_table)
+    request.block_table, request._published, request._parent = [], 0, ROOT
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+PROMPTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompts=PROMPTS, num_blocks=st.integers(8, 24), size=st.integers(1, 3), data=st.data())
+def test_counts_add_up_and_eviction_sees_exactly_the_unreferenced_leaves(prompts, num_blocks, size, data) -> None:
+    ledger = Ledger()
+    pool = pool_of(num_blocks, size, ledger)
+    running: list[Request] = []
+    for i, tokens in enumerate(prompts):
+        request = request_of(tokens, i)
+        while running and len(tokens) // size > pool.num_available:
+            stop(pool, running.pop(data.draw(st.integers(0, len(running) - 1), label="ends")))
+        start(pool, request)
+        running.append(request)
+        pool.check()
+        leaves = {b.id for b in pool.blocks if b.cached and not b.ref_count and not b.num_children}
+        assert set(ledger.evictable) == leaves
+        assert pool.num_free + pool.num_evictable + pool.num_used == num_blocks
+    for request in running:
+        stop(pool, request)
+    pool.check()
+    assert pool.num_used == 0
+    assert ledger.inserted - ledger.evicted == pool.num_cached
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+@settings(max_examples=25, deadline=None)
+@given(prompts=PROMPTS, data=st.data())
+def test_no_eviction_orphans_a_child_or_loses_a_block(name, prompts, data) -> None:
+    eviction = REGISTRY.get("eviction", name).build()
+    pool = pool_of(12, 1, eviction)
+    running: list[Request] = []
+    for i, tokens in enumerate(prompts):
+        while running and len(tokens) > pool.num_available:
+            stop(pool, running.pop(data.draw(st.integers(0, len(running) - 1), label="ends")))
+        request = request_of(tokens, i)
+        found = pool.cache.match(request, [], len(tokens))
+        pool.acquire(found, request.tags)
+        request.block_table = found
+        eviction.on_admit(request, float(i))
+        request.block_table = found + pool.allocate(len(tokens) - len(found))
+        request._published, request._parent = len(found), found[-1] if found else ROOT
+        pool.publish(request, len(tokens))
+        running.append(request)
+        pool.check()
+    for request in running:
+        stop(pool, request)
+    everything = pool.allocate(pool.num_blocks)  # every cached block can be evicted in some order, leaves first
+    assert sorted(everything) == list(range(pool.num_blocks))
+    assert pool.num_cached == 0
+
+
+# ---- what a block knows ----------------------------------------------------------------------------------------------
+
+
+def test_a_block_records_parent_depth_hits_and_who_touched_it_last() -> None:
+    pool = pool_of(8)
+    first = request_of([1, 2, 3])
+    start(pool, first)
+    stop(pool, first)
+    again = request_of([1, 2, 9], 1)
+    assert start(pool, again) == 2
+    a, b, c = (pool.blocks[i] for i in again.block_table)
+    assert (a.parent, b.parent, c.parent) == (ROOT, a.id, b.id)
+    assert (a.depth, b.depth, c.depth) == (0, 1, 2)
+    assert (a.hits, b.hits, c.hits) == (1, 1, 0)
+    assert b.num_children == 2
+
+
+def test_a_parent_is_always_touched_after_its_child_so_that_the_tail_goes_first() -> None:
+    pool = pool_of(4)
+    request = request_of([1, 2, 3, 4])
+    start(pool, request)
+    stop(pool, request)
+    touched = [block.last_access for block in pool.blocks]
+    assert touched == sorted(touched, reverse=True)
+
+
+def test_the_content_key_survives_eviction_and_tells_contents_apart() -> None:
+    pool = pool_of(2)
+    request = request_of([7, 8])
+    start(pool, request)
+    keys = [pool.blocks[i].key for i in request.block_table]
+    assert keys == list(prefix_keys([7, 8], 1))
+    stop(pool, request)
+    other = request_of([5, 8], 1)
+    start(pool, other)
+    assert keys[1] not in [pool.blocks[i].key for i in other.block_table]  # the same tokens after another prefix
+    stop(pool, other)
+    start(pool, request)
+    assert [pool.blocks[i].key for i in request.block_table] == keys
+
+
+def test_a_salt_gives_other_keys() -> None:
+    assert list(prefix_keys([1, 2], 1, "a")) != list(prefix_keys([1, 2], 1, "b")) != list(prefix_keys([1, 2], 1))
+    assert root_key("") == 0
+
+
+def test_keys_are_the_same_in_every_process() -> None:
+    program = "from core.blocks import *; print(list(prefix_keys(list(range(40)), 16, 'tenant')))"
+    for seed in ("0", "1", "2"):
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": "."}
+        ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        assert ran.stdout == f"{list(prefix_keys(list(range(40)), 16, 'tenant'))}\n"
+
+
+def test_prefix_keys_cover_full_blocks_only() -> None:
+    assert list(prefix_keys([1, 2, 3], 2)) == [chain_key(root_key(""), (1, 2))]
+
+
+# ---- twins and pins --------------------------------------------------------------------------------------------------
+
+
+def test_a_published_duplicate_keeps_its_own_copy_and_holds_the_twin() -> None:
+    pool = pool_of(8)
+    one, two = request_of([1, 2]), request_of([1, 2], 1)
+    for request in (one, two):  # both computed the prompt before either was published
+        request.block_table = pool.allocate(2)
+    pool.publish(one, 2)
+    pool.publish(two, 2)
+    assert set(one.block_table).isdisjoint(two.block_table)
+    assert two._shadow == dict(enumerate(one.block_table))
+    assert [pool.blocks[i].ref_count for i in one.block_table] == [2, 2]
+    assert not any(pool.blocks[i].cached for i in two.block_table)
+    stop(pool, one)
+    pool.check()
+    assert pool.num_evictable == 0  # the twin is still held
+    stop(pool, two)
+    pool.check()
+    assert (pool.num_evictable, pool.num_used) == (2, 0)
+
+
+def test_pinned_blocks_are_not_evicted_until_unpinned() -> None:
+    pool = pool_of(4)
+    kept = request_of([1, 2])
+    start(pool, kept)
+    held = pool.pin(kept.block_table)
+    stop(pool, kept)
+    assert (pool.num_pinned, pool.num_available) == (2, 2)
+    pool.allocate(2)
+    assert pool.num_evictions == 0
+    pool.unpin(held)
+    assert (pool.num_pinned, pool.num_available) == (0, 2)
+
+
+def test_drop_forgets_unreferenced_leaves_tail_first_and_spares_what_others_hold() -> None:
+    pool = pool_of(8)
+    one, two = request_of([1, 2, 3]), request_of([1, 9], 1)
+    start(pool, one)
+    start(pool, two)
+    table = list(one.block_table)
+    stop(pool, one)
+    assert pool.drop(table) == 2  # block 1 is two's as well
+    pool.check()
+    assert pool.cache.match(request_of([1, 2, 3]), [], 3) == table[:1]
+
+
+# ---- wrong use is refused ---------------------------------------------------------------------------------------------
+
+
+class Evil(Ledger):
+    answer: Block | None = None
+
+    def candidates(self, n: int) -> Iterator[Block]:
+        if self.answer is not None:
+            yield self.answer
+
+
+@pytest.mark.parametrize("what, message", [("parent", "cached children"), ("held", "referenced"), ("nothing", "yielded nothing")])
+def test_an_eviction_that_names_a_wrong_block_is_an_error_that_says_so(what, message) -> None:
+    eviction = Evil()
+    pool = pool_of(3, eviction=eviction)
+    tail, held = request_of([1, 2]), request_of([9], 1)
+    start(pool, tail)
+    start(pool, held)
+    head = pool.blocks[tail.block_table[0]]
+    stop(pool, tail)
+    eviction.answer = {"parent": head, "held": pool.blocks[held.block_table[0]], "nothing": None}[what]
+    with pytest.raises(PolicyError, match=message):
+        pool.allocate(1)
+
+
+class Liar(HashBlocks):
+    twin = 0
+
+    def insert(self, request, parent, tokens, block):
+        return self.twin
+
+
+def test_a_cache_that_names_a_twin_that_is_not_cached_is_an_error() -> None:
+    pool = pool_of(4, cache=Liar())
+    request = request_of([1])
+    request.block_table = pool.allocate(2)[1:]
+    with pytest.raises(PolicyError, match="twin"):
+        pool.publish(request, 1)
+
+
+def test_double_release_is_caught() -> None:
+    pool = pool_of(2)
+    blocks = pool.allocate(1)
+    pool.release(blocks)
+    with pytest.raises(InvariantError, match="released more often"):
+        pool.release(blocks)
+
+
+def test_a_match_of_an_uncached_block_is_caught() -> None:
+    pool = pool_of(2)
+    with pytest.raises(PolicyError, match="not cached"):
+        pool.acquire(pool.allocate(1))
+
+
+# ---- the heap that evictions share ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["push", "discard", "pop"]), st.integers(0, 5), st.integers(0, 3)), max_size=200))
+def test_block_heap_is_a_sorted_list(operations) -> None:
+    heap, model = BlockHeap(), {}  # model: block id -> (key, serial)
+    blocks = [Block(i) for i in range(6)]
+    for serial, (operation, id, key) in enumerate(operations):
+        if operation == "push":
+            heap.push(key, blocks[id])
+            model[id] = (key, serial)
+        elif operation == "discard":
+            heap.discard(blocks[id])
+            model.pop(id, None)
+        else:
+            expected = min(model, key=model.__getitem__, default=None)
+            first = heap.peek()
+            assert (first is None) == (expected is None)
+            assert first is None or (first[0], first[1].id) == (model[expected][0], expected)
+            popped = heap.pop()
+            assert (popped.id if popped else None) == expected
+            model.pop(expected, None)
+        assert len(heap) == len(model)
+        assert all((block in heap) == (block.id in model) for block in blocks)
+
+
+def test_block_heap_forgets_stale_entries() -> None:
+    heap, block = BlockHeap(), Block(0)
+    for key in range(10_000):
+        heap.push(key, block)
+        heap.discard(block)
+    assert len(heap._heap) < 200
+
+
+@pytest.mark.parametrize("cache", [HashBlocks, RadixTree])
+def test_both_indexes_leave_nothing_behind_when_everything_is_evicted(cache) -> None:
+    index = cache()
+    pool = pool_of(6, 2, cache=index)
+    for i, tokens in enumerate(([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9], [1, 2, 7, 7])):
+        request = request_of(tokens, i)
+        start(pool, request)
+        stop(pool, request)
+    pool.allocate(6)
+    assert pool.num_cached == 0
+    assert not any(index.match(request_of(t), [], 3) for t in ([1, 2, 3, 4, 5, 6], [1, 2, 7, 7, 0, 0]))
