@@ -95,6 +95,8 @@ def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
         pass
     start = engine.clock.inner.now()
     engine.add(replace(scene.odd, time=start, id="odd"))
+    for arrival in more(4, scene.other, start):
+        engine.add(arrival)
     while not ended["odd"] and others < PATIENCE and engine.step():
         pass
     if ended["odd"]:

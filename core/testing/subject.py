@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ class Subject:
         return " ".join(self.words) or "the default composition"
 
 
-def kit_registry(modules: Sequence[str] = ()) -> Registry:
-    """Everything available, the kit's own shaky policies, and plugin modules given by file or by name."""
+@cache
+def kit_registry(modules: tuple[str, ...] = ()) -> Registry:
+    """Everything available, the kit's own shaky policies, and plugin modules given by file or by name. Once a process."""
     registry = load_registry()
     shake.add_to(registry)
     for name in modules:

@@ -18,6 +18,7 @@ from .case import CONTEXT, STEP_SECONDS, VOCAB, Ask, Case, expected_output, feas
 from .oracle import OracleExecutor, WrongKV
 from .watch import Mutated, Watch
 
+MOST_BARREN_TURNS = 400  # a prompt computed token by token, preempted a few times, deferred and waited for
 MakeRoles = Callable[[Case], dict[str, Role]]
 
 
@@ -131,12 +132,13 @@ class FreshMatch:
         return answer
 
 
-class Trial:
+class Trial(Observer):
     """A case, ready to run."""
 
     def __init__(self, case: Case, make_roles: MakeRoles, *, watch: Watch | None = None, executor: Executor | None = None) -> None:
         self.case, self._make_roles, self._watch, self._executor = case, make_roles, watch, executor
         self.engine: Engine | None = None
+        self._emitted = 0  # tokens so far
 
     def run(self) -> Outcome:
         """Never raises for what a policy did: that is the outcome's failure."""
@@ -160,7 +162,7 @@ class Trial:
             self._watch.over(roles)
         config = EngineConfig(case.block_size, case.num_blocks, case.max_num_seqs, case.max_num_batched_tokens, case.max_inflight, None, True)
         self.engine = engine = Engine(roles, config, seed=case.seed)
-        engine.observers.append(PoolCheck(engine))
+        engine.observers += [PoolCheck(engine), self]
         engine.decisions = DecisionTrace()
         FreshMatch(engine.view)
         if self._watch:
@@ -169,22 +171,25 @@ class Trial:
         return engine.run((a.arrival() for a in case.asks), self._follow)
 
     def _count_turns(self, engine: Engine) -> None:
-        turn, step, most = 0, engine.step, 2000 + 60 * self.case.num_tokens
+        """Stops the run at `stop_after`, and when the loop turns and no token and no ending comes of it."""
+        turn, barren, ended, step = 0, 0, 0, engine.step
 
         def counted() -> bool:
-            nonlocal turn
+            nonlocal turn, barren, ended
             turn += 1
             if turn == self.case.stop_after:
                 raise KeyboardInterrupt
-            if turn > most:
-                waiting = [r.id for r in engine.waiting.items]
-                raise Livelock(
-                    f"{turn} turns of the loop for {self.case.num_tokens} tokens, and {len(engine.finished)} requests have ended: "
-                    f"{[r.id for r in engine.running.items]} run, {waiting} wait"
-                )
+            progress = self._emitted + len(engine.finished)
+            barren, ended = (barren + 1, ended) if progress == ended else (0, progress)
+            if barren > MOST_BARREN_TURNS:
+                running, waiting = ([r.id for r in items] for items in (engine.running.items, engine.waiting.items))
+                raise Livelock(f"{barren} turns of the loop and no token came out and no request ended: {running} run, {waiting} wait")
             return step()
 
         engine.step = counted  # type: ignore[method-assign]
+
+    def on_step(self, record: StepRecord) -> None:
+        self._emitted += record.emitted
 
     def _follow(self, request: Request, now: float) -> Iterator[Arrival]:
         ask = next(a for a in self.case.asks if a.id == request.tags.session)

@@ -20,6 +20,7 @@ class DepthFirstWeight(Order):
     window: oldest waiting requests that are looked at in a step.
     """
 
+    may_starve = "requests that share a hot prefix may keep coming"
     window: int = 256
 
     def order(self, view: View) -> Iterable[Request]:

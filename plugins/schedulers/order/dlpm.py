@@ -21,6 +21,7 @@ class DeficitLongestPrefix(ClientOrder):
     A client that leaves the queue keeps its debt and loses what it has left. Preempted requests are not charged a second time.
     """
 
+    may_starve = "fair among clients; within one, requests with longer cached prefixes may keep coming"
     quantum: float = 1024.0
     wp: float = 1.0
     wq: float = 2.0

@@ -29,6 +29,8 @@ class EarliestDeadline(KeyOrder):
     as far as recomputation is cheap.
     """
 
+    may_starve = "a request without a target waits for all that have one"
+
     def key(self, request: Request) -> float:
         return deadline(request)
 

@@ -18,6 +18,7 @@ class LongestPrefix(PrefixOrder):
     a prefix which is not cached yet all but the first are put last (in-batch prefix caching).
     """
 
+    may_starve = "requests with longer cached prefixes may keep coming"
     fcfs_above: int = FCFS_ABOVE
 
     def order(self, view: View) -> Iterable[Request]:

@@ -14,6 +14,8 @@ class Priority(KeyOrder):
     With scheduler=preemptive a waiting request also takes the place of a running one of lower priority.
     """
 
+    may_starve = "requests of a higher priority may keep coming"
+
     def key(self, request: Request) -> int:
         return request.tags.priority
 
