@@ -1,4 +1,4 @@
-"""BlockPool under any sequence of what the engine may do to it, for every eviction: counts add up, only idle leaves go, contents are never mixed up."""
+"""BlockPool under any sequence of what the engine may do to it, for every eviction: counts add up and only idle leaves go."""
 
 from __future__ import annotations
 

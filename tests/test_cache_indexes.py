@@ -63,11 +63,12 @@ def conversations(seed: int, count: int = 40) -> list[Arrival]:
     for _ in range(count):
         base = rng.choice(prompts) if prompts and rng.random() < 0.7 else []
         prompts.append((base[: rng.randint(0, len(base))] + [rng.randint(2, 3) for _ in range(rng.randint(1, 12))])[:40])
-    return [
-        Arrival(0.02 * i, prompt, SamplingParams(max_tokens=8), rng.randint(1, 8), None,
-                Tags(rng.choice("ab"), rng.choice("xyz"), i % 3, rng.choice(["chat", "api"]), rng.randint(0, 2)), cache_salt=rng.choice(["", "", "s"]))
-        for i, prompt in enumerate(prompts)
-    ]  # fmt: skip
+    arrivals = []
+    for i, prompt in enumerate(prompts):
+        tags = Tags(rng.choice("ab"), rng.choice("xyz"), i % 3, rng.choice(["chat", "api"]), rng.randint(0, 2))
+        salt = rng.choice(["", "", "s"])
+        arrivals.append(Arrival(0.02 * i, prompt, SamplingParams(max_tokens=8), rng.randint(1, 8), tags=tags, cache_salt=salt))
+    return arrivals
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3])
