@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -36,6 +37,8 @@ class Mesh:
         self.stage, self.place = divmod(rank, parallel.tp)
         self.entered = 0  # collectives begun: of ranks that wait for each other, the one at fault has begun the fewest
         on_gpu = device.type == "cuda"
+        if on_gpu:  # the driver decides when a run has failed and ends it; NCCL's watchdog would end this process first
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         # Captured collectives are no business of NCCL's own watchdog, so the driver's clock ends a step that hangs on a GPU.
         limit = timedelta(seconds=STARTUP if on_gpu else parallel.timeout)
         self._guarded(

@@ -1,0 +1,372 @@
+"""Tensor and pipeline parallelism on the GPUs of one host: one command, random weights, medians of three.
+
+    python experiments/bench_parallel.py plan                       what a step's plan costs on its way to the ranks; needs no GPU
+    python experiments/bench_parallel.py gpus --out DIR             everything on four GPUs, one JSON line a figure
+    python experiments/bench_parallel.py layout --tp 2 --pp 2 ...   one layout in this process
+
+decode    prompts of 256 tokens, then steps in which every request decodes (mean context about 320 tokens); tokens/s of windows of those
+          steps, at 256 requests for every layout, and at 256 a GPU
+prefill   prompts of 1,024 tokens and 4 answers each; prompt tokens/s of the whole run
+bubbles   prompts of 1,024 tokens and answers of 64 as they find room, 2,048 tokens a plan: the share of a stage's time in which it
+          waits for input, from events around its layers
+share     kernel time of the driver's rank by torch.profiler: all-reduce against everything
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from headway import Arrival, Engine, EngineConfig, ModelConfig, ParallelConfig, SamplingParams  # noqa: E402
+from plugins.kernels.torch import TorchKernels  # noqa: E402
+from plugins.kernels.triton import TritonKernels  # noqa: E402
+
+SHAPES = {
+    "tiny": {"name_or_path": "tiny", "load_format": "auto"},
+    "qwen3_32b": {
+        "architecture": "Qwen3ForCausalLM", "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 128, "intermediate_size": 25600, "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960,
+        "rope_theta": 1e6, "dtype": "bfloat16", "load_format": "dummy",
+    },
+    "llama_70b": {
+        "architecture": "LlamaForCausalLM", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 128, "intermediate_size": 28672, "vocab_size": 128256, "tie_word_embeddings": False, "max_position_embeddings": 131072,
+        "rope_theta": 5e5, "dtype": "bfloat16", "load_format": "dummy",
+    },
+}  # fmt: skip
+REPEATS = 3
+
+
+@dataclass
+class FewGraphs(TritonKernels):
+    """Triton kernels with decode graphs of the measured batch sizes only: capturing the rest would take most of the time here."""
+
+    sizes: str = ""
+    cuda_graphs: bool = True
+
+    def operations(self, device: str) -> Any:
+        from plugins.executors.torch import graphs
+
+        sizes = [int(size) for size in self.sizes.split(",")]
+        graphs.batch_sizes = lambda largest: sorted({min(size, largest) for size in [*sizes, largest]}, reverse=True)
+        return super().operations(device)
+
+
+def report(**result: Any) -> None:
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+# ---- one layout ------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace) -> None:
+        from plugins.cache.eviction.lru import LeastRecent
+        from plugins.cache.none import NoCache
+        from plugins.executors.torch import TorchExecutor
+        from plugins.kernels.compose import lookup
+        from plugins.schedulers.chunked import ChunkedPrefill
+        from plugins.schedulers.order.fcfs import FirstCome
+        from plugins.schedulers.victim.newest import Newest
+
+        self.args, self.ids, self.rng = args, count(), Random(0)
+        self.layout = f"tp{args.tp}pp{args.pp}{'' if args.all_reduce == 'library' else ' ' + args.all_reduce}"
+        # One plan more than stages hides the way of the tokens back to the driver, as two do on one stage.
+        depth = args.pp + 1 if args.depth is None else args.depth
+        shares = sorted({-(-batch // (depth if args.pp > 1 else 1)) for batch in args.batches})
+        if args.device == "cuda":
+            kernels: Any = FewGraphs(sizes=",".join(map(str, shares)))
+            kernels.plugin_name = "triton"
+        else:
+            kernels = TorchKernels()
+        parallel = ParallelConfig(tp=args.tp, pp=args.pp, all_reduce=args.all_reduce, timeout=60)
+        limits = EngineConfig(
+            max_num_seqs=max(args.batches), max_num_batched_tokens=args.budget, max_model_len=2048, max_inflight=depth, num_blocks=args.blocks
+        )
+        began = time.perf_counter()
+        executor = TorchExecutor(device=args.device, profile=args.pp > 1)
+        executor.prepare(ModelConfig(**SHAPES[args.model]), kernels, engine=limits, backends=lookup({"torch": TorchKernels, "triton": TritonKernels}),
+                         parallel=parallel)  # fmt: skip
+        loaded = time.perf_counter()
+        self.scheduler = ChunkedPrefill(token_budget=None)
+        roles = {
+            "scheduler": self.scheduler, "order": FirstCome(), "victim": Newest(), "cache": NoCache(), "eviction": LeastRecent(),
+            "executor": executor,
+        }  # fmt: skip
+        self.engine = Engine(roles, limits)
+        self.executor = executor
+        self.records: list[Any] = []
+        self.engine.callbacks["on_step_end"].append((executor, self._step_ended))
+        self.hooks: dict[int, Any] = {}
+        report(layout=self.layout, model=args.model, figure="start", load_s=loaded - began, start_s=time.perf_counter() - loaded,
+               kv_blocks=self.engine.pool.num_blocks)  # fmt: skip
+
+    def _step_ended(self, record: Any) -> None:
+        self.records.append(record)
+        for hook in list(self.hooks.values()):
+            hook(record)
+
+    def run(self, requests: int, prompt: int, output: int) -> float:
+        """Seconds of a run of equal requests that all wait at its start."""
+        vocab = self.executor.caps.vocab_size
+        sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+        arrivals = [Arrival(0.0, [self.rng.randrange(vocab) for _ in range(prompt)], sampling, id=f"r{next(self.ids)}") for _ in range(requests)]
+        self.records.clear()
+        began = time.perf_counter()
+        self.engine.run(arrivals)
+        return time.perf_counter() - began
+
+    def steady(self, batch: int) -> list[Any]:
+        """Records of the steps in which all of `batch` requests decode."""
+        found = [r for r in self.records if r.plan.num_tokens == len(r.plan.requests) and r.num_running == batch and r.num_waiting == 0]
+        return found[2:]
+
+    def decode(self, batch: int, profile: bool) -> None:
+        output = batch * self.args.prompt // self.args.budget + self.args.steps  # the first one decodes while the last is computed
+        if profile:
+            self.hooks["profile"] = Profile(batch, self.layout)
+        self.run(batch, self.args.prompt, output)
+        if self.hooks.pop("profile", None):
+            return
+        steps = self.steady(batch)
+        size = len(steps) // REPEATS
+        if size < 2:
+            report(layout=self.layout, figure="decode", batch=batch, problem=f"only {len(steps)} steady steps")
+            return
+        rates, times = [], []
+        for i in range(REPEATS):
+            window = steps[i * size : (i + 1) * size]
+            seconds = window[-1].end - window[0].end
+            rates.append(sum(r.emitted for r in window[1:]) / seconds)
+            times.append(seconds / (size - 1))
+        report(layout=self.layout, model=self.args.model, figure="decode", batch=batch, depth=self.engine.config.max_inflight,
+               tokens_per_s=statistics.median(rates), all=rates, step_ms=statistics.median(times) * 1e3, steps=len(steps))  # fmt: skip
+
+    def prefill(self, requests: int) -> None:
+        self.scheduler.token_budget = 2048 if self.args.pp > 1 else None
+        self.run(max(2, requests // 8), 1024, 4)  # warms up
+        seconds = [self.run(requests, 1024, 4) for _ in range(REPEATS)]
+        rates = [requests * 1024 / s for s in seconds]
+        self.scheduler.token_budget = None
+        report(layout=self.layout, model=self.args.model, figure="prefill", requests=requests, tokens_per_s=statistics.median(rates), all=rates)
+
+    def bubbles(self, requests: int) -> None:
+        self.scheduler.token_budget = 2048
+        for depth in (self.args.pp, self.args.pp + 1):
+            self.engine.config.max_inflight = depth
+            results: list[Any] = []
+            window = Window(self.executor.execution.all_stage_times, first=16, last=16 + self.args.window)
+            self.hooks["window"] = window
+            seconds = self.run(requests, 1024, 64)
+            del self.hooks["window"]
+            results = [round(1 - busy / elapsed, 4) for busy, elapsed in window.result if elapsed]
+            report(layout=self.layout, model=self.args.model, figure="bubbles", depth=depth, idle_share_of_stage=results,
+                   tokens_per_s=requests * 1088 / seconds, times=window.result)  # fmt: skip
+        self.scheduler.token_budget = None
+
+
+class Window:
+    """Reads stage times between two steps of a run."""
+
+    def __init__(self, read: Any, first: int, last: int) -> None:
+        self._read, self._first, self._last, self._step = read, first, last, 0
+        self.result: list[tuple[float, float]] = []
+
+    def __call__(self, record: Any) -> None:
+        self._step += 1
+        if self._step == self._first:
+            self._read()
+        elif self._step == self._last:
+            self.result = self._read()
+
+
+class Profile:
+    """Kernel time of the driver's rank over a few steady decode steps."""
+
+    STEPS = 6
+
+    def __init__(self, batch: int, layout: str) -> None:
+        import torch
+
+        self._batch, self._layout, self._seen = batch, layout, 0
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def __call__(self, record: Any) -> None:
+        if record.plan.num_tokens != len(record.plan.requests) or record.num_running != self._batch or record.num_waiting:
+            return
+        self._seen += 1
+        if self._seen == 8:
+            self._profiler.start()
+        elif self._seen == 8 + self.STEPS:
+            import torch
+
+            torch.cuda.synchronize()
+            self._profiler.stop()
+            self._print()
+
+    def _print(self) -> None:
+        kernels = {e.key: e.self_device_time_total / self.STEPS for e in self._profiler.key_averages() if e.self_device_time_total}
+        total = sum(kernels.values())
+        talk = sum(t for name, t in kernels.items() if any(word in name.lower() for word in ("nccl", "all_reduce", "shot")))
+        top = sorted(kernels.items(), key=lambda item: -item[1])[:8]
+        report(layout=self._layout, figure="share", batch=self._batch, kernel_ms=total / 1e3, communication_ms=talk / 1e3,
+               communication_share=talk / total if total else None, top={name[:70]: round(t / 1e3, 3) for name, t in top})  # fmt: skip
+
+
+def one_layout(args: argparse.Namespace) -> None:
+    bench = Bench(args)
+    try:
+        for batch in args.batches:
+            bench.decode(batch, profile=False)
+        if args.pp > 1 and args.device == "cuda":
+            bench.bubbles(args.requests * 2)
+        bench.prefill(args.requests)
+        if args.pp == 1 and args.device == "cuda":
+            for batch in args.batches:
+                bench.decode(batch, profile=True)
+    finally:
+        bench.executor.close()
+    report(layout=bench.layout, figure="closed")
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Microseconds from a StepInput of 256 requests to its receipt by every rank, in processes of their own."""
+    import numpy as np
+
+    from plugins.executors.torch.batch import StepInput
+    from plugins.parallel import channel as wire
+
+    script = (
+        "import os, sys; sys.path.insert(0, sys.argv[3]); from plugins.parallel import channel as w\n"
+        "c = w.Channel.connect('127.0.0.1', int(sys.argv[1]), bytes.fromhex(sys.argv[2]))\n"
+        "while True:\n"
+        "    kind, body = c.receive()\n"
+        "    if kind == w.QUIT: break\n"
+        "    w.unpack_step(body); c.send(w.ANSWER)\n"
+    )
+    import socket
+
+    for ranks in (1, 3, 7):
+        key = os.urandom(32)
+        channels = []
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(30)
+            others = [subprocess.Popen([sys.executable, "-c", script, str(server.getsockname()[1]), key.hex(), str(ROOT)]) for _ in range(ranks)]
+            while len(channels) < ranks:
+                if (channel := wire.Channel.accept(server, key)) is not None:
+                    channels.append(channel)
+        # A steady decode step of 256: 16 new blocks. The largest: all 256 rows and tokens of a pipeline, and those blocks.
+        for name, words in (("decode, same rows", 48), ("decode, new rows and tokens", 48 + 512), ("mixed, 8192 tokens", 17_500)):
+            step = StepInput(np.arange(words, dtype=np.int32), True, True, 256, 256, 256, 16, 0, 1, 1024, 0, -1, None)
+            sent, received = [], []
+            for _ in range(args.rounds):
+                began = time.perf_counter()
+                body = wire.pack_step(step)
+                for channel in channels:
+                    channel.send(wire.STEP, body)
+                sent.append(time.perf_counter() - began)
+                for channel in channels:
+                    channel.receive()
+                received.append(time.perf_counter() - began)
+            report(figure="plan", ranks=ranks, step=name, bytes=len(body), send_us=statistics.median(sent) * 1e6,
+                   round_trip_us=statistics.median(received) * 1e6)  # fmt: skip
+        for channel in channels:
+            channel.send(wire.QUIT)
+        for other in others:
+            other.wait()
+
+
+# ---- everything on four GPUs -------------------------------------------------------------------------------------------
+
+#: Runs that share no GPU go at once. (GPUs, arguments of `layout`, seconds after which it is ended)
+PHASES: list[list[tuple[str, str, int]]] = [
+    [("0,1,2,3", "--tp 4 --batches 256 1024 --requests 96", 75)],
+    [("0,1,2,3", "--pp 4 --batches 256 1024 --requests 96", 80)],
+    [("0,1", "--tp 2 --batches 256 512 --requests 48", 80), ("2,3", "--pp 2 --batches 256 512 --requests 64", 95)],
+    [("0,1,2,3", "--tp 4 --all-reduce symmetric --batches 256 1024 --requests 96", 75)],
+    [("0", "--tp 1 --batches 256 --requests 32", 85), ("2,3", "--tp 2 --model llama_70b --batches 128 --requests 16", 85)],
+    [("0,1,2,3", "--tp 2 --pp 2 --batches 256 1024 --requests 64", 70)],
+]
+
+
+def gpus(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    for number, phase in enumerate(PHASES):
+        running = []
+        for part, (devices, arguments, limit) in enumerate(phase):
+            left = args.seconds - (time.perf_counter() - started)
+            log = (out / f"{number}{part}.log").open("w")
+            command = [sys.executable, __file__, "layout", *arguments.split()]
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices, "PYTHONUNBUFFERED": "1"}
+            print(f"{time.perf_counter() - started:6.1f} s  {devices}: {arguments}", flush=True)
+            if left < 30:
+                print("        left out: no time", flush=True)
+                continue
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            running.append((process, min(limit, left), log))
+        began = time.perf_counter()
+        for process, limit, log in running:
+            try:
+                process.wait(max(1.0, limit - (time.perf_counter() - began)))
+            except subprocess.TimeoutExpired:
+                process.kill()  # its ranks end with it
+                process.wait()
+                print("        ended: out of time", flush=True)
+            log.close()
+            text = Path(log.name).read_text()
+            results = [line[7:] for line in text.splitlines() if line.startswith("RESULT ")]
+            with (out / "results.jsonl").open("a") as file:
+                file.writelines(line + "\n" for line in results)
+            print("\n".join(results), flush=True)
+            if process.returncode:
+                print(f"        exit code {process.returncode}\n{text[-1500:]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    layout = verbs.add_parser("layout")
+    layout.add_argument("--tp", type=int, default=1)
+    layout.add_argument("--pp", type=int, default=1)
+    layout.add_argument("--all-reduce", default="library")
+    layout.add_argument("--device", default="cuda")
+    layout.add_argument("--model", default="qwen3_32b", choices=SHAPES)
+    layout.add_argument("--batches", type=int, nargs="+", default=[256])
+    layout.add_argument("--requests", type=int, default=32, help="of the prefill figure")
+    layout.add_argument("--prompt", type=int, default=256, help="tokens, of the decode figure")
+    layout.add_argument("--steps", type=int, default=100, help="of the decode figure")
+    layout.add_argument("--window", type=int, default=40, help="steps, of the bubbles figure")
+    layout.add_argument("--budget", type=int, default=8192, help="tokens a step")
+    layout.add_argument("--depth", type=int, default=None, help="plans in flight; pp + 1 unless given")
+    layout.add_argument("--blocks", type=int, default=None)
+    everything = verbs.add_parser("gpus")
+    everything.add_argument("--out", required=True)
+    everything.add_argument("--seconds", type=float, default=390)
+    verbs.add_parser("plan").add_argument("--rounds", type=int, default=2000)
+    args = parser.parse_args()
+    {"layout": one_layout, "gpus": gpus, "plan": plan}[args.verb](args)
+
+
+if __name__ == "__main__":
+    # Ranks import what they are sent by name, so it must not live in __main__.
+    sys.modules["experiments.bench_parallel"] = sys.modules["__main__"]
+    FewGraphs.__module__ = "experiments.bench_parallel"
+    main()
