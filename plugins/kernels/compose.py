@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 #: Field of a kernels config -> the operations that it chooses. `qk_norm_rope_store` follows from norm, rope and store.
 GROUPS = {
     "attention": ("attention",),
+    "linear": ("linear",),
     "norm": ("rms_norm", "add_rms_norm"),
     "rope": ("rotary",),
     "activation": ("silu_and_mul",),
@@ -39,6 +40,7 @@ class KernelChoice(KernelBackend):
 
     attention: str = "torch"
     decode: str | None = None  # attention of steps that are all decodes; None: as `attention`
+    linear: str = "torch"
     norm: str = "torch"
     rope: str = "torch"
     activation: str = "torch"
@@ -55,6 +57,7 @@ class KernelChoice(KernelBackend):
 class Kernels:
     """The composed backend: one bound callable an operation, signatures as in KernelBackend."""
 
+    linear: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., tuple[Tensor, Tensor]]

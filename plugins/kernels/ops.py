@@ -49,6 +49,10 @@ class KernelBackend(Role):
     role = "kernels"
     caps: KernelCaps
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, K], weight [N, K], bias [N] -> [T, N]: the projections of attention and MLP."""
+        raise NotImplementedError
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., N] -> same shape and dtype; the mean square in float32."""
         raise NotImplementedError

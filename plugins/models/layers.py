@@ -23,11 +23,22 @@ if TYPE_CHECKING:
 KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [blocks, block_size, K, D]
 
 
-class PackedLinear(nn.Linear):
+class Linear(nn.Linear):
+    """nn.Linear through the chosen kernel."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, kernels: Kernels) -> None:
+        super().__init__(in_features, out_features, bias)
+        self._product = kernels.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self.weight, self.bias)
+
+
+class PackedLinear(Linear):
     """Several projections of one input as one product. parts: checkpoint name -> output rows, in order."""
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool) -> None:
-        super().__init__(in_features, sum(parts.values()), bias)
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, kernels: Kernels) -> None:
+        super().__init__(in_features, sum(parts.values()), bias, kernels)
         self.parts = parts
 
 
@@ -47,8 +58,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
         self.scale, self.eps = shape.head_dim**-0.5, shape.rms_norm_eps
         rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv_proj = PackedLinear(shape.hidden_size, {"q_proj": rows, "k_proj": kv_rows, "v_proj": kv_rows}, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(rows, shape.hidden_size, bias=spec.o_bias)
+        self.qkv_proj = PackedLinear(shape.hidden_size, {"q_proj": rows, "k_proj": kv_rows, "v_proj": kv_rows}, bias=spec.qkv_bias, kernels=kernels)
+        self.o_proj = Linear(rows, shape.hidden_size, bias=spec.o_bias, kernels=kernels)
         self._store, self._attend = kernels.qk_norm_rope_store, kernels.attention
 
     def norm_weights(self) -> tuple[Tensor | None, Tensor | None]:
@@ -69,8 +80,8 @@ class GatedMLP(nn.Module):
     def __init__(self, spec: ModelSpec, kernels: Kernels) -> None:
         super().__init__()
         hidden, inner = spec.shape.hidden_size, spec.shape.intermediate_size
-        self.gate_up_proj = PackedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, bias=spec.mlp_bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=spec.mlp_bias)
+        self.gate_up_proj = PackedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, bias=spec.mlp_bias, kernels=kernels)
+        self.down_proj = Linear(inner, hidden, bias=spec.mlp_bias, kernels=kernels)
         self._activate = kernels.silu_and_mul
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class FlashAttnKernels(KernelChoice):
     """FlashAttention for attention, Triton for the other operations; needs a GPU and the package flash_attn_interface or flash_attn."""
 
     attention: str = "flash_attn"
+    linear: str = "triton"
     norm: str = "triton"
     rope: str = "triton"
     activation: str = "triton"

@@ -17,6 +17,7 @@ class TritonKernels(KernelChoice):
     """Triton kernels for every operation, paged attention included; needs a GPU."""
 
     attention: str = "triton"
+    linear: str = "triton"
     norm: str = "triton"
     rope: str = "triton"
     activation: str = "triton"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops import BatchMetadata
 from .decode import decode_kernel
+from .overlap import NO_OVERLAP, overlap
 from .plan import DecodePlan, PromptPlan, decode_plan, prompt_plan
 from .prompt import prompt_kernel
 
@@ -87,10 +88,11 @@ def attention(
     decode = decode or decode_shape(triton.next_power_of_2(size), q.element_size(), group, batch.context_lens.shape[0] * kv_heads)
     key = ("triton decode", kv_heads, group, size, decode, capturing)
     decode_work = batch.extra.get(key)
+    planned = decode_work is not None  # by an earlier layer: this kernel may read the plan before the kernel before it has ended
     if decode_work is None:
         shares = max(1, multiprocessors(q.device) * decode.programs // kv_heads)
         decode_work = batch.extra[key] = decode_plan(batch, shares, decode.tile, decode.least, kv_heads, group, size)
-    _decode(q, k_cache, v_cache, out, batch, scale, decode_work, decode, group)
+    _decode(q, k_cache, v_cache, out, batch, scale, decode_work, decode, group, overlap(q.device) if planned else NO_OVERLAP)
     if batch.max_seqlen_q > 1:
         prompt = prompt or prompt_shape(size, q.element_size())
         queries = prompt.lanes // group  # a tile
@@ -103,8 +105,9 @@ def attention(
 
 
 def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, batch: BatchMetadata, scale: float, plan: DecodePlan, shape: DecodeShape, group: int
-) -> None:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, batch: BatchMetadata, scale: float, plan: DecodePlan, shape: DecodeShape, group: int,
+    launch: dict[str, bool],
+) -> None:  # fmt: skip
     block_size, kv_heads, size = k_cache.shape[1:]
     padded = triton.next_power_of_2(size)
     heads = triton.next_power_of_2(group)
@@ -114,7 +117,7 @@ def _decode(
         k_cache.stride(0), k_cache.stride(1),
         K=kv_heads, G=group, D=size, BLOCK_SIZE=block_size, M=max(16, heads), D_PAD=padded, TILE=plan.tile,
         PARTS=max(2, shape.combine // (heads * padded)), G_PAD=heads, LEAST=shape.least,
-        num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers,
+        num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers, **launch,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .overlap import fetch, release, wait
 from .paging import block_of
 from .plan import share_of
 
@@ -21,9 +22,10 @@ def decode_kernel(
     rows, scale, q_stride, table_stride, block_stride, slot_stride,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     M: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr,
-    LEAST: tl.constexpr,
+    LEAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q [T, K * G, D], out the same; caches [blocks, BLOCK_SIZE, K, D]. scale includes log2(e). M >= G: rows of the products."""
+    release(PDL)
     head, number, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     total = tl.load(first_ptr + rows)
     share = share_of(total, shares, LEAST)
@@ -33,6 +35,21 @@ def decode_kernel(
     head_of_group = tl.arange(0, M)
     dim = tl.arange(0, D_PAD)
     q_mask = (head_of_group[:, None] < G) & (dim[None, :] < D)
+    if PDL:  # plan, lengths and tables are older than the kernel before this one; only q and the newest K and V are its work
+        if tile < end:
+            context = tl.load(len_ptr + row)
+            table = table_ptr + row.to(tl.int64) * table_stride
+            LINES: tl.constexpr = (D_PAD + 63) // 64  # of 128 bytes in half precision
+            line = tl.arange(0, LINES) * 64
+            start = (tile - tl.load(first_ptr + row)) * TILE
+            for _ in range(2):
+                position = start + tl.arange(0, TILE)
+                block = block_of(table, start, context, BLOCK_SIZE, TILE)
+                offset = block.to(tl.int64) * block_stride + (position % BLOCK_SIZE) * slot_stride + head * D
+                fetch(k_ptr + offset[:, None] + line[None, :])
+                fetch(v_ptr + offset[:, None] + line[None, :])
+                start += TILE
+    wait(PDL)
     while tile < end:
         begin = tl.load(first_ptr + row)  # where the row begins and ends on the line
         finish = tl.load(first_ptr + row + 1)

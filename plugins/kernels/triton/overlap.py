@@ -14,12 +14,15 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
+NO_OVERLAP = {"PDL": False}
+
+
 @cache
 def overlap(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel with a constexpr PDL."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
         return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
+    return NO_OVERLAP
 
 
 @triton.jit
@@ -34,3 +37,10 @@ def wait(PDL: tl.constexpr):
     """What the kernels before wrote is there from here on."""
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def fetch(pointers):
+    """Asks for the cache lines at these addresses without waiting for them. Harmless where the kernel before still writes there:
+    they come into the second-level cache, which all see."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
