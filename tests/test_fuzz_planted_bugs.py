@@ -76,7 +76,7 @@ BUGS = {
         "pass",
     ),
     "twin never given back": (engine.Engine, "_release", "self.pool.release(twins, request.tags)", "pass"),
-    "wrong parent": (blocks.BlockPool, "publish", "request._parent = canonical", "request._parent = id"),
+    "wrong parent": (blocks.BlockPool, "publish", "parent = canonical", "parent = id"),
     "wrong parent after drop_tail": (engine.Engine, "_release", "request._shadow.get(keep - 1, table[keep - 1]) if keep else ROOT", "ROOT"),
     "generation not bumped": (blocks.BlockPool, "_evict_block", "block.generation += 1", "pass"),
     "version not bumped": (blocks.BlockPool, "_cached", "above.version += 1", "pass"),
@@ -104,15 +104,22 @@ BUGS = {
     "token of a preempted request lost": (engine.Engine, "_update", "elif request.state is not RequestState.PREEMPTED:", "else:"),
     "ended request keeps its pin of drop_tail": (engine.Engine, "_finish", "self._keep.pop(request.index, None)", "pass"),
     "planned past max_tokens": (step.StepBuilder, "_add_running", "if request.num_tokens >= request._limit:", "if False:"),
-    "salts share a prefix": (hash_cache.HashBlocks, "_key", "key=parent or request.cache_salt.encode()[:64]", "key=parent"),
-    "radix salts share a prefix": (radix.RadixTree, "_root", "if salt not in self._roots:", 'salt = ""\n    if salt not in self._roots:'),
+    "hash compares no parents": (
+        hash_cache.HashBlocks,
+        "insert",
+        "chain_key(self._content[parent][0], tokens), parent, tokens",
+        "hash(tokens), parent, tokens",
+    ),
+    "radix keeps one tree for all salts when it publishes": (radix.RadixTree, "insert", "request.cache_salt", '""'),
+    "radix keeps one tree for all salts when it matches": (radix.RadixTree, "match", "request.cache_salt", '""'),
     "radix split forgets its children": (
         radix.RadixTree,
         "_split",
         "tail.children, node.children = node.children,",
         "_, node.children = node.children,",
     ),
-    "radix compares no tokens": (radix.RadixTree, "match", "if ours != theirs:\n            run", "if False:\n            run"),
+    "radix compares no tokens": (radix.RadixTree, "match", "if ours != theirs:", "if False:"),
+    "radix matches a block too many": (radix.RadixTree, "match", "_common(ours, theirs) // size", "-(-_common(ours, theirs) // size)"),
 }
 
 
