@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from itertools import count
@@ -294,50 +295,57 @@ def plan(args: argparse.Namespace) -> None:
 
 # ---- everything on four GPUs -------------------------------------------------------------------------------------------
 
-#: Runs that share no GPU go at once. (GPUs, arguments of `layout`, seconds after which it is ended)
+LAYOUT, PYTEST = f"{__file__} layout ", "-m pytest -q tests/gpu/test_parallel_gpu.py"
+
+#: Runs that share no GPU go at once. (GPUs, what python runs, seconds after which it is ended)
 PHASES: list[list[tuple[str, str, int]]] = [
-    [("0,1,2,3", "--tp 4 --batches 256 1024 --requests 96", 75)],
-    [("0,1,2,3", "--pp 4 --batches 256 1024 --requests 96", 80)],
-    [("0,1", "--tp 2 --batches 256 512 --requests 48", 80), ("2,3", "--pp 2 --batches 256 512 --requests 64", 95)],
-    [("0,1,2,3", "--tp 4 --all-reduce symmetric --batches 256 1024 --requests 96", 75)],
-    [("0", "--tp 1 --batches 256 --requests 32", 85), ("2,3", "--tp 2 --model llama_70b --batches 128 --requests 16", 85)],
-    [("0,1,2,3", "--tp 2 --pp 2 --batches 256 1024 --requests 64", 70)],
+    [("0,1", PYTEST, 90), ("2,3", LAYOUT + "--tp 2 --batches 256 512 --requests 48", 90)],
+    [("0,1,2,3", LAYOUT + "--tp 4 --batches 256 1024 --requests 96", 65)],
+    [("0,1,2,3", LAYOUT + "--pp 4 --batches 256 1024 --requests 96", 70)],
+    [("0", LAYOUT + "--tp 1 --batches 256 --requests 32", 75), ("2,3", LAYOUT + "--pp 2 --batches 256 512 --requests 48", 75)],
+    [("0,1,2,3", LAYOUT + "--tp 4 --all-reduce symmetric --batches 256 1024 --requests 96", 65)],
+    [("0,1,2,3", LAYOUT + "--tp 2 --pp 2 --batches 256 1024 --requests 64", 60)],
+    [
+        ("0,1", LAYOUT + "--tp 2 --all-reduce symmetric --batches 256 512 --requests 48", 60),
+        ("2,3", LAYOUT + "--tp 2 --model llama_70b --batches 128 --requests 16", 60),
+    ],
 ]
 
 
 def gpus(args: argparse.Namespace) -> None:
+    """Writes results.jsonl and logs.txt as they come."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    for number, phase in enumerate(PHASES):
+    for phase in PHASES:
         running = []
-        for part, (devices, arguments, limit) in enumerate(phase):
+        for devices, what, limit in phase:
             left = args.seconds - (time.perf_counter() - started)
-            log = (out / f"{number}{part}.log").open("w")
-            command = [sys.executable, __file__, "layout", *arguments.split()]
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices, "PYTHONUNBUFFERED": "1"}
-            print(f"{time.perf_counter() - started:6.1f} s  {devices}: {arguments}", flush=True)
+            print(f"{time.perf_counter() - started:6.1f} s  GPU {devices}: {what}" + (": left out, no time" if left < 30 else ""), flush=True)
             if left < 30:
-                print("        left out: no time", flush=True)
                 continue
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-            running.append((process, min(limit, left), log))
-        began = time.perf_counter()
-        for process, limit, log in running:
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices, "PYTHONUNBUFFERED": "1"}
+            log = tempfile.TemporaryFile("w+")
+            process = subprocess.Popen([sys.executable, *what.split()], stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            running.append((process, what, time.perf_counter() + min(limit, left), log))
+        for process, what, until, log in running:
             try:
-                process.wait(max(1.0, limit - (time.perf_counter() - began)))
+                process.wait(max(0.1, until - time.perf_counter()))
             except subprocess.TimeoutExpired:
                 process.kill()  # its ranks end with it
                 process.wait()
-                print("        ended: out of time", flush=True)
-            log.close()
-            text = Path(log.name).read_text()
+                print(f"        out of time: {what}", flush=True)
+            log.seek(0)
+            text = log.read()
             results = [line[7:] for line in text.splitlines() if line.startswith("RESULT ")]
             with (out / "results.jsonl").open("a") as file:
                 file.writelines(line + "\n" for line in results)
-            print("\n".join(results), flush=True)
-            if process.returncode:
-                print(f"        exit code {process.returncode}\n{text[-1500:]}", flush=True)
+            with (out / "logs.txt").open("a") as file:
+                file.write(f"==== {what}\n{text[-40000:]}\n")
+            shown = [line for line in results if '"top"' not in line]
+            print("\n".join(shown), flush=True)
+            if process.returncode or what == PYTEST:
+                print(f"        exit code {process.returncode}\n{text[-1200:]}", flush=True)
 
 
 def main() -> None:
@@ -352,7 +360,7 @@ def main() -> None:
     layout.add_argument("--batches", type=int, nargs="+", default=[256])
     layout.add_argument("--requests", type=int, default=32, help="of the prefill figure")
     layout.add_argument("--prompt", type=int, default=256, help="tokens, of the decode figure")
-    layout.add_argument("--steps", type=int, default=100, help="of the decode figure")
+    layout.add_argument("--steps", type=int, default=60, help="of the decode figure")
     layout.add_argument("--window", type=int, default=40, help="steps, of the bubbles figure")
     layout.add_argument("--budget", type=int, default=8192, help="tokens a step")
     layout.add_argument("--depth", type=int, default=None, help="plans in flight; pp + 1 unless given")
