@@ -21,8 +21,8 @@ class NoisyLength(Predictor):
 
     Two requests whose log lengths differ by d keep their order with probability (1 + erf(d / 2 sigma)) / 2, so tau is the mean of
     erf(d / 2 sigma) over pairs of unequal lengths, whatever their distribution. Sigma is solved from the lengths of the first
-    requests, again each time their number doubles, up to 64. A request's z depends on the seed and its id alone, so that every policy
-    sees the same errors.
+    requests, again each time their number doubles, up to 64. A request's z depends on the seed and its id alone, so that orders which
+    ask when a request arrives see the same errors.
     """
 
     tau: float = 0.5

@@ -52,14 +52,13 @@ class ProgramService(KeyOrder):
             total += self.quantum * self.ratio**i
             self._limits.append(total)
         self._limits.append(float("inf"))
-        self._programs: dict[tuple[str, str], _Program] = {}
+        self._programs: dict[str, _Program] = {}
         self._levels: dict[int, int] = {}  # request index -> level
         self._since: dict[int, float] = {}  # waiting request index -> when it began to wait
         self._starving = Alarms()
 
     def program(self, request: Request) -> _Program:
-        tags = request.tags
-        name = ("session", tags.session) if tags.session else ("client", tags.client)
+        name = request.tags.session or request.tags.client
         if (found := self._programs.get(name)) is None:
             found = self._programs[name] = _Program()
         return found
@@ -91,12 +90,12 @@ class ProgramService(KeyOrder):
         self.program(request).waited += now - self._since.pop(request.index)
 
     def on_step_end(self, record: StepRecord) -> None:
-        spent, levels = record.end - record.start, self._levels
+        spent, levels, limits = record.end - record.start, self._levels, self._limits
         for request in record.plan.requests:
             program = self.program(request)
             program.served += spent
             # A promoted call sinks again from where its program stands, so it is served for one step at least.
-            if program.served > self._limits[levels.get(request.index, -1)]:
+            if program.served > limits[levels.get(request.index, -1)]:
                 levels[request.index] += 1
                 self.rekey(request)
 

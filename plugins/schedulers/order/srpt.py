@@ -19,7 +19,7 @@ class ShortestRemaining(ShortestFirst):
     """
 
     def key(self, request: Request) -> float:
-        return max(0.0, super().key(request) - request.num_output_tokens)
+        return max(0.0, self._length[request.index] - request.num_output_tokens)
 
 
 @hookimpl
