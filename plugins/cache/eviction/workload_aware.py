@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import exp
+from math import expm1, log
 
 from headway import Block, BlockHeap, ConfigError, Context, Eviction, Request, hookimpl
 
@@ -15,11 +15,12 @@ Category = tuple[str, int]
 class Reuse:
     """Reuse times of one category: exponential (the paper's fit), with the share of uses that is ever followed by another."""
 
-    __slots__ = ("uses", "reuses", "seconds", "blocks")
+    __slots__ = ("uses", "reuses", "seconds", "rate", "scale", "blocks")
 
     def __init__(self) -> None:
         self.uses = self.reuses = 0
         self.seconds = 0.0
+        self.rate = self.scale = 0.0  # log probability of a use within `life` of a block idle for t: scale - rate * t
         self.blocks = BlockHeap()  # evictable blocks last used by this category: longest ago first, of one request the deepest first
 
 
@@ -45,6 +46,7 @@ class WorkloadAware(Eviction):
         self._ghosts: OrderedDict[int, tuple[float, Category]] = OrderedDict()  # key of an evicted block -> the same
         self._now = 0.0
         self._life = 0.0  # seconds
+        self._fitted = -1.0  # when the categories were fitted last
 
     def on_admit(self, request: Request, now: float) -> None:
         self._now = now
@@ -79,13 +81,17 @@ class WorkloadAware(Eviction):
         while len(self._ghosts) > self._capacity:
             self._ghosts.popitem(last=False)
 
-    def _probability(self, reuse: Reuse, idle: float) -> float:
-        """That a block idle for so long is used within `life` from now."""
-        rate = (reuse.reuses + 1) / (reuse.seconds + max(self._life, 1e-9))  # one made-up reuse after `life`, until there are real ones
-        share = (reuse.reuses + 1) / (reuse.uses + 2)
-        return share * exp(-rate * idle) * (1.0 - exp(-rate * max(self._life, 1e-9)))
+    def _fit(self) -> None:
+        """Once a point in time, so that the evictions of one step cost no logarithms."""
+        self._fitted = self._now
+        life = max(self._life, 1e-9)
+        for reuse in self._categories.values():
+            reuse.rate = (reuse.reuses + 1) / (reuse.seconds + life)  # one made-up reuse after `life`, until there are real ones
+            reuse.scale = log((reuse.reuses + 1) / (reuse.uses + 2)) + log(-expm1(-reuse.rate * life))
 
     def candidates(self, n: int) -> Iterator[Block]:
+        if self._now > self._fitted:
+            self._fit()
         while True:
             best: tuple[float, int, int] | None = None
             chosen: BlockHeap | None = None
@@ -93,7 +99,7 @@ class WorkloadAware(Eviction):
                 if (first := reuse.blocks.peek()) is None:
                     continue
                 (used, _), block = first
-                rank = (self._probability(reuse, self._now - used), -block.depth, block.last_access)
+                rank = (reuse.scale - reuse.rate * (self._now - used), -block.depth, block.last_access)
                 if best is None or rank < best:
                     best, chosen = rank, reuse.blocks
             if chosen is None or (block := chosen.pop()) is None:  # type: ignore[assignment]

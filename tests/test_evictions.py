@@ -1,0 +1,290 @@
+"""Evictions: the ones with a reference implementation agree with it hit for hit; each keeps the property that it was published for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flat_stream
+import pytest
+from flat_stream import EVICTIONS, hits, make, zipf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from policy_runs import ask, compose, run
+
+from core.blocks import ROOT, BlockPool
+from core.engine import EngineConfig
+from core.errors import ConfigError
+from core.policy import Context, Oracle
+from core.request import Arrival, Request, Tags
+from plugins.cache.hash import HashBlocks
+
+REFERENCES = {"lru": "LRU", "fifo": "FIFO", "lfu": "LFU", "two_q": "TwoQ", "sieve": "Sieve", "s3fifo": "S3FIFO", "arc": "ARC"}
+EXACT = sorted(set(REFERENCES) - {"arc"})
+
+
+def libcachesim(name: str, capacity: int) -> Any:
+    library = pytest.importorskip("libcachesim")
+    return getattr(library, REFERENCES[name])(capacity, hashpower=14)
+
+
+def ratio(answers: list[bool]) -> float:
+    return sum(answers) / len(answers)
+
+
+# ---- flat streams: every object one block ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("capacity", "alpha"), [(20, 0.9), (64, 0.8), (301, 1.0)])
+@pytest.mark.parametrize("name", EXACT)
+def test_agrees_with_libcachesim_hit_for_hit(name: str, capacity: int, alpha: float) -> None:
+    stream = zipf(capacity, 4000, 800, alpha)
+    ours = hits(make(name), capacity, stream)
+    assert ours == flat_stream.reference(libcachesim(name, capacity), stream)
+    assert 0.05 < ratio(ours) < 0.95
+
+
+@pytest.mark.parametrize("name", EXACT)
+@given(stream=st.lists(st.integers(0, 45), min_size=20, max_size=200))
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_agrees_with_libcachesim_on_small_streams(name: str, stream: list[int]) -> None:
+    assert hits(make(name), 20, stream) == flat_stream.reference(libcachesim(name, 20), stream)  # 20: the small queue of S3-FIFO holds 2
+
+
+@pytest.mark.parametrize(("capacity", "alpha"), [(20, 0.9), (64, 0.8), (301, 1.0)])
+def test_arc_differs_from_libcachesim_only_by_when_it_learns(capacity: int, alpha: float) -> None:
+    """The core evicts before it knows what comes, so that ghosts move the target from the next eviction on."""
+    stream = zipf(capacity, 4000, 800, alpha)
+    ours, theirs = hits(make("arc"), capacity, stream), flat_stream.reference(libcachesim("arc", capacity), stream)
+    assert abs(ratio(ours) - ratio(theirs)) < 0.005
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+@given(stream=st.lists(st.integers(0, 12), min_size=10, max_size=120), capacity=st.integers(1, 8))
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_none_beats_belady(name: str, stream: list[int], capacity: int) -> None:
+    best = sum(hits(make("belady"), capacity, stream))
+    assert sum(hits(make(name), capacity, stream)) <= best
+
+
+def test_belady_is_the_optimum_by_brute_force() -> None:
+    def optimum(stream: list[int], held: frozenset[int], capacity: int) -> int:
+        if not stream:
+            return 0
+        now, rest = stream[0], stream[1:]
+        if now in held:
+            return 1 + optimum(rest, held, capacity)
+        if len(held) < capacity:
+            return optimum(rest, held | {now}, capacity)
+        return max(optimum(rest, held - {gone} | {now}, capacity) for gone in held)
+
+    for seed in range(12):
+        stream = zipf(seed, 13, 5, 0.3)
+        assert sum(hits(make("belady"), 3, stream)) == optimum(stream, frozenset(), 3)
+
+
+@pytest.mark.parametrize("name", ["slru", "two_q", "arc", "s3fifo", "sieve", "lfu", "lfu_da", "gdsf"])
+def test_a_scan_does_not_flush_what_is_used_often(name: str) -> None:
+    """Ten objects asked for twice a round, and between two rounds a scan of 15 that nobody asks for twice, in 20 blocks."""
+    stream: list[int] = []
+    after: list[int] = []  # where the ten are asked for again after a scan
+    for number in range(40):
+        if number >= 20:
+            after += range(len(stream), len(stream) + 10)
+        stream += [*range(10), *range(10), *range(1000 + 15 * number, 1015 + 15 * number)]
+    ours, lru = (hits(make(policy), 20, stream) for policy in (name, "lru"))
+    assert ratio([lru[i] for i in after]) == 0.0
+    assert ratio([ours[i] for i in after]) > 0.8
+
+
+def test_mru_keeps_a_part_of_a_loop_that_lru_loses_whole() -> None:
+    loop = list(range(30)) * 20
+    assert ratio(hits(make("lru"), 25, loop)) == 0.0
+    assert ratio(hits(make("mru"), 25, loop)) > 0.7
+
+
+@pytest.mark.parametrize("name", ["lfu_da", "gdsf"])
+def test_aging_lets_go_of_what_was_popular_once(name: str) -> None:
+    """LFU holds on to ten objects that were hit fifty times, and has too little room for the fifteen of today."""
+    stream = list(range(10)) * 50 + list(range(100, 115)) * 60
+    today = slice(len(stream) - 150, None)
+    assert ratio(hits(make("lfu"), 20, stream)[today]) < 0.75
+    assert ratio(hits(make(name), 20, stream)[today]) == 1.0
+
+
+def test_without_a_cost_that_grows_gdsf_is_lfu_da() -> None:
+    stream = zipf(3, 4000, 600)
+    assert hits(make("gdsf", attention_tokens=1 << 60), 80, stream) == hits(make("lfu_da"), 80, stream)
+
+
+def test_slru_gives_the_protected_segment_its_share_only() -> None:
+    """All twenty of yesterday are protected; with a share of one half only ten can keep today's out."""
+    stream = list(range(20)) * 2 + list(range(100, 110)) * 10
+    assert ratio(hits(make("slru", protected_ratio=1.0), 20, stream)[-50:]) < ratio(hits(make("slru", protected_ratio=0.5), 20, stream)[-50:]) == 1.0
+
+
+# ---- on the tree ----------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """A pool of blocks of one token, so that a prompt is a path."""
+
+    def __init__(self, eviction: Any, num_blocks: int, block_size: int = 1, future: list[Arrival] | None = None) -> None:
+        self.cache, self.eviction, self.size = HashBlocks(), eviction, block_size
+        oracle = Oracle()
+        oracle.future = future or []
+        for role in (self.cache, eviction):
+            role.setup(Context(0, block_size, num_blocks, 1 << 20, 8, 1 << 20, {}, oracle=oracle))
+        self.pool = BlockPool(num_blocks, block_size, self.cache, eviction)
+        self.asked = 0
+
+    def ask(self, tokens: list[int], now: float = 0.0, **tags: Any) -> int:
+        """Serves a prompt; returns how many of its blocks were cached."""
+        request = Request(Arrival(now, tokens, tags=Tags(**tags)), self.asked, max_model_len=1 << 20, eos_token_ids=frozenset())
+        self.asked += 1
+        self.pool.now = max(self.pool.now, now)
+        limit = len(tokens) // self.size
+        found = self.cache.match(request, [], limit)
+        self.pool.acquire(found, request.tags)
+        self.eviction.on_admit(request, self.pool.now)
+        request.block_table = found + self.pool.allocate(limit - len(found))
+        request._published, request._parent = len(found), found[-1] if found else ROOT
+        self.pool.publish(request, limit)
+        self.pool.release(request.block_table, request.tags)
+        self.pool.check()
+        return len(found)
+
+    def cached(self, tokens: list[int]) -> int:
+        """How many leading blocks of a prompt are cached now."""
+        request = Request(Arrival(0.0, tokens), 1 << 30, max_model_len=1 << 20, eos_token_ids=frozenset())
+        return len(self.cache.match(request, [], len(tokens) // self.size))
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_goes_leaf_by_leaf_until_nothing_is_left(name: str) -> None:
+    paths = [[1, 2, 3, 4], [1, 2, 5, 6], [1, 7], [8, 9, 8]]
+    tree = Tree(make(name), 10, future=[Arrival(0.0, p) for p in paths])
+    for path in paths:
+        tree.ask(path)
+    assert tree.pool.num_cached == 10
+    for left in range(9, -1, -1):
+        block = tree.pool.allocate_one()
+        assert tree.pool.num_cached == left
+        tree.pool.check()  # raises for a cached block whose parent is not
+        assert not tree.pool.blocks[block].cached
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_never_takes_what_a_request_holds(name: str) -> None:
+    tree = Tree(make(name), 8, future=[Arrival(0.0, [1, 2, 3, 4]), Arrival(0.0, [5, 6])])
+    tree.ask([1, 2, 3, 4])
+    tree.ask([5, 6])
+    request = Request(Arrival(0.0, [1, 2, 3, 4]), 99, max_model_len=1 << 20, eos_token_ids=frozenset())
+    held = tree.cache.match(request, [], 4)
+    tree.pool.acquire(held)
+    taken = tree.pool.allocate(tree.pool.num_available)
+    assert len(taken) == 4 and not set(taken) & set(held) and tree.cached([1, 2, 3, 4]) == 4
+
+
+def test_priority_evicts_the_least_urgent_first_and_the_oldest_among_equals() -> None:
+    tree = Tree(make("priority"), 4)
+    for token, priority in ((1, 0), (2, 2), (3, 1), (4, 2)):
+        tree.ask([token], priority=priority)
+    gone = []
+    for _ in range(4):
+        tree.pool.allocate_one()
+        gone.append(next(t for t in (1, 2, 3, 4) if not tree.cached([t]) and t not in gone))
+    assert gone == [2, 4, 3, 1]
+
+
+def test_tlru_cuts_tails_that_fit_the_budget_before_it_touches_a_conversation() -> None:
+    """xi - Q_hat = 3 tokens may be missing of each conversation: those go first, from both, although B is the older one."""
+    tree = Tree(make("tlru", xi=5, Q_hat=2), 20)
+    a, b = list(range(10)), list(range(100, 110))
+    tree.ask(b)
+    tree.ask(a)
+    tree.pool.allocate(6)
+    assert (tree.cached(a), tree.cached(b)) == (7, 7)
+    tree.pool.allocate(4)  # nothing is safe any more: LRU
+    assert (tree.cached(a), tree.cached(b)) == (7, 3)
+
+
+def test_tlru_with_no_budget_is_lru() -> None:
+    stream = zipf(4, 3000, 500)
+    assert hits(make("tlru", xi=0, Q_hat=0), 60, stream) == hits(make("lru"), 60, stream)
+
+
+def test_gdsf_values_a_deep_block_above_a_shallow_one() -> None:
+    """Two leaves of the same age and use; recomputing the deep one attends over its whole prefix."""
+    tree = Tree(make("gdsf", attention_tokens=4), 9)
+    tree.ask([1, 2, 3, 4, 5, 6, 7, 8])
+    tree.ask([9])
+    tree.pool.allocate_one()
+    assert (tree.cached([1, 2, 3, 4, 5, 6, 7, 8]), tree.cached([9])) == (8, 0)
+
+
+def test_workload_aware_keeps_the_category_that_comes_back() -> None:
+    """Chats come back after 0.7 s, API calls never do; LRU treats both alike and forgets a chat before its next turn."""
+    served = {}
+    for name in ("lru", "workload_aware"):
+        tree, found = Tree(make(name), 40), 0
+        for i in range(400):
+            now = i * 0.1
+            tree.ask([10_000 + i, 1, 2, 3, 4, 5], now, category="api")
+            if i >= 7:
+                found += tree.ask([20_000 + (i - 7), 1], now, category="chat")
+            tree.ask([20_000 + i, 1], now, category="chat")
+        served[name] = found / (2 * 393)
+    assert served["lru"] == 0.0
+    assert served["workload_aware"] > 0.8
+
+
+def test_workload_aware_gives_up_a_block_that_is_late_for_its_category() -> None:
+    """Between blocks of one category the one that is idle longest goes first."""
+    tree = Tree(make("workload_aware"), 3)
+    for now, token in ((0.0, 1), (1.0, 2), (2.0, 3), (3.0, 1)):
+        tree.ask([token], now, category="chat")
+    tree.ask([4], 4.0, category="chat")
+    assert [tree.cached([t]) for t in (1, 2, 3)] == [1, 0, 1]
+
+
+def test_belady_keeps_the_head_that_is_needed_and_cuts_what_is_not() -> None:
+    future = [Arrival(float(i), tokens) for i, tokens in enumerate([[1, 2, 3], [4, 5, 6], [7, 8], [1, 2, 9], [4, 5, 6]])]
+    tree = Tree(make("belady"), 6, future=future)
+    found = [tree.ask(arrival.prompt_token_ids) for arrival in future]
+    assert found == [0, 0, 0, 2, 2]  # [3] and one of the two last needed leaves made room for [7, 8]
+
+
+# ---- in a run -------------------------------------------------------------------------------------------------------
+
+CONFIG = EngineConfig(block_size=4, num_blocks=24, max_num_seqs=2, check=True)
+
+
+def prompts(seed: int) -> list[Arrival]:
+    stream = zipf(seed, 120, 12, 0.9)
+    return [ask(0.05 * i, [k * 10 + j for j in range(17)], 3, session=str(k), category="chat") for i, k in enumerate(stream)]
+
+
+def test_belady_learns_the_future_from_the_run_and_is_stamped_on_it() -> None:
+    cached = {}
+    for name in EVICTIONS:
+        result = run(prompts(1), cache="radix", eviction=name, engine=CONFIG)
+        cached[name] = sum(o.num_cached_tokens for o in result.outputs)
+        assert result.oracles == (["eviction=belady"] if name == "belady" else [])
+    assert cached["belady"] == max(cached.values()) > cached["lru"] > 0
+
+
+def test_belady_without_a_known_future_says_what_to_choose() -> None:
+    engine = compose(cache="hash", eviction="belady", engine=CONFIG)
+    engine.add(ask(0.0, 8, 2))
+    with pytest.raises(ConfigError, match="open-loop"):
+        engine.run()
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("slru", {"protected_ratio": 1.5}), ("two_q", {"kin": -0.1}), ("s3fifo", {"move_to_main_threshold": 0}), ("gdsf", {"attention_tokens": 0}),
+     ("tlru", {"xi": -1}), ("workload_aware", {"smoothing": 0.0})],
+)  # fmt: skip
+def test_senseless_parameters_are_refused(name: str, bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        hits(make(name, **bad), 8, [1, 2])
