@@ -1,7 +1,7 @@
 """x @ weight.T for few rows, where reading the weight is all that counts. Measured on one H200 against cuBLAS, which keeps the rest:
 
-one row      a program takes whole weight rows and sums over their columns, no matrix unit: 8B-sized matrices, and o_proj of small models
-2-64 rows    a program takes a tile of weight rows; small matrices only, where cuBLAS pays more for its start than for its bytes
+one row      a program takes whole weight rows and sums over their columns, without matrix units
+9-64 rows    a program takes a tile of weight rows; small matrices only, where cuBLAS pays more for its start than for its bytes
 
 A program asks for its weights before it waits for x, so that they travel while the kernel before it still runs.
 """
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from .overlap import fetch, overlap, release, wait
 
-SMALL = 4 << 20  # weight elements up to which the tiled kernel beats cuBLAS
+LARGE = 64 << 20  # weight elements up to which the kernel for one row beats cuBLAS
+SMALL = 8 << 20  # and the one for tiles
 
 
 class RowShape(NamedTuple):
@@ -89,13 +90,16 @@ def _tile_kernel(
 
 def linear_shape(rows: int, n: int, k: int) -> RowShape | TileShape | None:
     """None: cuBLAS."""
-    if rows == 1:
-        shape: RowShape | TileShape = RowShape(4, 1024, 4)
-    elif 8 < rows <= 64 and n * k <= SMALL:
-        shape = TileShape(max(16, triton.next_power_of_2(rows)), 16 if n < 2048 else 32, 256, 4, 4)
-    else:
-        return None
-    return None if n % shape.tile or k % shape.depth else shape
+    shape: RowShape | TileShape | None = None
+    if rows == 1 and n * k <= LARGE:
+        shape = RowShape(4, 1024, 4)
+    elif 8 < rows <= 64 and n * k <= SMALL and k <= 2 * n:
+        padded = max(16, triton.next_power_of_2(rows))
+        if padded == 64 and n >= 6144:
+            shape = TileShape(padded, 64, 128, 4, 4)
+        else:
+            shape = TileShape(padded, 32 if n >= 2048 or padded == 16 else 16, 256, 4, 4)
+    return None if shape is None or n % shape.tile or k % shape.depth else shape
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: RowShape | TileShape | None = None) -> Tensor:
