@@ -28,6 +28,7 @@ GROUPS = {
     "activation": ("silu_and_mul",),
     "store": ("store_kv",),
     "sampling": ("sample",),
+    "batch": ("decode_inputs", "advance"),
 }
 FUSED = "qk_norm_rope_store"
 
@@ -46,6 +47,7 @@ class KernelChoice(KernelBackend):
     activation: str = "torch"
     store: str = "torch"
     sampling: str = "torch"
+    batch: str = "torch"
     cuda_graphs: bool = False
 
     def operations(self, device: str) -> Any:
@@ -66,6 +68,8 @@ class Kernels:
     store_kv: Callable[..., None]
     attention: Callable[..., Tensor]
     sample: Callable[..., Tensor]
+    decode_inputs: Callable[..., tuple[Tensor, ...]]
+    advance: Callable[..., None]
     chosen: dict[str, str]  # operation -> backend's name, for the run's record
     caps: KernelCaps  # what every chosen backend allows together
     cuda_graphs: bool

@@ -95,6 +95,15 @@ class KernelBackend(Role):
         Filters apply to softmax(logits / temperature), top_k first, then top_p on what is left, then min_p."""
         raise NotImplementedError
 
+    def decode_inputs(self, rows: Tensor, lengths: Tensor, last_tokens: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tensor, ...]:
+        """What a step of decodes reads of its rows int64 [B]; lengths and last_tokens int64 [R], block_tables int32 [R, M].
+        -> tokens, positions, ends = positions + 1, slots: int64 [B]; contexts = ends int32 [B]; tables int32 [B, M]."""
+        raise NotImplementedError
+
+    def advance(self, rows: Tensor, tokens: Tensor, lengths: Tensor, last_tokens: Tensor) -> None:
+        """What it leaves: the sampled tokens, and lengths longer by one. The last row is padding and stays at length 0."""
+        raise NotImplementedError
+
 
 def gumbel(seed: int, position: int, token: int) -> float:
     """The noise of one (row, vocabulary entry), as plain integers and floats: what every backend's `sample` must reproduce.

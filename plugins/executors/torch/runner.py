@@ -101,25 +101,22 @@ class ModelRunner:
 
     def decode(self, num_seqs: int, max_context: int, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
         """One token for each of the first `num_seqs` of `batch_rows`. Reads and writes device state only, at fixed addresses."""
-        size = self.block_size
         rows = self.batch_rows[:num_seqs]
-        positions = self.lengths[rows]
-        tables = self.block_tables[rows]
-        block = tables.gather(1, (positions // size).unsqueeze(1)).squeeze(1)
+        tokens, positions, ends, slots, contexts, tables = self.kernels.decode_inputs(
+            rows, self.lengths, self.last_tokens, self.block_tables, self.block_size
+        )
         batch = BatchMetadata(
-            slot_mapping=block * size + positions % size,
+            slot_mapping=slots,
             block_tables=tables,
             cu_seqlens_q=self.bounds[: num_seqs + 1],
-            context_lens=(positions + 1).int(),
+            context_lens=contexts,
             max_seqlen_q=1,
             max_seqlen_k=max_context,
-            block_size=size,
+            block_size=self.block_size,
         )
-        hidden = self.model(self.last_tokens[rows], positions, self.caches, batch)
-        ends = positions + 1
+        hidden = self.model(tokens, positions, self.caches, batch)
         sampled = self._sample(hidden, rows, ends, sampling, logprobs)
-        self.last_tokens[rows] = sampled.tokens
-        self.lengths[rows] = torch.where(rows == self.max_num_seqs, 0, ends)  # the padding row stays at position 0
+        self.kernels.advance(rows, sampled.tokens, self.lengths, self.last_tokens)
         return sampled
 
     def _mixed(self, step: StepInput, data: Tensor) -> Sampled:

@@ -27,6 +27,7 @@ class FlashAttnKernels(KernelChoice):
     activation: str = "triton"
     store: str = "triton"
     sampling: str = "triton"
+    batch: str = "triton"
 
     plugin_name = "flash_attn"
     caps = KernelCaps(

@@ -20,6 +20,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def decode_inputs(rows: Tensor, lengths: Tensor, last_tokens: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tensor, ...]:
+    positions, tables = lengths[rows], block_tables[rows]
+    blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
+    ends = positions + 1
+    return last_tokens[rows], positions, ends, blocks * block_size + positions % block_size, ends.int(), tables
+
+
+def advance(rows: Tensor, tokens: Tensor, lengths: Tensor, last_tokens: Tensor) -> None:
+    last_tokens[rows] = tokens
+    lengths[rows] = torch.where(rows == lengths.shape[0] - 1, 0, lengths[rows] + 1)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = _wide(x)
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -23,6 +23,7 @@ class TritonKernels(KernelChoice):
     activation: str = "triton"
     store: str = "triton"
     sampling: str = "triton"
+    batch: str = "triton"
 
     plugin_name = "triton"
     caps = KernelCaps(

@@ -1,9 +1,10 @@
 """The Triton backend's callables, one an operation; contracts as in `plugins/kernels/ops.py`."""
 
 from .attention import attention
+from .batch import advance, decode_inputs
 from .linear import linear
 from .norm import add_rms_norm, rms_norm, silu_and_mul
 from .rope import qk_norm_rope_store, rotary, store_kv
 from .sampling import sample
 
-__all__ = ["add_rms_norm", "attention", "linear", "qk_norm_rope_store", "rms_norm", "rotary", "sample", "silu_and_mul", "store_kv"]
+__all__ = ["add_rms_norm", "advance", "attention", "decode_inputs", "linear", "qk_norm_rope_store", "rms_norm", "rotary", "sample", "silu_and_mul", "store_kv"]
