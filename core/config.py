@@ -219,6 +219,7 @@ class ParallelConfig:
     pp: int = 1  # pipeline parallel: stages of consecutive layers; as many plans are kept in flight
     layers: list[int] | None = None  # layers of each stage; None: as evenly as can be
     all_reduce: str = "library"  # NCCL or gloo; or symmetric: GPUs of one host read each other's memory
+    overlap_tokens: int = 2048  # steps of at least so many tokens are multiplied and summed in parts, side by side; 0: none
     timeout: float = 15.0  # seconds without progress of a step after which a rank is taken to hang
     port: int = 0  # where ranks of one host meet; 0: any free one. torchrun has its own
 
@@ -228,6 +229,8 @@ class ParallelConfig:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)}: expected at least 1")
         if self.all_reduce not in ("library", "symmetric"):
             raise ConfigError(f"parallel.all_reduce={self.all_reduce!r}: expected library or symmetric")
+        if self.overlap_tokens < 0:
+            raise ConfigError(f"parallel.overlap_tokens={self.overlap_tokens}: expected at least 0")
         if not self.timeout > 0:
             raise ConfigError(f"parallel.timeout={self.timeout}: expected seconds > 0")
         if not 0 <= self.port < 65536:

@@ -85,6 +85,7 @@ class Bench:
 
         self.args, self.ids, self.rng = args, count(), Random(0)
         self.layout = f"tp{args.tp}pp{args.pp}{'' if args.all_reduce == 'library' else ' ' + args.all_reduce}"
+        self.layout += "" if args.overlap_tokens else " no overlap"
         # One plan more than stages hides the way of the tokens back to the driver, as two do on one stage.
         depth = args.pp + 1 if args.depth is None else args.depth
         shares = sorted({-(-batch // (depth if args.pp > 1 else 1)) for batch in args.batches})
@@ -93,7 +94,7 @@ class Bench:
             kernels.plugin_name = "triton"
         else:
             kernels = TorchKernels()
-        parallel = ParallelConfig(tp=args.tp, pp=args.pp, all_reduce=args.all_reduce, timeout=60)
+        parallel = ParallelConfig(tp=args.tp, pp=args.pp, all_reduce=args.all_reduce, overlap_tokens=args.overlap_tokens, timeout=60)
         limits = EngineConfig(
             max_num_seqs=max(args.batches), max_num_batched_tokens=args.budget, max_model_len=2048, max_inflight=depth, num_blocks=args.blocks
         )
@@ -309,6 +310,7 @@ PHASES: list[list[tuple[str, str, int]]] = [
         ("0,1", LAYOUT + "--tp 2 --all-reduce symmetric --batches 256 512 --requests 48", 60),
         ("2,3", LAYOUT + "--tp 2 --model llama_70b --batches 128 --requests 16", 60),
     ],
+    [("0,1,2,3", LAYOUT + "--tp 4 --overlap-tokens 0 --batches 8 --requests 96", 45)],
 ]
 
 
@@ -355,6 +357,7 @@ def main() -> None:
     layout.add_argument("--tp", type=int, default=1)
     layout.add_argument("--pp", type=int, default=1)
     layout.add_argument("--all-reduce", default="library")
+    layout.add_argument("--overlap-tokens", type=int, default=ParallelConfig.overlap_tokens)
     layout.add_argument("--device", default="cuda")
     layout.add_argument("--model", default="qwen3_32b", choices=SHAPES)
     layout.add_argument("--batches", type=int, nargs="+", default=[256])

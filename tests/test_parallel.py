@@ -24,7 +24,7 @@ def ranks(request, monkeymodule):
     """The tiny model on the layout's ranks; one group of processes for all tests of a layout."""
     tp, pp = LAYOUTS[request.param]
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
-    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(tp=tp, pp=pp, timeout=60))
+    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(tp=tp, pp=pp, overlap_tokens=8, timeout=60))
     yield executor
     executor.close()
 

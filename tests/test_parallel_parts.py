@@ -150,7 +150,7 @@ def test_what_does_not_divide_is_refused(monkeypatch, parallel, message):
         TorchExecutor(device="cpu").prepare(ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(**parallel))
 
 
-@pytest.mark.parametrize("values", [{"tp": 0}, {"pp": -1}, {"timeout": 0.0}, {"port": 70000}])
+@pytest.mark.parametrize("values", [{"tp": 0}, {"pp": -1}, {"timeout": 0.0}, {"port": 70000}, {"overlap_tokens": -1}, {"all_reduce": "fast"}])
 def test_values_out_of_range_are_refused(values):
     with pytest.raises(ConfigError, match=f"parallel.{next(iter(values))}="):
         ParallelConfig(**values)

@@ -19,6 +19,7 @@ from headway import ParallelConfig as Parallel
 from .symmetric import SymmetricReduce
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+OVERLAPPED_PARTS = 4
 STARTUP = 600.0  # seconds that ranks may be apart while kernels compile and graphs are captured
 
 
@@ -47,6 +48,7 @@ class Mesh:
         )  # fmt: skip
         mesh = init_device_mesh(device.type, (parallel.pp, parallel.tp), mesh_dim_names=("pp", "tp"))
         self.tp_group, self.pp_group = mesh.get_group("tp"), mesh.get_group("pp")
+        self._overlap_tokens = parallel.overlap_tokens if parallel.tp > 1 else 0
         self._symmetric: SymmetricReduce | None = None
         self._sending: Any = None  # the last send, not known to be over; and what it sends
 
@@ -66,10 +68,23 @@ class Mesh:
 
     def reduced_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, K], weight [N, K] of this rank -> the sum over the ranks of x @ weight.T, [T, N]."""
+        if self._overlap_tokens and len(x) >= self._overlap_tokens:
+            return self._overlapped_linear(x, weight)
         if self._symmetric is None:
             return self.all_reduce(F.linear(x, weight))
         self.entered += 1
         return self._symmetric.linear(x, weight)
+
+    def _overlapped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """In parts: while one is summed over the ranks, the next is multiplied."""
+        total = x.new_empty(len(x), len(weight))
+        sums = []
+        for rows, part in zip(x.chunk(OVERLAPPED_PARTS), total.chunk(OVERLAPPED_PARTS), strict=True):
+            torch.mm(rows, weight.t(), out=part)
+            sums.append(self._guarded(dist.all_reduce, part, group=self.tp_group, async_op=True))
+        for work in sums:
+            self._guarded(work.wait)
+        return total
 
     def map_peers(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         """`reduced_linear` through memory of the GPUs that the others map, for results of at most [rows, columns]."""
