@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
 from typing import Any
 
-from headway import Block
+from headway import Block, BlockHeap
 
 
 class Queue:
@@ -15,12 +14,11 @@ class Queue:
     A block in use or with children keeps its place and costs nothing until it is evictable again: O(log n) a change.
     """
 
-    __slots__ = ("_position", "_ready", "_heap")
+    __slots__ = ("_position", "_ready")
 
     def __init__(self) -> None:
         self._position: dict[int, Any] = {}  # block id -> its place; all members
-        self._ready: dict[int, Block] = {}  # the evictable ones
-        self._heap: list[tuple[Any, int]] = []  # (position, block id); stale where the two above say otherwise
+        self._ready = BlockHeap()  # the evictable ones
 
     def __len__(self) -> int:
         return len(self._position)
@@ -37,36 +35,18 @@ class Queue:
         self._position[block.id] = position
 
     def ready(self, block: Block) -> None:
-        self._ready[block.id] = block
-        heapq.heappush(self._heap, (self._position[block.id], block.id))
+        self._ready.push(self._position[block.id], block)
 
     def busy(self, block: Block) -> None:
-        del self._ready[block.id]
-        if len(self._heap) > 64 and len(self._heap) > 4 * len(self._ready):
-            self._heap = [(self._position[id], id) for id in self._ready]
-            heapq.heapify(self._heap)
+        self._ready.discard(block)
 
     def leave(self, block: Block) -> None:
         del self._position[block.id]
-        self._ready.pop(block.id, None)
-
-    def first(self) -> Block | None:
-        """The ready block at the smallest position, None without one. It stays ready."""
-        heap = self._heap
-        while heap:
-            position, id = heap[0]
-            if id in self._ready and self._position[id] == position:
-                return self._ready[id]
-            heapq.heappop(heap)
-        return None
+        self._ready.discard(block)
 
     def take(self) -> Block | None:
-        """As `first`; the block remains a member but is no longer ready."""
-        block = self.first()
-        if block is not None:
-            heapq.heappop(self._heap)
-            del self._ready[block.id]
-        return block
+        """The ready block at the smallest position, None without one. It remains a member but is no longer ready."""
+        return self._ready.pop()
 
 
 class Ghosts:
