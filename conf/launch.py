@@ -27,7 +27,7 @@ from core.policy import ROLES
 from . import schema
 
 TRACEBACK = "HEADWAY_TRACEBACK"  # =1 shows the traceback behind an `error:` line
-FINISHED, FAILED, CONFIG, INTERRUPTED = 0, 1, 2, 130  # exit codes
+FINISHED, FAILED, CONFIG, INTERRUPTED = 0, 1, 2, 130  # exit codes; CONFIG: refused before the first step
 
 _OLD_HYDRA = tuple(map(int, hydra.__version__.split(".")[:2])) < (1, 4)
 PORTABLE: dict[str, Any] = {"version_base": "1.3"} if _OLD_HYDRA else {"execution_whitelist": ()}
@@ -84,7 +84,7 @@ class Launch:
             self._write("failed", summarize(partial) if partial else {}, describe(error), traceback.format_exc())
             complain(error)
             print(f"results: {self.directory}")
-            return CONFIG if isinstance(error, ConfigError) and partial is None else FAILED
+            return CONFIG if isinstance(error, HeadwayError) and partial is None else FAILED
         summary = summarize(result)
         self._write(result.status, summary)
         print(f"\n{report.run_table(summary)}\n{_answers(run, result)}\nresults: {self.directory}", flush=True)

@@ -242,6 +242,8 @@ class Engine:
             return f"prompt of {prompt} tokens does not fit the context of {self.max_model_len}: one token must be left for the answer"
         if arrival.output_len is not None and arrival.output_len < 1:
             return f"output length {arrival.output_len}: expected at least 1"
+        if request.sampling.stop and self.stop_text is None:
+            return f"stop strings need a tokenizer, and {self.executor.plugin_name} has none for this model: use stop_token_ids"
         vocab, low, high = self.executor.caps.vocab_size, min(request.token_ids), max(request.token_ids)
         if low < 0 or high >= vocab:
             return f"token id {low if low < 0 else high} is outside the vocabulary of {vocab}"

@@ -6,6 +6,8 @@ All inputs are seconds on the run's clock; what is reported in milliseconds or m
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -100,9 +102,22 @@ def summarize(result: RunResult) -> dict[str, Any]:
     verdicts = [v for v in map(meets_slo, outputs) if v is not None]
     if verdicts:
         summary |= {"slo_attainment": sum(verdicts) / len(verdicts), "request_goodput": _over(sum(verdicts), duration)}
+    if summary["rejected"]:
+        summary["rejections"] = rejections(outputs)
     if result.oracles:
         summary["oracles"] = ", ".join(result.oracles)
     return summary | fairness(outputs)
+
+
+_PARTICULARS = re.compile(r"'[^']*'|\d+")  # what tells two refusals of one kind apart: names and numbers
+
+
+def rejections(outputs: Iterable[RequestOutput]) -> list[dict[str, Any]]:
+    """Why requests were rejected: {"count", "reason"} a kind, the commonest first, in the words of its first request."""
+    reasons = [o.finish_reason for o in outputs if o.state == "rejected"]
+    first = {_PARTICULARS.sub("", reason): reason for reason in reversed(reasons)}
+    counts = Counter(_PARTICULARS.sub("", reason) for reason in reasons)
+    return [{"count": count, "reason": first[kind]} for kind, count in counts.most_common()]
 
 
 def _latencies(done: Sequence[RequestOutput]) -> dict[str, list[float]]:

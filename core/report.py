@@ -82,6 +82,7 @@ def run_table(s: dict[str, Any]) -> str:
         ("KV peak use", f"{s['kv_peak_use']:.1%} of {s['kv_blocks']:,} blocks"),
         ("policy time", f"{s['policy_time_per_step_us']:.1f} us a step"),
     ]  # fmt: skip
+    facts[1:1] = [("rejected", f"{kind['count']:,}: {kind['reason']}") for kind in s.get("rejections", ())]
     if "slo_attainment" in s:
         facts.append(("goodput", f"{s['request_goodput']:.2f} requests/s, SLO attainment {s['slo_attainment']:.1%}"))
     if "jain_index" in s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -88,6 +89,18 @@ def test_a_run_in_which_nothing_finished_has_a_summary_and_a_table():
     s = summarize(RunResult([output(state="rejected")], status="failed"))
     assert math.isnan(s["mean_ttft_ms"]) and s["request_throughput"] == 0
     assert "0 of 1 finished, 1 rejected" in run_table(s)
+
+
+def test_rejections_are_counted_by_kind_in_the_words_of_the_first():
+    reasons = ["needs up to 10 KV blocks, the pool has 4", "empty prompt", "needs up to 12 KV blocks, the pool has 4", "id 'a' is taken", "id 'b' is taken"]
+    s = summarize(RunResult([replace(output(i, state="rejected"), finish_reason=reason) for i, reason in enumerate(reasons)]))
+    assert s["rejections"] == [
+        {"count": 2, "reason": "needs up to 10 KV blocks, the pool has 4"},
+        {"count": 2, "reason": "id 'a' is taken"},
+        {"count": 1, "reason": "empty prompt"},
+    ]
+    assert "2: needs up to 10 KV blocks, the pool has 4\n" in run_table(s)
+    assert "rejections" not in summarize(RunResult([output(times=(1.0,))]))
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))

@@ -213,6 +213,13 @@ def test_a_hidden_length_ends_a_request_and_without_one_its_limit_does():
     assert {(len(o.output_token_ids), o.finish_reason) for o in run().outputs} == {(9, "length")}
 
 
+def test_stop_strings_are_refused_where_no_tokenizer_can_see_them():
+    asked = [Arrival(0.0, [1, 2], SamplingParams(max_tokens=4, stop=stop), output_len=4) for stop in ((), ".")]
+    finished, rejected = build(prepared()).run(asked).outputs
+    assert finished.state == "finished"
+    assert rejected.state == "rejected" and "stop strings need a tokenizer" in rejected.finish_reason and "stop_token_ids" in rejected.finish_reason
+
+
 def test_virtual_time_is_the_sum_of_step_times():
     executor = prepared(hardware=hardware_of("a100"))
     result = build(executor, num_blocks=64).run([Arrival(2.0, [1] * 10, SamplingParams(max_tokens=3))])

@@ -221,6 +221,7 @@ class RecordedTimes(Executor):
             raise ReplayError("the record holds no step, so no step times can be taken from it")
         self.inner, self.durations = inner, durations
         self.caps, self.cost_model = inner.caps, inner.cost_model
+        self.tokenizer, self.stop_text = getattr(inner, "tokenizer", None), getattr(inner, "stop_text", None)
         self.clock = VirtualClock()
         self._busy_until = 0.0
         self._launched = 0

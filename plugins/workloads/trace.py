@@ -48,7 +48,7 @@ class Trace(Paced):
 
     def check(self) -> None:
         if not self.path:
-            raise WorkloadError(f"workload.path is not set: give the path of a {self.format} trace (workload.path=FILE)")
+            raise WorkloadError(f"workload.path is not set: give a file in the format {self.format} (workload.path=FILE)")
         if not Path(self.path).expanduser().is_file():
             raise WorkloadError(f"workload.path={self.path}: there is no such file")
 

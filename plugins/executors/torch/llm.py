@@ -89,7 +89,7 @@ class LLM:
         arrivals: list[Arrival] = []
         answers: list[RequestOutput | None] = []
         for prompt, parameters in zip(asked, sampling, strict=True):
-            text, token_ids, problem = self._read(prompt, parameters)
+            text, token_ids, problem = self._read(prompt)
             if problem:
                 answers.append(_rejected(text, token_ids, problem))
             else:
@@ -114,12 +114,10 @@ class LLM:
         """Gives the model's memory back."""
         self.engine.executor.close()
 
-    def _read(self, prompt: Prompt, sampling: SamplingParams) -> tuple[str | None, list[int], str]:
+    def _read(self, prompt: Prompt) -> tuple[str | None, list[int], str]:
         """A prompt as (text, token ids, what is wrong with it)."""
         if isinstance(prompt, Mapping):
             prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or []
-        if sampling.stop and self.tokenizer is None:
-            return None, [], f"stop={list(sampling.stop)} needs a tokenizer, and this model has none: use stop_token_ids"
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ModelError("this model has no tokenizer (random weights without a checkpoint): give token ids")
