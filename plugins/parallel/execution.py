@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .mesh import Mesh
 
 
+FIRST_STEPS, COMPILING = 16, 60.0  # a GPU's first steps may compile kernels, and take so many seconds more
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything that a rank must know to be one. Sent to each rank once, as the driver composed it."""
@@ -119,7 +122,8 @@ class DriverExecution(RankExecution):
             super()._send_back(ticket, sampled)
 
     def _wait(self, ticket: Ticket) -> None:
-        limit = perf_counter() + self.mesh.parallel.timeout
+        compiling = COMPILING if self._arrived and self.ranks.steps <= FIRST_STEPS else 0.0
+        limit = perf_counter() + self.mesh.parallel.timeout + compiling
         if not self.mesh.is_last:
             tokens, logprobs = self.ranks.result(limit)
             self._results[ticket.slot][: ticket.step.num_samples] = torch.from_numpy(tokens)

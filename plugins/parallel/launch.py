@@ -101,7 +101,7 @@ class Ranks:
         self._failures: list[Failure] = []
         self._failed = threading.Event()
         self._closing = False
-        self._steps = 0
+        self.steps = 0
         self._threads = torch.get_num_threads()
         if kind == "cpu":  # the ranks share the cores
             torch.set_num_threads(max(1, self._threads // job.parallel.world_size))
@@ -186,7 +186,7 @@ class Ranks:
         return [self._take(answers) for answers in self._answers.values()]
 
     def broadcast(self, step: StepInput) -> None:
-        self._steps += 1
+        self.steps += 1
         self._tell(wire.STEP, wire.pack_step(step))
 
     def result(self, limit: float) -> tuple[Any, Any]:
@@ -256,7 +256,7 @@ class Ranks:
         if own:
             error: HeadwayError = RankError(f"rank {own[0].rank} {own[0].reason}")
         else:
-            progress = {0: (self._steps, self.mesh.entered if hasattr(self, "mesh") else 0)} | self._progress
+            progress = {0: (self.steps, self.mesh.entered if hasattr(self, "mesh") else 0)} | self._progress
             least = min(progress.values())
             behind = [rank for rank, at in progress.items() if at == least]
             names = f"rank {behind[0]} hangs" if len(behind) == 1 else f"ranks {', '.join(map(str, behind))} hang"
