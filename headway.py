@@ -1,5 +1,6 @@
 """Headway's public surface: everything a plugin author imports. `python -m headway` is the command line."""
 
+from importlib import import_module
 from typing import Any
 
 from core import metrics
@@ -60,12 +61,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """`from headway import LLM` imports the real engine, and torch with it, only for those who ask."""
-    if name == "LLM":
-        from plugins.executors.torch.llm import LLM
+#: Names whose modules are heavy, or belong to one kind of plugin: imported only for those who ask.
+LATER = {"LLM": "plugins.executors.torch.llm", "KernelChoice": "plugins.kernels.compose", "KernelCaps": "plugins.kernels.ops"}
 
-        return LLM
+
+def __getattr__(name: str) -> Any:
+    """`from headway import LLM` imports the real engine, and torch with it."""
+    if name in LATER:
+        return getattr(import_module(LATER[name]), name)
     raise AttributeError(f"module 'headway' has no attribute {name!r}")
 
 
