@@ -47,6 +47,7 @@ def arguments(argv: list[str], conf: Path) -> tuple[list[str], Path]:
             given += ["model=custom", f"model.name_or_path='{value}'"]
         else:
             given.append(argument)
+    given.sort(key=lambda a: a not in ("--multirun", "-m"))  # Hydra's parser wants its flags before the overrides
     named = [a.partition("=")[2] for a in given if a.startswith("hydra.sweep.dir=")]
     if named:
         return given, Path(named[-1])

@@ -300,5 +300,9 @@ def test_a_sweeps_folder_is_known_before_it_starts():
     assert sweep == Path("mine") and given[-1] == "hydra.sweep.dir=mine"
 
 
+def test_the_flag_of_a_sweep_may_stand_anywhere():
+    assert arguments(["seed=1,2", "-m", "hydra.sweep.dir=mine"], CONF)[0] == ["-m", "seed=1,2", "hydra.sweep.dir=mine"]
+
+
 def test_every_role_is_a_group():
     assert set(schema.GROUP_ROLES) | {"parallel"} == set(ROLES)

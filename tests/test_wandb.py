@@ -1,13 +1,17 @@
-"""The W&B observer, read back with W&B's own reader of its offline log. Nothing here asks the network."""
+"""The W&B observer, read back with W&B's own reader of its offline log, or by a server of our own. Nothing here leaves this machine."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -82,23 +86,69 @@ def test_without_the_package_a_run_goes_on_with_one_warning(monkeypatch, capsys)
     assert warning.startswith("warning: wandb cannot be imported") and "tracking=none" in warning and warning.count("\n") == 1
 
 
-def test_the_runs_of_a_sweep_share_a_group_and_hold_config_summary_series_and_table(tmp_path):
-    quiet = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache", "WANDB_CONFIG_DIR": "config", "NETRC": "none", "WANDB_ERROR_REPORTING": "false"}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {
-        k: str(tmp_path / v) for k, v in quiet.items() if v != "false"
-    }
-    environment["WANDB_ERROR_REPORTING"] = "false"
-    command = [
-        sys.executable,
-        str(ROOT / "run.py"),
-        "-m",
-        "executor=sim",
-        "workload.num_requests=8",
-        "cache=none,hash",
-        "hydra.sweep.dir=sweeps/night",
-    ]
+RUN = [sys.executable, str(ROOT / "run.py"), "executor=sim", "workload.num_requests=8"]
+
+
+class Server(ThreadingHTTPServer):
+    """As much of W&B's server as a run talks to, and a proxy that keeps what it is asked: `asked`, (path, JSON of what matters here) in order."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.asked: list[tuple[str, dict]] = []
+
+    def data(self, query: str, variables: dict) -> dict:
+        if "upsertBucket" in query:
+            project = {"id": "p", "name": "headway", "entity": {"id": "e", "name": "somebody"}}
+            return {"upsertBucket": {"bucket": {"id": "r", "name": "n", "displayName": "d", "config": "{}", "project": project}, "inserted": True}}
+        if "createRunFiles" in query:
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
+            return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        if "createArtifact(" in query:
+            return {"createArtifact": {"artifact": {"id": "a", "digest": "d", "state": "COMMITTED", "artifactSequence": {"id": "s"}}}}
+        if "ArtifactType" in query:
+            return {"project": None}
+        return {"viewer": {"id": "v", "entity": "somebody", "username": "somebody", "teams": {"edges": []}}, "serverInfo": {"features": []}}
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        raw = gzip.decompress(raw) if self.headers.get("Content-Encoding") == "gzip" else raw
+        body = json.loads(raw) if self.path == "/graphql" or self.path.endswith("/file_stream") else {}
+        self.server.asked.append((self.path, body))
+        answer = {"data": self.server.data(body["query"], body.get("variables") or {})} if self.path == "/graphql" else {}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    do_GET = do_PUT = do_CONNECT = do_POST
+
+    def log_message(self, *about: object) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def environment_of(folder: Path, server: Server) -> dict[str, str]:
+    """No login; whoever asks W&B, or anybody else through HTTP, asks `server`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k.lower() != "no_proxy"}
+    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), server.url)
+    own = {f"WANDB_{name}_DIR": str(folder / name.lower()) for name in ("DATA", "CACHE", "CONFIG")}
+    return kept | proxies | own | {"NETRC": str(folder / "none"), "WANDB_BASE_URL": server.url}
+
+
+def test_the_runs_of_a_sweep_share_a_group_and_hold_config_summary_series_and_table(tmp_path, server):
+    environment = environment_of(tmp_path, server)
+    command = [*RUN, "-m", "cache=none,hash", "hydra.sweep.dir=sweeps/night"]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+    assert server.asked == []  # without a login: no request to W&B, none to anybody through a proxy
     groups = set()
     for job, cache in enumerate(("none", "hash")):
         (folder,) = (tmp_path / "sweeps" / "night" / str(job) / "wandb").glob("offline-run-*")
@@ -117,6 +167,23 @@ def test_the_runs_of_a_sweep_share_a_group_and_hold_config_summary_series_and_ta
         assert summary["summary"]["p99_ttft_ms"] == pytest.approx(read_summary(tmp_path / "sweeps" / "night" / str(job))["p99_ttft_ms"])
         assert summary["exit_code"] == 0
     assert groups == {"sweeps_night"}
+
+
+def test_with_a_login_config_series_and_summary_arrive_while_the_run_goes_on(tmp_path, server):
+    environment = environment_of(tmp_path, server) | {"WANDB_API_KEY": "0" * 40}
+    ended = subprocess.run([*RUN, "cache=radix"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 0 and "warning" not in ended.stderr, ended.stderr
+    (written,) = tmp_path.glob("outputs/**/summary.json")
+    (run, *_) = [body["variables"] for path, body in server.asked if path == "/graphql" and "upsertBucket" in body["query"]]
+    assert run["project"] == "headway" and run["displayName"] == "executor=sim workload.num_requests=8 cache=radix"
+    assert "cache=radix" in run["tags"] and json.loads(run["config"])["cache"]["value"]["name"] == "radix"
+    streamed = [body for path, body in server.asked if path.endswith("/file_stream")]
+    rows = [json.loads(row) for body in streamed for row in body.get("files", {}).get("wandb-history.jsonl", {}).get("content", ())]
+    summary = read_summary(written.parent)
+    assert sum("engine/num_running" in row for row in rows) == summary["num_steps"]
+    assert any(json.loads(body["files"]["wandb-summary.json"]["content"][-1]).get("p99_ttft_ms") == pytest.approx(summary["p99_ttft_ms"])
+               for body in streamed if "wandb-summary.json" in body.get("files", {}))  # fmt: skip
+    assert (streamed[-1]["complete"], streamed[-1]["exitcode"]) == (True, 0)
 
 
 def read_summary(directory: Path) -> dict:
