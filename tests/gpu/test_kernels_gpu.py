@@ -370,3 +370,29 @@ def test_a_captured_graph_of_flash_attention_follows_the_lengths():
         out.fill_(float("nan"))
         graph.replay()
         close(out, attend(q, [1] * 6, contexts, cut(keys, contexts), cut(values, contexts), 0.1), torch.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 33, 64, 65])
+@pytest.mark.parametrize(("n", "k"), [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (96, 1000)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(monkeypatch, rows, n, k, bias):
+    dtype = DTYPES[-1]
+    x, weight, b = random(rows, k, dtype=dtype), random(n, k, dtype=dtype) * 0.05, random(n, dtype=dtype) if bias else None
+    poisoned(monkeypatch)
+    out = kernels.linear(x, weight, b)
+    close(out, x.double() @ weight.double().T + (0 if b is None else b.double()), dtype)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 256])
+def test_decode_bookkeeping_is_the_reference(block_size):
+    rows = torch.tensor([5, 0, 3, 9, 9], device=DEVICE)  # row 9 is padding
+    lengths, last = torch.tensor([7, 3, 0, 40, 1, 300, 2, 2, 2, 0], device=DEVICE), torch.arange(10, device=DEVICE) * 7
+    tables = torch.randint(1, 99, (10, 301), dtype=torch.int32, device=DEVICE)
+    mine, theirs = (ops.decode_inputs(rows, lengths, last, tables, block_size) for ops in (kernels, reference))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    after = []
+    for ops in (kernels, reference):
+        state = lengths.clone(), last.clone()
+        ops.advance(rows, torch.tensor([91, 92, 93, 94, 95], device=DEVICE), *state)
+        after.append(state)
+    assert torch.equal(after[0][0], after[1][0]) and torch.equal(after[0][1][:9], after[1][1][:9])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,7 +96,10 @@ class Execution:
             free = kv_bytes_free(self.model, self.kernels, self.device, self.engine, self.config.gpu_memory_utilization)
         else:
             free = 2**30
-        return max(0, free // (bytes_per_token(self.model) * block_size) - 1)
+        blocks = max(0, free // (bytes_per_token(self.model) * block_size) - 1)
+        if self.device.type == "cuda":
+            print(f"KV cache: {blocks:,} blocks of {block_size} tokens, {free / 2**30:.2f} GiB of {self.device}", file=sys.stderr)
+        return blocks
 
     def start(
         self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int, seed: int
@@ -117,6 +122,9 @@ class Execution:
         """Gives the memory back."""
         for name in ("runner", "model"):
             self.__dict__.pop(name, None)
+        if self.device.type == "cuda":
+            gc.collect()  # runner and graphs know each other
+            torch.cuda.empty_cache()
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 

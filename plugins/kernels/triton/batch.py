@@ -51,4 +51,5 @@ def _advance_kernel(row_ptr, token_ptr, length_ptr, last_ptr, count, padding, BL
 
 
 def advance(rows: Tensor, tokens: Tensor, lengths: Tensor, last_tokens: Tensor) -> None:
-    _advance_kernel[(triton.cdiv(rows.shape[0], 128),)](rows, tokens, lengths, last_tokens, rows.shape[0], lengths.shape[0] - 1, BLOCK=128, num_warps=4)
+    count, padding = rows.shape[0], lengths.shape[0] - 1
+    _advance_kernel[(triton.cdiv(count, 128),)](rows, tokens, lengths, last_tokens, count, padding, BLOCK=128, num_warps=4)

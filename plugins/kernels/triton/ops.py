@@ -7,4 +7,7 @@ from .norm import add_rms_norm, rms_norm, silu_and_mul
 from .rope import qk_norm_rope_store, rotary, store_kv
 from .sampling import sample
 
-__all__ = ["add_rms_norm", "advance", "attention", "decode_inputs", "linear", "qk_norm_rope_store", "rms_norm", "rotary", "sample", "silu_and_mul", "store_kv"]
+__all__ = [
+    "add_rms_norm", "advance", "attention", "decode_inputs", "linear", "qk_norm_rope_store", "rms_norm", "rotary", "sample", "silu_and_mul",
+    "store_kv",
+]  # fmt: skip
