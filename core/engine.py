@@ -255,6 +255,7 @@ class Engine:
     # ---- what StepBuilder asks of the engine ----------------------------------------------------------------------
 
     def _admit(self, request: Request, matched: Sequence[int], cached: int) -> None:
+        self.view._freeze()
         first = request.state is RequestState.WAITING
         if not request.block_table:
             self.pool.acquire(matched, request.tags)
@@ -271,6 +272,7 @@ class Engine:
         self._notify("on_admit", request, self.view.now)
 
     def _preempt(self, request: Request, keep: int) -> None:
+        self.view._freeze()
         request.state = RequestState.PREEMPTED
         self.owed.pop(request.index, None)
         request.num_preemptions += 1
@@ -286,6 +288,7 @@ class Engine:
         self._give_back(request)
 
     def _reject(self, request: Request, reason: str) -> None:
+        self.view._freeze()
         self.waiting.remove(request)
         self._end(request, RequestState.REJECTED, reason, self.view.now)
         self._notify("on_finish", request, self.view.now)

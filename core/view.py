@@ -58,7 +58,7 @@ class Budget(NamedTuple):
 
 
 class View:
-    """What a policy may know at this step. Read-only; lists are snapshots in the order (arrival, index)."""
+    """What a policy may know at this step. Read-only; lists are as the step began, in the order (arrival, index)."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -72,6 +72,10 @@ class View:
     def _refresh(self, step: int, now: float, lag: int) -> None:
         self.step, self.now, self.lag = step, now, lag
         self._running = self._waiting = None
+
+    def _freeze(self) -> None:
+        """The core is about to change the lists: who has not looked yet shall still see how the step began."""
+        self._running, self._waiting = self.running, self.waiting
 
     @property
     def running(self) -> tuple[Request, ...]:
