@@ -395,6 +395,20 @@ def test_lists_of_the_view_are_in_order_of_arrival_and_do_not_change_under_a_pol
     assert seen[0] == ["b", "a"] and seen[1] == ["b", "a", "c"]
 
 
+def test_lists_are_as_the_step_began_also_for_who_looks_late() -> None:
+    seen = []
+
+    def script(step, view):
+        for request in view.waiting:
+            step.add(request)
+        seen.append((len(view.running), view.num_running))
+        for request in view.running:
+            step.add(request)
+
+    engine(script).run([ask(4, 2), ask(4, 2)])
+    assert seen == [(0, 2), (2, 2)]
+
+
 def test_the_view_counts_blocks() -> None:
     seen = []
 
