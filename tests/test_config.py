@@ -75,6 +75,16 @@ def test_every_preset_composes(registry, group, option):
     schema.composition(cfg(f"{group}={option}"))
 
 
+SHORT = {"policy": ("executor=sim", "workload.num_requests=6"), "experiment": ("workload.duration=3",)}
+
+
+@pytest.mark.parametrize(("group", "option"), [p for p in presets() if p[0] in SHORT])
+def test_every_policy_and_experiment_runs(registry, group, option):
+    run = build(registry, schema.composition(cfg(f"{group}={option}", "tracking=none", *SHORT[group])))
+    outputs = run.execute().outputs
+    assert outputs and all(o.state == "finished" for o in outputs)
+
+
 @pytest.mark.parametrize("role", OPTIONAL)
 def test_a_role_that_may_be_absent_has_the_option_none(registry, role):
     assert role not in schema.composition(cfg(f"{role}=none")).choices

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -81,6 +83,13 @@ def test_core_and_the_registry_import_nothing_heavy_and_take_little_time():
     spent, _, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.partition(" ")
     assert heavy.strip() == "[]"
     assert float(spent) < 0.5
+
+
+@pytest.mark.parametrize("name", ["fcfs", "chunked", "pd_split"])
+def test_a_scheduler_of_a_paper_stays_short(name):
+    """Mechanism belongs to StepBuilder: what is left of a policy is its paper. Parameters and their checks are not counted."""
+    methods = [n for n in ast.walk(ast.parse(inspect.getsource(load_registry().get("scheduler", name).factory))) if isinstance(n, ast.FunctionDef)]
+    assert 0 < sum(m.end_lineno - m.lineno + 1 for m in methods if m.name != "setup") <= 30
 
 
 def test_a_plugin_is_its_dataclass():
