@@ -372,7 +372,7 @@ def test_a_captured_graph_of_flash_attention_follows_the_lengths():
         close(out, attend(q, [1] * 6, contexts, cut(keys, contexts), cut(values, contexts), 0.1), torch.bfloat16)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 33, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 33, 64, 65, 100, 129])
 @pytest.mark.parametrize(("n", "k"), [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (96, 1000)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(monkeypatch, rows, n, k, bias):

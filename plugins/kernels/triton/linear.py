@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from .overlap import fetch, overlap, release, wait
 
-LARGE = 64 << 20  # weight elements up to which the kernel for one row beats cuBLAS
-SMALL = 8 << 20  # and the one for tiles
+LARGE = 64 << 20  # weight elements up to which one row is better off here than with cuBLAS
+SMALL = 8 << 20  # and several rows
 
 
 class RowShape(NamedTuple):
@@ -32,9 +32,9 @@ class RowShape(NamedTuple):
 
 
 class TileShape(NamedTuple):
-    """Launch shape for up to 64 rows."""
+    """Launch shape for more rows."""
 
-    rows: int  # padded
+    rows: int  # of x a program
     tile: int  # weight rows a program
     depth: int  # columns a step
     warps: int
@@ -73,7 +73,7 @@ def _tile_kernel(
     ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     release(PDL)
-    row = tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(0) * TILE + tl.arange(0, TILE)
     weight = weight_ptr + col.to(tl.int64)[:, None] * K
     lane = tl.arange(0, DEPTH)
@@ -96,7 +96,7 @@ def linear_shape(rows: int, n: int, k: int) -> RowShape | TileShape | None:
     """None: cuBLAS."""
     shape: RowShape | TileShape | None = None
     padded = max(16, triton.next_power_of_2(rows))
-    if rows <= 4 and n * k <= LARGE:
+    if rows == 1 and n * k <= LARGE or rows <= 4 and n * k <= SMALL:
         shape = RowShape(triton.next_power_of_2(rows), 4 if rows <= 2 else 2, 1024, 4)
     elif rows <= 64 and n * k <= SMALL and k <= (3 if padded == 16 else 2) * n:
         if padded == 64 and n >= 6144:
@@ -118,6 +118,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: RowShape | Til
     if isinstance(shape, RowShape):
         _row_kernel[grid](x, weight, bias, out, rows, n, k, ROWS=shape.rows, TILE=shape.tile, DEPTH=shape.depth, **options)
     else:
+        grid += (triton.cdiv(rows, shape.rows),)
         _tile_kernel[grid](
             x, weight, bias, out, rows, n, k, x.stride(0), ROWS=shape.rows, TILE=shape.tile, DEPTH=shape.depth, num_stages=shape.stages, **options
         )
