@@ -10,6 +10,7 @@ from core.clock import ReplayClock, VirtualClock, WallClock
 from core.config import Hardware, ModelConfig, ModelShape, ParallelConfig
 from core.engine import Engine, EngineConfig, RunResult
 from core.errors import ConfigError, HeadwayError, InvariantError, ModelError, PluginError, PolicyError, RankError, WorkloadError, near
+from core.heap import BlockHeap
 from core.hooks import hookimpl, load_registry
 from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
@@ -17,7 +18,6 @@ from core.policy import (
     PREEMPTION_MODES,
     Admission,
     Admit,
-    BlockHeap,
     Context,
     CostModel,
     Defer,

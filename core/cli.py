@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field
@@ -37,10 +38,15 @@ def main(argv: list[str]) -> int:
     module, name, _ = VERBS[verb]
     function: Callable[[list[str]], int] = getattr(import_module(module), name)
     try:
-        return function(rest)
+        code = function(rest)
+        sys.stdout.flush()
     except HeadwayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `... | head` has seen enough; what is still in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 # ---- plugins ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    virtual: bool
+    """What the engine asks of an executor's clock."""
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -22,8 +22,6 @@ class Clock(Protocol):
 
 class VirtualClock:
     """Discrete-event time: moves only when told to, never backwards."""
-
-    virtual = True
 
     def __init__(self, start: float = 0.0) -> None:
         self._now = start
@@ -40,8 +38,6 @@ class VirtualClock:
 
 class WallClock:
     """Monotonic time since the first reading, so that loading weights and opening trackers is no part of a run."""
-
-    virtual = False
 
     def __init__(self) -> None:
         self._start: float | None = None
@@ -65,7 +61,7 @@ class RecordingClock:
     """Wraps a clock and keeps every reading: played back by ReplayClock, a run repeats decision for decision."""
 
     def __init__(self, inner: Clock) -> None:
-        self.inner, self.virtual = inner, inner.virtual
+        self.inner = inner
         self.readings: list[float] = []
         self.advance_to, self.wait_until = inner.advance_to, inner.wait_until
 
@@ -77,8 +73,6 @@ class RecordingClock:
 
 class ReplayClock:
     """Returns recorded readings in order; past the end it stays at the last one."""
-
-    virtual = True
 
     def __init__(self, readings: Sequence[float]) -> None:
         self._readings, self._next = readings, 0

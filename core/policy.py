@@ -16,7 +16,6 @@ from `self.rng`; requests and blocks are read, never written. `python -m headway
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
 from .errors import ConfigError, near
+from .heap import BlockHeap
 from .request import Request
 
 if TYPE_CHECKING:
@@ -88,11 +88,20 @@ class Role:
     def setup(self, ctx: Context) -> None:
         """Once, after every role is built and before the first request. Make state here; call super().setup(ctx)."""
 
-    def on_arrival(self, request: Request, now: float) -> None: ...
-    def on_admit(self, request: Request, now: float) -> None: ...
-    def on_step_end(self, record: StepRecord) -> None: ...
-    def on_preempt(self, request: Request, now: float) -> None: ...
-    def on_finish(self, request: Request, now: float) -> None: ...
+    def on_arrival(self, request: Request, now: float) -> None:
+        """It waits from now on. Requests that can never run are rejected before anybody hears of them."""
+
+    def on_admit(self, request: Request, now: float) -> None:
+        """It starts to run, for the first time or after a preemption; `request.num_computed_tokens` holds its prefix hit."""
+
+    def on_step_end(self, record: StepRecord) -> None:
+        """A step has come back: counts are updated, full blocks published, ended requests reported."""
+
+    def on_preempt(self, request: Request, now: float) -> None:
+        """It waits again, with its generated tokens."""
+
+    def on_finish(self, request: Request, now: float) -> None:
+        """It has ended: finished, or rejected by a policy (`request.state`)."""
 
 
 CALLBACKS = ("on_arrival", "on_admit", "on_step_end", "on_preempt", "on_finish")
@@ -117,7 +126,8 @@ class Context:
 class CostModel(Protocol):
     """Predicts the seconds of a step that holds these chunks; set by executors that have one."""
 
-    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float: ...
+    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
+        """Seconds of a step whose i-th chunk computes positions starts[i] to starts[i] + lengths[i] - 1 of a request."""
 
 
 class Oracle:
@@ -128,6 +138,7 @@ class Oracle:
         self.future: list[Any] = []  # Arrivals, in order of time, where the workload knows them beforehand
 
     def output_len(self, request: Request) -> int:
+        """Tokens it will have generated when it ends, unless the model ends it first."""
         return min(request._limit, request._stop_at) - request.num_prompt_tokens
 
 
@@ -151,6 +162,7 @@ class Scheduler(Role):
         return islice(iter(self._order.order(view)), self.window)
 
     def plan(self, step: StepBuilder, view: View) -> None:
+        """Fills the step with `step.add`, whose answer says what was granted. An empty step needs a reason: see `step.wake_at`."""
         raise NotImplementedError
 
 
@@ -160,6 +172,7 @@ class Order(Role):
     role = "order"
 
     def order(self, view: View) -> Iterable[Request]:
+        """Requests of `view.waiting`, first to start first."""
         raise NotImplementedError
 
 
@@ -179,6 +192,7 @@ class KeyOrder(Order):
         self._key_of: dict[int, tuple[Any, tuple[float, int]]] = {}  # request index -> its entry in _keys
 
     def key(self, request: Request) -> Any:
+        """What to sort by, smallest first."""
         raise NotImplementedError
 
     def rank(self, request: Request) -> tuple[Any, tuple[float, int]]:
@@ -241,6 +255,7 @@ class Victim(Role):
             raise ConfigError(f"victim.mode={self.mode!r}: expected one of {', '.join(PREEMPTION_MODES)}.{near(str(self.mode), PREEMPTION_MODES)}")
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
+        """Requests of `view.running`, first to go first; preempted one by one until `need` is met."""
         raise NotImplementedError
 
 
@@ -256,7 +271,7 @@ class TokenBudget(Role):
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    pass
+    """It may start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +283,8 @@ class Defer:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
+    """Never; `reason` is what the user reads."""
+
     reason: str
 
 
@@ -277,6 +294,7 @@ class Admission(Role):
     role = "admission"
 
     def admit(self, request: Request, view: View) -> Admit | Defer | Reject:
+        """The answer for now. How often it is asked is up to the scheduler, so nothing may hang on the count."""
         raise NotImplementedError
 
 
@@ -294,6 +312,7 @@ class Predictor(Role):
     role = "predictor"
 
     def predict(self, request: Request) -> LengthPrediction:
+        """Of the whole answer, tokens that are there already included."""
         raise NotImplementedError
 
 
@@ -330,69 +349,24 @@ class Eviction(Role):
 
     role = "eviction"
 
-    def on_insert(self, block: Block) -> None: ...
-    def on_hit(self, block: Block) -> None: ...
-    def on_evictable(self, block: Block) -> None: ...
-    def on_in_use(self, block: Block) -> None: ...
-    def on_evict(self, block: Block) -> None: ...
+    def on_insert(self, block: Block) -> None:
+        """It joined the prefix index, still held by the request that computed it."""
+
+    def on_hit(self, block: Block) -> None:
+        """A request was given it as a prefix hit."""
+
+    def on_evictable(self, block: Block) -> None:
+        """From now on it may be yielded."""
+
+    def on_in_use(self, block: Block) -> None:
+        """No longer: it was acquired, or a child was published under it."""
+
+    def on_evict(self, block: Block) -> None:
+        """It left the prefix index."""
 
     def candidates(self, n: int) -> Iterator[Block]:
         """Evictable blocks, first to go first. Each is evicted before the next one is asked for."""
         raise NotImplementedError
-
-
-class BlockHeap:
-    """Blocks by key, smallest first, ties in the order in which they came. What queue-based evictions are made of: a queue holds
-    only its evictable blocks, each at the position it has in the paper's list, so that nothing ever walks over blocks in use.
-
-    Entries of blocks that left before their turn are dropped lazily: every operation is O(log n), amortised.
-    """
-
-    __slots__ = ("_heap", "_entries", "_serial")
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[Any, int, Block]] = []
-        self._entries: dict[int, tuple[Any, int, Block]] = {}  # block id -> its valid entry
-        self._serial = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, block: Block) -> bool:
-        return block.id in self._entries
-
-    def push(self, key: Any, block: Block) -> None:
-        """Adds the block, or moves it to another key."""
-        self._serial += 1
-        entry = self._entries[block.id] = (key, self._serial, block)
-        heapq.heappush(self._heap, entry)
-
-    def discard(self, block: Block) -> None:
-        """Takes the block out; nothing happens if it is not in."""
-        if self._entries.pop(block.id, None) is not None and len(self._heap) > 2 * len(self._entries) + 64:
-            self._heap = list(self._entries.values())
-            heapq.heapify(self._heap)
-
-    def peek(self) -> tuple[Any, Block] | None:
-        """The smallest key and its block, None if there is none."""
-        heap, entries = self._heap, self._entries
-        while heap:
-            key, _, block = heap[0]
-            if entries.get(block.id) is heap[0]:
-                return key, block
-            heapq.heappop(heap)
-        return None
-
-    def pop(self) -> Block | None:
-        """Takes out the block with the smallest key, None if there is none."""
-        heap, entries = self._heap, self._entries
-        while heap:
-            entry = heapq.heappop(heap)
-            block = entry[2]
-            if entries.get(block.id) is entry:
-                del entries[block.id]
-                return block
-        return None
 
 
 class KeyEviction(Eviction):
@@ -406,6 +380,7 @@ class KeyEviction(Eviction):
         self._heap = BlockHeap()
 
     def key(self, block: Block) -> Any:
+        """What to sort by, smallest goes first."""
         raise NotImplementedError
 
     def on_evictable(self, block: Block) -> None:
@@ -422,9 +397,14 @@ class KeyEviction(Eviction):
 class KVControl(Protocol):
     """What a Retention policy may do with the blocks of a finished request."""
 
-    def pin(self, request: Request, until: float) -> None: ...
-    def unpin(self, session: str) -> None: ...
-    def drop(self, request: Request) -> None: ...
+    def pin(self, request: Request, until: float) -> None:
+        """Keeps them until that time (seconds on the run's clock), or until memory runs out."""
+
+    def unpin(self, session: str) -> None:
+        """Gives up every pin of a session."""
+
+    def drop(self, request: Request) -> None:
+        """Forgets those that nobody else holds."""
 
 
 class Retention(Role):
@@ -485,7 +465,8 @@ class Executor(Role):
         """Waits for that step. Tickets are collected in the order of launch."""
         raise NotImplementedError
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Gives memory and other processes back. Called once, however the run ended."""
 
 
 class Workload(Role):
@@ -510,8 +491,14 @@ class Observer(Role):
 
     role = "observer"
 
-    def on_start(self, run: Any) -> None: ...
-    def on_step(self, record: StepRecord) -> None: ...
-    def on_requests(self, finished: Sequence[Request]) -> None: ...
+    def on_start(self, engine: Any) -> None:
+        """The core.engine.Engine that is about to run."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """After every completed step."""
+
+    def on_requests(self, finished: Sequence[Request]) -> None:
+        """Requests that ended since the last call: finished, rejected or aborted."""
+
     def close(self, result: Any) -> None:
         """Always called, also after Ctrl-C or an error; `result` is what there is."""

@@ -32,8 +32,6 @@ LIMITS = {"block_size": 4, "num_blocks": 24, "max_num_seqs": 6, "max_num_batched
 class JitteryClock:
     """A wall clock made up: every reading moves it by chance, waits overshoot, steps end late."""
 
-    virtual = False
-
     def __init__(self, seed: int) -> None:
         self._rng, self._now = random.Random(seed), 0.0
 
