@@ -10,8 +10,8 @@ from core.clock import ReplayClock, VirtualClock, WallClock
 from core.config import Hardware, ModelConfig, ModelShape, ParallelConfig
 from core.engine import Engine, EngineConfig, RunResult
 from core.errors import ConfigError, HeadwayError, InvariantError, ModelError, PluginError, PolicyError, RankError, WorkloadError, near
-from core.heap import BlockHeap
 from core.hooks import hookimpl, load_registry
+from core.keyed import BlockHeap, KeyEviction, KeyOrder
 from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
     API_VERSION,
@@ -24,8 +24,6 @@ from core.policy import (
     Eviction,
     Executor,
     ExecutorCaps,
-    KeyEviction,
-    KeyOrder,
     KVControl,
     LengthPrediction,
     Need,

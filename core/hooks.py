@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from . import policy
+from . import keyed, policy
 from .errors import ConfigError, PluginError, near
 from .policy import API_VERSION, ROLES, Observer, Role
 
@@ -275,10 +275,11 @@ def _summary(factory: Any, config: type | None) -> str:
     return "" if first.startswith(f"{getattr(config or factory, '__name__', '')}(") else first  # dataclass's made-up docstring
 
 
+_CORE = (policy.__name__, keyed.__name__)  # where the roles' base classes are
+
+
 def _missing(factory: type, base: type) -> list[str]:
     """Methods of the role that raise NotImplementedError still."""
-    names = [n for c in factory.__mro__ if issubclass(c, base) and c.__module__ == policy.__name__ for n in vars(c)]
+    names = [n for c in factory.__mro__ if issubclass(c, base) and c.__module__ in _CORE for n in vars(c)]
     functions = ((n, inspect.getattr_static(factory, n)) for n in dict.fromkeys(names))
-    return [
-        f"{n}()" for n, f in functions if inspect.isfunction(f) and "NotImplementedError" in f.__code__.co_names and f.__module__ == policy.__name__
-    ]
+    return [f"{n}()" for n, f in functions if inspect.isfunction(f) and "NotImplementedError" in f.__code__.co_names and f.__module__ in _CORE]

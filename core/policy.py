@@ -16,7 +16,6 @@ from `self.rng`; requests and blocks are read, never written. `python -m headway
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
 from .errors import ConfigError, near
-from .heap import BlockHeap
 from .request import Request
 
 if TYPE_CHECKING:
@@ -176,62 +174,6 @@ class Order(Role):
         raise NotImplementedError
 
 
-class KeyOrder(Order):
-    """Smallest `key(request)` first, ties by arrival. The queue is kept sorted here: O(log n) comparisons a change, O(w) a step.
-
-    The key is read when a request begins to wait, on arrival and after a preemption; where it changes while the request waits,
-    say `rekey(request)`. Keys of one order must compare with each other.
-    """
-
-    window: ClassVar[int] = Scheduler.window  # requests offered a step: no scheduler looks at more
-
-    def setup(self, ctx: Context) -> None:
-        super().setup(ctx)
-        self._keys: list[tuple[Any, tuple[float, int]]] = []  # sorted; parallel to _queue
-        self._queue: list[Request] = []
-        self._key_of: dict[int, tuple[Any, tuple[float, int]]] = {}  # request index -> its entry in _keys
-
-    def key(self, request: Request) -> Any:
-        """What to sort by, smallest first."""
-        raise NotImplementedError
-
-    def rank(self, request: Request) -> tuple[Any, tuple[float, int]]:
-        """Compares any two requests, waiting or running, as this order ranks them now: smaller goes first."""
-        return self.key(request), request.sort_key
-
-    def rekey(self, request: Request) -> None:
-        """Reads the key of a waiting request again; anything else is left alone."""
-        if request.index in self._key_of:
-            self._leave(request)
-            self._join(request)
-
-    def order(self, view: View) -> Sequence[Request]:
-        return self._queue[: self.window]
-
-    def on_arrival(self, request: Request, now: float) -> None:
-        self._join(request)
-
-    def on_preempt(self, request: Request, now: float) -> None:
-        self._join(request)
-
-    def on_admit(self, request: Request, now: float) -> None:
-        self._leave(request)
-
-    def on_finish(self, request: Request, now: float) -> None:
-        if request.index in self._key_of:  # rejected, or its last token came back after a preemption
-            self._leave(request)
-
-    def _join(self, request: Request) -> None:
-        entry = self._key_of[request.index] = self.rank(request)
-        at = bisect_left(self._keys, entry)
-        self._keys.insert(at, entry)
-        self._queue.insert(at, request)
-
-    def _leave(self, request: Request) -> None:
-        at = bisect_left(self._keys, self._key_of.pop(request.index))
-        del self._keys[at], self._queue[at]
-
-
 @dataclass(frozen=True, slots=True)
 class Need:
     """A running request that lacks blocks."""
@@ -367,31 +309,6 @@ class Eviction(Role):
     def candidates(self, n: int) -> Iterator[Block]:
         """Evictable blocks, first to go first. Each is evicted before the next one is asked for."""
         raise NotImplementedError
-
-
-class KeyEviction(Eviction):
-    """Evicts the smallest `key(block)`. The heap is kept here: O(log n) an eviction.
-
-    The key is read when a block becomes evictable; a block that is hit leaves and comes back with a new key.
-    """
-
-    def setup(self, ctx: Context) -> None:
-        super().setup(ctx)
-        self._heap = BlockHeap()
-
-    def key(self, block: Block) -> Any:
-        """What to sort by, smallest goes first."""
-        raise NotImplementedError
-
-    def on_evictable(self, block: Block) -> None:
-        self._heap.push(self.key(block), block)
-
-    def on_in_use(self, block: Block) -> None:
-        self._heap.discard(block)
-
-    def candidates(self, n: int) -> Iterator[Block]:
-        while (block := self._heap.pop()) is not None:
-            yield block
 
 
 class KVControl(Protocol):

@@ -31,7 +31,7 @@ COMPARED = (
 
 
 def composed(run: Run) -> str:
-    """One line a role: its choice and the parameters that differ from their defaults."""
+    """One line a role: its choice and its parameters, those that are None left out; then the model and the engine's limits."""
     width = max(map(len, run.plugins))
     lines = []
     for role, plugin in run.plugins.items():

@@ -344,4 +344,3 @@ class StepBuilder:
             self.step, self._now, self._requests, self._starts, self._lengths, self._samples, sum(self._lengths),
             self._allocated, self._admitted, left, self._preempted,
         )  # fmt: skip
-

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from core.blocks import ROOT, Block, BlockPool, chain_key, prefix_keys, root_key
 from core.errors import PolicyError
-from core.policy import BlockHeap, Context, Eviction
+from core.keyed import BlockHeap
+from core.policy import Context, Eviction
 from core.request import Arrival, Request
 from plugins.cache.hash import HashBlocks
 from plugins.cache.radix import RadixTree

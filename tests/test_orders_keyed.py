@@ -11,7 +11,7 @@ from policy_runs import Server, Steps, ask, compose, finishing, mean_completion,
 
 from core.engine import EngineConfig
 from core.errors import ConfigError
-from core.policy import KeyOrder
+from core.keyed import KeyOrder
 from core.request import SLO
 
 SEEDS = range(8)

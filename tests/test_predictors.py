@@ -10,7 +10,7 @@ from policy_runs import ask, compose, run
 
 from core.engine import EngineConfig
 from core.errors import ConfigError
-from core.policy import KeyOrder
+from core.keyed import KeyOrder
 from core.request import Arrival, SamplingParams
 
 
