@@ -247,6 +247,8 @@ class Ranks:
     def _fail(self, failure: Failure) -> None:
         self._failures.append(failure)
         self._failed.set()
+        if hasattr(self, "mesh"):
+            self.mesh.abort()  # the main thread may be waiting for the device
 
     def _blame(self) -> HeadwayError:
         """The error of the run: the rank that failed first of itself, or else the one that the others wait for."""

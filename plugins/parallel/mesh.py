@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from threading import Lock
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Mesh:
             raise ConfigError("another run on several ranks is open in this process: close it first (LLM.close(), executor.close())")
         self.parallel, self.rank, self.device = parallel, rank, device
         self.stage, self.place = divmod(rank, parallel.tp)
+        self._closing = Lock()
         self.entered = 0  # collectives begun: of ranks that wait for each other, the one at fault has begun the fewest
         on_gpu = device.type == "cuda"
         if on_gpu:  # the driver decides when a run has failed and ends it; NCCL's watchdog would end this process first
@@ -44,13 +46,19 @@ class Mesh:
         limit = timedelta(seconds=STARTUP if on_gpu else parallel.timeout)
         self._guarded(
             dist.init_process_group, "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=parallel.world_size, timeout=limit,
-            device_id=device if on_gpu else None,
         )  # fmt: skip
         mesh = init_device_mesh(device.type, (parallel.pp, parallel.tp), mesh_dim_names=("pp", "tp"))
         self.tp_group, self.pp_group = mesh.get_group("tp"), mesh.get_group("pp")
         self._overlap_tokens = parallel.overlap_tokens if parallel.tp > 1 else 0
         self._symmetric: SymmetricReduce | None = None
         self._sending: Any = None  # the last send, not known to be over; and what it sends
+        # NCCL makes communicators at their first use: now, while nothing else is under way.
+        self.all_reduce(torch.zeros(1, device=device))
+        if not self.is_first:
+            self.receive(torch.zeros(1, device=device))
+        if not self.is_last:
+            self.send(torch.zeros(1, device=device))
+            self.flush()
 
     @property
     def is_first(self) -> bool:
@@ -99,13 +107,19 @@ class Mesh:
         return parts.view(self.parallel.tp, *x.shape).movedim(0, 1).reshape(len(x), -1)
 
     def send(self, x: Tensor) -> None:
-        """To the same place in the next stage. On a CPU the stage goes on while the bytes leave."""
-        if self.device.type == "cuda":
+        """To the same place in the next stage. The stage goes on with its next step while that one is still busy; in a CUDA
+        graph it cannot."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._guarded(dist.send, x, self.rank + self.parallel.tp, group=self.pp_group)
             return
+        self.flush()
+        self._sending = self._guarded(dist.isend, x, self.rank + self.parallel.tp, group=self.pp_group), x
+
+    def flush(self) -> None:
+        """What was sent last has left before anything that follows begins."""
         if self._sending is not None:
             self._guarded(self._sending[0].wait)
-        self._sending = self._guarded(dist.isend, x, self.rank + self.parallel.tp, group=self.pp_group), x
+            self._sending = None
 
     def receive(self, x: Tensor) -> Tensor:
         """Into x, from the same place in the stage before."""
@@ -116,15 +130,21 @@ class Mesh:
         self.entered += 1
         try:
             return collective(*args, **options)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: the groups were aborted a moment ago
             raise CollectiveError(f"rank {self.rank}: {getattr(collective, '__name__', 'collective')}: {str(error).splitlines()[0]}") from error
+
+    def abort(self) -> None:
+        """From any thread: ends collectives on a GPU that wait for a rank which will not come. On a CPU they end by themselves."""
+        with self._closing:
+            if self.device.type == "cuda" and dist.is_initialized():
+                dist.distributed_c10d._abort_process_group()
 
     def close(self, failed: bool = False) -> None:
         """Gives ports and communicators back; after a failure without waiting for ranks that may be gone."""
-        if dist.is_initialized():
-            if failed and self.device.type == "cuda":
-                dist.distributed_c10d._abort_process_group()
-            else:
+        if failed:
+            self.abort()
+        with self._closing:
+            if dist.is_initialized():
                 dist.destroy_process_group()
 
 

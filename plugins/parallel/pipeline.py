@@ -106,6 +106,7 @@ class StageRunner(ModelRunner):
 
     def _set_batch(self, step: StepInput, data: Tensor) -> None:
         n = step.num_seqs
+        self.mesh.flush()  # what a graph sends must not overtake it
         super()._set_batch(step, data[:-n])
         self.last_tokens[self.batch_rows[:n]] = data[-n:].long()
 

@@ -74,7 +74,7 @@ def _largest_step(model: CausalLM, kernels: Kernels, device: torch.device, engin
     total = engine.max_num_batched_tokens
     lengths = [longest] * (total // longest) + ([total % longest] if total % longest else [])
     width = -(-max(lengths) // size)
-    cache = _layer_cache(model.model.layers[0].self_attn, width, size, device)  # one for all layers: its contents do not matter
+    cache = _layer_cache(next(iter(model.model.layers)).self_attn, width, size, device)  # one for all layers: its contents do not matter
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])
     batch = BatchMetadata(
