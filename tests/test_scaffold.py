@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -136,3 +137,25 @@ def test_the_kit_checks_it_from_the_command_line_and_from_pytest(stranger) -> No
     assert "all checks pass" in stranger("-m", "headway", "check", "order=mypaper", "--seeds", "10", "--only", "runs")
     answer = stranger("-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "core.testing", "--policy", "order=mypaper", "--policy-seeds", "5")
     assert "6 passed" in answer
+
+
+# ---- docs/writing-a-plugin.md --------------------------------------------------------------------------------------
+
+HEADER = """
+from __future__ import annotations
+from collections.abc import Iterator
+from dataclasses import dataclass
+from headway import Context, Order, Request, StepRecord, View, hookimpl
+"""
+
+
+def test_the_page_on_writing_a_plugin_holds_code_that_works(tmp_path: Path, monkeypatch) -> None:
+    plugin, test = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "writing-a-plugin.md").read_text(), re.DOTALL)
+    file = tmp_path / "headway_myvtc.py"
+    file.write_text(HEADER + plugin)
+    monkeypatch.syspath_prepend(tmp_path)
+    for verdict in kit.check_runs(Subject(("order=myvtc",), (str(file),)), range(20)):
+        assert not verdict.failed, check.explain(verdict)
+    scope: dict = {}
+    exec(test, scope)
+    scope["test_two_backlogged_clients_are_served_alike"]()
