@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,11 +64,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def test_every_plugin_composes_to_its_own_parameters(registry):
-    for (role, name), plugin in registry.plugins.items():
-        required = [f"{role}.{f.name}=0" for f in plugin.parameters() if f.default is f.default_factory]
-        chosen, parameters = schema.composition(cfg(f"{role}={name}", *required)).choices[role]
-        assert chosen == name
-        assert list(parameters) == [f.name for f in plugin.parameters()]
+    for chosen in zip_longest(*([registry.plugins[role, name] for name in registry.names(role)] for role in schema.GROUP_ROLES)):  # one a role
+        plugins = [plugin for plugin in chosen if plugin is not None]
+        required = [f"{p.role}.{f.name}=0" for p in plugins for f in p.parameters() if f.default is f.default_factory]
+        choices = schema.composition(cfg(*(f"{p.role}={p.name}" for p in plugins), *required)).choices
+        for plugin in plugins:
+            name, parameters = choices[plugin.role]
+            assert name == plugin.name
+            assert list(parameters) == [f.name for f in plugin.parameters()]
 
 
 @pytest.mark.parametrize(("group", "option"), presets())
