@@ -121,7 +121,8 @@ def _parse(words: Sequence[str], registry: Registry) -> dict[str, tuple[str, dic
         if not equals:
             raise ConfigError(f"{word!r}: expected role=name or role.parameter=value, such as order=sjf")
         if role not in FILLERS:
-            raise ConfigError(f"{word!r}: the kit checks policies, and there is no policy role {role!r}.{near(role, FILLERS)}")
+            hint = " Name the roles that the preset sets." if role == "policy" else near(role, FILLERS)
+            raise ConfigError(f"{word!r}: the kit checks policies, and there is no policy role {role!r}.{hint}")
         if dot:
             name = chosen.get(role, (PLAIN.get(role, ("", {}))[0], {}))[0]
             known = [f.name for f in registry.get(role, name).parameters()]
