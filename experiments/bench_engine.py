@@ -106,7 +106,7 @@ def report(**result: Any) -> None:
 
 
 def kernel_choice(text: str) -> dict[str, Any]:
-    """"flash_attn,decode=triton" -> a kernels choice, with graphs unless "eager" is one of the words."""
+    """ "flash_attn,decode=triton" -> a kernels choice, with graphs unless "eager" is one of the words."""
     name, *fields = text.split(",")
     return {"name": name, "cuda_graphs": "eager" not in fields} | dict(field.split("=") for field in fields if field != "eager")
 

@@ -193,8 +193,10 @@ def run(executor=None, seed=0, n=6, inflight=1, **arrival):
 
 def test_tokens_are_a_function_of_seed_request_and_position_alone():
     alone, together, overlapped, other = run(n=1), run(n=6), run(n=6, inflight=2), run(n=6, seed=1)
+
     def tokens(result):
         return [o.output_token_ids for o in result.outputs]
+
     assert tokens(alone) == tokens(together)[:1]
     assert tokens(together) == tokens(overlapped) != tokens(other)
     assert len(set(map(tuple, tokens(together)))) == 6
@@ -230,8 +232,10 @@ def test_virtual_time_is_the_sum_of_step_times():
 
 def test_policy_time_is_charged_where_asked_and_hidden_by_a_plan_in_flight():
     slow_step = Hardware(step_overhead=0.01)
+
     def seconds(charge, inflight):
         return run(prepared(hardware=slow_step, charge_policy_time=charge), inflight=inflight).duration
+
     emitted = 6 * 9
     assert seconds(0.001, 1) == pytest.approx(seconds(0.0, 1) + 0.001 * emitted, rel=0.02)
     assert seconds(0.001, 2) < seconds(0.0, 2) + 0.001 * 7  # only the first plan's host time shows

@@ -141,6 +141,7 @@ def test_poisson_and_gamma_have_the_asked_rate_and_variation(arrival, burstiness
 def test_the_same_requests_come_at_every_rate():
     def prompts(**p):
         return [a.prompt_token_ids for a in made(RandomLengths(input_len=[1, 50], **p))]
+
     assert prompts() == prompts(arrival="poisson", rate=3) == prompts(arrival="gamma", rate=30, burstiness=2)
 
 
@@ -272,6 +273,7 @@ def test_a_turn_is_the_whole_talk_so_far_and_comes_after_the_answer():
 def test_what_a_conversation_asks_does_not_depend_on_the_order_of_answers():
     def lengths(**p):
         return {o.id: (o.num_prompt_tokens, len(o.output_token_ids)) for o in run(MultiTurn(turns=[1, 5], input_len=[3, 9], **p)).outputs}
+
     assert lengths() == lengths(arrival="poisson", rate=50) == lengths(arrival="closed", concurrency=2)
 
 
@@ -442,6 +444,7 @@ def test_a_trace_may_be_compressed_scaled_and_limited(tmp_path, mooncake_file):
 def test_long_prompts_are_the_engines_to_reject_unless_they_are_cut(mooncake_file):
     def states(**p):
         return [o.state for o in run(Mooncake(path=str(mooncake_file), **p), context=1100).outputs]
+
     assert states() == ["rejected", "finished", "finished", "finished"]
     assert states(max_input_len=1000) == ["finished"] * 4
     cut = made(Mooncake(path=str(mooncake_file), max_input_len=600, max_output_len=6))

@@ -93,9 +93,7 @@ def scheduler_of(name: str, chunk: int) -> tuple[Any, int]:
     return PrefillFirst(), chunk
 
 
-def engine_of(
-    executor: TorchExecutor, scheduler: str = "chunked", cache: str = "hash", *, chunk: int = 64, seed: int = 0, **limits: Any
-) -> Engine:
+def engine_of(executor: TorchExecutor, scheduler: str = "chunked", cache: str = "hash", *, chunk: int = 64, seed: int = 0, **limits: Any) -> Engine:
     policy, budget = scheduler_of(scheduler, chunk)
     roles = {
         "scheduler": policy, "order": FirstCome(), "victim": Newest(), "cache": CACHES[cache](), "eviction": LeastRecent(), "executor": executor,

@@ -95,9 +95,7 @@ def check(name: str, caps: KernelCaps, device: str, dtype: str, head_size: int, 
         )
 
 
-def compose(
-    choice: KernelChoice, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int
-) -> Kernels:
+def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int) -> Kernels:
     """Binds the operations that `choice` names. backends: name -> that backend's config object with its defaults.
 
     An operation that the named backend does not implement comes from `torch`."""

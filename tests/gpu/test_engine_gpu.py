@@ -117,6 +117,7 @@ def test_graphs_change_nothing(kernels, dtype):
 @pytest.mark.parametrize("kind", SAMPLINGS)
 def test_triton_samples_what_torch_samples(kind):
     """Chance is a function of seed, position and token, on every backend; rows in one batch differ in what they ask for."""
+
     def tokens(kernels):
         engine = engine_on_gpu(on_gpu("qwen3", kernels, kernels == "triton"), num_blocks=128, max_inflight=2)
         arrivals = [Arrival(0.0, prompt, SamplingParams(**{**fields(SAMPLINGS[kind]), "seed": i}), id=f"p{i}") for i, prompt in enumerate(PROMPTS)]

@@ -31,9 +31,7 @@ def on_gpu(name, kernels, cuda_graphs, dtype=None, profile=False):
     registry = load_registry()
     executor = TorchExecutor(device="cuda", kv_cache_gb=0.1, profile=profile)
     backend = registry.get("kernels", kernels).build(cuda_graphs=cuda_graphs)
-    executor.prepare(
-        ModelConfig(name_or_path=str(variant(name)), dtype=dtype), backend, backends=lambda name: registry.get("kernels", name).build()
-    )
+    executor.prepare(ModelConfig(name_or_path=str(variant(name)), dtype=dtype), backend, backends=lambda name: registry.get("kernels", name).build())
     return executor
 
 

@@ -101,9 +101,7 @@ class LLM:
         came = iter(arrivals)
         return [answer or self._output(next(done), next(came)) for answer in answers]
 
-    def chat(
-        self, messages: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
+    def chat(self, messages: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[RequestOutput]:
         """Like `generate`, for one conversation (a list of {"role", "content"}) or a list of them."""
         if self.tokenizer is None:
             raise ModelError("chat needs a tokenizer with a chat template, and this model has none")
