@@ -29,73 +29,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "experiments"))
 
-QWEN3 = {
-    "architecture": "Qwen3ForCausalLM", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
-    "rope_theta": 1e6, "rms_norm_eps": 1e-6, "dtype": "bfloat16",
-}  # fmt: skip
-SHAPES = {
-    "0.6B": QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "tie_word_embeddings": True},
-    "8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False},
-}
+from roofline import SHAPES, floor, requests  # noqa: E402
+
 MODEL = {"A": "0.6B", "B": "8B", "C": "8B", "D": "8B", "decode": "8B", "seam": "0.6B"}
 GOALS = {"A": {"vllm": 1.2, "nano": 1.35, "roofline": 0.75}, "B": {"vllm": 1.12, "nano": 1.2, "roofline": 0.80}}
 LOAD = 0.8  # of the saturated rate, in C
-
-
-def requests(repeat: int) -> tuple[list[list[int]], list[int]]:
-    """nano-vLLM's prompts and answer lengths; each repeat shifts the tokens, so that no prefix cache helps."""
-    rng = Random(0)
-    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
-    lengths = [rng.randint(100, 1024) for _ in range(256)]
-    return [[(token + 17 * repeat) % 10000 for token in prompt] for prompt in prompts], lengths
-
-
-# ---- the floor -----------------------------------------------------------------------------------------------------
-
-
-def machine_rates() -> dict[str, float]:
-    """Bytes/s that a reduction reads, FLOP/s of a large bf16 product, on random data."""
-    import torch
-
-    def seconds(call: Any) -> float:
-        for _ in range(3):
-            call()
-        times = []
-        for _ in range(10):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times)
-
-    data = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
-    words = data.view(torch.int32)
-    read = data.nbytes / seconds(lambda: words.sum(dtype=torch.int32))
-    target = torch.empty_like(data)
-    copy = 2 * data.nbytes / seconds(lambda: target.copy_(data))
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return {"read": read, "copy": copy, "bandwidth": max(read, copy), "flops": 2 * 8192**3 / seconds(lambda: a @ b)}
-
-
-def floor(shape: dict[str, Any], rates: dict[str, float]) -> float:
-    """Seconds that the requests of A and B take at least: prompts at the matrix rate, then one step a token, each at the larger of
-    reading weights and KV once and its FLOPs."""
-    from headway import ModelShape
-
-    model = ModelShape(**shape)
-    prompts, lengths = requests(0)
-    sizes = [len(p) for p in prompts]
-    flops = sum(model.linear_flops_per_token * n + model.attention_flops_per_pair * n * (n + 1) // 2 + model.head_flops for n in sizes)
-    total = flops / rates["flops"]
-    for done in range(1, max(lengths)):
-        contexts = [size + done for size, length in zip(sizes, lengths, strict=True) if length > done]
-        moved = (model.num_hidden_layers * model.layer_parameters + model.embedding_parameters) * model.dtype_bytes
-        moved += sum(contexts) * model.kv_bytes_per_token
-        total += max(moved / rates["bandwidth"], sum(map(model.flops_per_token, contexts)) / rates["flops"])
-    return total
 
 
 # ---- workers: one engine, one process --------------------------------------------------------------------------------
@@ -490,7 +430,7 @@ def main() -> None:
     if args.worker:
         WORKERS[args.worker](args)
         return
-    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import bench_engine; print(json.dumps(bench_engine.machine_rates()))"
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import roofline; print(json.dumps(roofline.machine_rates()))"
     rates = json.loads(subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=True).stdout)
     print(f"read {rates['read'] / 1e12:.2f} TB/s, copy {rates['copy'] / 1e12:.2f} TB/s, bf16 product {rates['flops'] / 1e12:.0f} TFLOP/s")
     found: dict[str, Any] = {"rates": rates}
