@@ -7,8 +7,8 @@ from core import metrics
 from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
 from core.build import Composition, build
 from core.clock import ReplayClock, VirtualClock, WallClock
-from core.config import Hardware, ModelConfig, ModelShape, ParallelConfig
-from core.engine import Engine, EngineConfig, RunResult
+from core.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
+from core.engine import Engine
 from core.errors import ConfigError, HeadwayError, InvariantError, ModelError, PluginError, PolicyError, RankError, WorkloadError, near
 from core.hooks import hookimpl, load_registry
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
@@ -42,7 +42,7 @@ from core.policy import (
     Victim,
     Workload,
 )
-from core.request import SLO, Arrival, Request, RequestOutput, RequestState, SamplingParams, Tags
+from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags
 from core.step import Granted, NeedBlocks, NoBudget, NotReady, StepBuilder
 from core.testing.oracle import OracleExecutor
 from core.view import Match, View

@@ -16,8 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.build import Composition
-from core.config import Hardware, ModelConfig, ParallelConfig
-from core.engine import EngineConfig
+from core.config import EngineConfig, Hardware, ModelConfig, ParallelConfig
 from core.errors import ConfigError, PluginError
 from core.hooks import OPTIONAL, Broken, Registry
 from core.policy import ROLES

@@ -8,12 +8,12 @@ from dataclasses import MISSING, Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import Hardware, ModelConfig, ParallelConfig
-from .engine import Engine, EngineConfig, RunResult
+from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig
+from .engine import Engine
 from .errors import ConfigError, HeadwayError
 from .hooks import Plugin, Registry
 from .policy import Observer, Role, Workload
-from .request import SLO, Arrival
+from .request import SLO, Arrival, RunResult
 
 
 @dataclass

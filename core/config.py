@@ -1,4 +1,7 @@
-"""What a model and a machine are, in numbers: enough to size a KV cache and to predict a step, with no checkpoint at hand."""
+"""What belongs to no role: model shapes, hardware and parallelism in numbers, and the engine's own limits.
+
+A shape and a machine are enough to size a KV cache and to predict a step, with no checkpoint at hand.
+"""
 
 from __future__ import annotations
 
@@ -239,3 +242,22 @@ class ParallelConfig:
     @property
     def world_size(self) -> int:
         return self.tp * self.pp
+
+
+@dataclass
+class EngineConfig:
+    """The engine's own limits; everything else belongs to a role."""
+
+    block_size: int = 16  # tokens a KV block
+    num_blocks: int | None = None  # None: as many as the executor's memory holds
+    max_num_seqs: int = 256  # requests that may run at once
+    max_num_batched_tokens: int = 8192  # tokens a step
+    max_inflight: int = 1  # steps launched and not collected; 1 is synchronous
+    max_model_len: int | None = None  # None: the model's own context
+    check: bool = False  # verify the whole pool after every step (slow)
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_inflight", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"engine.{name}={value}: expected at least 1")

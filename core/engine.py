@@ -6,65 +6,26 @@ device, `pp` keeps a pipeline full. The engine is the only writer of requests; t
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
+from .arrivals import Coming
 from .blocks import ROOT, BlockPool
 from .clock import RecordingClock
+from .config import EngineConfig
 from .decisions import DecisionLog
 from .errors import ConfigError, HeadwayError, PolicyError
 from .pins import Pins
 from .plan import StepPlan
 from .policy import CALLBACKS, Context, Executor, Observer, Oracle, Reject, Role, StepRecord
-from .request import Arrival, Request, RequestList, RequestOutput, RequestState
+from .request import Arrival, Request, RequestList, RequestOutput, RequestState, RunResult
 from .step import StepBuilder
 from .view import View
 
 _RUNNING = RequestState.RUNNING
-
-
-@dataclass
-class EngineConfig:
-    """The engine's own limits; everything else belongs to a role."""
-
-    block_size: int = 16  # tokens a KV block
-    num_blocks: int | None = None  # None: as many as the executor's memory holds
-    max_num_seqs: int = 256  # requests that may run at once
-    max_num_batched_tokens: int = 8192  # tokens a step
-    max_inflight: int = 1  # steps launched and not collected; 1 is synchronous
-    max_model_len: int | None = None  # None: the model's own context
-    check: bool = False  # verify the whole pool after every step (slow)
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_inflight", "max_model_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"engine.{name}={value}: expected at least 1")
-
-
-@dataclass
-class RunResult:
-    """A run's raw outcome; `core.metrics.summarize` turns it into numbers."""
-
-    outputs: list[RequestOutput] = field(default_factory=list)
-    duration: float = 0.0
-    num_steps: int = 0
-    policy_time: float = 0.0  # CPU seconds of planning and book-keeping
-    busy_time: float = 0.0  # seconds in which a step ran
-    kv_total: int = 0
-    kv_peak: int = 0
-    num_evictions: int = 0
-    num_preemptions: int = 0
-    planned_tokens: int = 0
-    decision_hash: str = ""
-    status: str = "finished"  # or "interrupted", "failed"
-    error: str = ""
-    oracles: list[str] = field(default_factory=list)
 
 
 class Engine:
@@ -126,13 +87,11 @@ class Engine:
         self.planned_tokens = 0
         self.policy_time = 0.0
         self.busy_time = 0.0
+        self._last_end = 0.0
         self.kv_peak = 0
         self._inflight: deque[tuple[StepPlan, Any, float, int]] = deque()
-        self._future: list[tuple[float, int, Arrival]] = []  # heap of arrivals to come
-        self._arrivals: Iterator[Arrival] = iter(())
+        self.coming = Coming()
         self._next_index = 0
-        self._next_arrival = 0
-        self._stream_serial: int | None = None  # of the workload's arrival that is in the heap
         self._ids: set[str] = set()
         self._left: list[Request] = []
         self._done: list[Request] = []  # ended since observers last heard
@@ -196,23 +155,11 @@ class Engine:
 
     def add(self, arrival: Arrival) -> None:
         """One more request, at its own time (or now, if that has passed)."""
-        heapq.heappush(self._future, (arrival.time, self._next_arrival, arrival))
-        self._next_arrival += 1
-
-    def _pull(self) -> None:
-        """Keeps the next arrival of the (lazy, ordered) workload in the heap."""
-        if self._stream_serial is None and (arrival := next(self._arrivals, None)) is not None:
-            self._stream_serial = self._next_arrival
-            self.add(arrival)
+        self.coming.add(arrival)
 
     def _ingest(self, now: float) -> None:
-        self._pull()
-        while self._future and self._future[0][0] <= now:
-            _, serial, arrival = heapq.heappop(self._future)
-            if serial == self._stream_serial:
-                self._stream_serial = None
-            self._arrive(arrival, now)  # before the next one is pulled: a workload that raises loses nothing
-            self._pull()
+        for arrival in self.coming.until(now):
+            self._arrive(arrival, now)
 
     def _arrive(self, arrival: Arrival, now: float) -> None:
         request = Request(arrival, self._next_index, max_model_len=self.max_model_len, eos_token_ids=self.eos_token_ids)
@@ -393,7 +340,8 @@ class Engine:
         tokens, emitted = self._update(plan, result.tokens, now, result.logprobs)
         spent += time.perf_counter() - began
         self.policy_time += spent
-        self.busy_time += result.end - result.start
+        self.busy_time += max(0.0, result.end - max(result.start, self._last_end))  # steps of a pipeline overlap
+        self._last_end = max(self._last_end, result.end)
         if self.config.check:
             self.pool.check()
         pool = self.pool
@@ -483,7 +431,7 @@ class Engine:
         self._done.append(request)
 
     def _idle(self, now: float, wake: float | None) -> bool:
-        times = [t for t in (wake, self._future[0][0] if self._future else None) if t is not None]
+        times = [t for t in (wake, self.coming.next_time) if t is not None]
         if (self.running.items or self.waiting.items) and wake is None:
             if self._reclaim_idle():
                 return True
@@ -507,7 +455,8 @@ class Engine:
         with the partial result as its `partial` attribute."""
         if any("future" in role.requires for role in self.roles.values()):
             arrivals = self.oracle.future = list(arrivals)
-        self._arrivals, self.on_result = iter(arrivals), on_result
+        self.on_result = on_result
+        self.coming.stream(arrivals)
         for observer in self.observers:
             observer.on_start(self)
         status, problem = "finished", None

@@ -27,7 +27,7 @@ from .policy import API_VERSION, ROLES, Observer, Role
 
 if TYPE_CHECKING:
     from .build import Run
-    from .engine import RunResult
+    from .request import RunResult
 
 PROJECT = "headway"
 BLOCK = "HEADWAY_PLUGINS_BLOCK"  # comma-separated plugin names to leave out; "*" leaves out every installed package

@@ -233,3 +233,23 @@ class RequestOutput:
             r.num_prompt_tokens, r.num_cached_tokens, r.num_preemptions, r.num_recomputed_tokens,
             r.output_token_ids, r.token_times, r.tags, r.slo, r.prompt, r.stop_text, r.logprobs,
         )  # fmt: skip
+
+
+@dataclass
+class RunResult:
+    """A run's raw outcome; `core.metrics.summarize` turns it into numbers."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    duration: float = 0.0
+    num_steps: int = 0
+    policy_time: float = 0.0  # CPU seconds of planning and book-keeping
+    busy_time: float = 0.0  # seconds in which a step ran
+    kv_total: int = 0
+    kv_peak: int = 0
+    num_evictions: int = 0
+    num_preemptions: int = 0
+    planned_tokens: int = 0
+    decision_hash: str = ""
+    status: str = "finished"  # or "interrupted", "failed"
+    error: str = ""
+    oracles: list[str] = field(default_factory=list)

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.build import Composition, build
-from core.config import Hardware, ModelConfig
-from core.engine import EngineConfig
+from core.config import EngineConfig, Hardware, ModelConfig
 from core.hooks import load_registry
 from headway import Observer, StepRecord
 

@@ -210,8 +210,8 @@ class ReadsTheFuture(Order):
 
     def order(self, view):
         engine = view._engine
-        engine._pull()
-        return sorted(view.waiting, key=lambda r: r.num_prompt_tokens, reverse=bool(engine._future))
+        engine.coming._read_ahead()
+        return sorted(view.waiting, key=lambda r: r.num_prompt_tokens, reverse=bool(engine.coming))
 
 
 @dataclass

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.build import build_roles
-from core.engine import Engine, EngineConfig, RunResult
+from core.config import EngineConfig
+from core.engine import Engine
 from core.hooks import load_registry
 from core.policy import Executor, ExecutorCaps, Observer, StepRecord, StepResult
-from core.request import SLO, Arrival, SamplingParams, Tags
+from core.request import SLO, Arrival, RunResult, SamplingParams, Tags
 from headway import VirtualClock
 
 REGISTRY = load_registry()

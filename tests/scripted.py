@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from core.engine import Engine, EngineConfig
+from core.config import EngineConfig
+from core.engine import Engine
 from core.policy import Scheduler
 from core.request import Arrival, SamplingParams, Tags
 from core.testing.oracle import OracleExecutor

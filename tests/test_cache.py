@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 import plugins.cache.hash as hash_module
 from core.blocks import ROOT, BlockPool
 from core.build import build_roles
-from core.engine import Engine, EngineConfig, RunResult
+from core.config import EngineConfig
+from core.engine import Engine
 from core.hooks import load_registry
 from core.policy import Context
-from core.request import Arrival, Request, SamplingParams, Tags
+from core.request import Arrival, Request, RunResult, SamplingParams, Tags
 from core.testing.oracle import OracleExecutor
 from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks

@@ -17,8 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import schema
 from conf.launch import arguments, explain
 from core.build import Composition, build, build_roles
-from core.config import ModelConfig, ParallelConfig
-from core.engine import EngineConfig
+from core.config import EngineConfig, ModelConfig, ParallelConfig
 from core.hooks import OPTIONAL, Registry, load_registry
 from core.policy import ROLES
 from headway import SLO, Arrival, ConfigError, HeadwayError, Order, SamplingParams, Victim

@@ -9,7 +9,8 @@ import pytest
 from scripted import Scripted, ask, engine, everybody
 
 from core.clock import RecordingClock, ReplayClock, VirtualClock
-from core.engine import Engine, EngineConfig
+from core.config import EngineConfig
+from core.engine import Engine
 from core.errors import ConfigError, InvariantError
 from core.policy import Observer, Order, Retention, Role, Scheduler
 from core.request import Arrival, SamplingParams
@@ -88,7 +89,7 @@ def test_a_lazy_workload_is_read_one_arrival_ahead() -> None:
             yield ask(4, 1, time=float(i))
 
     running = engine()
-    running._arrivals = endless()
+    running.coming.stream(endless())
     for _ in range(6):
         running.step()
     assert len(read) <= 5

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from scripted import ask, engine, everybody
 
-from core.engine import Engine, EngineConfig
+from core.config import EngineConfig
+from core.engine import Engine
 from core.errors import ConfigError, PolicyError
 from core.metrics import summarize
 from core.policy import Admission, Eviction, Observer, Oracle, Order, Predictor, Retention

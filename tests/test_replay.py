@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from core.config import Hardware, ModelShape
-from core.engine import Engine, EngineConfig
+from core.config import EngineConfig, Hardware, ModelShape
+from core.engine import Engine
 from core.errors import ConfigError
 from core.request import Arrival, SamplingParams, Tags
 from core.testing.oracle import OracleExecutor

@@ -7,7 +7,7 @@ from math import isclose, log
 import pytest
 from policy_runs import REGISTRY, Server, ask, compose, run
 
-from core.engine import EngineConfig
+from core.config import EngineConfig
 from core.errors import ConfigError
 from core.request import Arrival, Request
 from core.testing.subject import Subject

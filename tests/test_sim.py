@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import GIB, Hardware, ModelConfig, ModelShape
-from core.engine import Engine, EngineConfig
+from core.config import GIB, EngineConfig, Hardware, ModelConfig, ModelShape
+from core.engine import Engine
 from core.errors import ConfigError
 from core.request import Arrival, SamplingParams
 from plugins.cache.eviction.lru import LeastRecent

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from policy_runs import Steps, ask, compose, run
 
-from core.engine import EngineConfig
+from core.config import EngineConfig
 from core.errors import ConfigError
 from core.metrics import summarize
 from core.policy import Need

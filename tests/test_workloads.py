@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import pytest
 
-from core.config import Hardware, ModelShape
-from core.engine import Engine, EngineConfig
+from core.config import EngineConfig, Hardware, ModelShape
+from core.engine import Engine
 from core.errors import WorkloadError
 from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..build import Composition, Run, build
 from ..clock import VirtualClock
-from ..config import ModelConfig
-from ..engine import Engine, EngineConfig
+from ..config import EngineConfig, ModelConfig
+from ..engine import Engine
 from ..errors import HeadwayError
 from ..plan import StepPlan
 from ..policy import Executor, ExecutorCaps, Role, StepResult

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..engine import Engine, EngineConfig
+from ..config import EngineConfig
+from ..engine import Engine
 from ..policy import Role
 from ..request import SLO, Arrival, Request, RequestState, SamplingParams, Tags
 from .oracle import OracleExecutor

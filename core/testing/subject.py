@@ -13,7 +13,8 @@ from typing import Any
 
 from .. import policy
 from ..build import build_roles
-from ..engine import Engine, EngineConfig
+from ..config import EngineConfig
+from ..engine import Engine
 from ..errors import ConfigError, near
 from ..hooks import OPTIONAL, Origin, Registry, load_registry
 from ..policy import Role

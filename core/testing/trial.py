@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config import EngineConfig
 from ..decisions import DecisionLog
-from ..engine import Engine, EngineConfig, RunResult
+from ..engine import Engine
 from ..errors import HeadwayError, InvariantError, PolicyError
 from ..plan import StepPlan
 from ..policy import Executor, Observer, Role, StepRecord
-from ..request import Arrival, Request, RequestState
+from ..request import Arrival, Request, RequestState, RunResult
 from ..view import View
 from .case import CONTEXT, STEP_SECONDS, VOCAB, Ask, Case, expected_output, feasible
 from .oracle import OracleExecutor, WrongKV
