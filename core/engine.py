@@ -94,6 +94,7 @@ class Engine:
         self._next_index = 0
         self._ids: set[str] = set()
         self._left: list[Request] = []
+        self._rejected: list[Request] = []  # by a policy since the last plan; the decision log takes them
         self._done: list[Request] = []  # ended since observers last heard
         self._keep: dict[int, int] = {}  # request index -> head blocks kept by a drop_tail preemption
         self.owed: dict[int, int] = {}  # running request index -> blocks it was promised from those in flight
@@ -235,6 +236,7 @@ class Engine:
         self._give_back(request)
 
     def _reject(self, request: Request, reason: str) -> None:
+        self._rejected.append(request)
         self.view._freeze()
         self.waiting.remove(request)
         self._end(request, RequestState.REJECTED, reason, self.view.now)
@@ -314,15 +316,16 @@ class Engine:
         builder._reset(step, now, self.max_num_batched_tokens, min(seqs, self.max_num_seqs))
         self._guard(self.scheduler, self.scheduler.plan, builder, self.view)
         evicted, self.pool.evicted = self.pool.evicted, []
+        rejected, self._rejected = self._rejected, []
         if not builder._requests:
-            decided = bool(builder._preempted or builder._rejected)
+            decided = bool(builder._preempted or rejected)
             if decided:  # nothing to run, but the state moved: plan again. The executor hears of it with the next plan.
-                self.decisions.record(builder._build([]), evicted, builder._rejected)
+                self.decisions.record(builder._build([]), evicted, rejected)
                 self.num_steps += 1
             return decided, builder._wake
         left, self._left = self._left, []
         plan = builder._build(left)
-        self.decisions.record(plan, evicted, builder._rejected)
+        self.decisions.record(plan, evicted, rejected)
         self.num_steps += 1
         self.planned_tokens += plan.num_tokens
         self.kv_peak = max(self.kv_peak, self.pool.num_used)
@@ -488,6 +491,10 @@ class Engine:
             self._end(request, RequestState.ABORTED, status, now)
         self.running.items.clear()
         self.waiting.items.clear()
+        if self._rejected:  # at arrival, with no plan after it
+            self.builder._reset(self.num_steps, now, 0, 0)
+            self.decisions.record(self.builder._build([]), [], self._rejected)
+            self._rejected = []
         return RunResult(
             sorted(self.finished, key=lambda o: o.index), now, self.num_steps, self.policy_time, self.busy_time, self.pool.num_blocks,
             self.kv_peak, self.pool.num_evictions, self.num_preemptions, self.planned_tokens, self.decisions.hexdigest, status, error, self.oracles,

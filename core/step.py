@@ -93,7 +93,6 @@ class StepBuilder:
         self._allocated: list[Allocation] = []
         self._admitted: list[Request] = []
         self._preempted: list[Request] = []
-        self._rejected: list[Request] = []
         self._wake: float | None = None
         if self._by_policy:
             self._by_policy = set()
@@ -190,7 +189,6 @@ class StepBuilder:
         """Refuses a waiting request for good; it counts as an SLO miss."""
         if request.state is not _WAITING:
             raise self._error(f"reject() of a request that is {request.state.value}: only requests that never started can be rejected", request)
-        self._rejected.append(request)
         self._engine._reject(request, reason)
 
     def wake_at(self, t: float) -> None:

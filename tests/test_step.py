@@ -441,3 +441,23 @@ def test_a_request_list_keeps_arrival_order_and_finds_its_members() -> None:
     assert list(items) == [a, c]
     with pytest.raises(KeyError):
         items.remove(b)
+
+
+class Picky(Admission):
+    """Refuses one request when it arrives."""
+
+    plugin_name = "admission=picky"
+
+    def __init__(self, refused: str) -> None:
+        self.refused = refused
+
+    def admit(self, request, view):
+        return Reject("not this one") if request.id == self.refused else Admit()
+
+
+def test_a_refusal_at_arrival_is_a_decision_like_any_other() -> None:
+    asked = [ask(4, 1, id="a"), ask(4, 1, id="b")]
+    hashes = {refused: engine(roles={"admission": Picky(refused)}).run(asked).decision_hash for refused in ("a", "b", "")}
+    assert len(set(hashes.values())) == 3
+    alone = [engine(roles={"admission": Picky(refused)}).run(asked[:1]).decision_hash for refused in ("a", "")]
+    assert alone[0] != alone[1]
