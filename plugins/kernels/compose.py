@@ -126,7 +126,7 @@ def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], devic
     if fused and FUSED in backend(fused)[0].ops:
         chosen[FUSED], calls[FUSED] = fused, getattr(backend(fused)[1], FUSED)
     else:
-        chosen[FUSED], calls[FUSED] = "separate", _separate(calls["rms_norm"], calls["rotary"], calls["store_kv"])
+        chosen[FUSED], calls[FUSED] = "separate", separate(calls["rms_norm"], calls["rotary"], calls["store_kv"])
     used = [made[name][0] for name in sorted(set(chosen.values()) - {"separate"})]
     if choice.cuda_graphs and not all(caps.graph_safe for caps in used):
         unsafe = [name for name in sorted(set(chosen.values()) - {"separate"}) if not made[name][0].graph_safe]
@@ -143,7 +143,7 @@ def _by_step(attention: Callable[..., Tensor], decode: Callable[..., Tensor]) ->
     return chosen
 
 
-def _separate(rms_norm: Any, rotary: Any, store_kv: Any) -> Callable[..., Tensor]:
+def separate(rms_norm: Any, rotary: Any, store_kv: Any) -> Callable[..., Tensor]:
     """qk_norm_rope_store out of its parts, where they come from different backends."""
 
     def qk_norm_rope_store(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compose import separate
 from ..ops import BatchMetadata
 
 
@@ -62,19 +63,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slot_mapping, v.to(v_cache.dtype))
 
 
-def qk_norm_rope_store(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor,
-    k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, num_heads: int, num_kv_heads: int,
-) -> Tensor:  # fmt: skip
-    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)  # [T, H + 2K, D]
-    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    if q_weight is not None:
-        q = rms_norm(q, q_weight, eps)
-    if k_weight is not None:
-        k = rms_norm(k, k_weight, eps)
-    q, k = rotary(q, k, positions, cos_sin)
-    store_kv(k, v, k_cache, v_cache, slot_mapping)
-    return q
+qk_norm_rope_store = separate(rms_norm, rotary, store_kv)
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata, scale: float) -> Tensor:
