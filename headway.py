@@ -9,7 +9,18 @@ from core.build import Composition, build
 from core.clock import ReplayClock, VirtualClock, WallClock
 from core.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
 from core.engine import Engine
-from core.errors import ConfigError, HeadwayError, InvariantError, ModelError, PluginError, PolicyError, RankError, WorkloadError, near
+from core.errors import (
+    ConfigError,
+    HeadwayError,
+    InvariantError,
+    ModelError,
+    PluginError,
+    PolicyError,
+    RankError,
+    WorkloadError,
+    check_parameters,
+    near,
+)
 from core.hooks import hookimpl, load_registry
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
 from core.plan import Allocation, Chunk, StepPlan
@@ -54,7 +65,8 @@ __all__ = [
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
-    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "hookimpl", "load_registry", "metrics", "near",
+    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_parameters", "hookimpl", "load_registry",
+    "metrics", "near",
     "prefix_keys", "root_key",
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig
 from .engine import Engine
 from .errors import ConfigError, HeadwayError
 from .hooks import Plugin, Registry
-from .policy import Observer, Role, Workload
+from .policy import SERVICES, Observer, Role, Workload
 from .request import SLO, Arrival, RunResult
 
 
@@ -49,14 +49,13 @@ class Run:
 
     def execute(self) -> RunResult:
         """Runs the workload to its end. Interrupts give a partial result; errors are raised with it as `partial`."""
-        engine, workload = self.engine, self.roles["workload"]
-        caps = engine.executor.caps
+        engine, slo = self.engine, self.composition.slo
+        workload: Any = self.roles["workload"]
         hook = self.registry.manager.hook
         try:
-            arrivals = with_slo(workload.arrivals(self.composition.seed, caps.vocab_size, engine.max_model_len), self.composition.slo)  # type: ignore[attr-defined]
-            follow = lambda request, now: with_slo(workload.on_result(request, now), self.composition.slo)  # type: ignore[attr-defined] # noqa: E731
+            arrivals = workload.arrivals(self.composition.seed, engine.executor.caps.vocab_size, engine.max_model_len)
             hook.headway_run_start(run=self)
-            result = engine.run(arrivals, follow)
+            result = engine.run(with_slo(arrivals, slo), lambda request, now: with_slo(workload.on_result(request, now), slo))
         except BaseException as error:
             if (partial := getattr(error, "partial", None)) is not None:
                 hook.headway_run_end(run=self, result=partial)
@@ -179,7 +178,7 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     tracking = roles.pop("tracking", None)
     for role in roles.values():
         if "predictor" in role.requires and "predictor" not in roles:
-            raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: set predictor=history, oracle, noisy or constant")
+            raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: {SERVICES['predictor']}")
     workload: Any = roles.get("workload")
     if isinstance(workload, Workload):
         workload.check()

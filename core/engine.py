@@ -17,10 +17,10 @@ from .blocks import ROOT, BlockPool
 from .clock import RecordingClock
 from .config import EngineConfig
 from .decisions import DecisionLog
-from .errors import ConfigError, HeadwayError, PolicyError
+from .errors import ConfigError, HeadwayError, PolicyError, near
 from .pins import Pins
 from .plan import StepPlan
-from .policy import CALLBACKS, Context, Executor, Observer, Oracle, Reject, Role, StepRecord
+from .policy import CALLBACKS, SERVICES, Context, Executor, Observer, Oracle, Reject, Role, StepRecord
 from .request import Arrival, Request, RequestList, RequestOutput, RequestState, RunResult
 from .step import StepBuilder
 from .view import View
@@ -112,9 +112,10 @@ class Engine:
             role.plugin_name = role.plugin_name or f"{name}={type(role).__name__}"
             role.rng = Random(f"{self.seed}/{role.plugin_name}")
             for service in role.requires:
-                if service != "future" and (self.predictor if service == "predictor" else self.cost_model) is None:
-                    mend = "set predictor=history, oracle, noisy or constant" if service == "predictor" else "use executor=sim"
-                    raise ConfigError(f"{role.plugin_name} needs {service}, and none is chosen: {mend}")
+                if service not in SERVICES:
+                    raise ConfigError(f"{role.plugin_name} requires {service!r}, which is no service.{near(service, SERVICES)}")
+                if (service == "predictor" and self.predictor is None) or (service == "step_time" and self.cost_model is None):
+                    raise ConfigError(f"{role.plugin_name} needs {service}, and none is chosen: {SERVICES[service]}")
         for _, role in objects.values():
             context = Context(
                 self.seed, config.block_size, num_blocks, self.max_model_len, config.max_num_seqs, config.max_num_batched_tokens,

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     from .view import View
 
 API_VERSION = 1
+
+#: What a role may require: service -> how to get it where it is missing.
+SERVICES = {
+    "predictor": "set predictor=history, oracle, noisy or constant",
+    "step_time": "use executor=sim",
+    "future": "use a workload that knows its arrivals beforehand",
+}
 PREEMPTION_MODES = ("recompute", "drop_tail")
 
 #: Every role: config node -> what it decides. The order is the order of composition.

@@ -7,6 +7,7 @@ over-allocate nor forget to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -122,12 +123,8 @@ class StepBuilder:
     def fits(self, request: Request) -> bool:
         """Whether blocks for all known tokens of a waiting request are available now: what a scheduler that runs prompts
         to completion asks before it starts one."""
-        engine = self._engine
-        matched = engine.view.match(request).blocks
-        idle = sum(1 for b in matched if not self._pool.blocks[b].ref_count)
-        held = len(request.block_table) or len(matched)
-        need = -(-request.num_tokens // self._block_size) - held
-        return need <= self._pool.num_available - idle - sum(engine.owed.values())
+        need, available = self._supply(request, self._engine.view.match(request).blocks, request.num_tokens)
+        return need <= available
 
     # ---- the verbs ----------------------------------------------------------------------------------------------
 
@@ -219,7 +216,7 @@ class StepBuilder:
         return Granted(n)
 
     def _add_waiting(self, request: Request, at_most: int | None) -> Grant:
-        engine, pool = self._engine, self._pool
+        engine = self._engine
         if request._planned == self.step:
             if request.index in self._by_policy:
                 raise self._error("planned after this policy preempted it in the same step", request)
@@ -236,9 +233,7 @@ class StepBuilder:
         n = self._grantable(request, request.num_tokens - cached, at_most)
         if n <= 0:
             return _NO_BUDGET
-        need = -(-(cached + n) // self._block_size) - (len(request.block_table) or len(matched))
-        idle = sum(1 for b in matched if not pool.blocks[b].ref_count)  # evictable now, but not for this request
-        available = pool.num_available - idle - sum(engine.owed.values())
+        need, available = self._supply(request, matched, cached + n)
         if need > available:
             return NeedBlocks(need - available)
         first = request.state is _WAITING
@@ -248,6 +243,13 @@ class StepBuilder:
             self._allocated.append(Allocation(request, 0, list(request.block_table)))
         self._append(request, cached, n, need)
         return Granted(n, cached if first else 0)
+
+    def _supply(self, request: Request, matched: Sequence[int], num_tokens: int) -> tuple[int, int]:
+        """(blocks that a waiting request lacks to hold `num_tokens`, blocks that it may have)."""
+        pool = self._pool
+        need = -(-num_tokens // self._block_size) - (len(request.block_table) or len(matched))
+        idle = sum(1 for b in matched if not pool.blocks[b].ref_count)  # evictable now, but not for this request
+        return need, pool.num_available - idle - sum(self._engine.owed.values())
 
     def _grantable(self, request: Request, new: int, at_most: int | None) -> int:
         left = min(self.tokens_left, new) if self.seqs_left > 0 else 0

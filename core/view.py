@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .blocks import BlockPool
 from .errors import PolicyError
-from .policy import LengthPrediction, Predictor
+from .policy import SERVICES, LengthPrediction, Predictor
 from .request import Request, RequestState
 
 if TYPE_CHECKING:
@@ -147,18 +147,14 @@ class View:
     def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
         """Predicted seconds of a step with these chunks, from the executor's cost model."""
         if (model := self._engine.cost_model) is None:
-            raise PolicyError("asked for step_time, but this executor has no cost model: use executor=sim")
+            raise PolicyError("asked for step_time, but this executor has no cost model: " + SERVICES["step_time"])
         return model.step_time(starts, lengths)
-
-    @property
-    def has_step_time(self) -> bool:
-        return self._engine.cost_model is not None
 
     def predict(self, request: Request) -> LengthPrediction:
         """Predicted output length, from the `predictor` role."""
         predictor: Predictor | None = self._engine.predictor
         if predictor is None:
-            raise PolicyError("asked for a length prediction, but no predictor is chosen: set predictor=history, oracle, noisy or constant")
+            raise PolicyError("asked for a length prediction, but no predictor is chosen: " + SERVICES["predictor"])
         return predictor.predict(request)
 
     def describe(self) -> str:

@@ -88,7 +88,7 @@ BUGS = {
     "preempted in its own step": (step.StepBuilder, "_make_room", "if other._planned == self.step:", "if False:"),
     "token budget not charged": (step.StepBuilder, "_append", "self.tokens_left -= n", "pass"),
     "hits counted again after preemption": (engine.Engine, "_admit", "if first:", "if True:"),
-    "matched blocks handed out again": (step.StepBuilder, "_add_waiting", "- idle - sum", "- sum"),
+    "matched blocks handed out again": (step.StepBuilder, "_supply", "- idle - sum", "- sum"),
     "partial block published": (
         engine.Engine,
         "_update",

@@ -8,7 +8,6 @@ from typing import Any
 from zlib import crc32
 
 from headway import (
-    ConfigError,
     Executor,
     ExecutorCaps,
     Hardware,
@@ -17,6 +16,7 @@ from headway import (
     StepPlan,
     StepResult,
     VirtualClock,
+    check_parameters,
     hookimpl,
 )
 
@@ -33,14 +33,14 @@ class SimExecutor(Executor):
     max_plans: int = 8  # most plans in flight
 
     def __post_init__(self) -> None:
-        for name, ok, expected in (
+        check_parameters(
+            "executor",
+            self,
             ("memory_utilization", 0 < self.memory_utilization <= 1, "0 < share <= 1"),
             ("activation_gb", self.activation_gb >= 0, "GiB >= 0"),
             ("charge_policy_time", self.charge_policy_time >= 0, "seconds >= 0"),
             ("max_plans", self.max_plans >= 1, "at least 1"),
-        ):
-            if not ok:
-                raise ConfigError(f"executor.{name}={getattr(self, name)}: expected {expected}")
+        )
 
     def prepare(self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """Before the engine is built: what runs, and on what. The clock starts at 0."""

@@ -55,6 +55,20 @@ class KernelChoice(KernelBackend):
         raise NotImplementedError
 
 
+@dataclass
+class GpuChoice(KernelChoice):
+    """Triton for every operation that a subclass does not name another backend for."""
+
+    attention: str = "triton"
+    linear: str = "triton"
+    norm: str = "triton"
+    rope: str = "triton"
+    activation: str = "triton"
+    store: str = "triton"
+    sampling: str = "triton"
+    batch: str = "triton"
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The composed backend: one bound callable an operation, signatures as in KernelBackend."""

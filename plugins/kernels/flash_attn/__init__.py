@@ -12,22 +12,15 @@ from typing import Any
 
 from headway import ConfigError, hookimpl
 
-from ..compose import KernelChoice
+from ..compose import GpuChoice
 from ..ops import KernelCaps
 
 
 @dataclass
-class FlashAttnKernels(KernelChoice):
+class FlashAttnKernels(GpuChoice):
     """FlashAttention for attention, Triton for the other operations; needs a GPU and the package flash_attn_interface or flash_attn."""
 
     attention: str = "flash_attn"
-    linear: str = "triton"
-    norm: str = "triton"
-    rope: str = "triton"
-    activation: str = "triton"
-    store: str = "triton"
-    sampling: str = "triton"
-    batch: str = "triton"
 
     plugin_name = "flash_attn"
     caps = KernelCaps(

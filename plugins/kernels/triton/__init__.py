@@ -8,22 +8,13 @@ from typing import Any
 
 from headway import ConfigError, hookimpl
 
-from ..compose import FUSED, GROUPS, KernelChoice
+from ..compose import FUSED, GROUPS, GpuChoice
 from ..ops import KernelCaps
 
 
 @dataclass
-class TritonKernels(KernelChoice):
+class TritonKernels(GpuChoice):
     """Triton kernels for every operation, paged attention included; needs a GPU."""
-
-    attention: str = "triton"
-    linear: str = "triton"
-    norm: str = "triton"
-    rope: str = "triton"
-    activation: str = "triton"
-    store: str = "triton"
-    sampling: str = "triton"
-    batch: str = "triton"
 
     plugin_name = "triton"
     caps = KernelCaps(

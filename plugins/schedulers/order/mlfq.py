@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headway import ConfigError, Context, KeyOrder, Request, StepRecord, View, hookimpl
+from headway import Context, KeyOrder, Request, StepRecord, View, check_parameters, hookimpl
 
 from .alarms import Alarms
 
@@ -38,14 +38,14 @@ class SkipJoinMLFQ(KeyOrder):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        for name, ok, expected in (
+        check_parameters(
+            "order",
+            self,
             ("num_queues", self.num_queues >= 1, "at least 1"),
             ("quantum", self.quantum > 0, "seconds > 0"),
             ("ratio", self.ratio >= 1, "at least 1"),
             ("starve_limit", self.starve_limit > 0, "seconds > 0"),
-        ):
-            if not ok:
-                raise ConfigError(f"order.{name}={getattr(self, name)}: expected {expected}")
+        )
         self._quanta = [self.quantum * self.ratio**i for i in range(self.num_queues - 1)]
         self._quanta.append(float("inf"))
         self._cost = ctx.cost_model
