@@ -222,7 +222,7 @@ class ParallelConfig:
     pp: int = 1  # pipeline parallel: stages of consecutive layers; as many plans are kept in flight
     layers: list[int] | None = None  # layers of each stage; None: as evenly as can be
     all_reduce: str = "library"  # NCCL or gloo; or symmetric: GPUs of one host read each other's memory
-    overlap_tokens: int = 2048  # steps of at least so many tokens are multiplied and summed in parts, side by side; 0: none
+    overlap_tokens: int = 2048  # in steps of at least so many tokens, ranks share them between products; 0: never
     timeout: float = 15.0  # seconds without progress of a step after which a rank is taken to hang
     port: int = 0  # where ranks of one host meet; 0: any free one. torchrun has its own
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from plugins.kernels.torch import TorchKernels
 from plugins.models.loading import build, load, targets
 from plugins.models.spec import read_model
 from plugins.parallel import channel as wire
-from plugins.parallel import launch
+from plugins.parallel import launch, symmetric
 from plugins.parallel.channel import Channel, pack_step, unpack_step
 from plugins.parallel.execution import Job
 from plugins.parallel.pipeline import cut, layers_of
@@ -36,7 +37,10 @@ ROOT = Path(__file__).parent.parent
 def mesh_of(tp: int, pp: int, rank: int, layers: list[int] | None = None) -> SimpleNamespace:
     """What sharding asks of a Mesh."""
     stage, place = divmod(rank, tp)
-    return SimpleNamespace(parallel=ParallelConfig(tp, pp, layers), stage=stage, place=place, is_first=stage == 0, is_last=stage == pp - 1)
+    return SimpleNamespace(
+        parallel=ParallelConfig(tp, pp, layers), stage=stage, place=place, is_first=stage == 0, is_last=stage == pp - 1,
+        gathered_linear=lambda product, *args: product(*args),
+    )  # fmt: skip
 
 
 def loaded(name: str, tp: int, pp: int, rank: int, layers: list[int] | None = None):
@@ -112,6 +116,56 @@ def test_each_stage_holds_only_what_it_computes():
     assert not {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} & names[1]
     assert {"lm_head.weight", "model.norm.weight"} <= names[2] and "model.embed_tokens.weight" not in names[2]
     assert names[1] >= {"model.layers.1.mlp.down_proj.weight"} and not any(".layers.0." in n for n in names[1])
+
+
+class OneStream:
+    """A CUDA stream where everything runs as it is called."""
+
+    def __init__(self, device=None) -> None: ...
+    def wait_stream(self, other) -> None: ...
+    def wait_event(self, event) -> None: ...
+    def record_event(self) -> None: ...
+
+
+@pytest.mark.parametrize(("tp", "tokens"), [(2, 8), (4, 12), (4, 13), (3, 4)])
+def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, tp, tokens):
+    """Threads for ranks, on a CPU: what a GPU's peers read and write, and that one barrier a product is enough."""
+    size, inner, rows = 6, 5 * tp, -(-tokens // tp)
+    meeting = threading.Barrier(tp, timeout=20)
+    memory: dict[int, torch.Tensor] = {}
+
+    def mapped(rank, length, dtype, device):
+        memory[rank] = torch.full((length,), torch.nan, dtype=dtype)
+        meeting.wait()
+        return memory[rank], SimpleNamespace(rank=rank, get_buffer=lambda peer, shape, dtype: memory[peer], barrier=meeting.wait)
+
+    monkeypatch.setattr(symmetric, "_mapped", mapped)
+    monkeypatch.setattr(symmetric, "dist", SimpleNamespace(get_world_size=lambda rank: tp, barrier=lambda group: meeting.wait()))
+    monkeypatch.setattr(torch.cuda, "Stream", OneStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", OneStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
+    up, down = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((inner, size), (size, inner)))
+    results: dict[int, torch.Tensor] = {}
+
+    def rank(place: int) -> None:
+        pipeline = symmetric.SymmetricPipeline(place, rows + 1, size, torch.float64, torch.device("cpu"))
+        columns = slice(place * inner // tp, (place + 1) * inner // tp)
+        part = torch.nn.functional.pad(x, (0, 0, 0, tp * rows - tokens))[place * rows : (place + 1) * rows]
+        for _ in range(5):
+            part = pipeline.reduced_linear(pipeline.gathered_linear(part, up[columns])[:tokens], down[:, columns], rows).tanh()
+        results[place] = part
+
+    threads = [threading.Thread(target=rank, args=(place,)) for place in range(tp)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = x
+    for _ in range(5):
+        expected = (expected @ up.t() @ down.t()).tanh()
+    assert torch.allclose(torch.cat([results[place] for place in range(tp)])[:tokens], expected, atol=1e-9)
 
 
 def test_a_step_travels_unchanged():

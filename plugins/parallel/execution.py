@@ -16,6 +16,7 @@ from headway import EngineConfig, ModelConfig, ParallelConfig
 
 from ..executors.torch import TorchExecutor
 from ..executors.torch.execution import Execution, Ticket
+from ..executors.torch.graphs import DecodeGraphs
 from ..executors.torch.runner import Sampled
 from .launch import Ranks, under_torchrun
 from .pipeline import Stage, StageBatcher, StageRunner, cut
@@ -69,8 +70,8 @@ class RankExecution(Execution):
         if job.parallel.all_reduce == "symmetric" and job.parallel.tp > 1:
             shape = self.spec.shape
             mesh.map_peers(max(job.engine.max_num_batched_tokens, job.engine.max_num_seqs), shape.hidden_size, getattr(torch, shape.dtype))
-        if job.parallel.pp > 1:
-            self.model = Stage(self.model, mesh, self.config.profile and mesh.device.type == "cuda")  # type: ignore[assignment]
+        timed = job.parallel.pp > 1 and self.config.profile and mesh.device.type == "cuda"
+        self.model = Stage(self.model, mesh, timed)  # type: ignore[assignment]
 
     def _share(self) -> Sharding:
         cut(self.model, self.mesh)
@@ -80,6 +81,13 @@ class RankExecution(Execution):
         """(seconds in which this stage computed, seconds since its first step began), of steps since this was last asked.
         With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0) else."""
         return self.model.times() if isinstance(self.model, Stage) else (0.0, 0.0)
+
+    def switch(self, long_steps: str, short_steps: str) -> None:
+        """For measurements, between two runs: another way for steps from now on. Graphs are captured again."""
+        self.mesh.long_steps, self.mesh.short_steps = long_steps, short_steps
+        if self.kernels.cuda_graphs:
+            self.runner.decode_step = self.runner.decode  # frees the old graphs
+            self.runner.decode_step = DecodeGraphs(self.runner).decode
 
 
 def _stage_runner(mesh: Mesh, *args: Any, **options: Any) -> StageRunner:
@@ -111,6 +119,11 @@ class DriverExecution(RankExecution):
     def all_stage_times(self) -> list[tuple[float, float]]:
         self.ranks.call("stage_times")
         return [super().stage_times(), *self.ranks.answers()]
+
+    def switch(self, long_steps: str, short_steps: str) -> None:
+        self.ranks.call("switch", long_steps, short_steps)
+        super().switch(long_steps, short_steps)
+        self.ranks.answers()
 
     def _execute(self, step: StepInput) -> Sampled:
         with self.ranks.blaming():

@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from headway import ConfigError, HeadwayError, ModelShape
 from headway import ParallelConfig as Parallel
 
-from .symmetric import SymmetricReduce
+from .symmetric import SymmetricPipeline, SymmetricReduce
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+# renamed in torch 2.13
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 OVERLAPPED_PARTS = 4
 STARTUP = 600.0  # seconds that ranks may be apart while kernels compile and graphs are captured
 
@@ -49,8 +51,10 @@ class Mesh:
         )  # fmt: skip
         mesh = init_device_mesh(device.type, (parallel.pp, parallel.tp), mesh_dim_names=("pp", "tp"))
         self.tp_group, self.pp_group = mesh.get_group("tp"), mesh.get_group("pp")
-        self._overlap_tokens = parallel.overlap_tokens if parallel.tp > 1 else 0
+        self.long_steps, self.short_steps = "split", parallel.all_reduce
+        self._tokens = 0  # of the step that is running, when its residual stream is split over the ranks
         self._symmetric: SymmetricReduce | None = None
+        self._pipeline: SymmetricPipeline | None = None
         self._sending: Any = None  # the last send, not known to be over; and what it sends
         # NCCL makes communicators at their first use: now, while nothing else is under way.
         self.all_reduce(torch.zeros(1, device=device))
@@ -74,14 +78,58 @@ class Mesh:
             self._guarded(dist.all_reduce, x, group=self.tp_group)
         return x
 
-    def reduced_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, K], weight [N, K] of this rank -> the sum over the ranks of x @ weight.T, [T, N]."""
-        if self._overlap_tokens and len(x) >= self._overlap_tokens:
-            return self._overlapped_linear(x, weight)
-        if self._symmetric is None:
-            return self.all_reduce(F.linear(x, weight))
+    # ---- a step's tokens, whole on every rank or split over the ranks of a stage ----------------------------------
+
+    def begin(self, tokens: int) -> int:
+        """A step of so many tokens begins. Answers how many rows of the residual stream a rank holds: all, or of a long step its
+        part, the last ones padded."""
+        self._tokens = tokens if self._is_long(tokens) and self.long_steps == "split" else 0
+        return self._part if self._tokens else tokens
+
+    def _is_long(self, tokens: int) -> bool:
+        return self.parallel.tp > 1 and 0 < self.parallel.overlap_tokens <= tokens
+
+    @property
+    def _part(self) -> int:
+        return -(-self._tokens // self.parallel.tp)
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """x [T, N] of each rank -> the sum over the ranks, this rank's rows of it."""
+        if not self._tokens:
+            return self.all_reduce(x)
+        tp, rows = self.parallel.tp, self._part
+        if missing := tp * rows - len(x):
+            x = F.pad(x, (0, 0, 0, missing))
+        if self.device.type == "cpu":  # gloo has no reduce-scatter in every version
+            return self.all_reduce(x)[self.place * rows : (self.place + 1) * rows]
+        ours = x.new_empty(rows, x.shape[1])
+        self._guarded(_reduce_scatter, ours, x, group=self.tp_group)
+        return ours
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """This rank's rows -> all of them, [T, N]."""
+        if not self._tokens:
+            return x
+        everything = x.new_empty(self.parallel.tp * len(x), x.shape[1])
+        self._guarded(_all_gather, everything, x.contiguous(), group=self.tp_group)
+        return everything[: self._tokens]
+
+    def gathered_linear(self, product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """product(x, weight, bias) of the rows of all ranks, [T, N]."""
+        if not self._tokens or self._pipeline is None or self.short_steps == "library":
+            return product(self.gathered(x), weight, bias)
         self.entered += 1
-        return self._symmetric.linear(x, weight)
+        found = self._pipeline.gathered_linear(x, weight)[: self._tokens]
+        return found if bias is None else found.add_(bias)
+
+    def reduced_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, K], weight [N, K] of this rank -> the sum over the ranks of x @ weight.T, this rank's rows of it."""
+        if self.long_steps == "parts" and self._is_long(len(x)):
+            return self._overlapped_linear(x, weight)
+        if self._symmetric is None or self._pipeline is None or self.short_steps == "library":
+            return self.reduced(F.linear(x, weight))
+        self.entered += 1
+        return self._pipeline.reduced_linear(x, weight, self._part) if self._tokens else self._symmetric.linear(x, weight)
 
     def _overlapped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """In parts: while one is summed over the ranks, the next is multiplied."""
@@ -95,8 +143,9 @@ class Mesh:
         return total
 
     def map_peers(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        """`reduced_linear` through memory of the GPUs that the others map, for results of at most [rows, columns]."""
+        """Steps through memory of the GPUs that the others map, for results of at most [rows, columns]."""
         self._symmetric = SymmetricReduce(self.tp_group, rows, columns, dtype, self.device)
+        self._pipeline = SymmetricPipeline(self.tp_group, -(-rows // self.parallel.tp), columns, dtype, self.device)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [R, C] of every rank of this stage, side by side: [R, tp * C]."""

@@ -57,7 +57,7 @@ def cut(model: CausalLM, mesh: Mesh) -> None:
 
 
 class Stage:
-    """A cut model, loaded, with the face of a whole one: what it returns is for the last stage to use."""
+    """A model of which ranks hold parts, loaded, with the face of a whole one: what it returns is for the last stage to use."""
 
     def __init__(self, model: CausalLM, mesh: Mesh, timed: bool = False) -> None:
         self.spec, self.model, self.compute_logits, self._mesh = model.spec, model.model, model.compute_logits, mesh
@@ -66,21 +66,22 @@ class Stage:
 
     def __call__(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata) -> Tensor:
         decoder, mesh = self.model, self._mesh
+        rows = mesh.begin(len(tokens))
         if mesh.is_first:
             hidden = decoder.embed_tokens(tokens)
         else:
-            hidden = mesh.receive(caches[0][0].new_empty(len(tokens), self.spec.shape.hidden_size))
+            hidden = mesh.receive(caches[0][0].new_empty(rows, self.spec.shape.hidden_size))
         if self._timed and not torch.cuda.is_current_stream_capturing():
             self._marks.append([])
             self.mark()
         hidden, residual = decoder.run_layers(hidden, None, positions, caches, batch)
         assert residual is not None  # every stage has a layer
         if mesh.is_last:
-            return decoder.finish(hidden, residual)
+            return mesh.gathered(decoder.finish(hidden, residual))
         hidden = hidden + residual
         self.mark()
         mesh.send(hidden)
-        return hidden
+        return hidden if rows == len(tokens) else hidden.new_empty(len(tokens), hidden.shape[1])
 
     def mark(self) -> None:
         """A point in time on the device, of the step that is running."""

@@ -3,10 +3,14 @@
 PLAN says by module name how each matrix is split over the ranks of a stage; names that are not in it are held in full by
 every rank. Each attention block and each MLP is one column-parallel product followed by one row-parallel product, so a layer
 has two all-reduces, after `o_proj` and `down_proj`; the vocabulary costs one more after the embedding and an all-gather of logits.
+
+In a long step (`Mesh.begin`) an all-reduce is taken apart into its halves: ranks sum after a row-parallel product, each for its part of
+the tokens, add and normalise those, and gather before the next column-parallel product.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +49,7 @@ class VocabularyParallelEmbedding(nn.Embedding):
         local = tokens - self.first
         ours = (local >= 0) & (local < self.num_embeddings)
         rows = F.embedding(torch.where(ours, local, 0), self.weight)
-        return self.mesh.all_reduce(torch.where(ours.unsqueeze(-1), rows, 0))
+        return self.mesh.reduced(torch.where(ours.unsqueeze(-1), rows, 0))
 
 
 class VocabularyParallelHead(nn.Linear):
@@ -121,7 +125,7 @@ def shard(model: CausalLM, mesh: Mesh) -> Sharding:
         return share
     for layer in model.model.layers:
         _shard_attention(layer.self_attn, mesh)
-        _shrink_packed(layer.mlp.gate_up_proj, {name: rows // tp for name, rows in layer.mlp.gate_up_proj.parts.items()})
+        _column_parallel(layer.mlp.gate_up_proj, {name: rows // tp for name, rows in layer.mlp.gate_up_proj.parts.items()}, mesh)
         layer.mlp.down_proj = _row_parallel(layer.mlp.down_proj, mesh)
     _shard_vocabulary(model, mesh)
     return share
@@ -131,11 +135,12 @@ def _shard_attention(attention: Attention, mesh: Mesh) -> None:
     attention.num_heads //= mesh.parallel.tp
     attention.num_kv_heads = max(1, attention.num_kv_heads // mesh.parallel.tp)
     rows, kv_rows = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    _shrink_packed(attention.qkv_proj, {"q_proj": rows, "k_proj": kv_rows, "v_proj": kv_rows})
+    _column_parallel(attention.qkv_proj, {"q_proj": rows, "k_proj": kv_rows, "v_proj": kv_rows}, mesh)
     attention.o_proj = _row_parallel(attention.o_proj, mesh)
 
 
-def _shrink_packed(linear: PackedLinear, parts: dict[str, int]) -> None:
+def _column_parallel(linear: PackedLinear, parts: dict[str, int], mesh: Mesh) -> None:
+    linear._product = partial(mesh.gathered_linear, linear._product)
     linear.parts, linear.out_features = parts, sum(parts.values())
     linear.weight = _parameter(linear.weight, linear.out_features, linear.in_features)
     if linear.bias is not None:
