@@ -196,5 +196,5 @@ def test_a_graph_for_every_batch_size_is_kept():
     runner = on_gpu("qwen3", "triton", True).execution
     engine_on_gpu(on_gpu("qwen3", "triton", True))
     covered = runner.runner.decode_step.__self__
-    assert {size for size, _ in covered._graphs} >= set(covered._covering[1:])
-    assert len(covered._graphs) == 3 * len(set(covered._sizes))
+    assert set(covered._graphs) == {(n, kind) for n in range(1, runner.runner.max_num_seqs + 1) for kind in range(3)}
+    assert len({id(graph) for graph, _ in covered._graphs.values()}) == 3 * len(covered._sizes)

@@ -26,9 +26,9 @@ NO_LOGPROBS = -1
 class StepInput:
     """One step as a runner needs it. `data` int32 holds these sections, in this order:
 
-    updates      [3, num_updates]         row, index in its block table, block id
+    updates      [2, num_updates]         place in the block tables of all rows, one after the other; block id
     admissions   [num_admitted, 1 + 6]    row, sampling parameters
-    rows         [num_seqs]               absent when decode and `same_rows`
+    rows         [num_seqs]               of a decode padded to all rows, and absent when they are the `same_rows`
     and unless decode:
     starts       [num_seqs]               first position of each chunk
     bounds       [num_seqs + 1]           token offsets of chunks
@@ -56,7 +56,7 @@ class _Rows(NamedTuple):
     """What the last decode batch was, for the step that is the same."""
 
     requests: list[Request]
-    rows: np.ndarray
+    rows: np.ndarray  # padded to all rows
     sampling: int
     logprobs: int
 
@@ -64,9 +64,9 @@ class _Rows(NamedTuple):
 class Batcher:
     """Host side of the device's rows. Row `max_num_seqs` belongs to nobody: padding goes there."""
 
-    def __init__(self, max_num_seqs: int, seed: int) -> None:
-        self.padding_row = max_num_seqs
-        self._seed = seed
+    def __init__(self, max_num_seqs: int, max_blocks: int, seed: int) -> None:
+        self._max_blocks, self._seed = max_blocks, seed  # blocks: of one row's table
+        self._padding = [max_num_seqs] * (max_num_seqs + 1)
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._row_of: dict[int, int] = {}  # request index -> row
         # By row: its last chunk sampled, so the device knows its next token and position; what its sampling needs.
@@ -86,33 +86,35 @@ class Batcher:
             row = row_of[request.index] = self._free.pop()
             admissions.append(row)
             admissions += self._parameters(request, row)
-        updates: tuple[list[int], list[int], list[int]] = ([], [], [])
+        updates: list[int] = []
         for request, first, blocks in plan.allocated:
-            updates[0].extend([row_of[request.index]] * len(blocks))
-            updates[1].extend(range(first, first + len(blocks)))
-            updates[2].extend(blocks)
+            place = row_of[request.index] * self._max_blocks + first
+            updates.extend(range(place, place + len(blocks)))
+        for _, _, blocks in plan.allocated:
+            updates.extend(blocks)
         num_seqs = len(plan.requests)
         if plan.num_tokens == num_seqs and not admissions and False not in plan.samples:
             last = self._last
             if last is not None and last.requests == plan.requests:
                 return self._decode(plan, last, updates, same_rows=True)
-            rows = np.array([row_of[r.index] for r in plan.requests], dtype=np.int32)
-            if self._ready[rows].all():
-                self._last = _Rows(plan.requests, rows, int(self._sampling[rows].max()), int(self._logprobs[rows].max()))
+            rows = np.array([row_of[r.index] for r in plan.requests] + self._padding[num_seqs:], dtype=np.int32)
+            own = rows[:num_seqs]
+            if self._ready[own].all():
+                self._last = _Rows(plan.requests, rows, int(self._sampling[own].max()), int(self._logprobs[own].max()))
                 return self._decode(plan, self._last, updates, same_rows=False)
         self._last = None
         return self._mixed(plan, admissions, updates)
 
-    def _decode(self, plan: StepPlan, last: _Rows, updates: tuple[list[int], ...], *, same_rows: bool) -> StepInput:
-        data = np.array([*updates[0], *updates[1], *updates[2]], dtype=np.int32)
+    def _decode(self, plan: StepPlan, last: _Rows, updates: list[int], *, same_rows: bool) -> StepInput:
+        data = np.array(updates, dtype=np.int32)
         if not same_rows:
             data = np.concatenate((data, last.rows))
         n = len(plan.requests)
         return StepInput(
-            data, True, same_rows, n, n, n, len(updates[0]), 0, 1, max(plan.starts) + 1, last.sampling, last.logprobs, None
+            data, True, same_rows, n, n, n, len(updates) // 2, 0, 1, max(plan.starts) + 1, last.sampling, last.logprobs, None
         )  # fmt: skip
 
-    def _mixed(self, plan: StepPlan, admissions: list[int], updates: tuple[list[int], ...]) -> StepInput:
+    def _mixed(self, plan: StepPlan, admissions: list[int], updates: list[int]) -> StepInput:
         requests, starts, lengths = plan.requests, plan.starts, plan.lengths
         rows = np.array([self._row_of[r.index] for r in requests], dtype=np.int32)
         samples = np.array(plan.samples, dtype=bool)
@@ -129,12 +131,12 @@ class Batcher:
         np.cumsum(counts, out=bounds[1:])
         sampled = np.flatnonzero(samples)
         first = np.array(starts, dtype=np.int32)
-        small = np.array([*updates[0], *updates[1], *updates[2], *admissions], dtype=np.int32)
+        small = np.array(updates + admissions, dtype=np.int32)
         parts = (small, rows, first, bounds, sampled, np.array(tokens, dtype=np.int32), np.repeat(np.arange(len(requests)), counts))
         drawing = rows[sampled]
         return StepInput(
             np.concatenate(parts, dtype=np.int32, casting="same_kind"), False, False, len(requests), plan.num_tokens, len(sampled),
-            len(updates[0]), len(plan.admitted), int(counts.max()), int((first + counts).max()),
+            len(updates) // 2, len(plan.admitted), int(counts.max()), int((first + counts).max()),
             int(self._sampling[drawing].max(initial=GREEDY)), int(self._logprobs[drawing].max(initial=NO_LOGPROBS)),
             None if samples.all() else sampled.tolist(),
         )  # fmt: skip

@@ -105,7 +105,7 @@ class Execution:
         self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int, seed: int
     ) -> None:
         caches = allocate_cache(self.model, num_blocks + 1, block_size, self.device)
-        self.batcher = self.batcher_class(max_num_seqs, seed)
+        self.batcher = self.batcher_class(max_num_seqs, -(-max_model_len // block_size), seed)
         self.runner = self.runner_class(
             self.model, self.kernels, self.device, caches, num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, max_plans=max_plans,
@@ -113,7 +113,9 @@ class Execution:
         pinned = self.device.type == "cuda"
         # One result buffer for each step in flight: it is read before the engine launches the step that reuses it.
         self._results = [torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(max_plans + 1)]
+        self._read = [buffer.numpy() for buffer in self._results]
         self._arrived = [torch.cuda.Event() for _ in self._results] if pinned else []
+        self._stream = torch.cuda.current_stream(self.device) if pinned else None
         self._slots = deque(range(len(self._results)))
         if self.kernels.cuda_graphs:
             self.runner.decode_step = DecodeGraphs(self.runner).decode
@@ -135,16 +137,17 @@ class Execution:
         slot = self._slots[0]
         self._slots.rotate(-1)
         ticket = Ticket(step, now, slot)
-        if self.config.profile and self._arrived:
-            ticket.began, ticket.ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            ticket.began.record()
         if step.logprobs != NO_LOGPROBS:
             ticket.wanted = [r.sampling.logprobs for r, sample in zip(plan.requests, plan.samples, strict=True) if sample]
-        self._send_back(ticket, self._execute(step))
-        if ticket.ended is not None:
-            ticket.ended.record()
         if self.config.profile:
-            ticket.timings = {"prepare": packed - began, "launch": perf_counter() - packed}
+            ticket.began = self._mark()
+        launching = perf_counter()
+        self._send_back(ticket, self._execute(step))
+        launched = perf_counter()
+        if self.config.profile:
+            ticket.ended = self._mark()
+            measuring = perf_counter() - launched + launching - packed
+            ticket.timings = {"prepare": packed - began, "launch": launched - launching, "profile": measuring}
         return ticket
 
     def _execute(self, step: StepInput) -> Sampled:
@@ -155,21 +158,23 @@ class Execution:
         if sampled.logprobs is not None:
             ticket.logprobs = tuple(part.to("cpu", non_blocking=True) for part in sampled.logprobs)
         if self._arrived:
-            self._arrived[ticket.slot].record()
+            self._arrived[ticket.slot].record(self._stream)
 
     def collect(self, ticket: Ticket, clock: Any) -> StepResult:
         began = perf_counter()
         self._wait(ticket)
         waited = perf_counter()
         step = ticket.step
-        drawn = self._results[ticket.slot][: step.num_samples].tolist()
+        drawn = self._read[ticket.slot][: step.num_samples].tolist()
         logprobs = None if ticket.logprobs is None else _logprobs(drawn, ticket)
         end = clock.now()
         start, self._collected = max(ticket.launched, self._collected), end
-        if self.config.profile:
-            ticket.timings |= {"wait": waited - began, "collect": perf_counter() - waited}
+        if ticket.timings:
+            collected = perf_counter()
+            ticket.timings |= {"wait": waited - began, "collect": collected - waited}
             if ticket.ended is not None:
                 self._gpu_times(ticket)
+            ticket.timings["profile"] += perf_counter() - collected
         if step.sampled is None:
             return StepResult(drawn, start, end, logprobs, ticket.timings)
         tokens = [-1] * step.num_seqs
@@ -184,6 +189,14 @@ class Execution:
         """Until the step's tokens are in its result buffer."""
         if self._arrived:
             self._arrived[ticket.slot].synchronize()
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """A point in time on the device; None on a CPU."""
+        if not self._arrived:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
 
     def _gpu_times(self, ticket: Ticket) -> None:
         ticket.ended.synchronize()

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .batch import FILTERED, GREEDY, NO_LOGPROBS, RANDOM
+from .runner import Sampled
 
 if TYPE_CHECKING:
-    from .runner import ModelRunner, Sampled
+    from .runner import ModelRunner
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -30,15 +31,13 @@ class DecodeGraphs:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._sizes = sorted(batch_sizes(runner.max_num_seqs))
-        self._covering = [next(s for s in self._sizes if s >= n) for n in range(runner.max_num_seqs + 1)]
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Sampled]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Sampled]] = {}  # by batch size and kind of sampling
         self._pool = torch.cuda.graph_pool_handle()
         with _no_garbage():
             for sampling in (GREEDY, RANDOM, FILTERED):
                 for size in reversed(self._sizes):
                     self._capture(size, sampling)
 
-    @torch.inference_mode()
     def _capture(self, size: int, sampling: int) -> None:
         runner = self._runner
         runner.batch_rows.fill_(runner.max_num_seqs)
@@ -50,17 +49,19 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads of a parallel run ask about events at any time, which must not end a capture here.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            sampled = runner.decode(size, runner.max_model_len, sampling)
-        self._graphs[size, sampling] = graph, sampled
+            tokens = runner.decode(size, runner.max_model_len, sampling).tokens
+        smaller = max((s for s in self._sizes if s < size), default=0)
+        for num_seqs in range(smaller + 1, size + 1):
+            self._graphs[num_seqs, sampling] = graph, Sampled(tokens[:num_seqs], None)
 
     def decode(self, num_seqs: int, max_context: int, sampling: int, logprobs: int) -> Sampled:
         """Same contract and same result as `ModelRunner.decode`."""
         runner = self._runner
         if logprobs != NO_LOGPROBS:
             return runner.decode(num_seqs, max_context, sampling, logprobs)
-        graph, sampled = self._graphs[self._covering[num_seqs], sampling]
+        graph, sampled = self._graphs[num_seqs, sampling]
         graph.replay()
-        return sampled._replace(tokens=sampled.tokens[:num_seqs])
+        return sampled
 
 
 @contextmanager

@@ -24,8 +24,8 @@ class Sampled(NamedTuple):
 
 
 class Staging:
-    """Page-locked host buffers for StepInput.data, one for each step in flight and one more: a buffer is written again only
-    after its copy has been made, which is certain once the step after next is launched."""
+    """Page-locked host buffers for StepInput.data, one for each step in flight and one more: a buffer is written again when the
+    step that was sent from it has come back, so nobody waits for its copy. int64, because that is what indexes are on a device."""
 
     def __init__(self, device: torch.device, slots: int, size: int) -> None:
         self._device, self._slots, self._next = device, slots, 0
@@ -33,27 +33,20 @@ class Staging:
 
     def _grow(self, size: int) -> None:
         pinned = self._device.type == "cuda"
-        self.host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(self._slots)]
+        self.host = [torch.empty(size, dtype=torch.int64, pin_memory=pinned) for _ in range(self._slots)]
         self.views = [buffer.numpy() for buffer in self.host]
-        self.copied = [torch.cuda.Event() for _ in range(self._slots)] if pinned else []
-        self.on_device = torch.empty(size, dtype=torch.int32, device=self._device)
+        self.on_device = torch.empty(size, dtype=torch.int64, device=self._device)
 
     def send(self, data: np.ndarray) -> Tensor:
-        """int32 [len(data)] on the device; valid until the next send, in stream order."""
+        """int64 [len(data)] on the device; valid until the next send, in stream order."""
         size = len(data)
         if size > len(self.on_device):
-            if self.copied:
+            if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._grow(2 * size)
         slot = self._next = (self._next + 1) % self._slots
-        if self.copied:
-            self.copied[slot].synchronize()  # long past, except when a caller outruns the ring
         self.views[slot][:size] = data
-        target = self.on_device[:size]
-        target.copy_(self.host[slot][:size], non_blocking=True)
-        if self.copied:
-            self.copied[slot].record()
-        return target
+        return self.on_device[:size].copy_(self.host[slot][:size], non_blocking=True)
 
 
 class ModelRunner:
@@ -80,25 +73,24 @@ class ModelRunner:
         self.decode_step = self.decode  # or a replay of it as a CUDA graph
         self.staging = Staging(device, max_plans + 1, 16 * rows + 3 * max_num_batched_tokens)
 
-    @torch.inference_mode()
     def execute(self, step: StepInput) -> Sampled:
         """Enqueues the step; waits for nothing."""
-        data = self.staging.send(step.data)
-        n = step.num_updates
-        if n:
-            row, index, block = data[: 3 * n].view(3, n)
-            self.block_tables[row.long(), index.long()] = block
-        if not step.decode:
-            return self._mixed(step, data[3 * n :])
-        self._set_batch(step, data[3 * n :])
+        if len(step.data):  # else it is the last decode step again
+            data = self.staging.send(step.data)
+            if n := step.num_updates:
+                self.block_tables.view(-1).index_copy_(0, data[:n], data[n : 2 * n].int())
+                data = data[2 * n :]
+            if not step.decode:
+                return self._mixed(step, data)
+            self._set_batch(step, data)
         return self.decode_step(step.num_seqs, step.max_context, step.sampling, step.logprobs)
 
     def _set_batch(self, step: StepInput, data: Tensor) -> None:
         """The rows of a decode step; `data` is what follows the block-table updates."""
         if not step.same_rows:
-            self.batch_rows[: step.num_seqs] = data
-            self.batch_rows[step.num_seqs :] = self.max_num_seqs
+            self.batch_rows.copy_(data)
 
+    @torch.inference_mode()
     def decode(self, num_seqs: int, max_context: int, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
         """One token for each of the first `num_seqs` of `batch_rows`. Reads and writes device state only, at fixed addresses."""
         rows = self.batch_rows[:num_seqs]
@@ -119,6 +111,7 @@ class ModelRunner:
         self.kernels.advance(rows, sampled.tokens, self.lengths, self.last_tokens)
         return sampled
 
+    @torch.inference_mode()
     def _mixed(self, step: StepInput, data: Tensor) -> Sampled:
         """Chunks of any length; `data` is what follows the block-table updates."""
         seqs, tokens_in = step.num_seqs, step.num_tokens
@@ -127,15 +120,14 @@ class ModelRunner:
         admissions, rows, starts, bounds, chosen, tokens, owners = data.split(sizes)
         if step.num_admitted:
             self._admit(admissions.view(-1, width))
-        rows, chosen, owners = rows.long(), chosen.long(), owners.long()
         size = self.block_size
         positions = (starts - bounds[:-1])[owners] + self.ordinals[:tokens_in]  # int64 [T]
         tables = self.block_tables[rows]
-        ends = (starts + bounds[1:] - bounds[:-1]).long()
+        ends = starts + bounds[1:] - bounds[:-1]
         batch = BatchMetadata(
             slot_mapping=tables[owners, positions // size].long() * size + positions % size,
             block_tables=tables,
-            cu_seqlens_q=bounds,
+            cu_seqlens_q=bounds.int(),
             context_lens=ends.int(),
             max_seqlen_q=step.max_query,
             max_seqlen_k=step.max_context,
@@ -152,8 +144,8 @@ class ModelRunner:
         return sampled
 
     def _admit(self, admissions: Tensor) -> None:
-        """admissions int32 [A, 1 + PARAMETERS]: rows and what their sampling needs."""
-        rows, words = admissions[:, 0].long(), admissions[:, 1:].clone()
+        """admissions int64 [A, 1 + PARAMETERS]: rows and what their sampling needs."""
+        rows, words = admissions[:, 0], admissions[:, 1:].int()
         self.numbers[:, rows] = words[:, :3].view(torch.float32).t()
         self.top_k[rows] = words[:, 3]
         self.seeds[rows] = words[:, 4:].reshape(-1).clone().view(torch.int64)
