@@ -9,14 +9,19 @@ decode    prompts of 256 tokens, then steps in which every request decodes (mean
 prefill   prompts of 1,024 tokens and 4 answers each; prompt tokens/s of the whole run
 bubbles   prompts of 1,024 tokens and answers of 64 as they find room, 2,048 tokens a plan: the share of a stage's time in which it
           waits for input, from events around its layers
-share     kernel time of the driver's rank by torch.profiler: all-reduce against everything
+share     kernel time of the driver's rank by torch.profiler, a step, at the end of a decode run and in a prefill run of its own:
+          communication against everything, and how much of it ran while something else did
+
+`--modes` measures several ways to communicate in one start: how long steps do it, and with what, see MODES.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -31,6 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.parallel_profile import Profile, Window  # noqa: E402
 from headway import Arrival, Engine, EngineConfig, ModelConfig, ParallelConfig, SamplingParams  # noqa: E402
 from plugins.kernels.torch import TorchKernels  # noqa: E402
 from plugins.kernels.triton import TritonKernels  # noqa: E402
@@ -49,6 +55,14 @@ SHAPES = {
     },
 }  # fmt: skip
 REPEATS = 3
+#: (how steps of at least `overlap_tokens` tokens communicate, what with); what needs `--all-reduce symmetric` takes NCCL without it
+MODES = {
+    "split": ("split", "symmetric"),  # tokens shared between products, copy engines beside the products
+    "split_library": ("split", "library"),
+    "parts": ("parts", "symmetric"),  # all-reduce in four parts, beside products, by NCCL; short steps in symmetric memory
+    "symmetric": ("whole", "symmetric"),  # one all-reduce after a product
+    "library": ("whole", "library"),
+}
 
 
 @dataclass
@@ -85,12 +99,12 @@ class Bench:
 
         self.args, self.ids, self.rng = args, count(), Random(0)
         self.layout = f"tp{args.tp}pp{args.pp}{'' if args.all_reduce == 'library' else ' ' + args.all_reduce}"
-        self.layout += "" if args.overlap_tokens else " no overlap"
+        self.mode = ""
         # One plan more than stages hides the way of the tokens back to the driver, as two do on one stage.
         depth = args.pp + 1 if args.depth is None else args.depth
         shares = sorted({-(-batch // (depth if args.pp > 1 else 1)) for batch in args.batches})
         if args.device == "cuda":
-            kernels: Any = FewGraphs(sizes=",".join(map(str, shares)))
+            kernels: Any = FewGraphs(sizes=",".join(map(str, [*shares, args.requests])))
             kernels.plugin_name = "triton"
         else:
             kernels = TorchKernels()
@@ -133,20 +147,37 @@ class Bench:
 
     def steady(self, batch: int) -> list[Any]:
         """Records of the steps in which all of `batch` requests decode."""
-        found = [r for r in self.records if r.plan.num_tokens == len(r.plan.requests) and r.num_running == batch and r.num_waiting == 0]
-        return found[2:]
+        return [r for r in self.records if self._is_steady(r, batch)][2:]
 
-    def decode(self, batch: int, profile: bool) -> None:
-        output = batch * self.args.prompt // self.args.budget + self.args.steps  # the first one decodes while the last is computed
-        if profile:
-            self.hooks["profile"] = Profile(batch, self.layout)
-        self.run(batch, self.args.prompt, output)
-        if self.hooks.pop("profile", None):
-            return
-        steps = self.steady(batch)
+    @staticmethod
+    def _is_steady(record: Any, batch: int) -> bool:
+        return record.plan.num_tokens == len(record.plan.requests) and record.num_running == batch and not record.num_waiting
+
+    def switch(self, mode: str) -> None:
+        if mode and mode != self.mode:
+            self.executor.execution.switch(*MODES[mode])
+        self.mode = mode
+
+    def report(self, **result: Any) -> None:
+        report(layout=self.layout, model=self.args.model, **({"mode": self.mode} if self.mode else {}), **result)
+
+    def profiled(self, figure: str, matches: Any, first: int, steps: int, requests: int, prompt: int, output: int) -> float:
+        """`run`, with a profile of `steps` steps from the `first` that matches. On one stage of GPUs; else `run`."""
+        if self.args.pp > 1 or self.args.device != "cuda":
+            return self.run(requests, prompt, output)
+        self.hooks["profile"] = Profile(matches, first, steps, lambda **result: self.report(figure=figure, **result))
+        seconds = self.run(requests, prompt, output)
+        del self.hooks["profile"]
+        return seconds
+
+    def decode(self, batch: int) -> None:
+        args, last = self.args, self.args.steps - 16  # the steady step after which the profile begins
+        filling = math.ceil(batch * args.prompt / (args.budget - batch / 2))  # steps: prompts beside the requests that decode already
+        self.profiled("share", lambda r: self._is_steady(r, batch), last, 6, batch, args.prompt, filling + args.steps)
+        steps = self.steady(batch)[:last]
         size = len(steps) // REPEATS
         if size < 2:
-            report(layout=self.layout, figure="decode", batch=batch, problem=f"only {len(steps)} steady steps")
+            self.report(figure="decode", batch=batch, problem=f"only {len(steps)} steady steps")
             return
         rates, times = [], []
         for i in range(REPEATS):
@@ -154,16 +185,22 @@ class Bench:
             seconds = window[-1].end - window[0].end
             rates.append(sum(r.emitted for r in window[1:]) / seconds)
             times.append(seconds / (size - 1))
-        report(layout=self.layout, model=self.args.model, figure="decode", batch=batch, depth=self.engine.config.max_inflight,
-               tokens_per_s=statistics.median(rates), all=rates, step_ms=statistics.median(times) * 1e3, steps=len(steps))  # fmt: skip
+        self.report(figure="decode", batch=batch, depth=self.engine.config.max_inflight, tokens_per_s=statistics.median(rates), all=rates,
+                    step_ms=statistics.median(times) * 1e3, steps=len(steps))  # fmt: skip
 
     def prefill(self, requests: int) -> None:
         self.scheduler.token_budget = 2048 if self.args.pp > 1 else None
         self.run(max(2, requests // 8), 1024, 4)  # warms up
-        seconds = [self.run(requests, 1024, 4) for _ in range(REPEATS)]
+        seconds, full = [], []
+        for _ in range(REPEATS):
+            seconds.append(self.run(requests, 1024, 4))
+            steps = [r for r in self.records if r.plan.num_tokens == self.args.budget]
+            full += [self.args.budget * (len(steps) - 1) / (steps[-1].end - steps[0].end)] if len(steps) > 1 else []
         rates = [requests * 1024 / s for s in seconds]
+        self.report(figure="prefill", requests=requests, tokens_per_s=statistics.median(rates), all=rates, full_steps_only=full)
+        if self.args.pp == 1 and self.args.device == "cuda":
+            self.profiled("share of prefill", lambda r: r.plan.num_tokens == self.args.budget, 2, 2, requests, 1024, 4)
         self.scheduler.token_budget = None
-        report(layout=self.layout, model=self.args.model, figure="prefill", requests=requests, tokens_per_s=statistics.median(rates), all=rates)
 
     def bubbles(self, requests: int) -> None:
         self.scheduler.token_budget = 2048
@@ -175,70 +212,22 @@ class Bench:
             seconds = self.run(requests, 1024, 64)
             del self.hooks["window"]
             results = [round(1 - busy / elapsed, 4) for busy, elapsed in window.result if elapsed]
-            report(layout=self.layout, model=self.args.model, figure="bubbles", depth=depth, idle_share_of_stage=results,
-                   tokens_per_s=requests * 1088 / seconds, times=window.result)  # fmt: skip
+            self.report(figure="bubbles", depth=depth, idle_share_of_stage=results, tokens_per_s=requests * 1088 / seconds, times=window.result)
         self.scheduler.token_budget = None
-
-
-class Window:
-    """Reads stage times between two steps of a run."""
-
-    def __init__(self, read: Any, first: int, last: int) -> None:
-        self._read, self._first, self._last, self._step = read, first, last, 0
-        self.result: list[tuple[float, float]] = []
-
-    def __call__(self, record: Any) -> None:
-        self._step += 1
-        if self._step == self._first:
-            self._read()
-        elif self._step == self._last:
-            self.result = self._read()
-
-
-class Profile:
-    """Kernel time of the driver's rank over a few steady decode steps."""
-
-    STEPS = 6
-
-    def __init__(self, batch: int, layout: str) -> None:
-        import torch
-
-        self._batch, self._layout, self._seen = batch, layout, 0
-        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-
-    def __call__(self, record: Any) -> None:
-        if record.plan.num_tokens != len(record.plan.requests) or record.num_running != self._batch or record.num_waiting:
-            return
-        self._seen += 1
-        if self._seen == 8:
-            self._profiler.start()
-        elif self._seen == 8 + self.STEPS:
-            import torch
-
-            torch.cuda.synchronize()
-            self._profiler.stop()
-            self._print()
-
-    def _print(self) -> None:
-        kernels = {e.key: e.self_device_time_total / self.STEPS for e in self._profiler.key_averages() if e.self_device_time_total}
-        total = sum(kernels.values())
-        talk = sum(t for name, t in kernels.items() if any(word in name.lower() for word in ("nccl", "all_reduce", "shot")))
-        top = sorted(kernels.items(), key=lambda item: -item[1])[:8]
-        report(layout=self._layout, figure="share", batch=self._batch, kernel_ms=total / 1e3, communication_ms=talk / 1e3,
-               communication_share=talk / total if total else None, top={name[:70]: round(t / 1e3, 3) for name, t in top})  # fmt: skip
 
 
 def one_layout(args: argparse.Namespace) -> None:
     bench = Bench(args)
+    modes = args.modes or [""]
+    decode = [case.rpartition(":") for case in args.decode or [f"{modes[0]}:{batch}" for batch in args.batches]]
     try:
-        for batch in args.batches:
-            bench.decode(batch, profile=False)
-        if args.pp > 1 and args.device == "cuda":
-            bench.bubbles(args.requests * 2)
-        bench.prefill(args.requests)
-        if args.pp == 1 and args.device == "cuda":
-            for batch in args.batches:
-                bench.decode(batch, profile=True)
+        for mode in modes:
+            bench.switch(mode)
+            for batch in [int(batch) for name, _, batch in decode if name == mode]:
+                bench.decode(batch)
+            if args.pp > 1 and args.device == "cuda":
+                bench.bubbles(args.requests * 2)
+            bench.prefill(args.requests)
     finally:
         bench.executor.close()
     report(layout=bench.layout, figure="closed")
@@ -297,6 +286,7 @@ def plan(args: argparse.Namespace) -> None:
 # ---- everything on four GPUs -------------------------------------------------------------------------------------------
 
 LAYOUT, PYTEST = f"{__file__} layout ", "-m pytest -q tests/gpu/test_parallel_gpu.py"
+TP4 = LAYOUT + "--tp 4 --all-reduce symmetric --overlap-tokens 1024 --batches 1024 2560 --requests 48 "
 
 #: Runs that share no GPU go at once. (GPUs, what python runs, seconds after which it is ended)
 PHASES: list[list[tuple[str, str, int]]] = [
@@ -310,7 +300,12 @@ PHASES: list[list[tuple[str, str, int]]] = [
         ("0,1", LAYOUT + "--tp 2 --batches 256 512 --requests 48", 80),
         ("2,3", LAYOUT + "--tp 2 --all-reduce symmetric --batches 256 512 --requests 48", 80),
     ],
-    [("0,1,2,3", LAYOUT + "--tp 4 --overlap-tokens 0 --batches 8 --requests 96", 45)],
+    [("0,1,2,3", PYTEST + " -k 'tp2pp2 or tp4'", 80)],
+    [("0,1,2,3", TP4 + "--modes split parts symmetric library split_library --decode split:1024 split:2560 symmetric:1024", 200)],
+    [
+        ("0", LAYOUT + "--tp 1 --batches 640 --requests 32", 60),
+        ("2,3", LAYOUT + "--tp 2 --all-reduce symmetric --batches 1280 --requests 32 --modes split parts", 75),
+    ],
 ]
 
 
@@ -328,7 +323,13 @@ def gpus(args: argparse.Namespace) -> None:
                 continue
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices, "PYTHONUNBUFFERED": "1"}
             log = tempfile.TemporaryFile("w+")
-            process = subprocess.Popen([sys.executable, *what.split()], stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+            process = subprocess.Popen(
+                [sys.executable, *shlex.split(what)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=ROOT,
+            )
             running.append((process, what, time.perf_counter() + min(limit, left), log))
         for process, what, until, log in running:
             try:
@@ -346,7 +347,7 @@ def gpus(args: argparse.Namespace) -> None:
                 file.write(f"==== {what}\n{text[-40000:]}\n")
             shown = [line for line in results if '"top"' not in line]
             print("\n".join(shown), flush=True)
-            if process.returncode or what == PYTEST:
+            if process.returncode or what.startswith(PYTEST):
                 print(f"        exit code {process.returncode}\n{text[-1200:]}", flush=True)
 
 
@@ -358,6 +359,8 @@ def main() -> None:
     layout.add_argument("--pp", type=int, default=1)
     layout.add_argument("--all-reduce", default="library")
     layout.add_argument("--overlap-tokens", type=int, default=ParallelConfig.overlap_tokens)
+    layout.add_argument("--modes", nargs="+", choices=MODES, help="ways to communicate to measure in turn; one as configured unless given")
+    layout.add_argument("--decode", nargs="+", metavar="MODE:BATCH", help="the decode figures; every batch in the first mode unless given")
     layout.add_argument("--device", default="cuda")
     layout.add_argument("--model", default="qwen3_32b", choices=SHAPES)
     layout.add_argument("--batches", type=int, nargs="+", default=[256])

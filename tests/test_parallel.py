@@ -95,6 +95,19 @@ def test_a_rank_holds_its_part_of_weights_and_cache(ranks):
     assert ranks.kv_capacity(16) >= prepared(variant("qwen3")).kv_capacity(16) * parallel.tp
 
 
+def test_ranks_share_the_tokens_of_long_steps(ranks):
+    mesh = ranks.execution.mesh
+    steps = {}
+    begin = mesh.begin
+    mesh.begin = lambda tokens: steps.setdefault(tokens, begin(tokens))
+    try:
+        generate(engine_of(ranks, chunk=14), PROMPTS, SHORT)
+    finally:
+        del mesh.begin
+    assert {1 <= tokens < 8 for tokens in steps} == {True, False}  # short steps and long ones
+    assert steps == {tokens: tokens if tokens < 8 else -(-tokens // mesh.parallel.tp) for tokens in steps}
+
+
 def test_a_stage_has_pp_plans_in_flight(ranks):
     pp = ranks.execution.mesh.parallel.pp
     engine = engine_of(ranks, max_inflight=pp)

@@ -20,17 +20,23 @@ from plugins.kernels.triton import TritonKernels  # noqa: E402
 
 PROMPTS = shared_prompts(512)
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 128, "block_size": 4}
-LAYOUTS = {"tp2": (2, 1, "library"), "tp2 symmetric": (2, 1, "symmetric"), "pp2": (1, 2, "library"), "tp2pp2": (2, 2, "library")}
+NEVER, LONG = 2048, 2  # parallel.overlap_tokens: no step here is long; every step of two tokens is, in graphs and out of them
+LAYOUTS = {
+    "tp2": (2, 1, "library", NEVER), "tp2 symmetric": (2, 1, "symmetric", NEVER), "pp2": (1, 2, "library", NEVER), "tp2pp2": (2, 2, "library", NEVER),
+    "tp2 split": (2, 1, "symmetric", LONG), "tp2 split library": (2, 1, "library", LONG),
+    "tp4 split": (4, 1, "symmetric", LONG), "tp2pp2 split": (2, 2, "symmetric", LONG),
+}  # fmt: skip
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, seed=3, max_tokens=8, ignore_eos=True)
 
 
-def on_gpus(tp: int, pp: int, all_reduce: str = "library") -> TorchExecutor:
+def on_gpus(tp: int, pp: int, all_reduce: str = "library", overlap_tokens: int = NEVER) -> TorchExecutor:
     executor = TorchExecutor(device="cuda", kv_cache_gb=0.05)
     kernels = TritonKernels(cuda_graphs=True)
     kernels.plugin_name = "triton"
+    parallel = ParallelConfig(tp, pp, all_reduce=all_reduce, overlap_tokens=overlap_tokens)
     executor.prepare(
         ModelConfig(name_or_path=str(variant("qwen3"))), kernels, engine=EngineConfig(**LIMITS),
-        backends=lookup({"torch": TorchKernels, "triton": TritonKernels}), parallel=ParallelConfig(tp, pp, all_reduce=all_reduce),
+        backends=lookup({"torch": TorchKernels, "triton": TritonKernels}), parallel=parallel,
     )  # fmt: skip
     return executor
 
@@ -51,10 +57,10 @@ def one_gpu():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tokens_equal_one_gpus(one_gpu, layout):
-    tp, pp, all_reduce = LAYOUTS[layout]
+    tp, pp, all_reduce, overlap_tokens = LAYOUTS[layout]
     if tp * pp > torch.cuda.device_count():
         pytest.skip(f"needs {tp * pp} GPUs")
-    executor = on_gpus(tp, pp, all_reduce)
+    executor = on_gpus(tp, pp, all_reduce, overlap_tokens)
     try:
         assert answers(executor, 1) == one_gpu
         assert answers(executor, pp + 1)[:2] == one_gpu[:2]
