@@ -154,7 +154,8 @@ class Bench:
         return record.plan.num_tokens == len(record.plan.requests) and record.num_running == batch and not record.num_waiting
 
     def switch(self, mode: str) -> None:
-        if mode and mode != self.mode:
+        mesh = self.executor.execution.mesh if mode else None
+        if mesh is not None and (mesh.long_steps, mesh.short_steps) != MODES[mode]:
             self.executor.execution.switch(*MODES[mode])
         self.mode = mode
 
