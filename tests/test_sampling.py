@@ -95,15 +95,56 @@ def test_noise_is_the_documented_function():
         assert noise[row, token].item() == pytest.approx(gumbel(int(seeds[row]), int(positions[row]), token), abs=1e-5)
 
 
+def assert_no_pattern(noise):
+    """Moments, and no correlation along tokens or along rows at any of these distances."""
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.015)
+    assert noise.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.015)
+    for other in (noise.roll(1, 0), *(noise.roll(distance, 1) for distance in (1, 2, 3, 4, 7, 8, 16, 32, 64, 128, 256))):
+        assert abs(torch.corrcoef(torch.stack((noise.flatten(), other.flatten())))[0, 1].item()) < 0.012
+    # pairs of neighbours in 8 x 8 equally likely cells: a row's own pattern shows even where rows cancel each other's
+    cell = (torch.exp(-torch.exp(-noise.double())) * 8).long().clamp_(max=7)
+    pair = cell[:, :-1] * 8 + cell[:, 1:] + torch.arange(len(cell)).unsqueeze(1) * 64
+    counts = torch.bincount(pair.flatten(), minlength=64 * len(cell)).double()
+    want = (noise.shape[1] - 1) / 64
+    chi, freedom = ((counts - want) ** 2 / want).sum().item(), 63 * len(cell)
+    assert abs(chi - freedom) < 6 * math.sqrt(2 * freedom)
+
+
+def noises(tokens=500):
+    by_position = ops._gumbel(torch.zeros(400, dtype=torch.int64), torch.arange(400), tokens)
+    by_seed = ops._gumbel(torch.arange(400), torch.zeros(400, dtype=torch.int64), tokens)
+    return by_position, by_seed
+
+
 def test_noise_has_no_pattern():
-    by_position = ops._gumbel(torch.zeros(400, dtype=torch.int64), torch.arange(400), 500)
-    by_seed = ops._gumbel(torch.arange(400), torch.zeros(400, dtype=torch.int64), 500)
-    for noise in (by_position, by_seed):
-        assert noise.mean().item() == pytest.approx(0.5772, abs=0.015)
-        assert noise.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.015)
-        for other in (noise.roll(1, 0), noise.roll(1, 1), noise.roll(7, 1)):
-            assert abs(torch.corrcoef(torch.stack((noise.flatten(), other.flatten())))[0, 1].item()) < 0.012
+    by_position, by_seed = noises()
+    assert_no_pattern(by_position)
+    assert_no_pattern(by_seed)
     assert abs(torch.corrcoef(torch.stack((by_position.flatten(), by_seed.flatten())))[0, 1].item()) < 0.012
+
+
+@pytest.mark.parametrize("fold", [lambda x, by: x * by & 0xFFFFFFFF, lambda x, by: x * by >> 32 & 0xFFFFFFFF], ids=["low half", "high half"])
+def test_half_a_product_is_a_pattern(monkeypatch, fold):
+    monkeypatch.setattr(ops, "_fold32", fold)
+    with pytest.raises(AssertionError):
+        assert_no_pattern(noises()[0])
+
+
+@pytest.mark.parametrize("wrong", [lambda noise: noise * 1.05, lambda noise: noise.clamp(max=4.0), torch.randn_like], ids=["scale", "tail", "normal"])
+def test_another_noise_is_another_distribution(monkeypatch, wrong):
+    right = ops._gumbel
+    monkeypatch.setattr(ops, "_gumbel", lambda *given: wrong(right(*given)))
+    with pytest.raises(AssertionError):
+        assert_follows(draw(LOGITS), LOGITS.softmax(-1))
+
+
+@pytest.mark.parametrize("bits", [0, 2**32 - 1])
+def test_every_finite_logit_can_win_and_no_other(monkeypatch, bits):
+    monkeypatch.setattr(ops, "_fold32", lambda x, by: torch.full_like(x, bits))
+    logits = torch.full((1, 50), float("-inf"))
+    logits[0, 31] = -1e30
+    assert ops._gumbel(torch.zeros(1).long(), torch.zeros(1).long(), 50).isfinite().all()
+    assert ops.sample(logits, torch.ones(1), None, None, None, torch.zeros(1).long(), torch.zeros(1).long()).item() == 31
 
 
 def test_rows_do_not_depend_on_their_neighbours():

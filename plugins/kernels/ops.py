@@ -108,15 +108,22 @@ class KernelBackend(Role):
 def gumbel(seed: int, position: int, token: int) -> float:
     """The noise of one (row, vocabulary entry), as plain integers and floats: what every backend's `sample` must reproduce.
 
-    A counter-based hash (two rounds of C. Wellons' lowbias32 over a 64-bit key of seed and position), so nothing is stored
-    and no order of evaluation matters. u keeps 32 bits near 0, where the largest noise comes from.
+    A counter-based hash: C. Wellons' lowbias32 makes two 32-bit keys of seed and position, and the token goes through two
+    folded multiplications (the mixer of W. Yi's wyhash, at 32 bits), so nothing is stored and no order of evaluation matters.
+    u keeps 32 bits near 0, where the largest noise comes from.
     """
     low, high, mask = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, 0xFFFFFFFF
     key0 = mix32(mix32(mix32(low ^ 0x9E3779B9) ^ high) ^ (position & mask))
     key1 = mix32(mix32(mix32(high ^ 0x85EBCA6B) ^ low) ^ (position & mask))
-    bits = mix32(mix32((token & mask) ^ key0) ^ key1)
-    u = min((bits + 0.5) * 2.0**-32, 1 - 2.0**-24)  # in (0, 1); float32 on a device
+    bits = fold32(fold32((token & mask) ^ key0, 0xD6E8FEB9) ^ key1, 0x9E3779B1)
+    u = bits * (2.0**-32 - 2.0**-56) + 2.0**-33  # in (0, 1), rounded to float32 too
     return -math.log(-math.log1p(-u))
+
+
+def fold32(x: int, by: int) -> int:
+    """The two halves of a 64-bit product, one xor the other."""
+    product = x * by
+    return (product >> 32) ^ (product & 0xFFFFFFFF)
 
 
 def mix32(x: int) -> int:

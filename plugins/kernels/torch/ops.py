@@ -141,9 +141,20 @@ def _gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     key0 = _mix32(_mix32(_mix32(low ^ _signed(0x9E3779B9)) ^ high) ^ at).unsqueeze(1)
     key1 = _mix32(_mix32(_mix32(high ^ _signed(0x85EBCA6B)) ^ low) ^ at).unsqueeze(1)
     token = torch.arange(vocab, dtype=torch.int32, device=seeds.device)
-    bits = _mix32(_mix32(token ^ key0) ^ key1)
-    u = (bits.long() & 0xFFFFFFFF).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    bits = _fold32(_fold32(_unsigned(token ^ key0), 0xD6E8FEB9) ^ _unsigned(key1), 0x9E3779B1)
+    u = bits.float().mul_(2.0**-32 - 2.0**-56).add_(2.0**-33)
     return u.neg_().log1p_().neg_().log_().neg_()
+
+
+def _fold32(x: Tensor, by: int) -> Tensor:
+    """x int64 below 2^32; the product wraps as 64 unsigned bits do, and only those of its halves are kept."""
+    product = x * by
+    return ((product >> 32) ^ product) & 0xFFFFFFFF
+
+
+def _unsigned(x: Tensor) -> Tensor:
+    """int32's bits as an int64 below 2^32."""
+    return x.long() & 0xFFFFFFFF
 
 
 def _int32(x: Tensor) -> Tensor:

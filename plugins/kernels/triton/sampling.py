@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda.libdevice import fast_logf
+
+from .overlap import overlap, release, wait
 
 NEAR = 8192  # logits a row that the bisection of filters works on
 REACH = 12.0  # how far below the highest logit they may lie: a mass of 6e-6 each
@@ -24,27 +25,31 @@ def _mix32(x):
 
 
 @triton.jit
-def _gumbel(seed, position, token, log: tl.constexpr):
-    """seed, position int64, token int32; as `plugins.kernels.ops.gumbel`, to a few units in the last place."""
-    low, high, at = seed.to(tl.uint32), (seed >> 32).to(tl.uint32), position.to(tl.uint32)
-    key0 = _mix32(_mix32(_mix32(low ^ 0x9E3779B9) ^ high) ^ at)
-    key1 = _mix32(_mix32(_mix32(high ^ 0x85EBCA6B) ^ low) ^ at)
-    bits = _mix32(_mix32(token.to(tl.uint32) ^ key0) ^ key1)
-    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-08)
-    # -log1p(-u): its series where 1 - u would lose u's low bits
-    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6 + u * (1 / 7 + u * (1 / 8))))))))
-    return -log(tl.where(u < 0.125, series, -log(1.0 - u)))
+def _fold(x, by: tl.constexpr):
+    product = x.to(tl.uint64) * by
+    return (product ^ (product >> 32)).to(tl.uint32)
 
 
 @triton.jit
-def _log(x):
-    return tl.log(x)
+def _log_noise(x, key1, log2: tl.constexpr):
+    """x uint32: token ^ key0. -`plugins.kernels.ops.gumbel` in units of ln 2, and a constant more, to 3e-6: the hardware's logarithm is
+    2^-22 off."""
+    bits = _fold(_fold(x, 0xD6E8FEB9) ^ key1, 0x9E3779B1)
+    u = tl.fma(bits.to(tl.float32), 2.3283062977608182e-10, 1.1641532182693481e-10)
+    # log2(1 - u): a polynomial, 2e-6 off, where 1 - u would lose u's low bits
+    near = u * tl.fma(tl.fma(u, -0.5167805, -0.7204905), u, -1.4426980)
+    return log2(-tl.where(u < 0.0625, near, log2(1.0 - u)))
 
 
 @triton.jit
-def _fast_log(x):
-    """The hardware's logarithm, to 2^-22: noise costs two for every vocabulary entry."""
-    return fast_logf(x)
+def _log2(x):
+    return tl.log2(x)
+
+
+@triton.jit
+def _fast_log2(x):
+    """One instruction; what is below 2^-126 counts as 0, which no argument here is."""
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -54,34 +59,74 @@ def _scaled(logits_ptr, token, V, inverse):
 
 
 @triton.jit
-def _best_of_chunk_kernel(
-    logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, token_ptr, V, stride, chunks,
-    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, log: tl.constexpr,
-):  # fmt: skip
-    """The best token of BLOCK vocabulary entries of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    token = chunk * BLOCK + tl.arange(0, BLOCK)
-    score = _scaled(logits_ptr + row * stride, token, V, 1.0)
+def _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr):
+    """What a row's scores depend on besides its logits: its temperature, the keys of its noise and its floor."""
+    temperature, key0, key1, floor = 0.0, 0, 0, float("-inf")
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
-        if temperature != 0.0:
-            score *= 1.0 / temperature
-            if FILTERED:
-                score = tl.where(score < tl.load(floor_ptr + row), float("-inf"), score)
-            score += _gumbel(tl.load(seed_ptr + row), tl.load(position_ptr + row), token, log)
-    best, at = tl.max(score, axis=0, return_indices=True)  # ties: the first
-    tl.store(best_ptr + row * chunks + chunk, best)
-    tl.store(token_ptr + row * chunks + chunk, chunk * BLOCK + at)
+        seed, at = tl.load(seed_ptr + row), tl.load(position_ptr + row).to(tl.uint32)
+        low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+        key0 = _mix32(_mix32(_mix32(low ^ 0x9E3779B9) ^ high) ^ at)
+        key1 = _mix32(_mix32(_mix32(high ^ 0x85EBCA6B) ^ low) ^ at)
+        if FILTERED:
+            floor = tl.load(floor_ptr + row)
+    return temperature, key0, key1, floor
 
 
 @triton.jit
-def _best_of_row_kernel(best_ptr, token_ptr, out_ptr, chunks, CHUNKS: tl.constexpr):
+def _scores(
+    logits_ptr, start, V, temperature, key0, key1, floor,
+    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, log2: tl.constexpr,
+):  # fmt: skip
+    """The scores of BLOCK tokens from `start`, a multiple of BLOCK: a greedy row's logits; another's logits over temperature, with
+    noise, in units of ln 2."""
+    lane = tl.arange(0, BLOCK)
+    score = _scaled(logits_ptr, start + lane, V, 1.0)
+    if SAMPLED:
+        if temperature != 0.0:
+            inverse = 1.0 / temperature
+            if FILTERED:
+                score = tl.where(score * inverse < floor, float("-inf"), score)
+            x = lane.to(tl.uint32) ^ (start.to(tl.uint32) ^ key0)  # (start + lane) ^ key0, with what is the same for all lanes in one
+            score = tl.fma(score, inverse * 1.4426950408889634, -_log_noise(x, key1, log2))
+    return score
+
+
+@triton.jit
+def _best_of_chunk_kernel(
+    logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, V, stride, chunks,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, log2: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The best score of TILES * BLOCK vocabulary entries of one row."""
     row = tl.program_id(0).to(tl.int64)
-    chunk = tl.arange(0, CHUNKS)
-    best = tl.load(best_ptr + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
-    _, at = tl.max(best, axis=0, return_indices=True)
-    tl.store(out_ptr + row, tl.load(token_ptr + row * chunks + at).to(tl.int64))
+    chunk = tl.program_id(1)
+    start = chunk * TILES * BLOCK
+    release(PDL)
+    wait(PDL)
+    temperature, key0, key1, floor = _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    for _ in range(TILES):
+        score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, BLOCK, SAMPLED, FILTERED, log2)
+        best = tl.maximum(best, score)
+        start += BLOCK
+    tl.store(best_ptr + row * chunks + chunk, tl.max(best))
+
+
+@triton.jit
+def _best_of_row_kernel(
+    logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, out_ptr, V, stride, chunks,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, log2: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The best token: the scores of the best chunk once more, which is cheaper than to carry an index beside every score."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, CHUNKS)
+    release(PDL)
+    wait(PDL)
+    temperature, key0, key1, floor = _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED)
+    best = tl.load(best_ptr + row * chunks + at, mask=at < chunks, other=float("-inf"))
+    start = tl.argmax(best, axis=0) * CHUNK  # ties: the first
+    score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, CHUNK, SAMPLED, FILTERED, log2)
+    tl.store(out_ptr + row, (start + tl.argmax(score, axis=0)).to(tl.int64))
 
 
 @triton.jit
@@ -192,6 +237,12 @@ def _floor_kernel(
     tl.store(floor_ptr + row, floor)
 
 
+def _shape(rows: int, vocab: int) -> tuple[int, int, int]:
+    """(BLOCK, TILES, warps): BLOCK * TILES vocabulary entries a program, short where there are few programs. No token depends on it."""
+    block, tiles, warps = (1024, 1, 4) if rows <= 16 else (2048, 4, 4)
+    return min(block, max(16, triton.next_power_of_2(vocab))), tiles, warps
+
+
 def sample(
     logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, seeds: Tensor, positions: Tensor
 ) -> Tensor:
@@ -199,10 +250,10 @@ def sample(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     device = logits.device
-    block = min(4096, max(16, triton.next_power_of_2(vocab)))
-    chunks = triton.cdiv(vocab, block)
+    block, tiles, warps = _shape(rows, vocab)
+    chunk = block * tiles
+    chunks = triton.cdiv(vocab, chunk)
     best = torch.empty((rows, chunks), dtype=torch.float32, device=device)
-    token = torch.empty((rows, chunks), dtype=torch.int32, device=device)
     out = torch.empty(rows, dtype=torch.int64, device=device)
     if not rows:
         return out
@@ -212,11 +263,13 @@ def sample(
         near = torch.empty((rows, NEAR), dtype=torch.float32, device=device)
         _floor_kernel[(rows,)](
             logits, temperature, top_k, top_p, min_p, floor, near, vocab, logits.stride(0),
-            BLOCK=min(2 * block, 8192), NEAR=NEAR, REACH=REACH, num_warps=16,
+            BLOCK=min(8192, max(32, triton.next_power_of_2(vocab))), NEAR=NEAR, REACH=REACH, num_warps=16,
         )  # fmt: skip
-    _best_of_chunk_kernel[(rows, chunks)](
-        logits, temperature, seeds, positions, floor, best, token, vocab, logits.stride(0), chunks,
-        BLOCK=block, SAMPLED=temperature is not None, FILTERED=filtered, log=_fast_log if logits.is_cuda else _log, num_warps=4,
+    chance = (logits, temperature, seeds, positions, floor, best)
+    options = {"SAMPLED": temperature is not None, "FILTERED": filtered, "log2": _fast_log2 if logits.is_cuda else _log2, **overlap(device)}
+    _best_of_chunk_kernel[(rows, chunks)](*chance, vocab, logits.stride(0), chunks, BLOCK=block, TILES=tiles, num_warps=warps, **options)
+    _best_of_row_kernel[(rows,)](
+        *chance, out, vocab, logits.stride(0), chunks,
+        CHUNK=chunk, CHUNKS=max(2, triton.next_power_of_2(chunks)), num_warps=max(1, min(8, chunk // 256)), **options,
     )  # fmt: skip
-    _best_of_row_kernel[(rows,)](best, token, out, chunks, CHUNKS=max(2, triton.next_power_of_2(chunks)), num_warps=1)
     return out
