@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from struct import pack
 
 from .plan import StepPlan
 from .request import Request
+
+
+def _words(values: Sequence[int]) -> bytes:
+    return pack(f"{len(values)}q", *values)
 
 
 class DecisionLog:
@@ -19,16 +23,16 @@ class DecisionLog:
 
     def record(self, plan: StepPlan, evicted: Sequence[int], rejected: Sequence[Request]) -> None:
         update = self._hash.update
-        header = (plan.step, len(plan.requests), len(plan.allocated), len(plan.preempted), len(evicted), len(rejected))
-        update(array("q", header).tobytes())
-        update(array("q", [r.index for r in plan.requests]).tobytes())
-        update(array("q", plan.starts).tobytes())
-        update(array("q", plan.lengths).tobytes())
-        for request, first, blocks in plan.allocated:
-            update(array("q", (request.index, first, *blocks)).tobytes())
-        update(array("q", [r.index for r in plan.preempted]).tobytes())
-        update(array("q", evicted).tobytes())
-        update(array("q", [r.index for r in rejected]).tobytes())
+        rest = [x for request, first, blocks in plan.allocated for x in (request.index, first, *blocks)]
+        rest += [r.index for r in plan.preempted]
+        rest += evicted
+        rest += [r.index for r in rejected]
+        update(_words([plan.step, len(plan.requests), len(plan.allocated), len(plan.preempted), len(evicted), len(rejected)]))
+        update(_words([r.index for r in plan.requests]))
+        update(_words(plan.starts))
+        update(_words(plan.lengths))
+        if rest:
+            update(_words(rest))
         self.num_steps += 1
 
     @property

@@ -366,8 +366,8 @@ class Engine:
         size, publishing = self.pool.block_size, self.cache.enabled
         emitted = 0
         ended: list[tuple[Request, str]] = []
-        discarded: list[int] = []
-        for i, (request, start, length, token) in enumerate(zip(plan.requests, plan.starts, plan.lengths, tokens, strict=True)):
+        late: set[int] = set()  # index of requests that ended while this step was in flight
+        for request, start, length, token in zip(plan.requests, plan.starts, plan.lengths, tokens, strict=True):
             request.num_scheduled_tokens -= length
             request._in_flight -= 1
             if request.state is _RUNNING:
@@ -376,33 +376,35 @@ class Engine:
                     self.pool.publish(request, computed // size)
                 if start < request._high_water:
                     request.num_recomputed_tokens += min(computed, request._high_water) - start
-            elif request.state is not RequestState.PREEMPTED:
-                discarded.append(i)  # it ended while this step was in flight
-                token = -1
+            else:
+                if not request._in_flight and request.index in self._releasing:
+                    del self._releasing[request.index]
+                    self._release(request, self._keep.pop(request.index, 0))
+                if request.state is not RequestState.PREEMPTED:
+                    late.add(request.index)
+                    continue
             if token >= 0:
                 emitted += 1
                 known = request.token_ids
                 known.append(token)
                 request.token_times.append(now)
-                if logprobs is not None:
-                    request.logprobs.append(logprobs[i])
-                if token in request._stop_tokens or len(known) >= request._stop_at:
+                count = len(known)
+                if token in request._stop_tokens or count >= request._stop_at:
                     ended.append((request, "stop"))
-                elif len(known) >= request._limit:
+                elif count >= request._limit:
                     ended.append((request, "length"))
                 elif request.sampling.stop and self.stop_text is not None and self.stop_text(request):
                     ended.append((request, "stop"))
-            if request.state is not _RUNNING and not request._in_flight and request.index in self._releasing:
-                del self._releasing[request.index]
-                self._release(request, self._keep.pop(request.index, 0))
+        if late:
+            tokens = [-1 if request.index in late else token for request, token in zip(plan.requests, tokens, strict=True)]
+        if logprobs is not None:
+            for request, token, alternatives in zip(plan.requests, tokens, logprobs, strict=True):
+                if token >= 0:
+                    request.logprobs.append(alternatives)
         if emitted:
             self.preemptions_since_token = 0
         for request, reason in ended:
             self._finish(request, reason, now)
-        if discarded:
-            tokens = list(tokens)
-            for i in discarded:
-                tokens[i] = -1
         return tokens, emitted
 
     def _finish(self, request: Request, reason: str, now: float) -> None:

@@ -135,21 +135,22 @@ class StepBuilder:
         A waiting request is admitted only into free or evictable blocks.
         Raises PolicyError for a request planned twice, preempted by this policy in this step, or ended.
         """
-        start = request.num_computed_tokens + request.num_scheduled_tokens
+        known, scheduled = request.num_tokens, request.num_scheduled_tokens
+        start = request.num_computed_tokens + scheduled
         if (
             # The decode of a running request that has room in its last block: nearly every call, so it comes first.
-            request.num_tokens - start == 1
+            known - start == 1
             and request.state is _RUNNING
             and request._planned != self.step
             and self.tokens_left > 0
             and self.seqs_left > 0
-            and request.num_tokens < request._limit
+            and known < request._limit
             and start < len(request.block_table) * self._block_size
-            and (self._placeholders or not request.num_scheduled_tokens)
+            and (self._placeholders or not scheduled)
         ):
             request._planned = self.step
-            request.num_scheduled_tokens += 1
-            request.num_tokens += 1
+            request.num_scheduled_tokens = scheduled + 1
+            request.num_tokens = known + 1
             request._in_flight += 1
             self.tokens_left -= 1
             self.seqs_left -= 1

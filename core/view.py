@@ -91,6 +91,11 @@ class View:
         return self._waiting
 
     @property
+    def prefilling(self) -> list[Request]:
+        """Of the running requests, those with more than one token to compute: the rest of a prompt, or of a recomputation."""
+        return [r for r in self.running if r.num_tokens - r.num_computed_tokens - r.num_scheduled_tokens > 1]
+
+    @property
     def num_running(self) -> int:
         return len(self._engine.running.items)
 

@@ -15,9 +15,8 @@ class PrefillFirst(Scheduler):
     """
 
     def plan(self, step: StepBuilder, view: View) -> None:
-        for request in view.running:
-            if request.num_new_tokens > 1:
-                step.add(request)  # the rest of a prompt longer than the budget
+        for request in view.prefilling:
+            step.add(request)  # the rest of a prompt longer than the budget
         for request in self.order(view):
             rest = request.num_tokens - view.match(request).num_tokens
             if step.num_seqs and rest > step.tokens_left:
