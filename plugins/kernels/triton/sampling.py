@@ -31,25 +31,25 @@ def _fold(x, by: tl.constexpr):
 
 
 @triton.jit
-def _log_noise(x, key1, log2: tl.constexpr):
-    """x uint32: token ^ key0. -`plugins.kernels.ops.gumbel` in units of ln 2, and a constant more, to 3e-6: the hardware's logarithm is
+def _noise(x, key1, minus_log2: tl.constexpr):
+    """x uint32: token ^ key0. `plugins.kernels.ops.gumbel` in units of ln 2, and a constant more, to 3e-6: the hardware's logarithm is
     2^-22 off."""
     bits = _fold(_fold(x, 0xD6E8FEB9) ^ key1, 0x9E3779B1)
     u = tl.fma(bits.to(tl.float32), 2.3283062977608182e-10, 1.1641532182693481e-10)
-    # log2(1 - u): a polynomial, 2e-6 off, where 1 - u would lose u's low bits
-    near = u * tl.fma(tl.fma(u, -0.5167805, -0.7204905), u, -1.4426980)
-    return log2(-tl.where(u < 0.0625, near, log2(1.0 - u)))
+    # -log2(1 - u): a polynomial, 2e-6 off, where 1 - u would lose u's low bits
+    near = u * tl.fma(tl.fma(u, 0.5167805, 0.7204905), u, 1.4426980)
+    return minus_log2(tl.where(u < 0.0625, near, minus_log2(1.0 - u)))
 
 
 @triton.jit
-def _log2(x):
-    return tl.log2(x)
+def _minus_log2(x):
+    return -tl.log2(x)
 
 
 @triton.jit
-def _fast_log2(x):
-    """One instruction; what is below 2^-126 counts as 0, which no argument here is."""
-    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+def _fast_minus_log2(x):
+    """One instruction: the sign becomes part of what reads it. What is below 2^-126 counts as 0, which no argument here is."""
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1; neg.f32 $0, $0;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED: tl
 @triton.jit
 def _scores(
     logits_ptr, start, V, temperature, key0, key1, floor,
-    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, log2: tl.constexpr,
+    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, minus_log2: tl.constexpr,
 ):  # fmt: skip
     """The scores of BLOCK tokens from `start`, a multiple of BLOCK: a greedy row's logits; another's logits over temperature, with
     noise, in units of ln 2."""
@@ -88,14 +88,14 @@ def _scores(
             if FILTERED:
                 score = tl.where(score * inverse < floor, float("-inf"), score)
             x = lane.to(tl.uint32) ^ (start.to(tl.uint32) ^ key0)  # (start + lane) ^ key0, with what is the same for all lanes in one
-            score = tl.fma(score, inverse * 1.4426950408889634, -_log_noise(x, key1, log2))
+            score = tl.fma(score, inverse * 1.4426950408889634, _noise(x, key1, minus_log2))
     return score
 
 
 @triton.jit
 def _best_of_chunk_kernel(
     logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, V, stride, chunks,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, log2: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, minus_log2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best score of TILES * BLOCK vocabulary entries of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -106,7 +106,7 @@ def _best_of_chunk_kernel(
     temperature, key0, key1, floor = _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     for _ in range(TILES):
-        score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, BLOCK, SAMPLED, FILTERED, log2)
+        score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, BLOCK, SAMPLED, FILTERED, minus_log2)
         best = tl.maximum(best, score)
         start += BLOCK
     tl.store(best_ptr + row * chunks + chunk, tl.max(best))
@@ -115,7 +115,7 @@ def _best_of_chunk_kernel(
 @triton.jit
 def _best_of_row_kernel(
     logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, out_ptr, V, stride, chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, log2: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, minus_log2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best token: the scores of the best chunk once more, which is cheaper than to carry an index beside every score."""
     row = tl.program_id(0).to(tl.int64)
@@ -125,7 +125,7 @@ def _best_of_row_kernel(
     temperature, key0, key1, floor = _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED)
     best = tl.load(best_ptr + row * chunks + at, mask=at < chunks, other=float("-inf"))
     start = tl.argmax(best, axis=0) * CHUNK  # ties: the first
-    score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, CHUNK, SAMPLED, FILTERED, log2)
+    score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, CHUNK, SAMPLED, FILTERED, minus_log2)
     tl.store(out_ptr + row, (start + tl.argmax(score, axis=0)).to(tl.int64))
 
 
@@ -266,7 +266,12 @@ def sample(
             BLOCK=min(8192, max(32, triton.next_power_of_2(vocab))), NEAR=NEAR, REACH=REACH, num_warps=16,
         )  # fmt: skip
     chance = (logits, temperature, seeds, positions, floor, best)
-    options = {"SAMPLED": temperature is not None, "FILTERED": filtered, "log2": _fast_log2 if logits.is_cuda else _log2, **overlap(device)}
+    options = {
+        "SAMPLED": temperature is not None,
+        "FILTERED": filtered,
+        "minus_log2": _fast_minus_log2 if logits.is_cuda else _minus_log2,
+        **overlap(device),
+    }
     _best_of_chunk_kernel[(rows, chunks)](*chance, vocab, logits.stride(0), chunks, BLOCK=block, TILES=tiles, num_warps=warps, **options)
     _best_of_row_kernel[(rows,)](
         *chance, out, vocab, logits.stride(0), chunks,
