@@ -36,6 +36,8 @@ from roofline import SHAPES, floor, requests  # noqa: E402
 MODEL = {"A": "0.6B", "B": "8B", "C": "8B", "D": "8B", "decode": "8B", "seam": "0.6B"}
 GOALS = {"A": {"vllm": 1.2, "nano": 1.35, "roofline": 0.75}, "B": {"vllm": 1.12, "nano": 1.2, "roofline": 0.80}}
 LOAD = 0.8  # of the saturated rate, in C
+HOST = ("policy", "prepare", "launch", "collect", "rest")  # the host's parts of a step, seconds, as `profiled` names them
+FULL = (241, 256)  # running requests in a full step: what the peers' host cost was taken at
 
 
 # ---- workers: one engine, one process --------------------------------------------------------------------------------
@@ -94,15 +96,21 @@ def ours_saturated(args: argparse.Namespace) -> None:
     report(engine="headway", kv_blocks=llm.engine.pool.num_blocks)
     steps = profiled(llm, lambda: run_ours(llm, *requests(args.repeats + 1)))
     decode = [s for s in steps if s["decode"]]
-    total = {k: sum(s.get(k, 0.0) for s in decode) for k in ("gpu", "gpu_idle", "policy", "prepare", "launch", "collect", "rest", "seqs")}
-    host = total["policy"] + total["prepare"] + total["launch"] + total["collect"] + total["rest"]
+    total = {k: sum(s.get(k, 0.0) for s in decode) for k in ("gpu", "gpu_idle", *HOST)}
+    full = [s for s in decode if FULL[0] <= s["seqs"] <= FULL[1]]
     report(
         engine="headway", profile=True, idle_share=total["gpu_idle"] / (total["gpu"] + total["gpu_idle"]), decode_steps=len(decode),
-        host_us_a_request=host / total["seqs"] * 1e6, policy_us_a_request=total["policy"] / total["seqs"] * 1e6,
-        step_ms={k: total[k] / len(decode) * 1e3 for k in ("gpu", "gpu_idle", "policy", "prepare", "launch", "collect", "rest")},
+        host_us=host_us(decode), full_steps=len(full), full_host_us=host_us(full), step_ms={k: v / len(decode) * 1e3 for k, v in total.items()},
         prompt_s=sum(s["gpu"] + s.get("gpu_idle", 0.0) for s in steps if not s["decode"]),
         by_batch=by_batch(decode),
     )  # fmt: skip
+
+
+def host_us(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Microseconds a running request and step: each part of the host's work, and their sum."""
+    running = sum(s["seqs"] for s in steps)
+    parts = {k: sum(s.get(k, 0.0) for s in steps) / running * 1e6 if steps else 0.0 for k in HOST}
+    return {"host": sum(parts.values())} | parts
 
 
 def by_batch(decode: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -112,8 +120,8 @@ def by_batch(decode: list[dict[str, Any]]) -> dict[str, list[float]]:
         chosen = [s for s in decode if low <= s["seqs"] <= high]
         if chosen:
             mean = lambda key, among=chosen: statistics.fmean(s.get(key, 0.0) for s in among) * 1e3  # noqa: E731
-            host = mean("policy") + mean("prepare") + mean("launch") + mean("collect") + mean("rest")
-            policy = sum(s["policy"] for s in chosen) / sum(s["seqs"] for s in chosen) * 1e6
+            host = sum(mean(part) for part in HOST)
+            policy = host_us(chosen)["policy"]
             table[f"{low}-{high}"] = [len(chosen), round(mean("gpu"), 3), round(mean("gpu_idle"), 4), round(host, 3), round(policy, 2)]
     return table
 
@@ -133,10 +141,12 @@ def profiled(llm: Any, call: Any) -> list[dict[str, Any]]:
             now = time.perf_counter()
             plan, known = record.plan, record.timings
             row = {"decode": plan.num_tokens == len(plan.requests), "seqs": len(plan.requests), "policy": record.policy_time, **known}
-            # What is left of the turn once every part that is timed is taken out: the loop itself, the clock, the observers.
-            row["rest"] = max(0.0, now - self.last - record.policy_time - sum(known.get(k, 0.0) for k in ("prepare", "launch", "wait", "collect")))
-            self.last = now
+            # What is left of the turn once every part that is timed is taken out: the loop itself and the clock. A turn plans and
+            # launches the next step and collects this one, so one step's value is off by what the two differ; a mean is not.
+            timed = sum(known.get(k, 0.0) for k in ("prepare", "launch", "wait", "collect", "profile"))
+            row["rest"] = now - self.last - record.policy_time - timed
             steps.append(row)
+            self.last = time.perf_counter()  # what this observer took is no part of a step
 
         def on_requests(self, finished: Any) -> None: ...
         def close(self, result: Any) -> None: ...
@@ -342,11 +352,12 @@ def compare(workload: str, args: argparse.Namespace, rates: dict[str, float], fo
         print(line, flush=True)
         for r in results:
             if r.get("profile"):
-                print(
-                    f"      GPU idle share in decode {r['idle_share']:.2%} ({met(r['idle_share'] <= 0.03)}: at most 3%); host "
-                    f"{r['host_us_a_request']:.2f} us a request and step ({met(r['host_us_a_request'] <= 2)}: at most 2), of it policy "
-                    f"{r['policy_us_a_request']:.2f}; mean decode step, ms: {rounded(r['step_ms'])}; prompts {r['prompt_s']:.3f} s"
-                )
+                full, mean = r["full_host_us"], r["host_us"]
+                print(f"      GPU idle share in decode {r['idle_share']:.2%} ({met(r['idle_share'] <= 0.03)}: at most 3%)")
+                print(f"      host us a running request, {FULL[0]} to {FULL[1]} running ({r['full_steps']} steps): {rounded(full)}"
+                      f" ({met(0 < full['host'] <= 2)}: at most 2)")  # fmt: skip
+                print(f"      host us a running request, all {r['decode_steps']} decode steps: {rounded(mean)} ({met(mean['host'] <= 2)}: at most 2)")
+                print(f"      mean decode step, ms: {rounded(r['step_ms'])}; prompts {r['prompt_s']:.3f} s")
                 print(f"      batch: steps, GPU ms, idle ms, host ms, policy us a request: {r['by_batch']}")
             if "kv_blocks" in r:
                 print(f"      {r['kv_blocks']:,} KV blocks")
