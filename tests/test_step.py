@@ -56,6 +56,18 @@ def test_add_cuts_a_prompt_into_chunks_and_samples_only_at_its_end() -> None:
     assert chunks == [(0, 4, False), (4, 4, False), (8, 2, True), (10, 1, True)]
 
 
+def test_the_view_names_running_requests_with_more_than_one_token_to_compute() -> None:
+    seen = []
+
+    def script(step, view):
+        seen.append([r.id for r in view.prefilling])
+        for request in (*view.running, *view.waiting):
+            step.add(request, 4)
+
+    engine(script).run([ask(10, 2, id="long"), ask(3, 2, id="short")])
+    assert seen == [[], ["long"], ["long"], []]
+
+
 def test_add_stops_at_the_token_budget_and_at_the_sequence_cap() -> None:
     grants = []
 
