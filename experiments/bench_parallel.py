@@ -59,7 +59,6 @@ REPEATS = 3
 MODES = {
     "split": ("split", "symmetric"),  # tokens shared between products, copy engines beside the products
     "split_library": ("split", "library"),
-    "parts": ("parts", "symmetric"),  # all-reduce in four parts, beside products, by NCCL; short steps in symmetric memory
     "symmetric": ("whole", "symmetric"),  # one all-reduce after a product
     "library": ("whole", "library"),
 }

@@ -118,6 +118,12 @@ def test_each_stage_holds_only_what_it_computes():
     assert names[1] >= {"model.layers.1.mlp.down_proj.weight"} and not any(".layers.0." in n for n in names[1])
 
 
+def gated(x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
+    """A product with an activation in it: half as many columns as the weight has rows."""
+    gate, up = (x @ weight.t()).unflatten(1, (-1, 2)).unbind(2)
+    return gate.sigmoid() * up
+
+
 class OneStream:
     """A CUDA stream where everything runs as it is called."""
 
@@ -146,15 +152,18 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
-    up, down = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((inner, size), (size, inner)))
+    # Each row of `down`'s input comes from two neighbouring rows of `up`.
+    up, down = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2 * inner, size), (size, inner)))
     results: dict[int, torch.Tensor] = {}
 
     def rank(place: int) -> None:
         pipeline = symmetric.SymmetricPipeline(place, rows + 1, size, torch.float64, torch.device("cpu"))
         columns = slice(place * inner // tp, (place + 1) * inner // tp)
+        pairs = slice(2 * columns.start, 2 * columns.stop)
         part = torch.nn.functional.pad(x, (0, 0, 0, tp * rows - tokens))[place * rows : (place + 1) * rows]
         for _ in range(5):
-            part = pipeline.reduced_linear(pipeline.gathered_linear(part, up[columns])[:tokens], down[:, columns], rows).tanh()
+            inside = pipeline.gathered_linear(gated, part, up[pairs], None)[:tokens]
+            part = pipeline.reduced_linear(inside, down[:, columns], rows).tanh()
         results[place] = part
 
     threads = [threading.Thread(target=rank, args=(place,)) for place in range(tp)]
@@ -164,7 +173,7 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
         thread.join()
     expected = x
     for _ in range(5):
-        expected = (expected @ up.t() @ down.t()).tanh()
+        expected = (gated(expected, up, None) @ down.t()).tanh()
     assert torch.allclose(torch.cat([results[place] for place in range(tp)])[:tokens], expected, atol=1e-9)
 
 

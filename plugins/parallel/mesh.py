@@ -22,7 +22,6 @@ from .symmetric import SymmetricPipeline, SymmetricReduce
 # renamed in torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-OVERLAPPED_PARTS = 4
 STARTUP = 600.0  # seconds that ranks may be apart while kernels compile and graphs are captured
 
 
@@ -83,11 +82,9 @@ class Mesh:
     def begin(self, tokens: int) -> int:
         """A step of so many tokens begins. Answers how many rows of the residual stream a rank holds: all, or of a long step its
         part, the last ones padded."""
-        self._tokens = tokens if self._is_long(tokens) and self.long_steps == "split" else 0
+        is_long = self.parallel.tp > 1 and 0 < self.parallel.overlap_tokens <= tokens
+        self._tokens = tokens if is_long and self.long_steps == "split" else 0
         return self._part if self._tokens else tokens
-
-    def _is_long(self, tokens: int) -> bool:
-        return self.parallel.tp > 1 and 0 < self.parallel.overlap_tokens <= tokens
 
     @property
     def _part(self) -> int:
@@ -115,32 +112,18 @@ class Mesh:
         return everything[: self._tokens]
 
     def gathered_linear(self, product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """product(x, weight, bias) of the rows of all ranks, [T, N]."""
+        """product(x, weight, bias) of the rows of all ranks, [T, N]. What it does to a row does not depend on others."""
         if not self._tokens or self._pipeline is None or self.short_steps == "library":
             return product(self.gathered(x), weight, bias)
         self.entered += 1
-        found = self._pipeline.gathered_linear(x, weight)[: self._tokens]
-        return found if bias is None else found.add_(bias)
+        return self._pipeline.gathered_linear(product, x, weight, bias)[: self._tokens]
 
     def reduced_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, K], weight [N, K] of this rank -> the sum over the ranks of x @ weight.T, this rank's rows of it."""
-        if self.long_steps == "parts" and self._is_long(len(x)):
-            return self._overlapped_linear(x, weight)
         if self._symmetric is None or self._pipeline is None or self.short_steps == "library":
             return self.reduced(F.linear(x, weight))
         self.entered += 1
         return self._pipeline.reduced_linear(x, weight, self._part) if self._tokens else self._symmetric.linear(x, weight)
-
-    def _overlapped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """In parts: while one is summed over the ranks, the next is multiplied."""
-        total = x.new_empty(len(x), len(weight))
-        sums = []
-        for rows, part in zip(x.chunk(OVERLAPPED_PARTS), total.chunk(OVERLAPPED_PARTS), strict=True):
-            torch.mm(rows, weight.t(), out=part)
-            sums.append(self._guarded(dist.all_reduce, part, group=self.tp_group, async_op=True))
-        for work in sums:
-            self._guarded(work.wait)
-        return total
 
     def map_peers(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         """Steps through memory of the GPUs that the others map, for results of at most [rows, columns]."""

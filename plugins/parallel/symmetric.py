@@ -10,7 +10,7 @@ decomposition"). Copy engines carry the parts, which leaves all SMs to the produ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,27 +58,31 @@ class SymmetricPipeline:
         self._copies, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
         dist.barrier(group=group)
 
-    def gathered_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [S, K] of each rank, weight [N, K] of this one -> [ranks * S, N]. Our rows are multiplied while the others' arrive."""
+    def gathered_linear(self, product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [S, K] of each rank -> product(rows, weight, bias) of all ranks' rows, [ranks * S, N]. Ours are multiplied while the
+        others' arrive. A product with an activation in it may answer fewer columns than `weight` has rows, never more."""
         here, side, copies = torch.cuda.current_stream(), self._side, self._copies
         self._outgoing(self._place, x.shape).copy_(x)
         self._handle.barrier()  # every rank's rows are there
         side.wait_stream(here)
         copies.wait_stream(here)
         everything = x.new_empty(self._ranks, *x.shape)
-        found = x.new_empty(self._ranks, len(x), len(weight))
+        # Taken before a product runs: memory that one has used and given back in this stream is not free yet for the other.
+        room = x.new_empty(self._ranks * len(x) * len(weight))
         arrived = []
         with torch.cuda.stream(copies):
             for peer in self._peers:
                 everything[peer].copy_(self._outgoing(peer, x.shape))
                 arrived.append(copies.record_event())
-        torch.mm(x, weight.t(), out=found[self._place])
+        ours = product(x, weight, bias)
+        found = room[: self._ranks * ours.numel()].view(self._ranks, *ours.shape)
+        found[self._place].copy_(ours)
         # In two streams, so that the last tiles of a product share the SMs with the first of the next.
         for number, (peer, event) in enumerate(zip(self._peers, arrived, strict=True)):
             stream = here if number % 2 else side
             stream.wait_event(event)
             with torch.cuda.stream(stream):
-                torch.mm(everything[peer], weight.t(), out=found[peer])
+                found[peer].copy_(product(everything[peer], weight, bias))
         here.wait_stream(side)
         here.wait_stream(copies)
         return found.flatten(0, 1)
