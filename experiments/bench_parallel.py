@@ -58,6 +58,7 @@ REPEATS = 3
 #: (how steps of at least `overlap_tokens` tokens communicate, what with); what needs `--all-reduce symmetric` takes NCCL without it
 MODES = {
     "split": ("split", "symmetric"),  # tokens shared between products, copy engines beside the products
+    "halves": ("halves", "symmetric"),  # decode steps in two halves side by side, other long steps as `split`
     "split_library": ("split", "library"),
     "symmetric": ("whole", "symmetric"),  # one all-reduce after a product
     "library": ("whole", "library"),
@@ -304,7 +305,7 @@ PHASES: list[list[tuple[str, str, int]]] = [
     [("0,1,2,3", TP4 + "--modes split parts symmetric library split_library --decode split:1024 split:2560 symmetric:1024", 200)],
     [
         ("0", LAYOUT + "--tp 1 --batches 640 --requests 32", 60),
-        ("2,3", LAYOUT + "--tp 2 --all-reduce symmetric --batches 1280 --requests 32 --modes split parts", 75),
+        ("2,3", LAYOUT + "--tp 2 --all-reduce symmetric --batches 1280 --requests 32 --modes split", 75),
     ],
 ]
 

@@ -21,6 +21,7 @@ from plugins.executors.cost import Roofline
 from plugins.executors.torch import TorchExecutor
 from plugins.executors.torch.batch import StepInput
 from plugins.kernels.compose import compose, lookup
+from plugins.kernels.ops import BatchMetadata
 from plugins.kernels.torch import TorchKernels
 from plugins.models.loading import build, load, targets
 from plugins.models.spec import read_model
@@ -28,7 +29,7 @@ from plugins.parallel import channel as wire
 from plugins.parallel import launch, symmetric
 from plugins.parallel.channel import Channel, pack_step, unpack_step
 from plugins.parallel.execution import Job
-from plugins.parallel.pipeline import cut, layers_of
+from plugins.parallel.pipeline import Stage, cut, layers_of
 from plugins.parallel.tensor import shard
 
 ROOT = Path(__file__).parent.parent
@@ -175,6 +176,30 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
     for _ in range(5):
         expected = (gated(expected, up, None) @ down.t()).tanh()
     assert torch.allclose(torch.cat([results[place] for place in range(tp)])[:tokens], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_a_decode_step_in_halves_answers_as_in_one_piece(rows):
+    model = loaded("qwen3", 1, 1, 0)
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.tensor([3, 17, 9, 1, 6], dtype=torch.int32)[:rows]
+    tables = torch.arange(10, dtype=torch.int32).view(5, 2)[:rows]
+    positions = contexts.long() - 1
+    heads, size = model.spec.shape.num_key_value_heads, model.spec.shape.head_dim
+    filled = torch.randn(4, 2, 10, 16, heads, size, generator=generator)
+
+    def hidden(in_halves: bool) -> torch.Tensor:
+        mesh = SimpleNamespace(
+            begin=lambda tokens, longest: tokens, is_first=True, is_last=True, in_halves=in_halves, aside=nullcontext, joined=lambda: None,
+            gathered=lambda x: x,
+        )  # fmt: skip
+        slots = tables[torch.arange(rows), positions // 16].long() * 16 + positions % 16
+        batch = BatchMetadata(slots, tables, torch.arange(rows + 1, dtype=torch.int32), contexts, 1, 17, 16)
+        caches = [tuple(layer) for layer in filled.clone()]
+        with torch.inference_mode():
+            return Stage(model, mesh)(torch.arange(40, 40 + rows), positions, caches, batch)
+
+    assert torch.allclose(hidden(True), hidden(False), atol=1e-4)
 
 
 def test_a_step_travels_unchanged():

@@ -36,8 +36,26 @@ class SymmetricReduce:
         flat = buffer[: len(x) * self._columns]
         product = flat.view(len(x), self._columns)
         torch.mm(x, weight.t(), out=product)
-        torch.ops.symm_mem.two_shot_all_reduce_(flat, "sum", self._group)
+        self._sum(flat)
         return product
+
+    def _sum(self, flat: Tensor) -> None:
+        torch.ops.symm_mem.two_shot_all_reduce_(flat, "sum", self._group)
+
+
+class UrgentReduce(SymmetricReduce):
+    """For one of two halves of a step that run side by side: its sums take the first SMs that the other half's products leave."""
+
+    def __init__(self, group: Any, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(group, rows, columns, dtype, device)
+        self._urgent = torch.cuda.Stream(device, priority=-1)
+
+    def _sum(self, flat: Tensor) -> None:
+        here = torch.cuda.current_stream()
+        self._urgent.wait_stream(here)
+        with torch.cuda.stream(self._urgent):
+            super()._sum(flat)
+        here.wait_stream(self._urgent)
 
 
 class SymmetricPipeline:
