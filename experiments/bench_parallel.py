@@ -70,14 +70,50 @@ class FewGraphs(TritonKernels):
     """Triton kernels with decode graphs of the measured batch sizes only: capturing the rest would take most of the time here."""
 
     sizes: str = ""
+    prompts: str = "computed"
     cuda_graphs: bool = True
 
     def operations(self, device: str) -> Any:
-        from plugins.executors.torch import graphs
+        from plugins.executors.torch import graphs, runner
 
-        sizes = [int(size) for size in self.sizes.split(",")]
+        if self.prompts == "random":
+            runner.ModelRunner._mixed = randomly(runner.ModelRunner._mixed)  # type: ignore[method-assign]
+
+        sizes = [int(size) for size in self.sizes.split(",") if size != "0"]
         graphs.batch_sizes = lambda largest: sorted({min(size, largest) for size in [*sizes, largest]}, reverse=True)
         return super().operations(device)
+
+
+class RandomPrompts:
+    """The model in steps with prompts, when only the decode steps that follow are measured: random numbers for the keys and values of
+    all requests, drawn once, and for the hidden states that first tokens are sampled from. Each request has blocks of its own."""
+
+    def __init__(self, model: Any) -> None:
+        self.compute_logits, self._size, self._drawn = model.compute_logits, model.spec.shape.hidden_size, False
+
+    def __call__(self, tokens: Any, positions: Any, caches: Any, batch: Any) -> Any:
+        keys = caches[0][0]
+        if not self._drawn:
+            for part in (part for cache in caches for part in cache):
+                part.normal_()
+            self._drawn = True
+        return keys.new_empty(len(tokens), self._size).normal_()
+
+
+def randomly(mixed: Any) -> Any:
+    """ModelRunner._mixed with RandomPrompts for a model."""
+    stand_in: list[RandomPrompts] = []
+
+    def run(runner: Any, *args: Any) -> Any:
+        model = runner.model
+        stand_in[:] = stand_in or [RandomPrompts(model)]
+        runner.model = stand_in[0]
+        try:
+            return mixed(runner, *args)
+        finally:
+            runner.model = model
+
+    return run
 
 
 def report(**result: Any) -> None:
@@ -104,7 +140,7 @@ class Bench:
         depth = args.pp + 1 if args.depth is None else args.depth
         shares = sorted({-(-batch // (depth if args.pp > 1 else 1)) for batch in args.batches})
         if args.device == "cuda":
-            kernels: Any = FewGraphs(sizes=",".join(map(str, [*shares, args.requests])))
+            kernels: Any = FewGraphs(sizes=",".join(map(str, [*shares, args.requests])), prompts=args.prompts)
             kernels.plugin_name = "triton"
         else:
             kernels = TorchKernels()
@@ -228,7 +264,8 @@ def one_layout(args: argparse.Namespace) -> None:
                 bench.decode(batch)
             if args.pp > 1 and args.device == "cuda":
                 bench.bubbles(args.requests * 2)
-            bench.prefill(args.requests)
+            if args.requests:
+                bench.prefill(args.requests)
     finally:
         bench.executor.close()
     report(layout=bench.layout, figure="closed")
@@ -287,7 +324,9 @@ def plan(args: argparse.Namespace) -> None:
 # ---- everything on four GPUs -------------------------------------------------------------------------------------------
 
 LAYOUT, PYTEST = f"{__file__} layout ", "-m pytest -q tests/gpu/test_parallel_gpu.py"
-TP4 = LAYOUT + "--tp 4 --all-reduce symmetric --overlap-tokens 1024 --batches 1024 2560 --requests 48 "
+TP4 = LAYOUT + "--tp 4 --all-reduce symmetric --overlap-tokens 1024 "
+FULL = "--prompts random --requests 0 --steps 40 "  # decode alone, with as many requests as memory holds
+SATURATED = "split:2560 split:4096 symmetric:1024 symmetric:2560 halves:1024 halves:2560 halves:4096"
 
 #: Runs that share no GPU go at once. (GPUs, what python runs, seconds after which it is ended)
 PHASES: list[list[tuple[str, str, int]]] = [
@@ -301,12 +340,15 @@ PHASES: list[list[tuple[str, str, int]]] = [
         ("0,1", LAYOUT + "--tp 2 --batches 256 512 --requests 48", 80),
         ("2,3", LAYOUT + "--tp 2 --all-reduce symmetric --batches 256 512 --requests 48", 80),
     ],
-    [("0,1,2,3", PYTEST + " -k 'tp2pp2 or tp4'", 80)],
-    [("0,1,2,3", TP4 + "--modes split parts symmetric library split_library --decode split:1024 split:2560 symmetric:1024", 200)],
+    [("0,1,2,3", PYTEST + " -k 'tp2pp2 or tp4'", 150)],
+    [("0,1,2,3", TP4 + "--batches 1024 --requests 48 --modes split symmetric library split_library --decode split:1024 symmetric:1024", 150)],
     [
         ("0", LAYOUT + "--tp 1 --batches 640 --requests 32", 60),
         ("2,3", LAYOUT + "--tp 2 --all-reduce symmetric --batches 1280 --requests 32 --modes split", 75),
     ],
+    [("0,1,2,3", TP4 + FULL + "--batches 1024 2560 4096 --budget 32768 --modes split symmetric halves --decode " + SATURATED, 120)],
+    [("0,1,2,3", PYTEST + " -k tp2pp2", 150)],
+    [("0", LAYOUT + "--tp 1 --batches 640 768 " + FULL, 90)],
 ]
 
 
@@ -365,7 +407,8 @@ def main() -> None:
     layout.add_argument("--device", default="cuda")
     layout.add_argument("--model", default="qwen3_32b", choices=SHAPES)
     layout.add_argument("--batches", type=int, nargs="+", default=[256])
-    layout.add_argument("--requests", type=int, default=32, help="of the prefill figure")
+    layout.add_argument("--requests", type=int, default=32, help="of the prefill figure; 0: without it")
+    layout.add_argument("--prompts", default="computed", choices=("computed", "random"), help="random: decode figures alone, see RandomPrompts")
     layout.add_argument("--prompt", type=int, default=256, help="tokens, of the decode figure")
     layout.add_argument("--steps", type=int, default=60, help="of the decode figure")
     layout.add_argument("--window", type=int, default=40, help="steps, of the bubbles figure")
@@ -378,6 +421,8 @@ def main() -> None:
     everything.add_argument("--phases", type=int, nargs="+", default=range(len(PHASES)), help="which of PHASES, by number")
     verbs.add_parser("plan").add_argument("--rounds", type=int, default=2000)
     args = parser.parse_args()
+    if args.verb == "layout" and args.prompts == "random" and (args.requests or args.pp > 1):
+        parser.error("--prompts random computes no prompts: it goes with --requests 0 and one stage")
     {"layout": one_layout, "gpus": gpus, "plan": plan}[args.verb](args)
 
 

@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
 
-from torch_engines import GREEDY, engine_of, generate, shared_prompts, variant  # noqa: E402
+from torch_engines import GREEDY, engine_of, shared_prompts, variant  # noqa: E402
 
-from headway import Arrival, EngineConfig, ModelConfig, ParallelConfig, RankError, SamplingParams  # noqa: E402
+from headway import Arrival, Engine, EngineConfig, ModelConfig, ParallelConfig, RankError, SamplingParams  # noqa: E402
 from plugins.executors.torch import TorchExecutor  # noqa: E402
 from plugins.kernels.compose import lookup  # noqa: E402
 from plugins.kernels.torch import TorchKernels  # noqa: E402
@@ -20,20 +20,21 @@ from plugins.kernels.triton import TritonKernels  # noqa: E402
 
 PROMPTS = shared_prompts(512)
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 128, "block_size": 4}
-NEVER, LONG = 2048, 2  # parallel.overlap_tokens: no step here is long; every step of two tokens is, in graphs and out of them
+SPLIT, HALVES, WHOLE, LIBRARY = ("split", "symmetric"), ("halves", "symmetric"), ("whole", "symmetric"), ("whole", "library")
+SPLIT_LIBRARY = ("split", "library")
+#: (tp, pp), and the ways to communicate that are tried in one start: how long steps do it, and with what
 LAYOUTS = {
-    "tp2": (2, 1, "library", NEVER), "tp2 symmetric": (2, 1, "symmetric", NEVER), "pp2": (1, 2, "library", NEVER), "tp2pp2": (2, 2, "library", NEVER),
-    "tp2 split": (2, 1, "symmetric", LONG), "tp2 split library": (2, 1, "library", LONG),
-    "tp4 split": (4, 1, "symmetric", LONG), "tp2pp2 split": (2, 2, "symmetric", LONG),
+    "tp2": (2, 1, [SPLIT, HALVES, WHOLE, SPLIT_LIBRARY, LIBRARY]), "pp2": (1, 2, [SPLIT_LIBRARY]),
+    "tp4": (4, 1, [SPLIT, HALVES]), "tp2pp2": (2, 2, [SPLIT, LIBRARY]),
 }  # fmt: skip
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, seed=3, max_tokens=8, ignore_eos=True)
 
 
-def on_gpus(tp: int, pp: int, all_reduce: str = "library", overlap_tokens: int = NEVER) -> TorchExecutor:
+def on_gpus(tp: int, pp: int, all_reduce: str = "library") -> TorchExecutor:
     executor = TorchExecutor(device="cuda", kv_cache_gb=0.05)
     kernels = TritonKernels(cuda_graphs=True)
     kernels.plugin_name = "triton"
-    parallel = ParallelConfig(tp, pp, all_reduce=all_reduce, overlap_tokens=overlap_tokens)
+    parallel = ParallelConfig(tp, pp, all_reduce=all_reduce, overlap_tokens=2)  # every step of two tokens is long, in graphs and out of them
     executor.prepare(
         ModelConfig(name_or_path=str(variant("qwen3"))), kernels, engine=EngineConfig(**LIMITS),
         backends=lookup({"torch": TorchKernels, "triton": TritonKernels}), parallel=parallel,
@@ -41,29 +42,48 @@ def on_gpus(tp: int, pp: int, all_reduce: str = "library", overlap_tokens: int =
     return executor
 
 
-def answers(executor: TorchExecutor, depth: int) -> tuple[list[list[int]], list[list[int]], str]:
-    """Greedy and sampled tokens under preemption, and the hash of all decisions."""
-    engine = engine_of(executor, cache="radix", num_blocks=20, max_inflight=depth, max_model_len=128)
-    tokens = generate(engine, PROMPTS)
-    assert engine.num_preemptions > 0
-    sampled = engine.run([Arrival(0.0, p, SAMPLED, id=f"s{i}") for i, p in enumerate(PROMPTS[:4])])
-    return tokens, [o.output_token_ids for o in sampled.outputs if o.id.startswith("s")], engine.decisions.hexdigest
+Answers = tuple[list[list[int]], list[list[int]]]
+
+
+def answers(engine: Engine, name: str = "") -> Answers:
+    """Greedy and sampled tokens under preemption. An engine runs several of these, each under another name."""
+    preempted = engine.num_preemptions
+
+    def tokens(kind: str, sampling: SamplingParams, prompts: list[list[int]]) -> list[list[int]]:
+        kind += name
+        result = engine.run([Arrival(0.0, p, sampling, id=f"{kind}/{i}") for i, p in enumerate(prompts)])
+        return [o.output_token_ids for o in result.outputs if o.id.startswith(f"{kind}/")]
+
+    found = tokens("greedy", GREEDY, PROMPTS), tokens("sampled", SAMPLED, PROMPTS[:4])
+    assert engine.num_preemptions > preempted
+    return found
+
+
+def small_pool(executor: TorchExecutor, depth: int) -> Engine:
+    return engine_of(executor, cache="radix", num_blocks=20, max_inflight=depth, max_model_len=128)
 
 
 @pytest.fixture(scope="module")
-def one_gpu():
-    return answers(on_gpus(1, 1), 1)
+def one_gpu() -> tuple[Answers, str]:
+    """And the hash of all decisions."""
+    engine = small_pool(on_gpus(1, 1), 1)
+    return answers(engine), engine.decisions.hexdigest
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tokens_equal_one_gpus(one_gpu, layout):
-    tp, pp, all_reduce, overlap_tokens = LAYOUTS[layout]
+    tp, pp, ways = LAYOUTS[layout]
     if tp * pp > torch.cuda.device_count():
         pytest.skip(f"needs {tp * pp} GPUs")
-    executor = on_gpus(tp, pp, all_reduce, overlap_tokens)
+    executor = on_gpus(tp, pp, "symmetric" if tp > 1 else "library")
     try:
-        assert answers(executor, 1) == one_gpu
-        assert answers(executor, pp + 1)[:2] == one_gpu[:2]
+        engine = small_pool(executor, 1)
+        assert (answers(engine), engine.decisions.hexdigest) == one_gpu
+        engine, mesh = small_pool(executor, pp + 1), executor.execution.mesh
+        for way in ways:
+            if (mesh.long_steps, mesh.short_steps) != way:
+                executor.execution.switch(*way)
+            assert answers(engine, str(way)) == one_gpu[0], way
     finally:
         executor.close()
 
