@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +39,8 @@ class Anywhere(TritonKernels):
     caps = replace(TritonKernels.caps, devices=frozenset(("cpu", "cuda")))
 
     def operations(self, device):
-        return TorchKernels().operations(device)
+        plain = TorchKernels().operations(device)
+        return SimpleNamespace(**{op: getattr(plain, op, op) for op in self.caps.ops})
 
 
 class NoGraphs(Anywhere):
@@ -62,10 +64,22 @@ def test_each_group_of_operations_names_its_backend():
     assert {kernels.chosen[op] for group, ops in GROUPS.items() for op in ops if group != "norm"} == {"torch"}
 
 
-def test_the_fused_operation_is_used_only_when_one_backend_does_all_of_it():
-    assert composed(TorchKernels()).chosen[FUSED] == "torch"
-    assert composed(TorchKernels(norm="triton")).chosen[FUSED] == "separate"
-    assert composed(TorchKernels(norm="triton", rope="triton", store="triton")).chosen[FUSED] == "triton"
+FIELDS = {"qk_norm_rope_store": ("norm", "rope", "store"), "gated_linear": ("linear", "activation"), "linear_parts": ("linear", "norm")}
+
+
+@pytest.mark.parametrize("fused", FUSED)
+def test_a_fused_operation_is_used_only_when_one_backend_does_all_of_it(fused):
+    everywhere = dict.fromkeys(FIELDS[fused], "triton")
+    assert composed(TorchKernels(**everywhere)).chosen[fused] == "triton"
+    for field in FIELDS[fused]:
+        assert composed(TorchKernels(**everywhere | {field: "torch"})).chosen[fused] == "separate"
+
+
+def test_a_product_with_its_activation_out_of_its_parts_is_the_same():
+    torch = pytest.importorskip("torch")
+    x, weight = torch.randn(3, 8), torch.randn(12, 8)
+    gate, up = (x @ weight.T).chunk(2, -1)
+    torch.testing.assert_close(composed(TorchKernels()).gated_linear(x, weight, None), torch.nn.functional.silu(gate) * up)
 
 
 def test_the_fused_operation_out_of_its_parts_is_the_same():

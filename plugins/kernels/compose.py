@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .ops import BatchMetadata
 
-#: Field of a kernels config -> the operations that it chooses. `qk_norm_rope_store` follows from norm, rope and store.
+#: Field of a kernels config -> the operations that it chooses.
 GROUPS = {
     "attention": ("attention",),
     "linear": ("linear",),
@@ -30,7 +30,12 @@ GROUPS = {
     "sampling": ("sample",),
     "batch": ("decode_inputs", "advance"),
 }
-FUSED = "qk_norm_rope_store"
+#: Fused operation -> the operations that it follows from: the backend that runs all of these runs it too, where it has it.
+FUSED = {
+    "qk_norm_rope_store": ("rms_norm", "rotary", "store_kv"),
+    "gated_linear": ("linear", "silu_and_mul"),
+    "linear_parts": ("linear", "add_rms_norm"),
+}
 
 
 @dataclass
@@ -74,6 +79,8 @@ class Kernels:
     """The composed backend: one bound callable an operation, signatures as in KernelBackend."""
 
     linear: Callable[..., Tensor]
+    linear_parts: Callable[..., Tensor]
+    gated_linear: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., tuple[Tensor, Tensor]]
@@ -135,12 +142,12 @@ def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], devic
             raise ConfigError(f"kernels.decode={choice.decode}: that backend has no attention. Leave kernels.decode unset, or name another.")
         chosen["decode"] = choice.decode
         calls["attention"] = _by_step(calls["attention"], backend(choice.decode)[1].attention)
-    parts = {chosen[operation] for operation in ("rms_norm", "rotary", "store_kv")}
-    fused = parts.pop() if len(parts) == 1 else ""
-    if fused and FUSED in backend(fused)[0].ops:
-        chosen[FUSED], calls[FUSED] = fused, getattr(backend(fused)[1], FUSED)
-    else:
-        chosen[FUSED], calls[FUSED] = "separate", separate(calls["rms_norm"], calls["rotary"], calls["store_kv"])
+    for fused, operations in FUSED.items():
+        names = {chosen[operation] for operation in operations}
+        if len(names) == 1 and fused in backend(name := names.pop())[0].ops:
+            chosen[fused], calls[fused] = name, getattr(backend(name)[1], fused)
+        else:
+            chosen[fused], calls[fused] = "separate", SEPARATE[fused](*(calls[operation] for operation in operations))
     used = [made[name][0] for name in sorted(set(chosen.values()) - {"separate"})]
     if choice.cuda_graphs and not all(caps.graph_safe for caps in used):
         unsafe = [name for name in sorted(set(chosen.values()) - {"separate"}) if not made[name][0].graph_safe]
@@ -175,6 +182,16 @@ def separate(rms_norm: Any, rotary: Any, store_kv: Any) -> Callable[..., Tensor]
         return q
 
     return qk_norm_rope_store
+
+
+def _gated_linear(linear: Any, silu_and_mul: Any) -> Callable[..., Tensor]:
+    def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return silu_and_mul(linear(x, weight, bias))
+
+    return gated_linear
+
+
+SEPARATE = {"qk_norm_rope_store": separate, "gated_linear": _gated_linear, "linear_parts": lambda linear, add_rms_norm: linear}
 
 
 def _together(used: list[KernelCaps]) -> KernelCaps:

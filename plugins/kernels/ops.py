@@ -53,12 +53,20 @@ class KernelBackend(Role):
         """x [T, K], weight [N, K], bias [N] -> [T, N]: the projections of attention and MLP."""
         raise NotImplementedError
 
+    def linear_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Fused with add_rms_norm, which comes next: as `linear`, or float32 [P, T, N], whose sum over P it is."""
+        raise NotImplementedError
+
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Fused: silu_and_mul(linear(x, weight, bias)), weight [2N, K] -> [T, N]."""
+        raise NotImplementedError
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., N] -> same shape and dtype; the mean square in float32."""
         raise NotImplementedError
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual); may write in place."""
+        """(norm(x + residual), x + residual); may write in place. x is like residual, or what the same backend's `linear_parts` returned."""
         raise NotImplementedError
 
     def rotary(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ before the weights are loaded, and layers can be cut between `embed`, `run_layer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +24,11 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [blocks, b
 
 
 class Linear(nn.Linear):
-    """nn.Linear through the chosen kernel."""
+    """nn.Linear through the chosen kernel: a product(x, weight, bias)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, kernels: Kernels) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, product: Callable[..., Tensor]) -> None:
         super().__init__(in_features, out_features, bias)
-        self._product = kernels.linear
+        self._product = product
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, self.weight, self.bias)
@@ -37,8 +37,8 @@ class Linear(nn.Linear):
 class PackedLinear(Linear):
     """Several projections of one input as one product. parts: checkpoint name -> output rows, in order."""
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, kernels: Kernels) -> None:
-        super().__init__(in_features, sum(parts.values()), bias, kernels)
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, product: Callable[..., Tensor]) -> None:
+        super().__init__(in_features, sum(parts.values()), bias, product)
         self.parts = parts
 
 
@@ -58,8 +58,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
         self.scale, self.eps = shape.head_dim**-0.5, shape.rms_norm_eps
         rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv_proj = PackedLinear(shape.hidden_size, {"q_proj": rows, "k_proj": kv_rows, "v_proj": kv_rows}, bias=spec.qkv_bias, kernels=kernels)
-        self.o_proj = Linear(rows, shape.hidden_size, bias=spec.o_bias, kernels=kernels)
+        self.qkv_proj = PackedLinear(shape.hidden_size, {"q_proj": rows, "k_proj": kv_rows, "v_proj": kv_rows}, spec.qkv_bias, kernels.linear)
+        self.o_proj = Linear(rows, shape.hidden_size, spec.o_bias, kernels.linear_parts)  # add_norm comes next
         self._store, self._attend = kernels.qk_norm_rope_store, kernels.attention
 
     def norm_weights(self) -> tuple[Tensor | None, Tensor | None]:
@@ -80,12 +80,11 @@ class GatedMLP(nn.Module):
     def __init__(self, spec: ModelSpec, kernels: Kernels) -> None:
         super().__init__()
         hidden, inner = spec.shape.hidden_size, spec.shape.intermediate_size
-        self.gate_up_proj = PackedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, bias=spec.mlp_bias, kernels=kernels)
-        self.down_proj = Linear(inner, hidden, bias=spec.mlp_bias, kernels=kernels)
-        self._activate = kernels.silu_and_mul
+        self.gate_up_proj = PackedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, spec.mlp_bias, kernels.gated_linear)
+        self.down_proj = Linear(inner, hidden, spec.mlp_bias, kernels.linear_parts)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self._activate(self.gate_up_proj(hidden)))
+        return self.down_proj(self.gate_up_proj(hidden))
 
 
 class DecoderLayer(nn.Module):
@@ -101,7 +100,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor | None, positions: Tensor, cos_sin: Tensor, cache: KVCache, batch: BatchMetadata
     ) -> tuple[Tensor, Tensor]:
-        """hidden [T, N] is the last layer's output, not yet added to the residual stream; residual is None before the first layer."""
+        """hidden is the last layer's output, [T, N] or parts of it (`linear_parts`), not yet added to the residual stream; residual is
+        None before the first layer."""
         before, after = self.input_layernorm, self.post_attention_layernorm
         if residual is None:
             residual, hidden = hidden, self._norm(hidden, before.weight, before.eps)

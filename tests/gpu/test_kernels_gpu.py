@@ -20,6 +20,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 from plugins.kernels.ops import BatchMetadata  # noqa: E402
 from plugins.kernels.torch import ops as reference  # noqa: E402
 from plugins.kernels.triton import ops as kernels  # noqa: E402
+from plugins.kernels.triton.linear import TileShape, tile_shape  # noqa: E402
 
 # ||out - ref|| / ||ref|| allowed, by dtype. The interpreter has no bfloat16 arithmetic of its own; loads and stores convert.
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -385,6 +386,61 @@ def test_linear(monkeypatch, rows, n, k, bias):
     poisoned(monkeypatch)
     out = kernels.linear(x, weight, b)
     close(out, x.double() @ weight.double().T + (0 if b is None else b.double()), dtype)
+
+
+TILED = [(5, 128), (64, 256), (130, 1024)] if INTERPRETED else [(5, 1024), (64, 1024), (65, 2048), (128, 3072), (200, 2048), (256, 1024)]
+
+
+@pytest.mark.parametrize("tile", [32, 64])
+@pytest.mark.parametrize(("rows", "k"), TILED)
+def test_a_product_with_its_activation(monkeypatch, rows, k, tile):
+    dtype, n = DTYPES[-1], 192
+    x, weight = random(rows, k, dtype=dtype), random(2 * n, k, dtype=dtype) * k**-0.5
+    gate, up = (x.double() @ weight.double().T).chunk(2, -1)
+    poisoned(monkeypatch)
+    close(kernels.gated_linear(x, weight, None, TileShape(tile)), gate * gate.sigmoid() * up, dtype)
+    close(kernels.gated_linear(x, weight, None), gate * gate.sigmoid() * up, dtype)
+    bias = random(2 * n, dtype=dtype)
+    gate, up = (x.double() @ weight.double().T + bias.double()).chunk(2, -1)
+    close(kernels.gated_linear(x, weight, bias), gate * gate.sigmoid() * up, dtype)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "k"), TILED[1:])
+def test_a_product_in_parts_and_the_norm_that_adds_them(monkeypatch, rows, k, parts):
+    dtype, n = DTYPES[-1], 1024 if parts == 4 else 192
+    if k % (parts * 128):
+        pytest.skip("columns do not divide")
+    x, weight, residual, norm = (
+        random(rows, k, dtype=dtype),
+        random(n, k, dtype=dtype) * k**-0.5,
+        random(rows, n, dtype=dtype),
+        random(n, dtype=dtype),
+    )
+    product = x.double() @ weight.double().T
+    total = product + residual.double()
+    poisoned(monkeypatch)
+    for shape in (TileShape(64, parts), None):
+        out = kernels.linear_parts(x, weight, None, shape)
+        close(out if out.dim() == 2 else out.sum(0), product, dtype)
+        normed, added = kernels.add_rms_norm(out, residual.clone(), norm, 1e-6)
+        close(added, total, dtype)
+        close(normed, norm.double() * total * (total.square().mean(-1, keepdim=True) + 1e-6).rsqrt(), dtype)
+        assert normed.dtype == added.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "parts"), [(16, 4096, 1024, 1), (128, 1024, 2048, 8), (256, 1024, 3072, 8), (256, 4096, 1024, 1), (7, 96, 384, 8)]
+)
+def test_a_tile_shape_runs_at_once_and_covers_the_product(rows, n, k, parts):
+    shape = tile_shape(rows, n, k, 132, parts)
+    programs = -(-rows // 64) * (n // shape.tile) * shape.parts
+    assert programs <= 132 and not n % shape.tile and not k % (128 * shape.parts) and shape.parts <= parts
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(256, 24576, 4096), (65, 96, 1000), (9, 100, 1024)])
+def test_other_products_are_left_to_cublas(rows, n, k):
+    assert tile_shape(rows, n, k, 132) is None
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 256])

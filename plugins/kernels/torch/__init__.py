@@ -7,7 +7,7 @@ from typing import Any
 
 from headway import hookimpl
 
-from ..compose import FUSED, GROUPS, KernelChoice
+from ..compose import GROUPS, KernelChoice
 from ..ops import KernelCaps
 
 
@@ -20,7 +20,7 @@ class TorchKernels(KernelChoice):
         devices=frozenset(("cpu", "cuda")),
         dtypes=frozenset(("float32", "bfloat16", "float16", "float64")),
         graph_safe=True,
-        ops=frozenset(op for ops in GROUPS.values() for op in ops) | {FUSED},
+        ops=frozenset(op for ops in GROUPS.values() for op in ops) | {"qk_norm_rope_store"},
     )
 
     def operations(self, device: str) -> Any:

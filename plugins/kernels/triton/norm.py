@@ -32,8 +32,10 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, eps, stride, N: tl.conste
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, rows, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
-    """residual += x; x = norm(residual); both in place."""
+def _add_rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, rows, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """x [PARTS, rows, N]: residual += sum of x, in place; out = norm(residual)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     mask = (row[:, None] < rows) & (col[None, :] < N)
@@ -41,11 +43,14 @@ def _add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, rows, eps, N: tl.const
     release(PDL)
     weight = tl.load(weight_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
     wait(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(x_ptr + part * rows.to(tl.int64) * N + at, mask=mask, other=0.0)
+    x = x.to(dtype).to(tl.float32)  # as a product that is not in parts
     total = (x + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)).to(dtype)
     tl.store(residual_ptr + at, total, mask=mask)
-    tl.store(x_ptr + at, _normed(total.to(tl.float32), weight, eps, N, dtype).to(dtype), mask=mask)
+    tl.store(out_ptr + at, _normed(total.to(tl.float32), weight, eps, N, dtype).to(dtype), mask=mask)
 
 
 def _row_shape(n: int) -> tuple[int, int, int]:
@@ -68,15 +73,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """In place: x becomes the norm, residual the sum. Both contiguous."""
-    n = x.shape[-1]
+    """x [..., N] or what `linear_parts` returned, contiguous. In place: the residual becomes the sum, and x [..., N] the norm."""
+    n = residual.shape[-1]
     block, rows, warps = _row_shape(n)
-    count = x.numel() // n
+    count = residual.numel() // n
+    parts = x.numel() // residual.numel() if count else 1
+    out = x if x.dtype == residual.dtype else torch.empty_like(residual)
     if count:
         _add_rms_norm_kernel[(triton.cdiv(count, rows),)](
-            x, residual, weight, count, eps, N=n, BLOCK=block, ROWS=rows, num_warps=warps, **overlap(x.device)
+            x, residual, weight, out, count, eps, N=n, BLOCK=block, ROWS=rows, PARTS=parts, num_warps=warps, **overlap(residual.device)
         )
-    return x, residual
+    return out, residual
+
+
+@triton.jit
+def gated(gate, up):
+    """silu(gate) * up in float32, rounded between the two as separate operations would. gate, up: of the model's type."""
+    g = gate.to(tl.float32)
+    return (g / (1.0 + tl.exp(-g))).to(gate.dtype).to(tl.float32) * up.to(tl.float32)
 
 
 @triton.jit
@@ -86,11 +100,9 @@ def _silu_and_mul_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr, PDL: tl.constex
     mask = col < N
     release(PDL)
     wait(PDL)
-    gate = tl.load(x_ptr + row * 2 * N + col, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + row * 2 * N + N + col, mask=mask, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(out_ptr + row * N + col, (silu * up).to(dtype), mask=mask)
+    gate = tl.load(x_ptr + row * 2 * N + col, mask=mask, other=0.0)
+    up = tl.load(x_ptr + row * 2 * N + N + col, mask=mask, other=0.0)
+    tl.store(out_ptr + row * N + col, gated(gate, up).to(gate.dtype), mask=mask)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from .attention import attention
 from .batch import advance, decode_inputs
-from .linear import linear
+from .linear import gated_linear, linear, linear_parts
 from .norm import add_rms_norm, rms_norm, silu_and_mul
 from .rope import qk_norm_rope_store, rotary, store_kv
 from .sampling import sample
 
 __all__ = [
-    "add_rms_norm", "advance", "attention", "decode_inputs", "linear", "qk_norm_rope_store", "rms_norm", "rotary", "sample", "silu_and_mul",
-    "store_kv",
+    "add_rms_norm", "advance", "attention", "decode_inputs", "gated_linear", "linear", "linear_parts", "qk_norm_rope_store", "rms_norm", "rotary",
+    "sample", "silu_and_mul", "store_kv",
 ]  # fmt: skip
