@@ -59,8 +59,8 @@ def answers(engine: Engine, name: str = "") -> Answers:
     return found
 
 
-def small_pool(executor: TorchExecutor, depth: int) -> Engine:
-    return engine_of(executor, cache="radix", num_blocks=20, max_inflight=depth, max_model_len=128)
+def small_pool(executor: TorchExecutor, depth: int, cache: str = "radix") -> Engine:
+    return engine_of(executor, cache=cache, num_blocks=20, max_inflight=depth, max_model_len=128)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_tokens_equal_one_gpus(one_gpu, layout):
     try:
         engine = small_pool(executor, 1)
         assert (answers(engine), engine.decisions.hexdigest) == one_gpu
-        engine, mesh = small_pool(executor, pp + 1), executor.execution.mesh
+        engine, mesh = small_pool(executor, pp + 1, "none"), executor.execution.mesh
         for way in ways:
             if (mesh.long_steps, mesh.short_steps) != way:
                 executor.execution.switch(*way)
