@@ -94,6 +94,12 @@ def test_the_fused_operation_out_of_its_parts_is_the_same():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_one_backend_may_run_everything():
+    kernels = composed(TorchKernels(decode="triton", **dict.fromkeys(GROUPS, "triton")))
+    assert set(kernels.chosen.values()) == {"triton"}
+    assert kernels.caps.ops == Anywhere.caps.ops
+
+
 def test_an_operation_that_a_backend_lacks_comes_from_torch():
     kernels = composed(TorchKernels(norm="only_norms", activation="only_norms"))
     assert (kernels.chosen["rms_norm"], kernels.chosen["silu_and_mul"]) == ("only_norms", "torch")

@@ -33,7 +33,8 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, eps, stride, N: tl.conste
 
 @triton.jit(do_not_specialize=["rows"])
 def _add_rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, rows, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr
+    x_ptr, residual_ptr, weight_ptr, out_ptr, rows, eps,
+    N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [PARTS, rows, N]: residual += sum of x, in place; out = norm(residual)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
