@@ -5,7 +5,8 @@
     python experiments/bench_parallel.py layout --tp 2 --pp 2 ...   one layout in this process
 
 decode    prompts of 256 tokens, then steps in which every request decodes (mean context about 320 tokens); tokens/s of windows of those
-          steps, at 256 requests for every layout, and at 256 a GPU
+          steps, at 256 requests for every layout, and at 256 a GPU; with `--prompts random` the prompts are not computed, which changes
+          nothing about the steps that are measured: every request has its own blocks, filled with random numbers
 prefill   prompts of 1,024 tokens and 4 answers each; prompt tokens/s of the whole run
 bubbles   prompts of 1,024 tokens and answers of 64 as they find room, 2,048 tokens a plan: the share of a stage's time in which it
           waits for input, from events around its layers
@@ -330,7 +331,7 @@ SATURATED = "split:2560 split:4096 symmetric:1024 symmetric:2560 halves:1024 hal
 
 #: Runs that share no GPU go at once. (GPUs, what python runs, seconds after which it is ended)
 PHASES: list[list[tuple[str, str, int]]] = [
-    [("0,1", PYTEST, 100), ("2,3", LAYOUT + "--tp 2 --model llama_70b --batches 128 --requests 16", 70)],
+    [("0,1", PYTEST, 150), ("2,3", LAYOUT + "--tp 2 --model llama_70b --batches 128 --requests 16", 70)],
     [("0,1,2,3", LAYOUT + "--pp 4 --batches 256 1024 --requests 96", 75)],
     [("0", LAYOUT + "--tp 1 --batches 256 640 --requests 32", 85), ("2,3", LAYOUT + "--pp 2 --batches 256 512 --requests 48", 85)],
     [("0,1,2,3", LAYOUT + "--tp 2 --pp 2 --batches 256 1024 --requests 64", 65)],
