@@ -46,7 +46,8 @@ def decode_shape(size: int, width: int, group: int, units: int) -> DecodeShape:
     """size: head size, padded; width: bytes an element; group: query heads a KV head; units: rows times KV heads.
 
     Measured on one H200. With much work, all programs are resident at once and keep 2 tiles each in flight: 12 warps a
-    multiprocessor, which leaves 168 registers a thread. With little, latency counts: the reduction takes more parts in one pass."""
+    multiprocessor, which leaves 168 registers a thread. With less, one tile each does as well and costs less to get going; with
+    little, latency counts: the reduction takes more parts in one pass."""
     if width == 4:
         return DecodeShape(tile=16 if size > 128 else 32, programs=2, warps=4, stages=2)
     if size > 128:
@@ -55,7 +56,8 @@ def decode_shape(size: int, width: int, group: int, units: int) -> DecodeShape:
         return DecodeShape(tile=64, programs=3, warps=4, stages=3)
     if group > 4:
         return DecodeShape(tile=min(64, 4096 // size), programs=6, warps=2, stages=3, combine=4096, registers=168)
-    return DecodeShape(tile=min(128, 8192 // size), programs=3, warps=4, stages=3, combine=2048)  # the compiler stops at 168 registers by itself
+    stages = 2 if units <= 512 else 3
+    return DecodeShape(tile=min(128, 8192 // size), programs=3, warps=4, stages=stages, combine=2048)  # the compiler stops at 168 registers
 
 
 def prompt_shape(size: int, width: int) -> PromptShape:
