@@ -255,6 +255,28 @@ def bench_layers(shapes: Sequence[Any]) -> None:
                 attempt("qk+rope", case, name, nothing, lambda i, o=ops: o.qk_norm_rope_store(*fused), 8)  # noqa: B023
 
 
+def bench_products(shapes: Sequence[Any]) -> None:
+    """A layer's four products with the norms and the activation between them, on Qwen3-0.6B's shapes: cuBLAS and separate kernels, and
+    the products that Triton takes. The weights of 16 layers in turn, so that they come from memory."""
+    hidden, heads, wide, projected = 1024, 2048, 3072, 4096
+    shapes_of = ((hidden, heads), (2 * wide, hidden), (hidden, wide), (projected, hidden))
+    layers = [[torch.randn(n, k, device=DEVICE, dtype=DTYPE) * k**-0.5 for n, k in shapes_of] for _ in range(16)]
+    weight = torch.ones(hidden, device=DEVICE, dtype=DTYPE)
+    for rows in (1, 4, 16, 64, 128, 192, 256):
+        x, residual = torch.randn(rows, heads, device=DEVICE, dtype=DTYPE), torch.randn(rows, hidden, device=DEVICE, dtype=DTYPE)
+
+        def layer(i: int, linear: Any, parts: Any, gated: Any) -> torch.Tensor:
+            o, gate_up, down, qkv = layers[i % 16]
+            h, _ = kernels.add_rms_norm(parts(x, o, None), residual, weight, 1e-6)  # noqa: B023
+            h, _ = kernels.add_rms_norm(parts(gated(h, gate_up, None), down, None), residual, weight, 1e-6)  # noqa: B023
+            return linear(h, qkv, None)
+
+        library = partial(layer, linear=plain.linear, parts=plain.linear, gated=lambda h, w, b: kernels.silu_and_mul(plain.linear(h, w, b)))
+        attempt("layer", f"{rows} rows", "cuBLAS", nothing, library, 16)
+        ours = partial(layer, linear=kernels.linear, parts=kernels.linear_parts, gated=kernels.gated_linear)
+        attempt("layer", f"{rows} rows", "triton", nothing, ours, 16)
+
+
 def bench_sample(shapes: Sequence[Any]) -> None:
     for rows in (1, 256):
         logits = [torch.randn(rows, 151936, device=DEVICE, dtype=DTYPE) * 3 for _ in range(2)]
@@ -275,7 +297,8 @@ def bench_sample(shapes: Sequence[Any]) -> None:
 
 TUNE: dict[str, Sequence[Any]] = {"decode": TUNE_DECODE, "prompt": TUNE_PROMPT}
 PARTS: dict[str, Callable[[Sequence[Any]], None]] = {
-    "decode": bench_decode, "prompt": bench_prompt, "store": bench_store, "layers": bench_layers, "sample": bench_sample,
+    "decode": bench_decode, "prompt": bench_prompt, "store": bench_store, "layers": bench_layers, "products": bench_products,
+    "sample": bench_sample,
 }  # fmt: skip
 
 

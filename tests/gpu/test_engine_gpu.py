@@ -97,11 +97,12 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize(("kernels", "dtype"), [("torch", "float32"), ("triton", "float32"), ("triton", "bfloat16")])
 def test_graphs_change_nothing(kernels, dtype):
-    """Every batch size from 1 to 8, as requests of different lengths end; with mixed sampling too. In bfloat16 all requests are as long:
-    a graph pads 5 rows to 8, and libraries choose a product by its number of rows, which rounds differently in the last bit."""
+    """Every batch size from 1 to 8, as requests of different lengths end; with mixed sampling too.
+
+    A graph pads 5 rows to 8, and libraries choose a product by its number of rows; `torch`'s attention pads to the longest context that
+    may come. Both round differently in the last bit, which in bfloat16 is much: there all requests are as long, and `torch` is left out."""
     kinds = [*SAMPLINGS.values()]
     length = (lambda i: 4 + 5 * i) if dtype == "float32" else (lambda i: 24)
 

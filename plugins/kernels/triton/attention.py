@@ -56,7 +56,7 @@ def decode_shape(size: int, width: int, group: int, units: int) -> DecodeShape:
         return DecodeShape(tile=64, programs=3, warps=4, stages=3)
     if group > 4:
         return DecodeShape(tile=min(64, 4096 // size), programs=6, warps=2, stages=3, combine=4096, registers=168)
-    stages = 2 if units <= 512 else 3
+    stages = 2 if units < 512 else 3
     return DecodeShape(tile=min(128, 8192 // size), programs=3, warps=4, stages=stages, combine=2048)  # the compiler stops at 168 registers
 
 
