@@ -1,19 +1,19 @@
 """Tensor and pipeline parallelism on the GPUs of one host: one command, random weights, medians of three.
 
     python experiments/bench_parallel.py plan                       what a step's plan costs on its way to the ranks; needs no GPU
-    python experiments/bench_parallel.py gpus --out DIR             everything on four GPUs, one JSON line a figure
+    python experiments/bench_parallel.py gpus --out DIR             all PHASES on four GPUs, one JSON line a figure; some: --phases 3 5
     python experiments/bench_parallel.py layout --tp 2 --pp 2 ...   one layout in this process
 
-decode    prompts of 256 tokens, then steps in which every request decodes (mean context about 320 tokens); tokens/s of windows of those
-          steps, at 256 requests for every layout, and at 256 a GPU; with `--prompts random` the prompts are not computed, which changes
-          nothing about the steps that are measured: every request has its own blocks, filled with random numbers
+decode    prompts of 256 tokens, then steps in which every request decodes (mean context 270 to 320 tokens); tokens/s of windows of
+          those steps; with `--prompts random` the prompts are not computed, which changes nothing about the steps that are measured:
+          every request has its own blocks, filled with random numbers
 prefill   prompts of 1,024 tokens and 4 answers each; prompt tokens/s of the whole run
 bubbles   prompts of 1,024 tokens and answers of 64 as they find room, 2,048 tokens a plan: the share of a stage's time in which it
           waits for input, from events around its layers
 share     kernel time of the driver's rank by torch.profiler, a step, at the end of a decode run and in a prefill run of its own:
-          communication against everything, and how much of it ran while something else did
+          communication (and copies) against everything, and how much of it ran while something else did
 
-`--modes` measures several ways to communicate in one start: how long steps do it, and with what, see MODES.
+`--modes` measures several ways to communicate in one start, see MODES. docs/parallel.md says which phase gives which of its tables.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ SHAPES = {
     },
 }  # fmt: skip
 REPEATS = 3
-#: (how steps of at least `overlap_tokens` tokens communicate, what with); what needs `--all-reduce symmetric` takes NCCL without it
+#: (how steps of at least `--overlap-tokens` tokens communicate, through what); "symmetric" takes NCCL without `--all-reduce symmetric`
 MODES = {
     "split": ("split", "symmetric"),  # tokens shared between products, copy engines beside the products
-    "halves": ("halves", "symmetric"),  # decode steps in two halves side by side, other long steps as `split`
     "split_library": ("split", "library"),
     "symmetric": ("whole", "symmetric"),  # one all-reduce after a product
     "library": ("whole", "library"),
@@ -192,7 +191,7 @@ class Bench:
 
     def switch(self, mode: str) -> None:
         mesh = self.executor.execution.mesh if mode else None
-        if mesh is not None and (mesh.long_steps, mesh.short_steps) != MODES[mode]:
+        if mesh is not None and (mesh.long_steps, mesh.transport) != MODES[mode]:
             self.executor.execution.switch(*MODES[mode])
         self.mode = mode
 
@@ -327,9 +326,10 @@ def plan(args: argparse.Namespace) -> None:
 LAYOUT, PYTEST = f"{__file__} layout ", "-m pytest -q tests/gpu/test_parallel_gpu.py"
 TP4 = LAYOUT + "--tp 4 --all-reduce symmetric --overlap-tokens 1024 "
 FULL = "--prompts random --requests 0 --steps 40 "  # decode alone, with as many requests as memory holds
-SATURATED = "split:2560 split:4096 symmetric:1024 symmetric:2560 halves:1024 halves:2560 halves:4096"
+COMPUTED = "split:1024 split:2560 symmetric:1024"
+SATURATED = "split:2560 split:4096 symmetric:1024 symmetric:2560"
 
-#: Runs that share no GPU go at once. (GPUs, what python runs, seconds after which it is ended)
+#: Runs of a phase go at once, as they share no GPU. (GPUs, what python runs, seconds after which it is ended)
 PHASES: list[list[tuple[str, str, int]]] = [
     [("0,1", PYTEST, 150), ("2,3", LAYOUT + "--tp 2 --model llama_70b --batches 128 --requests 16", 70)],
     [("0,1,2,3", LAYOUT + "--pp 4 --batches 256 1024 --requests 96", 75)],
@@ -337,19 +337,11 @@ PHASES: list[list[tuple[str, str, int]]] = [
     [("0,1,2,3", LAYOUT + "--tp 2 --pp 2 --batches 256 1024 --requests 64", 65)],
     [("0,1,2,3", LAYOUT + "--tp 4 --all-reduce symmetric --batches 256 1024 --requests 96", 75)],
     [("0,1,2,3", LAYOUT + "--tp 4 --batches 256 1024 --requests 96", 75)],
-    [
-        ("0,1", LAYOUT + "--tp 2 --batches 256 512 --requests 48", 80),
-        ("2,3", LAYOUT + "--tp 2 --all-reduce symmetric --batches 256 512 --requests 48", 80),
-    ],
-    [("0,1,2,3", PYTEST + " -k 'tp2pp2 or tp4'", 150)],
-    [("0,1,2,3", TP4 + "--batches 1024 --requests 48 --modes split symmetric library split_library --decode split:1024 symmetric:1024", 150)],
-    [
-        ("0", LAYOUT + "--tp 1 --batches 640 --requests 32", 60),
-        ("2,3", LAYOUT + "--tp 2 --all-reduce symmetric --batches 1280 --requests 32 --modes split", 75),
-    ],
-    [("0,1,2,3", TP4 + FULL + "--batches 1024 2560 4096 --budget 32768 --modes split symmetric halves --decode " + SATURATED, 120)],
-    [("0,1,2,3", PYTEST + " -k tp2pp2", 150)],
+    [("0,1", LAYOUT + "--tp 2 --batches 256 512 --requests 48", 80)],
+    [("0,1,2,3", TP4 + "--batches 1024 2560 --requests 48 --modes split symmetric library split_library --decode " + COMPUTED, 200)],
     [("0", LAYOUT + "--tp 1 --batches 640 768 " + FULL, 90)],
+    [("0,1,2,3", TP4 + FULL + "--batches 1024 2560 4096 --budget 32768 --modes split symmetric --decode " + SATURATED, 120)],
+    [("0,1,2,3", PYTEST + " -k 'tp2pp2 or tp4'", 150)],
 ]
 
 
@@ -418,7 +410,7 @@ def main() -> None:
     layout.add_argument("--blocks", type=int, default=None)
     everything = verbs.add_parser("gpus")
     everything.add_argument("--out", required=True)
-    everything.add_argument("--seconds", type=float, default=550)
+    everything.add_argument("--seconds", type=float, default=1200, help="of all phases; what would begin in the last 30 is left out")
     everything.add_argument("--phases", type=int, nargs="+", default=range(len(PHASES)), help="which of PHASES, by number")
     verbs.add_parser("plan").add_argument("--rounds", type=int, default=2000)
     args = parser.parse_args()

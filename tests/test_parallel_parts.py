@@ -21,7 +21,6 @@ from plugins.executors.cost import Roofline
 from plugins.executors.torch import TorchExecutor
 from plugins.executors.torch.batch import StepInput
 from plugins.kernels.compose import compose, lookup
-from plugins.kernels.ops import BatchMetadata
 from plugins.kernels.torch import TorchKernels
 from plugins.models.loading import build, load, targets
 from plugins.models.spec import read_model
@@ -29,7 +28,7 @@ from plugins.parallel import channel as wire
 from plugins.parallel import launch, symmetric
 from plugins.parallel.channel import Channel, pack_step, unpack_step
 from plugins.parallel.execution import Job
-from plugins.parallel.pipeline import Stage, cut, layers_of
+from plugins.parallel.pipeline import cut, layers_of
 from plugins.parallel.tensor import shard
 
 ROOT = Path(__file__).parent.parent
@@ -158,13 +157,13 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
     results: dict[int, torch.Tensor] = {}
 
     def rank(place: int) -> None:
-        pipeline = symmetric.SymmetricPipeline(place, rows + 1, size, torch.float64, torch.device("cpu"))
+        products = symmetric.OverlappedProducts(place, rows + 1, size, torch.float64, torch.device("cpu"))
         columns = slice(place * inner // tp, (place + 1) * inner // tp)
         pairs = slice(2 * columns.start, 2 * columns.stop)
         part = torch.nn.functional.pad(x, (0, 0, 0, tp * rows - tokens))[place * rows : (place + 1) * rows]
         for _ in range(5):
-            inside = pipeline.gathered_linear(gated, part, up[pairs], None)[:tokens]
-            part = pipeline.reduced_linear(inside, down[:, columns], rows).tanh()
+            inside = products.gathered_linear(gated, part, up[pairs], None)[:tokens]
+            part = products.reduced_linear(inside, down[:, columns], rows).tanh()
         results[place] = part
 
     threads = [threading.Thread(target=rank, args=(place,)) for place in range(tp)]
@@ -176,30 +175,6 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
     for _ in range(5):
         expected = (gated(expected, up, None) @ down.t()).tanh()
     assert torch.allclose(torch.cat([results[place] for place in range(tp)])[:tokens], expected, atol=1e-9)
-
-
-@pytest.mark.parametrize("rows", [2, 5])
-def test_a_decode_step_in_halves_answers_as_in_one_piece(rows):
-    model = loaded("qwen3", 1, 1, 0)
-    generator = torch.Generator().manual_seed(0)
-    contexts = torch.tensor([3, 17, 9, 1, 6], dtype=torch.int32)[:rows]
-    tables = torch.arange(10, dtype=torch.int32).view(5, 2)[:rows]
-    positions = contexts.long() - 1
-    heads, size = model.spec.shape.num_key_value_heads, model.spec.shape.head_dim
-    filled = torch.randn(4, 2, 10, 16, heads, size, generator=generator)
-
-    def hidden(in_halves: bool) -> torch.Tensor:
-        mesh = SimpleNamespace(
-            begin=lambda tokens, longest: tokens, is_first=True, is_last=True, in_halves=in_halves, aside=nullcontext, joined=lambda: None,
-            gathered=lambda x: x,
-        )  # fmt: skip
-        slots = tables[torch.arange(rows), positions // 16].long() * 16 + positions % 16
-        batch = BatchMetadata(slots, tables, torch.arange(rows + 1, dtype=torch.int32), contexts, 1, 17, 16)
-        caches = [tuple(layer) for layer in filled.clone()]
-        with torch.inference_mode():
-            return Stage(model, mesh)(torch.arange(40, 40 + rows), positions, caches, batch)
-
-    assert torch.allclose(hidden(True), hidden(False), atol=1e-4)
 
 
 def test_a_step_travels_unchanged():

@@ -82,9 +82,10 @@ class RankExecution(Execution):
         With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0) else."""
         return self.model.times() if isinstance(self.model, Stage) else (0.0, 0.0)
 
-    def switch(self, long_steps: str, short_steps: str) -> None:
-        """For measurements, between two runs: another way for steps from now on. Graphs are captured again."""
-        self.mesh.long_steps, self.mesh.short_steps = long_steps, short_steps
+    def switch(self, long_steps: str, transport: str) -> None:
+        """For measurements, between two runs: how steps communicate from now on. long_steps: "split" or "whole"; transport:
+        "library", or "symmetric" where all_reduce is. Graphs are captured again."""
+        self.mesh.long_steps, self.mesh.transport = long_steps, transport
         if self.kernels.cuda_graphs:
             self.runner.decode_step = self.runner.decode  # frees the old graphs
             self.runner.decode_step = DecodeGraphs(self.runner).decode
@@ -120,9 +121,9 @@ class DriverExecution(RankExecution):
         self.ranks.call("stage_times")
         return [super().stage_times(), *self.ranks.answers()]
 
-    def switch(self, long_steps: str, short_steps: str) -> None:
-        self.ranks.call("switch", long_steps, short_steps)
-        super().switch(long_steps, short_steps)
+    def switch(self, long_steps: str, transport: str) -> None:
+        self.ranks.call("switch", long_steps, transport)
+        super().switch(long_steps, transport)
         self.ranks.answers()
 
     def _execute(self, step: StepInput) -> Sampled:

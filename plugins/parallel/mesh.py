@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from threading import Lock
 from typing import Any
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from headway import ConfigError, HeadwayError, ModelShape
 from headway import ParallelConfig as Parallel
 
-from .symmetric import SymmetricPipeline, SymmetricReduce, UrgentReduce
+from .symmetric import OverlappedProducts, SymmetricReduce
 
 # renamed in torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -51,13 +50,11 @@ class Mesh:
         )  # fmt: skip
         mesh = init_device_mesh(device.type, (parallel.pp, parallel.tp), mesh_dim_names=("pp", "tp"))
         self.tp_group, self.pp_group = mesh.get_group("tp"), mesh.get_group("pp")
-        self.long_steps, self.short_steps = "split", parallel.all_reduce
+        # How long steps communicate, "split" over the ranks or "whole" as short ones do, and through what: only measurements change these.
+        self.long_steps, self.transport = "split", parallel.all_reduce
         self._tokens = 0  # of the step that is running, when its residual stream is split over the ranks
-        self.in_halves = False  # whether the decode step that is running is to be computed in halves
-        self._symmetric: SymmetricReduce | None = None
-        self._halves: tuple[SymmetricReduce, SymmetricReduce]
-        self._half: SymmetricReduce | None = None  # that is being enqueued
-        self._pipeline: SymmetricPipeline | None = None
+        self._symmetric: SymmetricReduce | None = None  # this and the next: see map_peers
+        self._overlapped: OverlappedProducts | None = None
         self._sending: Any = None  # the last send, not known to be over; and what it sends
         # NCCL makes communicators at their first use: now, while nothing else is under way.
         self.all_reduce(torch.zeros(1, device=device))
@@ -83,35 +80,20 @@ class Mesh:
 
     # ---- a step's tokens, whole on every rank or split over the ranks of a stage ----------------------------------
 
-    def begin(self, tokens: int, longest: int) -> int:
-        """A step of so many tokens begins, at most `longest` of a request. Answers how many rows of the residual stream a rank holds:
-        all, or of a long step its part, the last ones padded."""
+    def begin(self, tokens: int) -> int:
+        """A step of so many tokens begins. Answers how many rows of the residual stream a rank holds: all, or of a long step its
+        part, the last ones padded."""
         is_long = self.parallel.tp > 1 and 0 < self.parallel.overlap_tokens <= tokens
-        halves = self.long_steps == "halves" and self.short_steps == "symmetric"
-        self.in_halves = is_long and halves and longest == 1 < tokens
-        self._tokens = tokens if is_long and not self.in_halves and self.long_steps != "whole" else 0
+        self._tokens = tokens if is_long and self.long_steps == "split" else 0
         return self._part if self._tokens else tokens
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """A step's second half is enqueued in here, and then the first, which runs beside it until `joined`."""
-        self._side.wait_stream(torch.cuda.current_stream())
-        self._half = self._halves[1]
-        with torch.cuda.stream(self._side):
-            yield
-        self._half = self._halves[0]
-
-    def joined(self) -> None:
-        """Both halves are done before anything that follows begins."""
-        self._half = None
-        torch.cuda.current_stream().wait_stream(self._side)
 
     @property
     def _part(self) -> int:
+        """Rows of each rank in a long step."""
         return -(-self._tokens // self.parallel.tp)
 
     def reduced(self, x: Tensor) -> Tensor:
-        """x [T, N] of each rank -> the sum over the ranks, this rank's rows of it."""
+        """x [T, N] of each rank -> the sum over the ranks: [T, N], or of a long step this rank's rows, [part, N]."""
         if not self._tokens:
             return self.all_reduce(x)
         tp, rows = self.parallel.tp, self._part
@@ -124,7 +106,7 @@ class Mesh:
         return ours
 
     def gathered(self, x: Tensor) -> Tensor:
-        """This rank's rows -> all of them, [T, N]."""
+        """This rank's rows, [part, N] in a long step -> all of them, [T, N]."""
         if not self._tokens:
             return x
         everything = x.new_empty(self.parallel.tp * len(x), x.shape[1])
@@ -133,26 +115,23 @@ class Mesh:
 
     def gathered_linear(self, product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """product(x, weight, bias) of the rows of all ranks, [T, N]. What it does to a row does not depend on others."""
-        if not self._tokens or self._pipeline is None or self.short_steps == "library":
+        if not self._tokens or self._overlapped is None or self.transport == "library":
             return product(self.gathered(x), weight, bias)
         self.entered += 1
-        return self._pipeline.gathered_linear(product, x, weight, bias)[: self._tokens]
+        return self._overlapped.gathered_linear(product, x, weight, bias)[: self._tokens]
 
     def reduced_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, K], weight [N, K] of this rank -> the sum over the ranks of x @ weight.T, this rank's rows of it."""
-        if self._symmetric is None or self._pipeline is None or self.short_steps == "library":
+        """x [T, K], weight [N, K] of this rank -> what `reduced` makes of x @ weight.T."""
+        if self._symmetric is None or self._overlapped is None or self.transport == "library":
             return self.reduced(F.linear(x, weight))
         self.entered += 1
-        if self._tokens:
-            return self._pipeline.reduced_linear(x, weight, self._part)
-        return (self._half or self._symmetric).linear(x, weight)
+        return self._overlapped.reduced_linear(x, weight, self._part) if self._tokens else self._symmetric.linear(x, weight)
 
     def map_peers(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        """Steps through memory of the GPUs that the others map, for results of at most [rows, columns]."""
+        """From now on layers communicate through memory that the GPUs of a stage map into each other, for sums of at most
+        [rows, columns]. Every rank of a stage calls this at once. Raises ConfigError where GPUs cannot."""
         self._symmetric = SymmetricReduce(self.tp_group, rows, columns, dtype, self.device)
-        self._halves = tuple(UrgentReduce(self.tp_group, -(-rows // 2), columns, dtype, self.device) for _ in range(2))
-        self._side = torch.cuda.Stream(self.device)
-        self._pipeline = SymmetricPipeline(self.tp_group, -(-rows // self.parallel.tp), columns, dtype, self.device)
+        self._overlapped = OverlappedProducts(self.tp_group, -(-rows // self.parallel.tp), columns, dtype, self.device)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [R, C] of every rank of this stage, side by side: [R, tp * C]."""

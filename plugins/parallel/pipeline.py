@@ -65,8 +65,10 @@ class Stage:
         self._marks: list[list[torch.cuda.Event]] = []  # of each step: its input is there; its output is
 
     def __call__(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata) -> Tensor:
+        """tokens, positions int64 [T] -> [T, N]: on the last stage hidden states after the final norm, else of no meaning. Between
+        stages travels [T, N], or of a long step each rank's part of the rows (`Mesh.begin`)."""
         decoder, mesh = self.model, self._mesh
-        rows = mesh.begin(len(tokens), batch.max_seqlen_q)
+        rows = mesh.begin(len(tokens))
         if mesh.is_first:
             hidden = decoder.embed_tokens(tokens)
         else:
@@ -74,26 +76,16 @@ class Stage:
         if self._timed and not torch.cuda.is_current_stream_capturing():
             self._marks.append([])
             self.mark()
-        run = self._run_halves if mesh.in_halves else decoder.run_layers
-        hidden, residual = run(hidden, None, positions, caches, batch)
+        hidden, residual = decoder.run_layers(hidden, None, positions, caches, batch)
         assert residual is not None  # every stage has a layer
         if mesh.is_last:
             return mesh.gathered(decoder.finish(hidden, residual))
-        if hidden.dim() == 3:  # in parts, as the next norm would take it
+        if hidden.dim() == 3:  # in parts, [parts, T, N], as the next norm would take it
             hidden = hidden.sum(0).to(residual.dtype)
         hidden = hidden + residual
         self.mark()
         mesh.send(hidden)
         return hidden if rows == len(tokens) else hidden.new_empty(len(tokens), hidden.shape[1])
-
-    def _run_halves(self, hidden: Tensor, residual: None, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata) -> list[Tensor]:
-        """`run_layers` of a decode step, half of its rows beside the other half: while one waits for other ranks, one computes."""
-        mesh, middle = self._mesh, len(hidden) // 2
-        with mesh.aside():
-            second = self.model.run_layers(hidden[middle:], residual, positions[middle:], caches, rows_of(batch, middle, len(hidden)))
-        first = self.model.run_layers(hidden[:middle], residual, positions[:middle], caches, rows_of(batch, 0, middle))
-        mesh.joined()
-        return [torch.cat(both) for both in zip(first, second, strict=True)]  # type: ignore[arg-type]
 
     def mark(self) -> None:
         """A point in time on the device, of the step that is running."""
@@ -109,14 +101,6 @@ class Stage:
             return 0.0, 0.0
         torch.cuda.synchronize()
         return sum(marks[0].elapsed_time(marks[-1]) for marks in steps) / 1e3, steps[0][0].elapsed_time(steps[-1][-1]) / 1e3
-
-
-def rows_of(batch: BatchMetadata, first: int, last: int) -> BatchMetadata:
-    """Rows [first, last) of a decode step as one of its own. A row is a token, so bounds are the same from any row on."""
-    return replace(
-        batch, slot_mapping=batch.slot_mapping[first:last], block_tables=batch.block_tables[first:last], extra={},
-        cu_seqlens_q=batch.cu_seqlens_q[: last - first + 1], context_lens=batch.context_lens[first:last],
-    )  # fmt: skip
 
 
 class StageRunner(ModelRunner):

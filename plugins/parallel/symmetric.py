@@ -36,33 +36,16 @@ class SymmetricReduce:
         flat = buffer[: len(x) * self._columns]
         product = flat.view(len(x), self._columns)
         torch.mm(x, weight.t(), out=product)
-        self._sum(flat)
+        torch.ops.symm_mem.two_shot_all_reduce_(flat, "sum", self._group)
         return product
 
-    def _sum(self, flat: Tensor) -> None:
-        torch.ops.symm_mem.two_shot_all_reduce_(flat, "sum", self._group)
 
+class OverlappedProducts:
+    """A long step's products, each beside the communication next to it.
 
-class UrgentReduce(SymmetricReduce):
-    """For one of two halves of a step that run side by side: its sums take the first SMs that the other half's products leave."""
-
-    def __init__(self, group: Any, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(group, rows, columns, dtype, device)
-        self._urgent = torch.cuda.Stream(device, priority=-1)
-
-    def _sum(self, flat: Tensor) -> None:
-        here = torch.cuda.current_stream()
-        self._urgent.wait_stream(here)
-        with torch.cuda.stream(self._urgent):
-            super()._sum(flat)
-        here.wait_stream(self._urgent)
-
-
-class SymmetricPipeline:
-    """Each rank's rows lie in memory that its peers read (`outgoing`); what it is sent lies in memory that they write (`incoming`).
-
-    Each product has one barrier, and products that gather and products that reduce take turns. That is all the order there must be: a peer
-    that has passed the barrier of the one kind is done with what the other kind left in its memory and in ours.
+    Each rank's rows lie in memory that its peers read (`outgoing`); what it is sent lies in memory that they write (`incoming`).
+    Every product has one barrier, and products that gather and products that reduce take turns. That is all the order there must
+    be: a peer that has passed the barrier of the one kind is done with what the other kind left in its memory and in ours.
     """
 
     def __init__(self, group: Any, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:

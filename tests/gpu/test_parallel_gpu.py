@@ -20,12 +20,11 @@ from plugins.kernels.triton import TritonKernels  # noqa: E402
 
 PROMPTS = shared_prompts(512)
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 128, "block_size": 4}
-SPLIT, HALVES, WHOLE, LIBRARY = ("split", "symmetric"), ("halves", "symmetric"), ("whole", "symmetric"), ("whole", "library")
-SPLIT_LIBRARY = ("split", "library")
+SPLIT, SPLIT_LIBRARY, WHOLE, LIBRARY = ("split", "symmetric"), ("split", "library"), ("whole", "symmetric"), ("whole", "library")
 #: (tp, pp), and the ways to communicate that are tried in one start: how long steps do it, and with what
 LAYOUTS = {
-    "tp2": (2, 1, [SPLIT, HALVES, WHOLE, SPLIT_LIBRARY, LIBRARY]), "pp2": (1, 2, [SPLIT_LIBRARY]),
-    "tp4": (4, 1, [SPLIT, HALVES]), "tp2pp2": (2, 2, [SPLIT, LIBRARY]),
+    "tp2": (2, 1, [SPLIT, WHOLE, SPLIT_LIBRARY, LIBRARY]), "pp2": (1, 2, [SPLIT_LIBRARY]),
+    "tp4": (4, 1, [SPLIT]), "tp2pp2": (2, 2, [SPLIT, LIBRARY]),
 }  # fmt: skip
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, seed=3, max_tokens=8, ignore_eos=True)
 
@@ -81,7 +80,7 @@ def test_tokens_equal_one_gpus(one_gpu, layout):
         assert (answers(engine), engine.decisions.hexdigest) == one_gpu
         engine, mesh = small_pool(executor, pp + 1, "none"), executor.execution.mesh
         for way in ways:
-            if (mesh.long_steps, mesh.short_steps) != way:
+            if (mesh.long_steps, mesh.transport) != way:
                 executor.execution.switch(*way)
             assert answers(engine, str(way)) == one_gpu[0], way
     finally:
