@@ -284,7 +284,7 @@ def test_the_simulator_charges_a_rank_its_share_and_the_link():
     one, four = Roofline(shape, Hardware(), 1), Roofline(shape, Hardware(), 4)
     decode = [1024] * 64, [1] * 64
     reduces = 2 * shape.num_hidden_layers * (Hardware().link_latency + 64 * 2 * 3 / 4 * shape.hidden_size * 2 / (450e9 * 0.8))
-    overhead = Hardware().step_overhead
+    overhead = Hardware().step_overhead + shape.num_hidden_layers * Hardware().layer_overhead
     assert four.step_time(*decode) - overhead == pytest.approx((one.step_time(*decode) - overhead) / 4 + reduces)
     assert four.kv_capacity(16, 0.9, 1.0) > 4 * one.kv_capacity(16, 0.9, 1.0)
 

@@ -2,16 +2,17 @@
 
 For a step of chunks (s_i, n_i), which compute n_i tokens after s_i cached ones, with T = sum n_i tokens and R chunks:
 
-    bytes  = weights / (tp pp)  +  (sum (s_i + n_i) + T) * KV bytes per token and rank       keys and values read once, new ones written
-    FLOPs  = (T * linear  +  pairs * attention) / (tp pp)  +  R * head / (tp pp)             pairs = sum n_i s_i + n_i (n_i + 1) / 2
-    compute = max(bytes / (bandwidth * fraction), FLOPs / (peak * fraction))
+    linear    = max(weights / bandwidth,  (T * linear FLOPs + R * head FLOPs) / FLOP rate)  / (tp pp)
+    attention = max((sum (s_i + n_i) + T) * KV bytes per token and rank / bandwidth,        keys and values read once, new ones written
+                    pairs * attention FLOPs / (tp pp) / FLOP rate)                          pairs = sum n_i s_i + n_i (n_i + 1) / 2
+    stage     = linear + attention + layers / pp * layer overhead
     tp > 1:  + 2 all-reduces a layer of T * hidden elements; a ring moves 2 (tp - 1) / tp of them over the link, plus its latency
     pp > 1:  a plan passes pp equal stages, with a send of T * hidden elements between two of them
-    step    = overhead + pp * stage + (pp - 1) * send
+    step      = overhead + pp * stage + (pp - 1) * send
 
-The head is charged once a chunk, as if every chunk sampled. Bytes and FLOPs overlap perfectly (one max for the whole step), so a
-mixed batch is cheaper here than where attention and matrix products run one after the other. Weights count once, embeddings included only
-where they are also the output head.
+Bandwidth and FLOP rate are what kernels reach: the peak times a fraction. Matrix products and attention run one after the other, so bytes of
+the one never hide behind FLOPs of the other. The head is charged once a chunk, as if every chunk sampled. Weights count once, embeddings included
+only where they are also the output head. `experiments/sim_error.py` says how far off this is.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Roofline:
         self._linear = shape.linear_flops_per_token / ranks / flops  # a token
         self._pair = shape.attention_flops_per_pair / ranks / flops  # a query-key pair
         self._head = shape.head_flops / ranks / flops  # a sampled token
+        self._layers = shape.num_hidden_layers / pp * hardware.layer_overhead
         row = shape.hidden_size * shape.dtype_bytes  # bytes of one token's activation
         reduces = 2 * shape.num_hidden_layers / pp if tp > 1 else 0  # of one stage
         self._reduce_latency = reduces * hardware.link_latency
@@ -67,9 +69,10 @@ class Roofline:
             pairs = cached + tokens
         else:
             pairs = sum(map(mul, starts, lengths)) + (sum(map(mul, lengths, lengths)) + tokens) // 2
-        memory = self._weights + (cached + 2 * tokens) * self._kv
-        compute = tokens * self._linear + pairs * self._pair + len(lengths) * self._head
-        return max(memory, compute) + self._reduce_latency + tokens * self._reduce, self._send_latency + tokens * self._send
+        linear = max(self._weights, tokens * self._linear + len(lengths) * self._head)
+        attention = max((cached + 2 * tokens) * self._kv, pairs * self._pair)
+        reduces = self._reduce_latency + tokens * self._reduce
+        return linear + attention + self._layers + reduces, self._send_latency + tokens * self._send
 
     def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
         """Seconds from the launch of a step with these chunks to its tokens, on idle hardware."""

@@ -1,0 +1,81 @@
+"""How far the simulator's step times are from measured ones: the cost model against decode steps and prompts of the real engine.
+
+    python experiments/sim_error.py
+
+Measured: one H200, or four of one host, on 2026-11-21; Qwen3 shapes, random weights, bf16, CUDA graphs (docs/performance.md and docs/parallel.md).
+Nothing is fitted to these figures: the cost model's constants are those of conf/hardware/h200.yaml.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from headway import Hardware, ModelShape  # noqa: E402
+from plugins.executors.cost import Roofline  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A step in which `running` requests decode, with so many tokens of context in the mean."""
+
+    model: str
+    tp: int
+    running: int
+    context: int
+    measured: float  # seconds
+
+    def __str__(self) -> str:
+        return f"{self.model} tp={self.tp} decode, {self.running} x {self.context}"
+
+    def predicted(self, cost: Roofline) -> float:
+        return cost.step_time([self.context - 1] * self.running, [1] * self.running)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Steps of `tokens` tokens, prompts of `length`."""
+
+    model: str
+    tp: int
+    tokens: int
+    length: int
+    measured: float  # seconds a step
+
+    def __str__(self) -> str:
+        return f"{self.model} tp={self.tp} prompts, {self.tokens // self.length} x {self.length}"
+
+    def predicted(self, cost: Roofline) -> float:
+        return cost.step_time([0] * (self.tokens // self.length), [self.length] * (self.tokens // self.length))
+
+
+CASES: list[Decode | Prompts] = [
+    Decode("qwen3_0_6b", 1, 256, 956, 7.753e-3), Decode("qwen3_0_6b", 1, 128, 867, 4.078e-3), Decode("qwen3_0_6b", 1, 64, 856, 2.586e-3),
+    Decode("qwen3_0_6b", 1, 16, 1014, 1.740e-3), Decode("qwen3_0_6b", 1, 1, 689, 0.930e-3),
+    Decode("qwen3_8b", 1, 192, 963, 12.79e-3), Decode("qwen3_8b", 1, 64, 873, 7.13e-3), Decode("qwen3_8b", 1, 1, 327, 4.58e-3),
+    Decode("qwen3_32b", 1, 256, 300, 34.96e-3), Decode("qwen3_32b", 1, 640, 300, 82.1e-3), Decode("qwen3_32b", 4, 1024, 300, 41.5e-3),
+    Prompts("qwen3_32b", 1, 8192, 1024, 8192 / 9685), Prompts("qwen3_32b", 4, 8192, 1024, 237.6e-3),
+]  # fmt: skip
+
+
+def shape(model: str) -> ModelShape:
+    values = OmegaConf.load(ROOT / "conf" / "model" / f"{model}.yaml")
+    return ModelShape(**{f.name: values[f.name] for f in fields(ModelShape) if f.name in values})
+
+
+def main() -> None:
+    hardware = Hardware(**OmegaConf.load(ROOT / "conf" / "hardware" / "h200.yaml"))
+    print(f"{'':44} measured ms  predicted ms   error")
+    for case in CASES:
+        predicted = case.predicted(Roofline(shape(case.model), hardware, tp=case.tp))
+        print(f"{case!s:44} {case.measured * 1e3:11.2f} {predicted * 1e3:13.2f} {predicted / case.measured - 1:+7.0%}")
+
+
+if __name__ == "__main__":
+    main()
