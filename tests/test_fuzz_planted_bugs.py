@@ -101,7 +101,7 @@ BUGS = {
         "request.num_computed_tokens = start + length",
         "request.num_computed_tokens = start + length - (length > 3)",
     ),
-    "token of a preempted request lost": (engine.Engine, "_update", "elif request.state is not RequestState.PREEMPTED:", "else:"),
+    "token of a preempted request lost": (engine.Engine, "_update", "if request.state is not RequestState.PREEMPTED:", "if True:"),
     "ended request keeps its pin of drop_tail": (engine.Engine, "_finish", "self._keep.pop(request.index, None)", "pass"),
     "planned past max_tokens": (step.StepBuilder, "_add_running", "if request.num_tokens >= request._limit:", "if False:"),
     "hash compares no parents": (
