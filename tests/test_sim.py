@@ -12,6 +12,7 @@ from core.config import GIB, EngineConfig, Hardware, ModelConfig, ModelShape
 from core.engine import Engine
 from core.errors import ConfigError
 from core.request import Arrival, SamplingParams
+from experiments import sim_error
 from headway import Scheduler
 from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks
@@ -265,3 +266,10 @@ def test_the_public_benchmark_takes_what_it_took_on_a_gpu(name, measured):
     result = engine.run(NanoBench().arrivals(0, 151936, 4096))
     assert sum(len(o.output_token_ids) for o in result.outputs) == 133_966
     assert result.duration == pytest.approx(measured, rel=0.08)
+
+
+@pytest.mark.parametrize("case", sim_error.CASES, ids=str)
+def test_measured_steps_are_predicted_as_well_as_the_documentation_says(case):
+    cost = Roofline(shape_of(case.model), hardware_of("h200"), tp=case.tp)
+    smallest = case.model == "qwen3_0_6b" and case.running == 1
+    assert case.predicted(cost) == pytest.approx(case.measured, rel=0.23 if smallest else 0.11)
