@@ -171,8 +171,8 @@ def attention_variants(role: str, shapes: Sequence[DecodeShape | PromptShape]) -
 
 
 TUNE_DECODE = [
-    DecodeShape(64, 3, 4, 3, 1, 4096, 168), DecodeShape(64, 3, 4, 3), DecodeShape(64, 6, 4, 3, 1, 4096, 168), DecodeShape(64, 2, 4, 4),
-    DecodeShape(64, 3, 4, 3, 1, 4096), DecodeShape(64, 3, 4, 3, 1, 2048), DecodeShape(32, 6, 2, 3, 1, 4096, 168), DecodeShape(64, 3, 4, 3, 2, 8192),
+    DecodeShape(64, 3, 4, 3, 4096, 168), DecodeShape(64, 3, 4, 3), DecodeShape(64, 6, 4, 3, 4096, 168), DecodeShape(64, 2, 4, 4),
+    DecodeShape(64, 3, 4, 3, 4096), DecodeShape(64, 3, 4, 3, 2048), DecodeShape(32, 6, 2, 3, 4096, 168),
 ]  # fmt: skip
 TUNE_PROMPT = [
     PromptShape(128, 64, 8, 4), PromptShape(128, 128, 8, 3), PromptShape(64, 128, 4, 2), PromptShape(128, 32, 8, 4), PromptShape(64, 32, 4, 4),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops import BatchMetadata
 from .decode import decode_kernel
+from .device import multiprocessors
 from .overlap import NO_OVERLAP, overlap
 from .plan import DecodePlan, PromptPlan, decode_plan, prompt_plan
 from .prompt import prompt_kernel
@@ -27,7 +28,6 @@ class DecodeShape:
     programs: int  # a multiprocessor
     warps: int
     stages: int
-    least: int = 1  # tiles of a share, where there is little work
     combine: int = 8192  # elements of partial results that one pass of the reduction holds
     registers: int | None = None  # bound a thread, so that `programs` of them fit on a multiprocessor
 
@@ -67,10 +67,6 @@ def prompt_shape(size: int, width: int) -> PromptShape:
     return PromptShape(lanes=128, tile=32 if size > 128 else 64, warps=8, stages=2 if size > 128 else 3)
 
 
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4  # 4: Triton's interpreter
-
-
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -93,7 +89,7 @@ def attention(
     planned = decode_work is not None  # by an earlier layer: this kernel may read the plan before the kernel before it has ended
     if decode_work is None:
         shares = max(1, multiprocessors(q.device) * decode.programs // kv_heads)
-        decode_work = batch.extra[key] = decode_plan(batch, shares, decode.tile, decode.least, kv_heads, group, size)
+        decode_work = batch.extra[key] = decode_plan(batch, shares, decode.tile, kv_heads, group, size)
     _decode(q, k_cache, v_cache, out, batch, scale, decode_work, decode, group, overlap(q.device) if planned else NO_OVERLAP)
     if batch.max_seqlen_q > 1:
         prompt = prompt or prompt_shape(size, q.element_size())
@@ -118,7 +114,7 @@ def _decode(
         plan.partial, plan.stats, batch.context_lens.shape[0], scale * math.log2(math.e), q.stride(0), batch.block_tables.stride(0),
         k_cache.stride(0), k_cache.stride(1),
         K=kv_heads, G=group, D=size, BLOCK_SIZE=block_size, M=max(16, heads), D_PAD=padded, TILE=plan.tile,
-        PARTS=max(2, shape.combine // (heads * padded)), G_PAD=heads, LEAST=shape.least,
+        PARTS=max(2, shape.combine // (heads * padded)), G_PAD=heads,
         num_warps=shape.warps, num_stages=shape.stages, maxnreg=shape.registers, **launch,
     )  # fmt: skip
 

@@ -22,13 +22,13 @@ def decode_kernel(
     rows, scale, q_stride, table_stride, block_stride, slot_stride,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     M: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr,
-    LEAST: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """q [T, K * G, D], out the same; caches [blocks, BLOCK_SIZE, K, D]. scale includes log2(e). M >= G: rows of the products."""
     release(PDL)
     head, number, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     total = tl.load(first_ptr + rows)
-    share = share_of(total, shares, LEAST)
+    share = share_of(total, shares)
     tile = number * share  # on the line
     end = tl.minimum(tile + share, total)
     row = tl.load(row_ptr + number)

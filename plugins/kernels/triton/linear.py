@@ -12,7 +12,6 @@ A program asks for its weights before it waits for x, so that they travel while 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,31 +21,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .device import is_hopper, multiprocessors
 from .norm import gated, silu_and_mul
 from .overlap import fetch, overlap, release, wait
 
 LARGE = 64 << 20  # weight elements up to which one row is better off here than with cuBLAS
 SMALL = 8 << 20  # and several rows
-ROWS = 64  # of x a program: what Hopper's matrix unit multiplies at once
+ROW_TILE, ROW_DEPTH = 4, 1024  # for one or two rows: weight rows a program, columns a step
+ROWS = 64  # for more, of x a program: what Hopper's matrix unit multiplies at once
 DEPTH = 128  # columns a step
 SHARED = 200_000  # bytes of a multiprocessor's shared memory that tiles under way may take
 
 
-class RowShape(NamedTuple):
-    """Launch shape for one or two rows."""
-
-    rows: int  # of x, a power of two
-    tile: int  # weight rows a program
-    depth: int  # columns a step
-    warps: int
-
-
 class TileShape(NamedTuple):
-    """Launch shape for more rows."""
+    """Launch shape for more than two rows."""
 
     tile: int  # output columns a program
     parts: int = 1  # programs that share a tile's columns of x
-    warps: int = 4
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -110,13 +101,6 @@ def _tile_kernel(
     tl.store(out_ptr + (part * M + row[:, None]) * N + col[None, :], acc.to(dtype), mask=row[:, None] < M)
 
 
-def _row_shape(rows: int, n: int, k: int) -> RowShape | None:
-    if rows == 1 and n * k <= LARGE or rows == 2 and n * k <= SMALL:
-        shape = RowShape(rows, 4, 1024, 4)
-        return None if n % shape.tile or k % shape.depth else shape
-    return None
-
-
 def tile_shape(rows: int, n: int, k: int, most: int, parts: int = 1) -> TileShape | None:
     """For x [rows, k] and n output columns, in no more than `most` programs and `parts` parts. None: cuBLAS."""
     bands = triton.cdiv(rows, ROWS)
@@ -130,42 +114,41 @@ def tile_shape(rows: int, n: int, k: int, most: int, parts: int = 1) -> TileShap
     return None
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """0 where matrix units have no tiles of the size that the kernel is made for."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _readable(x: Tensor) -> bool:
+    return x.element_size() == 2 and x.is_contiguous()
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    return 2 < len(x) <= 256 and x.element_size() == 2 and x.is_contiguous() and weight.numel() <= SMALL
+def _takes_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel for one or two rows is the fastest."""
+    n, k = weight.shape
+    most = {1: LARGE, 2: SMALL}.get(len(x), 0)
+    return 0 < n * k <= most and not n % ROW_TILE and not k % ROW_DEPTH and _readable(x)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: RowShape | TileShape | None = None) -> Tensor:
+def _shape(x: Tensor, weight: Tensor, n: int, parts: int = 1) -> TileShape | None:
+    """`tile_shape` where the kernel can run and may be the fastest: Hopper's matrix units multiply what its tiles are made for."""
+    if not 2 < len(x) <= 256 or weight.numel() > SMALL or not _readable(x) or not is_hopper(x.device):
+        return None
+    return tile_shape(len(x), n, x.shape[1], multiprocessors(x.device), parts)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: TileShape | None = None) -> Tensor:
     """x [T, K], weight [N, K] -> [T, N]. A shape that is given is used as it is."""
-    rows, k = x.shape
-    n = len(weight)
-    if shape is None and rows and x.element_size() == 2 and x.is_contiguous():
-        shape = _row_shape(rows, n, k) or (tile_shape(rows, n, k, _multiprocessors(x.device)) if _fits(x, weight) else None)
+    if shape is None and _takes_rows(x, weight):
+        return _rows(x, weight, bias)
+    shape = shape or _shape(x, weight, len(weight))
     if shape is None:
         return F.linear(x, weight, bias)
-    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    if isinstance(shape, RowShape):
-        _row_kernel[(n // shape.tile,)](
-            x, weight, bias, out, rows, n, k, ROWS=shape.rows, TILE=shape.tile, DEPTH=shape.depth, BIAS=bias is not None,
-            num_warps=shape.warps, **overlap(x.device),
-        )  # fmt: skip
-    else:
-        _tiles(x, weight, bias, out, shape, False)
+    out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    _tiles(x, weight, bias, out, shape, False)
     return out
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: TileShape | None = None) -> Tensor:
     """x [T, K], weight [2 * N, K] (gate, up) -> silu(gate) * up, [T, N]."""
     n = len(weight) // 2
-    if shape is None and _fits(x, weight) and bias is None:
-        shape = tile_shape(len(x), n, x.shape[1], _multiprocessors(x.device))
+    if shape is None and bias is None:
+        shape = _shape(x, weight, n)
         shape = None if shape and shape.tile > 64 else shape  # two accumulators of 128 columns are too many
     if shape is None:
         return silu_and_mul(linear(x, weight, bias))
@@ -176,14 +159,22 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: TileShap
 
 def linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None, shape: TileShape | None = None) -> Tensor:
     """As `linear`, or float32 [P, T, N], whose sum over P it is."""
-    rows, k = x.shape
     n = len(weight)
-    if shape is None and _fits(x, weight) and bias is None:
-        shape = tile_shape(rows, n, k, _multiprocessors(x.device), 8)
+    if shape is None and bias is None:
+        shape = _shape(x, weight, n, 8)
     if shape is None or shape.parts == 1:
         return linear(x, weight, bias, shape)
-    out = torch.empty((shape.parts, rows, n), dtype=torch.float32, device=x.device)
+    out = torch.empty((shape.parts, len(x), n), dtype=torch.float32, device=x.device)
     _tiles(x, weight, None, out, shape, False)
+    return out
+
+
+def _rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, (n, k) = len(x), weight.shape
+    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    _row_kernel[(n // ROW_TILE,)](
+        x, weight, bias, out, rows, n, k, ROWS=rows, TILE=ROW_TILE, DEPTH=ROW_DEPTH, BIAS=bias is not None, num_warps=4, **overlap(x.device),
+    )  # fmt: skip
     return out
 
 
@@ -194,5 +185,5 @@ def _tiles(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shape: T
     _tile_kernel[(triton.cdiv(rows, ROWS), n // shape.tile, shape.parts)](
         TensorDescriptor.from_tensor(x, [ROWS, DEPTH]), TensorDescriptor.from_tensor(weight, [shape.tile, DEPTH]), weight, bias, out,
         rows, n, k, ROWS=ROWS, TILE=shape.tile, DEPTH=DEPTH, PARTS=shape.parts, GATED=gate, BIAS=bias is not None,
-        num_warps=shape.warps, num_stages=min(6, SHARED // step), **overlap(x.device),
+        num_warps=4, num_stages=min(6, SHARED // step), **overlap(x.device),
     )  # fmt: skip

@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .device import is_hopper
+
 NO_OVERLAP = {"PDL": False}
 
 
 @cache
 def overlap(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel with a constexpr PDL."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
-        return {"PDL": True, "launch_pdl": True}
-    return NO_OVERLAP
+    return {"PDL": True, "launch_pdl": True} if is_hopper(device) else NO_OVERLAP
 
 
 @triton.jit

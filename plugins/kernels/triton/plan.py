@@ -39,9 +39,9 @@ class PromptPlan:
 
 
 @triton.jit
-def share_of(total, programs, LEAST: tl.constexpr):
-    """Tiles a program. Few tiles go to fewer programs: combining many small parts costs more than it saves."""
-    return tl.maximum((total + programs - 1) // programs, LEAST)
+def share_of(total, programs):
+    """Tiles a program, at least one."""
+    return tl.maximum((total + programs - 1) // programs, 1)
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def prompt_tiles(cu_q_ptr, len_ptr, row, rows, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "programs", "arrivals"])  # one compilation for every batch
 def _plan_kernel(
     cu_q_ptr, len_ptr, first_ptr, row_ptr, arrived_ptr, rows, programs, arrivals,
-    SHARED: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr, tiles_of: tl.constexpr,
+    SHARED: tl.constexpr, TILE: tl.constexpr, tiles_of: tl.constexpr,
     ROWS: tl.constexpr, PROGRAMS: tl.constexpr, ARRIVALS: tl.constexpr,
 ):  # fmt: skip
     """Each program of this kernel plans PROGRAMS programs of the attention kernel. SHARED: they cut the line of tiles
@@ -75,7 +75,7 @@ def _plan_kernel(
         total += tl.sum(tiles_of(cu_q_ptr, len_ptr, start + lane, rows, TILE))
     number = tl.program_id(0) * PROGRAMS + tl.arange(0, PROGRAMS)
     if SHARED:
-        begin = number * share_of(total, programs, LEAST)
+        begin = number * share_of(total, programs)
     else:
         begin = number
     row = tl.zeros([PROGRAMS], tl.int32)
@@ -96,18 +96,16 @@ def _plan_kernel(
         tl.store(arrived_ptr + at, 0, mask=at < arrivals)
 
 
-def _run(
-    batch: BatchMetadata, programs: int, first: Tensor, row: Tensor, arrived: Tensor, shared: bool, tile: int, least: int, tiles_of: object
-) -> None:
+def _run(batch: BatchMetadata, programs: int, first: Tensor, row: Tensor, arrived: Tensor, shared: bool, tile: int, tiles_of: object) -> None:
     rows = batch.context_lens.shape[0]
     _plan_kernel[(triton.cdiv(programs, 16),)](
         batch.cu_seqlens_q, batch.context_lens, first, row, arrived, rows, programs, arrived.shape[0],
-        SHARED=shared, TILE=tile, LEAST=least, tiles_of=tiles_of, ROWS=256, PROGRAMS=16, ARRIVALS=256, num_warps=4,
+        SHARED=shared, TILE=tile, tiles_of=tiles_of, ROWS=256, PROGRAMS=16, ARRIVALS=256, num_warps=4,
     )  # fmt: skip
 
 
-def decode_plan(batch: BatchMetadata, shares: int, tile: int, least: int, kv_heads: int, group: int, size: int) -> DecodePlan:
-    """shares: how many to cut; tile: KV tokens; least: tiles of a share; group: query heads a KV head; size: head size."""
+def decode_plan(batch: BatchMetadata, shares: int, tile: int, kv_heads: int, group: int, size: int) -> DecodePlan:
+    """shares: how many to cut; tile: KV tokens; group: query heads a KV head; size: head size."""
     rows, device = batch.context_lens.shape[0], batch.context_lens.device
     plan = DecodePlan(
         shares=shares,
@@ -118,7 +116,7 @@ def decode_plan(batch: BatchMetadata, shares: int, tile: int, least: int, kv_hea
         partial=torch.empty((kv_heads, shares, 2, group, size), dtype=torch.float32, device=device),
         stats=torch.empty((kv_heads, shares, 2, 2, group), dtype=torch.float32, device=device),
     )
-    _run(batch, shares, plan.first, plan.row, plan.arrived, True, tile, least, decode_tiles)
+    _run(batch, shares, plan.first, plan.row, plan.arrived, True, tile, decode_tiles)
     return plan
 
 
@@ -131,5 +129,5 @@ def prompt_plan(batch: BatchMetadata, tokens: int, tile: int) -> PromptPlan:
         first=torch.empty(rows + 1, dtype=torch.int32, device=device),
         row=torch.empty(programs, dtype=torch.int32, device=device),
     )
-    _run(batch, programs, plan.first, plan.row, plan.first[:0], False, tile, 1, prompt_tiles)
+    _run(batch, programs, plan.first, plan.row, plan.first[:0], False, tile, prompt_tiles)
     return plan
