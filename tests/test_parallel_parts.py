@@ -225,7 +225,7 @@ def job(**parallel) -> Job:
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(launch, "_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(launch, "device_of", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="needs 2 GPUs on this host, torch sees 1"):
         launch.check(job(tp=2))

@@ -80,7 +80,7 @@ class RankExecution(Execution):
     def stage_times(self) -> tuple[float, float]:
         """(seconds in which this stage computed, seconds since its first step began), of steps since this was last asked.
         With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0) else."""
-        return self.model.times() if isinstance(self.model, Stage) else (0.0, 0.0)
+        return self.model.times()
 
     def switch(self, long_steps: str, transport: str) -> None:
         """For measurements, between two runs: how steps communicate from now on. long_steps: "split" or "whole"; transport:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from headway import ConfigError, HeadwayError, RankError
 
-from ..executors.torch.execution import _device
+from ..executors.torch.execution import device_of
 from ..models.spec import read_model
 from . import channel as wire
 from .channel import Channel
@@ -57,7 +57,7 @@ def check(job: Job) -> str:
     if asked.startswith("cuda:"):
         raise ConfigError(f"executor.device={asked}: with {parallel.world_size} ranks each takes its own GPU; set executor.device=cuda or cpu")
     check_fits(read_model(job.model).shape, parallel)
-    kind = _device(asked).type
+    kind = device_of(asked).type
     if kind == "cuda":
         here = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else parallel.world_size
         if here > (gpus := torch.cuda.device_count()):
@@ -73,10 +73,11 @@ def check(job: Job) -> str:
 
 def facts(job: Job) -> dict[str, str]:
     """What must be the same on every host."""
-    named = {"parallel": job.parallel, "model": job.model, "engine": job.engine, "kernels": job.kernels, "seed": job.seed}
-    return {"torch": torch.__version__, "python": "{}.{}".format(*sys.version_info), "shape": repr(read_model(job.model).shape)} | {
-        name: repr(value) for name, value in {**named, "executor": job.executor}.items()
-    }
+    asked = ("parallel", "model", "engine", "kernels", "seed", "executor")
+    return {
+        "torch": torch.__version__, "python": "{}.{}".format(*sys.version_info), "shape": repr(read_model(job.model).shape),
+        **{name: repr(getattr(job, name)) for name in asked},
+    }  # fmt: skip
 
 
 def rank_device(kind: str, local_rank: int) -> torch.device:

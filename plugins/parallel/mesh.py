@@ -53,8 +53,7 @@ class Mesh:
         # How long steps communicate, "split" over the ranks or "whole" as short ones do, and through what: only measurements change these.
         self.long_steps, self.transport = "split", parallel.all_reduce
         self._tokens = 0  # of the step that is running, when its residual stream is split over the ranks
-        self._symmetric: SymmetricReduce | None = None  # this and the next: see map_peers
-        self._overlapped: OverlappedProducts | None = None
+        self._peers: tuple[SymmetricReduce, OverlappedProducts] | None = None  # see map_peers
         self._sending: Any = None  # the last send, not known to be over; and what it sends
         # NCCL makes communicators at their first use: now, while nothing else is under way.
         self.all_reduce(torch.zeros(1, device=device))
@@ -115,23 +114,26 @@ class Mesh:
 
     def gathered_linear(self, product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """product(x, weight, bias) of the rows of all ranks, [T, N]. What it does to a row does not depend on others."""
-        if not self._tokens or self._overlapped is None or self.transport == "library":
+        if not self._tokens or self._peers is None or self.transport == "library":
             return product(self.gathered(x), weight, bias)
         self.entered += 1
-        return self._overlapped.gathered_linear(product, x, weight, bias)[: self._tokens]
+        return self._peers[1].gathered_linear(product, x, weight, bias)[: self._tokens]
 
     def reduced_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, K], weight [N, K] of this rank -> what `reduced` makes of x @ weight.T."""
-        if self._symmetric is None or self._overlapped is None or self.transport == "library":
+        if self._peers is None or self.transport == "library":
             return self.reduced(F.linear(x, weight))
         self.entered += 1
-        return self._overlapped.reduced_linear(x, weight, self._part) if self._tokens else self._symmetric.linear(x, weight)
+        symmetric, overlapped = self._peers
+        return overlapped.reduced_linear(x, weight, self._part) if self._tokens else symmetric.linear(x, weight)
 
     def map_peers(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         """From now on layers communicate through memory that the GPUs of a stage map into each other, for sums of at most
         [rows, columns]. Every rank of a stage calls this at once. Raises ConfigError where GPUs cannot."""
-        self._symmetric = SymmetricReduce(self.tp_group, rows, columns, dtype, self.device)
-        self._overlapped = OverlappedProducts(self.tp_group, -(-rows // self.parallel.tp), columns, dtype, self.device)
+        self._peers = (
+            SymmetricReduce(self.tp_group, rows, columns, dtype, self.device),
+            OverlappedProducts(self.tp_group, -(-rows // self.parallel.tp), columns, dtype, self.device),
+        )
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [R, C] of every rank of this stage, side by side: [R, tp * C]."""

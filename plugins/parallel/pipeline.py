@@ -113,7 +113,7 @@ class StageRunner(ModelRunner):
         n = step.num_seqs
         self.mesh.flush()  # what a graph sends must not overtake it
         super()._set_batch(step, data[:-n])
-        self.last_tokens[self.batch_rows[:n]] = data[-n:].long()
+        self.last_tokens[self.batch_rows[:n]] = data[-n:]
 
     def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
         if self.mesh.is_last:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from headway import ConfigError, HeadwayError, load_registry
 
+from ..executors.torch.execution import device_of
 from . import channel as wire
 from .channel import Channel
 from .execution import Job, RankExecution
@@ -62,8 +63,8 @@ class Worker:
 
     def _run(self, job: Job) -> None:
         threading.Thread(target=self._beat, daemon=True).start()
-        kind = "cuda" if job.executor["device"] != "cpu" and torch.cuda.is_available() else "cpu"
-        self.mesh = Mesh(job.parallel, self.rank, self._store, rank_device(kind, self._local_rank))
+        device = rank_device(device_of(job.executor["device"]).type, self._local_rank)
+        self.mesh = Mesh(job.parallel, self.rank, self._store, device)
         registry = load_registry()
         execution = RankExecution(job, self.mesh, lambda name: registry.get("kernels", name).build())
         self._answer(None)
@@ -71,13 +72,13 @@ class Worker:
         if reports:
             threading.Thread(target=self._post, daemon=True).start()
         while True:
-            kind_, body = self.channel.receive()
-            if kind_ == wire.STEP:
+            kind, body = self.channel.receive()
+            if kind == wire.STEP:
                 self.steps += 1
                 sampled = execution.runner.execute(wire.unpack_step(body))
                 if reports:
                     self._send_back(sampled)
-            elif kind_ == wire.CALL:
+            elif kind == wire.CALL:
                 method, args = wire.unpack(body)
                 self._answer(getattr(execution, method)(*args))
             else:

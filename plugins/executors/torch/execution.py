@@ -63,7 +63,7 @@ class Execution:
         backends: Callable[[str], KernelChoice] | None, seed: int,
     ) -> None:  # fmt: skip
         self.config, self.engine = config, engine
-        self.device = _device(config.device)
+        self.device = device_of(config.device)
         self.spec = read_model(model)
         shape = self.spec.shape
         self.kernels = compose(
@@ -215,7 +215,8 @@ def _logprobs(tokens: list[int], ticket: Ticket) -> list[TokenLogprobs | None]:
     ]
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """What `executor.device` names. Raises ConfigError where torch does not see it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
