@@ -17,7 +17,7 @@ from .blocks import ROOT, BlockPool
 from .clock import RecordingClock
 from .config import EngineConfig
 from .decisions import DecisionLog
-from .errors import ConfigError, HeadwayError, PolicyError, near
+from .errors import ConfigError, HeadwayError, NothingPlanned, PolicyError, near
 from .pins import Pins
 from .plan import StepPlan
 from .policy import CALLBACKS, SERVICES, Context, Executor, Observer, Oracle, Reject, Role, StepRecord
@@ -441,7 +441,7 @@ class Engine:
         if (self.running.items or self.waiting.items) and wake is None:
             if self._reclaim_idle():
                 return True
-            raise PolicyError(
+            raise NothingPlanned(
                 "planned nothing although requests wait and nothing is in flight: add one, reject one, or say step.wake_at(t)",
                 plugin=self.scheduler.plugin_name, step=self.num_steps, view=self.view.describe(),
             )  # fmt: skip

@@ -30,6 +30,10 @@ class PolicyError(HeadwayError):
         self.plugin, self.step, self.request = plugin, step, request
 
 
+class NothingPlanned(PolicyError):
+    """A scheduler planned nothing, said no time to wake, and nothing is in flight: the run would stand still for ever."""
+
+
 class InvariantError(HeadwayError):
     """The core's own book-keeping is inconsistent: a bug in core, or state changed behind its back."""
 

@@ -21,7 +21,7 @@ from ..request import Arrival, SamplingParams
 from . import starve
 from .case import VOCAB, Case, feasible
 from .shrink import shrink
-from .subject import PLAIN, Subject
+from .subject import Subject
 from .trial import Decision, Failure, Outcome, Trial
 from .watch import Watch
 from .worker import VARIANTS, Workers
@@ -280,9 +280,10 @@ def check_parity(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
 
 
 def _simulated(subject: Subject, case: Case, executor: tuple[str, dict[str, Any]], directory: Path | None) -> str:
-    choices = {role: choice for role, choice in {**PLAIN, **subject.choices}.items() if choice[0] != "none" or role == "cache"}
     config = EngineConfig(case.block_size, case.num_blocks, case.max_num_seqs, case.max_num_batched_tokens, case.max_inflight)
-    run: Run = build(subject.registry, Composition({**choices, "executor": executor}, config, SHAPE, seed=case.seed), directory=directory)
+    run: Run = build(
+        subject.registry, Composition({**subject.plain_choices(), "executor": executor}, config, SHAPE, seed=case.seed), directory=directory
+    )
     run.engine.observers = [o for o in run.engine.observers if type(o).__name__ == "Recorder"]
     return run.engine.run([ask.arrival() for ask in case.asks]).decision_hash
 
@@ -310,9 +311,9 @@ class NullExecutor(Executor):
 
 def check_cost(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
     """Microseconds a step of planning and book-keeping with 256 requests running and 64 waiting, beside the plain composition's."""
-    plain = min(_step_cost(Subject.plain_roles, Subject()) for _ in range(2))
+    plain = min(_step_cost(Subject()) for _ in range(2))
     try:
-        ours = min(_step_cost(Subject.plain_roles, subject) for _ in range(2))
+        ours = min(_step_cost(subject) for _ in range(2))
     except HeadwayError as error:
         yield Verdict("cost", 1, FAIL, str(error))
         return
@@ -321,9 +322,8 @@ def check_cost(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
     yield Verdict("cost", 2, verdict, detail + ("" if verdict == PASS else f": more than {SLOW_US} us above it"))
 
 
-def _step_cost(make: Callable[[Subject], dict[str, Role]], subject: Subject, running: int = 256, waiting: int = 64, steps: int = 30) -> float:
-    roles = make(subject)
-    roles["executor"] = NullExecutor()
+def _step_cost(subject: Subject, running: int = 256, waiting: int = 64, steps: int = 30) -> float:
+    roles: dict[str, Role] = {**subject.plain_roles(), "executor": NullExecutor()}
     prompt = 32
     engine = Engine(roles, EngineConfig(16, (running + waiting) * 16, running, 8192))
     for i in range(running + waiting):

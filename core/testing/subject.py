@@ -22,6 +22,8 @@ from . import shake
 from .case import Case, random_case
 from .oracle import OracleExecutor
 
+Choices = dict[str, tuple[str, dict[str, Any]]]  # role -> (plugin, its parameters)
+
 #: Roles that a case fills when nobody named them: choices of (plugin, parameter -> values). "none" leaves an optional role out.
 FILLERS: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
     "scheduler": [
@@ -41,7 +43,7 @@ FILLERS: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
     "predictor": [("shake", {}), ("declared", {})],
 }
 #: The plain choice for each of them, where a check compares or measures.
-PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+PLAIN: Choices = {
     "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
     "predictor": ("declared", {}),
 }  # fmt: skip
@@ -54,7 +56,7 @@ class Subject:
     words: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     registry: Registry = field(init=False)
-    choices: dict[str, tuple[str, dict[str, Any]]] = field(init=False)
+    choices: Choices = field(init=False)
 
     def __post_init__(self) -> None:
         self.registry = kit_registry(self.modules)
@@ -66,20 +68,22 @@ class Subject:
 
     def roles(self, case: Case) -> dict[str, Role]:
         """New objects for one run of the case."""
-        filled = {role: (name, dict(parameters)) for role, name, parameters in case.fill if name != "none" or role not in OPTIONAL}
+        filled = {role: (name, dict(parameters)) for role, name, parameters in case.fill}
         return self._build({**filled, **self.choices})
 
-    def plain_roles(self, case: Case | None = None) -> dict[str, Role]:
+    def plain_roles(self) -> dict[str, Role]:
         """The named policies among plain ones."""
-        return self._build({**PLAIN, **self.choices})
+        return self._build(self.plain_choices())
+
+    def plain_choices(self) -> Choices:
+        return _present({**PLAIN, **self.choices})
 
     def refuse_what_cannot_be(self) -> None:
         """Raises ConfigError for a composition that no run would take; the words must name the roles that it depends on."""
         Engine({**self.plain_roles(), "executor": OracleExecutor()}, EngineConfig(4, 16))
 
-    def _build(self, choices: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Role]:
-        present = {role: choice for role, choice in choices.items() if not (choice[0] == "none" and role in OPTIONAL)}
-        return build_roles(self.registry, present)[0]
+    def _build(self, choices: Choices) -> dict[str, Role]:
+        return build_roles(self.registry, _present(choices))[0]
 
     def classes(self) -> list[type[Role]]:
         """Of the policies that were named."""
@@ -88,6 +92,11 @@ class Subject:
 
     def __str__(self) -> str:
         return " ".join(self.words) or "the default composition"
+
+
+def _present(choices: Choices) -> Choices:
+    """Without the optional roles that are left out."""
+    return {role: (name, parameters) for role, (name, parameters) in choices.items() if name != "none" or role not in OPTIONAL}
 
 
 @cache
@@ -114,8 +123,8 @@ def _load(name: str) -> Any:
     return module
 
 
-def _parse(words: Sequence[str], registry: Registry) -> dict[str, tuple[str, dict[str, Any]]]:
-    chosen: dict[str, tuple[str, dict[str, Any]]] = {}
+def _parse(words: Sequence[str], registry: Registry) -> Choices:
+    chosen: Choices = {}
     for word in words:
         key, equals, text = word.partition("=")
         role, dot, parameter = key.partition(".")

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import EngineConfig
 from ..decisions import DecisionLog
 from ..engine import Engine
-from ..errors import HeadwayError, InvariantError, PolicyError
+from ..errors import HeadwayError, InvariantError, NothingPlanned, PolicyError
 from ..plan import StepPlan
 from ..policy import Executor, Observer, Role, StepRecord
 from ..request import Arrival, Request, RequestState, RunResult
@@ -274,10 +274,10 @@ def _check_of(error: Exception) -> str:
         return "read-only"
     if isinstance(error, WrongKV):
         return "kv oracle"
-    if isinstance(error, Livelock) or "planned nothing although" in str(error):
+    if isinstance(error, (Livelock, NothingPlanned)):
         return "progress"
     if isinstance(error, WrongAnswer):
         return "answers"
-    if isinstance(error, PolicyError) and ": raised " not in str(error):
+    if isinstance(error, PolicyError) and error.__cause__ is None:  # else the policy raised what it wraps
         return "invariants"
     return "invariants" if isinstance(error, InvariantError) else "exceptions"
