@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Context, Request, StepRecord, View, hookimpl
+from headway import Context, Request, StepRecord, hookimpl
 
-from .prefix import FCFS_ABOVE, PrefixOrder
+from .prefix import PrefixOrder
 
 
 @dataclass
@@ -19,18 +18,13 @@ class HighestResponseRatio(PrefixOrder):
     share an uncached prefix with an earlier one go last (as SGLang does for both).
     """
 
-    fcfs_above: int = FCFS_ABOVE
-
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
         self._processed = 0  # prompt tokens computed so far
         self._since: dict[int, int] = {}  # waiting request index -> _processed when it began to wait
 
-    def order(self, view: View) -> Iterable[Request]:
-        if view.num_waiting > self.fcfs_above:
-            return view.waiting
-        ranked = sorted(self.matches(view), key=lambda found: (found[0], -self.ratio(found[2], found[1])))
-        return [request for _, _, request in ranked]
+    def rank(self, later: bool, cached: int, request: Request) -> tuple[bool, float]:
+        return later, -self.ratio(request, cached)
 
     def ratio(self, request: Request, cached: int) -> float:
         return 1 + (self._processed - self._since[request.index]) / (request.num_tokens - cached)

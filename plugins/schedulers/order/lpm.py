@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Request, View, hookimpl
+from headway import Request, hookimpl
 
-from .prefix import FCFS_ABOVE, PrefixOrder
+from .prefix import PrefixOrder
 
 
 @dataclass
@@ -19,13 +18,9 @@ class LongestPrefix(PrefixOrder):
     """
 
     may_starve = "requests with longer cached prefixes may keep coming"
-    fcfs_above: int = FCFS_ABOVE
 
-    def order(self, view: View) -> Iterable[Request]:
-        if view.num_waiting > self.fcfs_above:
-            return view.waiting
-        ranked = sorted(self.matches(view), key=lambda found: (found[0], 0 if found[0] else -found[1]))
-        return [request for _, _, request in ranked]
+    def rank(self, later: bool, cached: int, request: Request) -> tuple[bool, int]:
+        return later, 0 if later else -cached
 
 
 @hookimpl

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headway import ConfigError, Context, KeyOrder, Request, StepRecord, View, hookimpl
+from headway import Context, KeyOrder, Request, StepRecord, View, check_parameters, hookimpl
 
 from .alarms import Alarms
 
@@ -27,9 +27,12 @@ class LearningToRank(KeyOrder):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        for name in ("starvation_threshold", "priority_quantum"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"order.{name}={getattr(self, name)}: expected at least 1 step")
+        check_parameters(
+            "order",
+            self,
+            ("starvation_threshold", self.starvation_threshold >= 1, "at least 1 step"),
+            ("priority_quantum", self.priority_quantum >= 1, "at least 1 step"),
+        )
         self._predictor = ctx.roles["predictor"]
         self._rank: dict[int, float] = {}
         self._promoted: dict[int, int] = {}  # request index -> steps of service left at high priority
