@@ -219,7 +219,7 @@ def one_request(llm: Any, graphs: bool, repeat: int) -> None:
     run_ours(llm, [prompt], [256])
     wall = time.perf_counter() - start
     steps = [s for s in profiled(llm, lambda: run_ours(llm, [prompt], [64])) if s["decode"]][8:]
-    ms = {key: statistics.median(s.get(key, 0.0) for s in steps) * 1e3 for key in ("gpu", "policy", "prepare", "launch", "collect", "rest")}
+    ms = {key: statistics.median(s.get(key, 0.0) for s in steps) * 1e3 for key in ("gpu", "prepare", "launch", "collect")}
     host = ms["prepare"] + ms["launch"] + ms["collect"]  # the executor's part; planning is the same with graphs and without
     report(engine="headway", graphs=graphs, repeat=repeat, step_ms=wall / 256 * 1e3, gpu_ms=ms["gpu"], launch_ms=ms["launch"], host_ms=host)
 

@@ -243,7 +243,6 @@ class Bench:
         self.scheduler.token_budget = 2048
         for depth in (self.args.pp, self.args.pp + 1):
             self.engine.config.max_inflight = depth
-            results: list[Any] = []
             window = Window(self.executor.execution.all_stage_times, first=16, last=16 + self.args.window)
             self.hooks["window"] = window
             seconds = self.run(requests, 1024, 64)

@@ -14,19 +14,15 @@ import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from core.build import Composition, build
 from core.config import EngineConfig, Hardware, ModelConfig
 from core.hooks import load_registry
 from headway import Observer, StepRecord
 
 WP, WQ, PROMPT, KV_TOKENS, BLOCK = 1.0, 2.0, 256, 10_000, 16
-LLAMA_2_7B = {
-    "architecture": "LlamaForCausalLM", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-    "head_dim": 128, "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 4096,
-}  # fmt: skip
-A10G = {
-    "name": "a10g", "memory_gb": 22.5, "memory_bandwidth": 6.0e11, "peak_flops": 7.0e13, "bandwidth_fraction": 0.85, "flops_fraction": 0.7,
-}  # fmt: skip
+CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @dataclass
@@ -58,7 +54,9 @@ def differences(order: str, seconds: float) -> list[tuple[float, float]]:
     }  # fmt: skip
     engine = EngineConfig(block_size=BLOCK, num_blocks=KV_TOKENS // BLOCK, max_num_seqs=64)
     service = Service()
-    run = build(load_registry(), Composition(choices, engine=engine, model=ModelConfig(**LLAMA_2_7B), hardware=Hardware(**A10G)), [service])
+    model = ModelConfig(**OmegaConf.load(CONF / "model" / "llama_2_7b.yaml"))
+    hardware = Hardware(**OmegaConf.load(CONF / "hardware" / "a10g.yaml"))
+    run = build(load_registry(), Composition(choices, engine=engine, model=model, hardware=hardware), [service])
     run.execute()
     return [(t, abs(s.get("client1", 0.0) - s.get("client0", 0.0))) for t, s in service.samples if t <= seconds]
 
