@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
-from conf.launch import arguments, explain
+from conf.explain import explain
+from conf.launch import arguments
 from core.build import Composition, build, build_roles
 from core.config import EngineConfig, ModelConfig, ParallelConfig
 from core.hooks import OPTIONAL, Registry, load_registry
