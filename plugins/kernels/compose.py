@@ -203,6 +203,7 @@ def _together(used: list[KernelCaps]) -> KernelCaps:
         block_size_multiple=max(caps.block_size_multiple for caps in used),
         mixed_batches=all(caps.mixed_batches for caps in used),
         graph_safe=all(caps.graph_safe for caps in used),
+        mixed_graphs=all(caps.mixed_graphs for caps in used),
         ops=frozenset.union(*(caps.ops for caps in used)),
     )
 

@@ -16,7 +16,6 @@ from headway import EngineConfig, ModelConfig, ParallelConfig
 
 from ..executors.torch import TorchExecutor
 from ..executors.torch.execution import Execution, Ticket
-from ..executors.torch.graphs import DecodeGraphs
 from ..executors.torch.runner import Sampled
 from .launch import Ranks, under_torchrun
 from .pipeline import Stage, StageBatcher, StageRunner, cut
@@ -86,9 +85,14 @@ class RankExecution(Execution):
         """For measurements, between two runs: how steps communicate from now on. long_steps: "split" or "whole"; transport:
         "library", or "symmetric" where all_reduce is. Graphs are captured again."""
         self.mesh.long_steps, self.mesh.transport = long_steps, transport
-        if self.kernels.cuda_graphs:
-            self.runner.decode_step = self.runner.decode  # frees the old graphs
-            self.runner.decode_step = DecodeGraphs(self.runner).decode
+        self._capture()
+
+    def _longest_mixed(self, at_most: int) -> int:
+        """None in a pipeline yet; steps whose tokens the ranks share run without."""
+        if self.mesh.parallel.pp > 1:
+            return 0
+        shared = self.mesh.parallel.overlap_tokens if self.mesh.parallel.tp > 1 else 0
+        return super()._longest_mixed(min(at_most, shared - 1) if shared else at_most)
 
 
 def _stage_runner(mesh: Mesh, *args: Any, **options: Any) -> StageRunner:

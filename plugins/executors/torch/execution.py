@@ -21,7 +21,7 @@ from ...models.loading import Share, Whole, build, load
 from ...models.spec import read_model
 from ...models.tokenizer import Tokenizer
 from .batch import NO_LOGPROBS, Batcher, StepInput
-from .graphs import DecodeGraphs
+from .graphs import DecodeGraphs, MixedGraphs, longest_mixed
 from .memory import allocate_cache, bytes_per_token, kv_bytes_free
 from .runner import ModelRunner, Sampled
 
@@ -117,8 +117,22 @@ class Execution:
         self._arrived = [torch.cuda.Event() for _ in self._results] if pinned else []
         self._stream = torch.cuda.current_stream(self.device) if pinned else None
         self._slots = deque(range(len(self._results)))
-        if self.kernels.cuda_graphs:
-            self.runner.decode_step = DecodeGraphs(self.runner).decode
+        self._capture()
+
+    def _capture(self) -> None:
+        """Steps as CUDA graphs, where they are asked for; graphs of before are given up first."""
+        runner = self.runner
+        runner.decode_step, runner.mixed_graphs = runner.decode, None
+        if not self.kernels.cuda_graphs:
+            return
+        runner.decode_step = DecodeGraphs(runner).decode
+        if self.kernels.caps.mixed_graphs and (longest := self._longest_mixed(runner.max_num_batched_tokens)):
+            runner.mixed_graphs = MixedGraphs(runner, longest)
+
+    def _longest_mixed(self, at_most: int) -> int:
+        """Tokens of the largest step with prompts that gets a graph; 0: none does."""
+        layers = self.model.model.layers
+        return longest_mixed(sum(p.numel() for p in layers.parameters()), len(layers), at_most)
 
     def close(self) -> None:
         """Gives the memory back."""
