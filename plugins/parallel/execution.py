@@ -88,9 +88,7 @@ class RankExecution(Execution):
         self._capture()
 
     def _longest_mixed(self, at_most: int) -> int:
-        """None in a pipeline yet; steps whose tokens the ranks share run without."""
-        if self.mesh.parallel.pp > 1:
-            return 0
+        """Steps whose tokens the ranks share run without graphs."""
         shared = self.mesh.parallel.overlap_tokens if self.mesh.parallel.tp > 1 else 0
         return super()._longest_mixed(min(at_most, shared - 1) if shared else at_most)
 

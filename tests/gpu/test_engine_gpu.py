@@ -14,6 +14,8 @@ from torch_engines import GREEDY, engine_of, generate, reference_tokens, shared_
 
 from headway import Arrival, ConfigError, EngineConfig, ModelConfig, SamplingParams  # noqa: E402
 from plugins.executors.torch import TorchExecutor  # noqa: E402
+from plugins.executors.torch.graphs import token_sizes  # noqa: E402
+from plugins.kernels.auto import AutoKernels  # noqa: E402
 from plugins.kernels.compose import lookup  # noqa: E402
 from plugins.kernels.torch import TorchKernels  # noqa: E402
 from plugins.kernels.triton import TritonKernels  # noqa: E402
@@ -88,6 +90,48 @@ def test_tables_and_lengths_on_the_device_are_those_of_the_plan(kernels, monkeyp
     monkeypatch.setattr(executor, "launch", checked)
     assert generate(engine, PROMPTS) == expected("qwen3")
     assert len(steps) > 20
+
+
+EDGES = [size + off for size in token_sizes(LIMITS["max_num_batched_tokens"]) for off in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("budget", sorted({edge for edge in EDGES if 8 < edge <= 128}))
+def test_steps_with_prompts_answer_the_same_at_every_edge_of_a_graph(budget):
+    """Steps of exactly `budget` tokens: whole prompts and a chunk, under preemption and prefix hits."""
+    engine = engine_on_gpu(on_gpu("qwen3", "triton", True), "fcfs", "radix", chunk=budget, max_inflight=2)
+    assert generate(engine, PROMPTS) == expected("qwen3")
+    assert engine.num_preemptions > 0
+
+
+def test_padding_of_a_step_with_prompts_is_written_nowhere():
+    executor = on_gpu("qwen3", "triton", True)
+    engine = engine_on_gpu(executor, num_blocks=128)
+    generate(engine, PROMPTS[:3], SamplingParams(temperature=0, max_tokens=1))  # no step is a decode
+    reserved = engine.pool.num_blocks
+    assert executor.execution.runner.mixed_graphs is not None
+    for keys, values in executor.execution.runner.caches:
+        assert keys[reserved].isnan().all() and values[reserved].isnan().all()
+
+
+def test_without_memory_to_capture_steps_run_without_graphs(monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr("plugins.executors.torch.execution.MixedGraphs", full)
+    executor = on_gpu("qwen3", "triton", True)
+    engine = engine_on_gpu(executor, num_blocks=128)
+    assert executor.execution.runner.mixed_graphs is None
+    assert generate(engine, PROMPTS) == expected("qwen3")
+    assert "kernels.cuda_graphs=false" in capsys.readouterr().err
+
+
+def test_auto_kernels_are_the_fastest_that_are_there(capsys):
+    executor = TorchExecutor(device="cuda", kv_cache_gb=0.05)
+    backends = lookup(BACKENDS)  # no FlashAttention among them
+    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), AutoKernels(), engine=EngineConfig(**LIMITS), backends=backends)
+    kernels = executor.execution.kernels
+    assert kernels.cuda_graphs and set(kernels.chosen.values()) == {"triton"}
+    assert "no flash_attn" in str(kernels) and "kernels: triton" in capsys.readouterr().err
 
 
 SAMPLINGS = {

@@ -71,6 +71,8 @@ class Execution:
         )
         if self.kernels.cuda_graphs and self.device.type != "cuda":
             raise ConfigError(f"kernels.cuda_graphs=true needs a GPU, the model runs on {self.device}: set kernels.cuda_graphs=false")
+        if self.device.type == "cuda":
+            print(f"kernels: {self.kernels}", file=sys.stderr)
         self.model = build(self.spec, self.kernels)
         load(self.model, self.device, self._share(), seed=seed)
         self.runner: ModelRunner
@@ -125,9 +127,22 @@ class Execution:
         runner.decode_step, runner.mixed_graphs = runner.decode, None
         if not self.kernels.cuda_graphs:
             return
-        runner.decode_step = DecodeGraphs(runner).decode
-        if self.kernels.caps.mixed_graphs and (longest := self._longest_mixed(runner.max_num_batched_tokens)):
-            runner.mixed_graphs = MixedGraphs(runner, longest)
+        began = perf_counter()
+        try:
+            decode = DecodeGraphs(runner)
+            longest = self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
+            mixed = MixedGraphs(runner, longest) if longest else None
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(
+                "warning: no memory is left to capture CUDA graphs, so steps run without them: lower executor.gpu_memory_utilization "
+                "or engine.max_num_seqs, or set kernels.cuda_graphs=false",
+                file=sys.stderr,
+            )
+            return
+        runner.decode_step, runner.mixed_graphs = decode.decode, mixed
+        print(f"CUDA graphs: captured in {perf_counter() - began:.1f} s, steps of up to {longest:,} tokens", file=sys.stderr)
 
     def _longest_mixed(self, at_most: int) -> int:
         """Tokens of the largest step with prompts that gets a graph; 0: none does."""

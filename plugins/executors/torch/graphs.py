@@ -8,8 +8,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,48 +99,77 @@ class DecodeGraphs:
 
 
 class MixedGraphs:
-    """Graphs of `runner.mixed_hidden`: one per number of tokens and of sequences. Sampling follows outside of them, for the
-    sequences that sample alone."""
+    """Graphs of a step with prompts, two per step: of `runner.mixed_hidden`, one per number of tokens and of sequences, and of
+    `runner.draw`, one per number of sequences that sample and kind of sampling. Logprobs run outside of graphs.
+
+    Between the two stand `_hidden`, `_rows` and `_ends`, of every sequence.
+    """
 
     def __init__(self, runner: ModelRunner, longest: int) -> None:
         """longest: tokens of the largest step that gets a graph."""
         self._runner = runner
+        most = runner.max_num_seqs
         self._tokens = token_sizes(longest)
-        self._seqs = sorted({min(64, runner.max_num_seqs) + 1, runner.max_num_seqs + 1})
-        self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
-        self._inputs = torch.zeros(3 * self._seqs[-1] + 1 + 2 * longest, dtype=torch.int64, device=runner.device)
+        self._seqs = sorted({min(64, most) + 1, most + 1})
+        self._samples = sorted(batch_sizes(most))
+        self._models: dict[Size, torch.cuda.CUDAGraph] = {}
+        self._draws: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by samples, kind of sampling
+        integers = {"dtype": torch.int64, "device": runner.device}
+        # The sequences that sample, then the batch, as `StepInput.padded` lays it out.
+        self._inputs = torch.zeros(most + 3 * (most + 1) + 1 + 2 * longest, **integers)
+        self._chosen, self._batch = self._inputs[:most], self._inputs[most:]
+        self._rows = torch.full((most + 1,), most, **integers)
+        self._ends = torch.zeros(most + 1, **integers)
+        shape = runner.model.spec.shape
+        self._hidden = torch.zeros((most + 1, shape.hidden_size), dtype=getattr(torch, shape.dtype), device=runner.device)
         self._pool = torch.cuda.graph_pool_handle()
-        with _no_garbage():
+        with _no_garbage(), torch.inference_mode():
             for tokens in reversed(self._tokens):
                 for seqs in reversed(self._seqs):
-                    self._capture(seqs, tokens)
+                    self._capture_model(seqs, tokens)
+            for sampling in (GREEDY, RANDOM, FILTERED):
+                for count in reversed(self._samples):
+                    graph, sampled = capture(partial(self._draw, count, sampling, NO_LOGPROBS), self._pool)
+                    self._draws[count, sampling] = graph, sampled.tokens
 
-    @torch.inference_mode()
-    def _capture(self, seqs: int, tokens: int) -> None:
-        runner = self._runner
-        inputs = self._inputs[: 3 * seqs + 1 + 2 * tokens]
-        inputs.zero_()  # an empty batch
-        inputs[:seqs] = runner.max_num_seqs
-        inputs[-tokens:] = seqs - 1
-        self._graphs[seqs, tokens] = capture(
-            lambda: runner.mixed_hidden(seqs, tokens, inputs, tokens, runner.max_model_len), self._pool
-        )
+    def _capture_model(self, seqs: int, tokens: int) -> None:
+        runner, batch = self._runner, self._batch[: 3 * seqs + 1 + 2 * tokens]
+        batch.zero_()  # an empty one
+        batch[:seqs] = runner.max_num_seqs
+        batch[-tokens:] = seqs - 1
 
-    def size_of(self, step: StepInput) -> Size:
-        """Of the graph that the step fits into; its own size where there is none."""
+        def run() -> None:
+            hidden, rows, ends, last = runner.mixed_hidden(seqs, tokens, batch, tokens, runner.max_model_len)
+            self._hidden[:seqs].copy_(hidden[last])
+            self._rows[:seqs].copy_(rows)
+            self._ends[:seqs].copy_(ends)
+
+        self._models[seqs, tokens], _ = capture(run, self._pool)
+
+    def _draw(self, count: int, sampling: int, logprobs: int) -> Sampled:
+        chosen = self._chosen[:count]
+        return self._runner.draw(self._hidden[chosen], self._rows[chosen], self._ends[chosen], sampling, logprobs)
+
+    def size_of(self, step: StepInput) -> Size | None:
+        """Of the graph that the step fits into; None where there is none."""
         seqs = next((n for n in self._seqs if n > step.num_seqs), None)
         tokens = next((n for n in self._tokens if n >= step.num_tokens), None)
-        return (step.num_seqs, step.num_tokens) if seqs is None or tokens is None else (seqs, tokens)
+        return None if seqs is None or tokens is None else (seqs, tokens)
 
-    def has(self, size: Size) -> bool:
-        return size in self._graphs
+    def padded(self, samples: np.ndarray, seqs: int) -> np.ndarray:
+        """Places in `_chosen`, filled up with the last sequence, which is padding."""
+        return np.concatenate((samples, np.full(len(self._chosen) - len(samples), seqs - 1, dtype=np.int32)))
 
-    def replay(self, size: Size, inputs: Tensor) -> tuple[Tensor, ...]:
-        """What `runner.mixed_hidden` answers for these inputs, valid until the next replay."""
-        graph, result = self._graphs[size]
+    def replay(self, size: Size, inputs: Tensor, step: StepInput) -> Sampled:
+        """What `ModelRunner` answers for the step, valid until the next replay."""
         self._inputs[: len(inputs)].copy_(inputs)
+        self._models[size].replay()
+        n = step.num_samples
+        if not n or step.logprobs != NO_LOGPROBS:
+            return self._draw(n, step.sampling, step.logprobs)
+        graph, tokens = self._draws[next(count for count in self._samples if count >= n), step.sampling]
         graph.replay()
-        return result
+        return Sampled(tokens[:n], None)
 
 
 @contextmanager

@@ -118,29 +118,38 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _mixed(self, step: StepInput) -> Sampled:
-        """Chunks of any length: the model as a CUDA graph where one is large enough, then sampling, for the chunks that end their
-        prompt alone."""
-        seqs, tokens = size = self.mixed_graphs.size_of(step) if self.mixed_graphs else (step.num_seqs, step.num_tokens)
-        told, batch = step.padded(seqs, tokens, self.max_num_seqs)
-        data = self.staging.send(np.concatenate((told, batch)))
-        inputs, data = data[len(told) :], self._update_tables(step, data[: len(told)])
+        """Chunks of any length, as CUDA graphs where some are large enough."""
+        graphs = self.mixed_graphs
+        size = graphs.size_of(step) if graphs is not None else None
+        seqs, tokens = size or (step.num_seqs, step.num_tokens)
+        told, samples, batch = step.padded(seqs, tokens, self.max_num_seqs)
+        if graphs is not None and size is not None:
+            samples = graphs.padded(samples, seqs)
+        data = self.staging.send(np.concatenate((told, samples, batch)))
+        self._tell(step, data)
+        inputs = data[len(told) :]
+        if graphs is not None and size is not None:
+            return graphs.replay(size, inputs, step)
+        chosen, inputs = inputs[: len(samples)], inputs[len(samples) :]
+        hidden, rows, ends, last = self.mixed_hidden(seqs, tokens, inputs, step.max_query, step.max_context)
+        return self.draw(hidden[last[chosen]], rows[chosen], ends[chosen], step.sampling, step.logprobs)
+
+    def _tell(self, step: StepInput, data: Tensor) -> None:
+        """What a step that is no decode says about rows."""
+        admissions = self._update_tables(step, data)
         if n := step.num_admitted * (1 + PARAMETERS):
-            self._admit(data[:n].view(-1, 1 + PARAMETERS))
-        if self.mixed_graphs and self.mixed_graphs.has(size):
-            hidden, rows, ends, last = self.mixed_graphs.replay(size, inputs)
-        else:
-            hidden, rows, ends, last = self.mixed_hidden(seqs, tokens, inputs, step.max_query, step.max_context)
-        if not step.num_samples:
+            self._admit(admissions[:n].view(-1, 1 + PARAMETERS))
+
+    def draw(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
+        """The next tokens of these rows, from the hidden states [S, N] of their last ones; positions: where they will stand."""
+        if not len(rows):
             return Sampled(hidden.new_empty(0, dtype=torch.int64), None)
-        chosen = data[n:]
-        drawing = rows[chosen]
-        sampled = self._sample(hidden[last[chosen]], drawing, ends[chosen], step.sampling, step.logprobs)
-        self.last_tokens[drawing] = sampled.tokens
+        sampled = self._sample(hidden, rows, positions, sampling, logprobs)
+        self.last_tokens[rows] = sampled.tokens
         return sampled
 
-    def mixed_hidden(
-        self, seqs: int, tokens: int, inputs: Tensor, max_query: int, max_context: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @torch.inference_mode()
+    def mixed_hidden(self, seqs: int, tokens: int, inputs: Tensor, max_query: int, max_context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """inputs: the batch of `StepInput.padded`, int64 on the device. Answers hidden states [tokens, N] after the final norm; of
         each sequence its row, the position after its last token, and its last token's place in the batch, int64 [seqs]."""
         rows, starts, bounds, ids, owners = inputs.split((seqs, seqs, seqs + 1, tokens, tokens))
