@@ -85,7 +85,7 @@ class RankExecution(Execution):
         """For measurements, between two runs: how steps communicate from now on. long_steps: "split" or "whole"; transport:
         "library", or "symmetric" where all_reduce is. Graphs are captured again."""
         self.mesh.long_steps, self.mesh.transport = long_steps, transport
-        self._capture()
+        self._prepare_steps()
 
     def _longest_mixed(self, at_most: int) -> int:
         """Steps whose tokens the ranks share run without graphs."""

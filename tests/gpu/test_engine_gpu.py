@@ -113,6 +113,18 @@ def test_padding_of_a_step_with_prompts_is_written_nowhere():
         assert keys[reserved].isnan().all() and values[reserved].isnan().all()
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_compiled_or_captured_after_the_start(graphs, dtype):
+    executor = on_gpu("qwen3", "triton", graphs, dtype)
+    engine = engine_on_gpu(executor, num_blocks=128, chunk=7, max_inflight=2)
+    for kind in SAMPLINGS.values():
+        generate(engine, PROMPTS, kind)
+    assert executor.execution.late_preparations == 0
+    executor.execution.runner.kernels.rms_norm(torch.ones((3, 48), device="cuda"), torch.ones(48, device="cuda"), 1e-6)  # a size of its own
+    assert executor.execution.late_preparations > 0
+
+
 def test_without_memory_to_capture_steps_run_without_graphs(monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("planted")

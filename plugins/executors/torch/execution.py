@@ -21,9 +21,10 @@ from ...models.loading import Share, Whole, build, load
 from ...models.spec import read_model
 from ...models.tokenizer import Tokenizer
 from .batch import NO_LOGPROBS, Batcher, StepInput
-from .graphs import DecodeGraphs, MixedGraphs, longest_mixed
+from .graphs import DecodeGraphs, MixedGraphs, batch_sizes, longest_mixed, token_sizes
 from .memory import allocate_cache, bytes_per_token, kv_bytes_free
 from .runner import ModelRunner, Sampled
+from .warmup import PREPARATIONS, warm_up
 
 if TYPE_CHECKING:
     from . import TorchExecutor
@@ -76,6 +77,8 @@ class Execution:
         self.model = build(self.spec, self.kernels)
         load(self.model, self.device, self._share(), seed=seed)
         self.runner: ModelRunner
+        self.warmup_seconds = 0.0
+        self._prepared = 0
         self._last_end: Any = None  # CUDA event at the end of the last step, when profiling
         self._collected = 0.0
 
@@ -119,18 +122,35 @@ class Execution:
         self._arrived = [torch.cuda.Event() for _ in self._results] if pinned else []
         self._stream = torch.cuda.current_stream(self.device) if pinned else None
         self._slots = deque(range(len(self._results)))
-        self._capture()
+        self._prepare_steps()
 
-    def _capture(self) -> None:
-        """Steps as CUDA graphs, where they are asked for; graphs of before are given up first."""
-        runner = self.runner
+    def _prepare_steps(self) -> None:
+        """Whatever a step may launch is compiled and captured here; graphs of before are given up first."""
+        runner, began = self.runner, perf_counter()
         runner.decode_step, runner.mixed_graphs = runner.decode, None
+        if self.device.type == "cuda":
+            longest = self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
+            done = f"CUDA graphs, of prompts up to {longest:,} tokens" if self._capture(longest) else "no CUDA graphs"
+            if self.kernels.caps.mixed_graphs:  # else prompts are read on the host, row by row
+                sizes = token_sizes(runner.max_num_batched_tokens)
+                captured = runner.mixed_graphs is not None
+                warm_up(runner, [] if captured else batch_sizes(runner.max_num_seqs), sizes[-1:] if captured else sizes)
+            self.warmup_seconds = perf_counter() - began
+            print(f"warm-up: {self.warmup_seconds:.1f} s, {done}", file=sys.stderr)
+        self._prepared = PREPARATIONS.count
+
+    @property
+    def late_preparations(self) -> int:
+        """Kernels compiled and graphs captured since the warm-up: time that was charged to requests."""
+        return PREPARATIONS.count - self._prepared
+
+    def _capture(self, longest: int) -> bool:
+        """Steps as CUDA graphs, those with prompts up to `longest` tokens. False where they are not asked for or find no memory."""
+        runner = self.runner
         if not self.kernels.cuda_graphs:
-            return
-        began = perf_counter()
+            return False
         try:
             decode = DecodeGraphs(runner)
-            longest = self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
             mixed = MixedGraphs(runner, longest) if longest else None
         except torch.OutOfMemoryError:
             gc.collect()
@@ -140,9 +160,9 @@ class Execution:
                 "or engine.max_num_seqs, or set kernels.cuda_graphs=false",
                 file=sys.stderr,
             )
-            return
+            return False
         runner.decode_step, runner.mixed_graphs = decode.decode, mixed
-        print(f"CUDA graphs: captured in {perf_counter() - began:.1f} s, steps of up to {longest:,} tokens", file=sys.stderr)
+        return True
 
     def _longest_mixed(self, at_most: int) -> int:
         """Tokens of the largest step with prompts that gets a graph; 0: none does."""

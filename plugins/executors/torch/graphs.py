@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .batch import FILTERED, GREEDY, NO_LOGPROBS, RANDOM
 from .runner import Sampled
+from .warmup import PREPARATIONS
 
 if TYPE_CHECKING:
     from .batch import StepInput
@@ -58,6 +59,7 @@ def capture(function: Callable[[], T], pool: tuple[int, int]) -> tuple[torch.cud
         function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    PREPARATIONS.captured()
     # Other threads of a parallel run ask about events at any time, which must not end a capture here.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = function()
