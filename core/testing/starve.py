@@ -71,7 +71,7 @@ def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
         nonlocal made
         for _ in range(count):
             made += 1
-            like = replace(like, time=now, id=f"n{made}", prompt_token_ids=like.prompt_token_ids[:-1] + [made % 5])
+            like = replace(like, time=now, id=f"n{made}", prompt_token_ids=[*like.prompt_token_ids[:-1], made % 5])
             yield like
 
     ended = {"odd": False}
