@@ -40,7 +40,7 @@ def itl(o: RequestOutput) -> list[float]:
 
 def percentile(ordered: Sequence[float], p: float) -> float:
     """Of sorted values, interpolated linearly between the two nearest ranks (numpy's default); nan for none."""
-    if not ordered:
+    if not len(ordered):
         return math.nan
     at = (len(ordered) - 1) * p / 100
     low = math.floor(at)
