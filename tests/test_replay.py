@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from core.build import Composition
 from core.build import build as compose
-from core.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
+from core.config import EngineConfig, Hardware, ModelShape, ParallelConfig
 from core.engine import Engine
 from core.errors import ConfigError
 from core.hooks import load_registry
@@ -202,7 +202,9 @@ COMPOSITION: dict[str, tuple[str, dict]] = {
 def composed(executor: tuple[str, dict], *, directory=None, choices=None, **nodes):
     nodes = {"engine": EngineConfig(4, 64, 4, 16), "model": kit.SHAPE, "seed": 3} | nodes
     roles = {**COMPOSITION, "executor": executor, **(choices or {})}
-    return compose(load_registry(), Composition(roles, **nodes), directory=directory)
+    registry = load_registry()
+    registry.add("executor", "talking", Talking)
+    return compose(registry, Composition(roles, **nodes), directory=directory)
 
 
 def workload(**changes) -> dict:
@@ -287,19 +289,6 @@ def test_a_trace_that_was_edited_since_is_noticed(tmp_path):
             composed(("replay", {"path": str(tmp_path)}), choices=choices).execute()
 
 
-def test_a_chat_replays_without_its_model_and_answers_as_it_did(tmp_path):
-    choices = {"workload": ("chat", {"num_requests": 2, "max_tokens": 2, "system": "Be brief."}), "kernels": ("torch", {})}
-    about = {"choices": choices, "model": ModelConfig("tiny"), "engine": EngineConfig(16, 200, 4, 512)}
-    original = composed(("torch", {"device": "cpu"}), directory=tmp_path, **about).execute()
-    run = composed(("replay", {"path": str(tmp_path)}), **about)
-    again = run.execute()
-    assert again.decision_hash == original.decision_hash
-    assert [(o.prompt, o.output_token_ids) for o in again.outputs] == [(o.prompt, o.output_token_ids) for o in original.outputs]
-    assert run.engine.executor.tokenizer.decode(original.outputs[0].output_token_ids)
-    with pytest.raises(ReplayError, match="the prompt 'other' is not in"):
-        run.engine.executor.tokenizer.encode("other")
-
-
 class Letters:
     """A tokenizer of the least kind."""
 
@@ -310,6 +299,27 @@ class Letters:
 
     def decode(self, token_ids, skip_special_tokens=True):
         return " ".join(map(str, token_ids))
+
+
+@dataclass
+class Talking(SimExecutor):
+    """A simulation that has texts, as a real model has."""
+
+    tokenizer = Letters()
+
+
+def test_a_chat_replays_without_its_model_and_answers_as_it_did(tmp_path):
+    choices = {"workload": ("chat", {"num_requests": 3, "max_tokens": 4, "system": "Be brief."})}
+    about = {"choices": choices, "engine": EngineConfig(16, 200, 4, 512)}
+    original = composed(("talking", {}), directory=tmp_path, **about).execute()
+    run = composed(("replay", {"path": str(tmp_path)}), **about)
+    again = run.execute()
+    assert again.decision_hash == original.decision_hash
+    assert [(o.prompt, o.output_token_ids) for o in again.outputs] == [(o.prompt, o.output_token_ids) for o in original.outputs]
+    tokens = original.outputs[0].output_token_ids
+    assert run.engine.executor.tokenizer.decode(tokens) == Letters().decode(tokens)
+    with pytest.raises(ReplayError, match="the prompt 'other' is not in"):
+        run.engine.executor.tokenizer.encode("other")
 
 
 def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
