@@ -695,6 +695,23 @@ def test_a_prompt_longer_than_the_context_is_rejected_by_its_length_and_never_ma
     assert min(o.num_prompt_tokens for o in outputs) >= 200_000 * 512 and peak < 40e6
 
 
+@pytest.mark.parametrize(
+    "build",
+    [lambda: RandomLengths(input_len=10**30), lambda: MultiTurn(system_len=10**30), lambda: Clients(input_lens=[[1, 10**30]])],
+)
+def test_lengths_beyond_all_measure_are_refused(build):
+    with pytest.raises(WorkloadError, match="1,000,000,000,000"):
+        made(build())
+
+
+def test_counts_may_be_larger_than_any_index(mooncake_file, tmp_path):
+    assert len(made(Mooncake(path=str(mooncake_file), limit=2**70))) == 4
+    assert len(made(Agents(path=agents_file(tmp_path), limit=2**70))) == 3
+    assert len(made(RandomLengths(num_requests=5, arrival="closed", concurrency=2**70))) == 5
+    endless = chat(num_requests=2**70).requests(0, VOCAB, CONTEXT)
+    assert next(endless).prompt == PROMPTS[0]
+
+
 # ---- python -m headway trace -------------------------------------------------------------------------------------------------------
 
 

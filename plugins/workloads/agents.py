@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 from headway import Arrival, Request, RequestState, Tags, WorkloadError, hookimpl
@@ -13,7 +12,7 @@ from headway import Arrival, Request, RequestState, Tags, WorkloadError, hookimp
 from .content import Content, Numbering, only_its_length
 from .lines import Lines, Malformed, json_object, parsed, regular_file
 from .numbers import count, seconds
-from .pace import Paced, finite
+from .pace import Paced, finite, first
 
 
 class Call(NamedTuple):
@@ -62,7 +61,7 @@ class Agents(Paced):
 
     def sessions(self) -> Iterator[Session]:
         """The sessions of the file, one a line. Raises WorkloadError with file and line for what cannot be read."""
-        yield from islice(parsed(self.path, EXPECTED, _sessions), self.limit)
+        yield from first(parsed(self.path, EXPECTED, _sessions), self.limit)
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         self._content, self._max_model_len = Content(seed, vocab_size), max_model_len

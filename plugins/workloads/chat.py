@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any, ClassVar
 
 from headway import Arrival, Tags, WorkloadError, hookimpl
 
 from .lines import Lines, Malformed, json_object, parsed
-from .pace import Paced
+from .pace import Paced, first
 
 PROMPTS = (
     "What is the capital of France, and which river runs through it?",
@@ -62,7 +62,7 @@ class Chat(Paced):
         if self.tokenizer is None:
             raise WorkloadError("workload=chat needs the model's tokenizer, and this executor has none: use executor=torch")
         texts, sampling = self.texts(), self.sampling()
-        for text in islice(cycle(texts), len(texts) if self.num_requests is None else self.num_requests):
+        for text in first(cycle(texts), len(texts) if self.num_requests is None else self.num_requests):
             yield Arrival(0.0, self._encode(text), sampling, tags=Tags(category="chat"), prompt=text)
 
     def _encode(self, text: str) -> list[int]:

@@ -7,6 +7,8 @@ from random import Random
 
 from headway import WorkloadError
 
+from .numbers import MOST_TOKENS
+
 IDS = 1 << 40  # ids that can be told apart; a trace of that many blocks fits no disk
 
 
@@ -61,4 +63,6 @@ class Numbering:
 
 def only_its_length(length: int) -> Sequence[int]:
     """A prompt that fits no context. The engine looks at its length and rejects it, so its tokens are never made."""
+    if length > MOST_TOKENS:
+        raise WorkloadError(f"a prompt of {length:.3g} tokens: expected at most {MOST_TOKENS:,}")
     return range(length)

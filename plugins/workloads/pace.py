@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from headway import Arrival, Request, SamplingParams, Workload, WorkloadError, near
 
 from .content import only_its_length
+from .numbers import MOST_TOKENS
 
 
 def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
@@ -54,9 +56,15 @@ def length_range(name: str, value: Any) -> tuple[int, int]:
         low, high = (value, value) if isinstance(value, int) else value
     except (TypeError, ValueError):
         low, high = 0, 0
-    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high):
-        raise WorkloadError(f"workload.{name}={value}: expected a length of at least 1, or [low, high] with 1 <= low <= high")
+    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= MOST_TOKENS):
+        expected = f"expected a length from 1 to {MOST_TOKENS:,}, or [low, high] with 1 <= low <= high"
+        raise WorkloadError(f"workload.{name}={value}: {expected}")
     return low, high
+
+
+def first(items: Iterable[Any], count: int | None) -> Iterator[Any]:
+    """So many of the items at most, all where `count` is None. A count may be larger than any index."""
+    return islice(items, count if count is None else min(count, sys.maxsize))
 
 
 def random_tokens(rng: Random, length: int, vocab_size: int) -> list[int]:
@@ -112,7 +120,7 @@ class Paced(Workload):
             raise WorkloadError(f"workload {self.plugin_name or type(self).__name__} is empty: it has no request to run")
         self._rest = chain(head, made)  # what a closed loop still has to ask
         if self.arrival == "closed":
-            return [replace(request, time=0.0) for request in islice(self._rest, self.concurrency)]
+            return [replace(request, time=0.0) for request in first(self._rest, self.concurrency)]
         return self._timed(seed)
 
     def _timed(self, seed: int) -> Iterator[Arrival]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import ClassVar
 
 from headway import Arrival, Tags, WorkloadError, hookimpl, near
 
 from .content import Content, Numbering, only_its_length
 from .lines import parsed, regular_file
-from .pace import Paced, finite
+from .pace import Paced, finite, first
 from .trace_formats import FORMATS, Row
 
 
@@ -55,7 +54,7 @@ class Trace(Paced):
 
     def read(self) -> Iterator[Row]:
         """The file row by row, in its own order, checked. Raises WorkloadError with file and line for what cannot be read."""
-        yield from islice(parsed(self.path, self._expected, FORMATS[self.format]), self.limit)
+        yield from first(parsed(self.path, self._expected, FORMATS[self.format]), self.limit)
 
     def rows(self) -> list[Row]:
         """The whole file in order of time, block ids as numbers from 0."""
