@@ -125,7 +125,9 @@ def _construct(plugin: Plugin, parameters: dict[str, Any]) -> Role:
 
 
 def prepare_executor(registry: Registry, executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
-    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, backends, parallel, tp, pp, engine, seed, facts.
+    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, backends, parallel,
+    tp, pp, engine, seed,
+    facts.
 
     `shape` is worked out only for those that ask, since a checkpoint brings its own.
     """

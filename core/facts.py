@@ -1,4 +1,4 @@
-"""A composition as flat facts, so that two of them can be compared name by name and one can be kept in a file."""
+"""A composition as flat facts, which can be kept in a file and compared name by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .hooks import Registry
 if TYPE_CHECKING:
     from .build import Composition
 
-Facts = dict[str, Any]  # "order" -> "vtc", "order.wq" -> 2.0, "engine.block_size" -> 16, "seed" -> 0: as JSON has them
+#: As JSON has them: "order" -> "vtc", "order.wq" -> 2.0, "engine.block_size" -> 16, "seed" -> 0.
+Facts = dict[str, Any]
 
 
 def facts(registry: Registry, composition: Composition) -> Facts:
@@ -20,7 +21,8 @@ def facts(registry: Registry, composition: Composition) -> Facts:
     for role, (name, given) in composition.choices.items():
         found[role] = name
         for parameter in registry.get(role, name).parameters():
-            default = parameter.default_factory() if parameter.default_factory is not MISSING else parameter.default
+            made = parameter.default_factory
+            default = parameter.default if made is MISSING else made()
             found[f"{role}.{parameter.name}"] = given.get(parameter.name, default)
     for node in ("engine", "model", "hardware", "parallel", "slo"):
         found |= {f"{node}.{name}": value for name, value in asdict(getattr(composition, node)).items()}
@@ -33,7 +35,8 @@ ABSENT = "absent"
 
 
 def differences(recorded: Facts, given: Facts) -> list[str]:
-    """One line for each fact that is not the same, in the order of the names; of another plugin, its name and no parameter."""
+    """One line for each fact that is not the same, in the order of the names; of another plugin, its name
+    alone."""
     lines = []
     others: set[str] = set()
     for name in sorted(recorded.keys() | given.keys()):  # a role comes before its parameters

@@ -1,6 +1,8 @@
-"""Fairness between clients, from a run's outputs. Definitions are those of VTC (Sheng et al., OSDI'24); see docs/metrics.md.
+"""Fairness between clients, from a run's outputs. Definitions are those of VTC (Sheng et al., OSDI'24).
 
-Every client that asked counts, also one that was never served: a policy that starves a client must not look fair for it.
+docs/metrics.md states them. Every client that asked counts, also one that was never served: a policy that
+starves a client must
+not look fair for it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class ClientService:
             if o.token_times:
                 times += [o.token_times[0], *o.token_times]
                 amounts += [o.num_prompt_tokens * PROMPT_WEIGHT, *[OUTPUT_WEIGHT] * len(o.token_times)]
-        when, which = np.unique(np.array(times, np.float64), return_inverse=True)  # many tokens come with one step
+        # Many tokens come with one step.
+        when, which = np.unique(np.array(times, np.float64), return_inverse=True)
         return when, np.concatenate(([0.0], np.cumsum(np.bincount(which, amounts, len(when)))))
 
     def service(self, until: Any) -> Any:
@@ -56,15 +59,18 @@ class ClientService:
 
     @property
     def last_end(self) -> float:
-        """Its last request left the system; of a client that was never served, the end of the run, since it got nothing until then."""
+        """Its last request left the system. A client that was never served is not done before the end of the
+        run."""
         return max(o.finish_time for o in self.outputs) if self.served else self.run_end
 
     @property
     def backlogged(self) -> list[tuple[float, float]]:
-        """When it had a request that waited for its first step. A client that was never served waits from its first arrival on."""
+        """When it had a request that waited for its first step. One that was never served waits from its
+        first arrival on."""
         if not self.served:
             return [(self.first_arrival, self.run_end)]
-        waits = [(o.arrival_time, o.first_scheduled_time if o.first_scheduled_time >= 0 else o.finish_time) for o in self.outputs]
+        started = [(o, o.first_scheduled_time >= 0) for o in self.outputs]
+        waits = [(o.arrival_time, o.first_scheduled_time if ran else o.finish_time) for o, ran in started]
         merged: list[tuple[float, float]] = []
         for begin, end in sorted(wait for wait in waits if wait[0] < wait[1]):
             if merged and begin <= merged[-1][1]:
@@ -92,17 +98,17 @@ def fairness(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
         return {}
     begin = max(c.first_arrival for c in clients)
     end = min(c.last_end for c in clients)
-    return {
-        "num_clients": len(clients),
-        "service_difference": service_difference(clients),
-        "jain_index": jain([float(c.service(end) - c.service(begin)) if begin < end else 0.0 for c in clients]),
-    }
+    got = [float(c.service(end) - c.service(begin)) if begin < end else 0.0 for c in clients]
+    difference = service_difference(clients)
+    return {"num_clients": len(clients), "service_difference": difference, "jain_index": jain(got)}
 
 
 def service_difference(clients: Sequence[ClientService]) -> float:
-    """The largest |W_f(t1, t2) - W_g(t1, t2)| of any two clients over any interval (t1, t2] in which both are backlogged throughout.
+    """The largest |W_f(t1, t2) - W_g(t1, t2)| of any two clients over any interval in which both are
+    backlogged throughout.
 
-    This is what VTC's theorem bounds, by 2 max(w_p longest prompt, w_q KV tokens). 0 where no two were backlogged at once.
+    This is what VTC's theorem bounds, by 2 max(w_p longest prompt, w_q KV tokens). 0 where no two were
+    backlogged at once.
     """
     import numpy as np
 
@@ -115,15 +121,17 @@ def service_difference(clients: Sequence[ClientService]) -> float:
     begins, ends, owners, most = begins[order], ends[order], owners[order], most[order]
     worst = 0.0
     for k in range(len(spells)):
-        if most[k] <= worst:  # nobody got more than `worst` in a spell from here on, so no difference can be larger
+        if most[k] <= worst:  # in no spell from here on did anybody get more, so no difference can be larger
             break
         mine = clients[owners[k]]
         lows, highs = np.maximum(begins[k], begins[k + 1 :]), np.minimum(ends[k], ends[k + 1 :])
         together = np.flatnonzero((lows < highs) & (owners[k + 1 :] != owners[k]))
-        bounds = np.maximum(mine.service(highs[together]) - mine.service(lows[together]), most[k + 1 :][together])
-        for j, bound in sorted(zip(together.tolist(), bounds.tolist(), strict=True), key=lambda pair: -pair[1]):
-            if bound <= worst:
+        got = mine.service(highs[together]) - mine.service(lows[together])
+        bounds = np.maximum(got, most[k + 1 :][together])
+        for at in np.argsort(-bounds, kind="stable"):
+            if bounds[at] <= worst:
                 break
+            j = together[at]
             worst = max(worst, _spread(mine, clients[owners[k + 1 + j]], float(lows[j]), float(highs[j])))
     return worst
 
@@ -132,12 +140,17 @@ def _spread(one: ClientService, other: ClientService, begin: float, end: float) 
     """The largest change of one's lead over the other between any two times in [begin, end]."""
     import numpy as np
 
-    ups = np.append(begin, one.times(begin, end))  # the lead grows only when one is served, and shrinks only when the other is
-    downs = np.append(begin, other.times(begin, end))
-    return float((one.service(ups) - other.service(ups)).max() - (one.service(downs) - other.service(downs)).min())
+    def lead(at: Any) -> Any:
+        return one.service(at) - other.service(at)
+
+    # The lead grows only when `one` is served, and shrinks only when `other` is.
+    most = lead(np.append(begin, one.times(begin, end))).max()
+    least = lead(np.append(begin, other.times(begin, end))).min()
+    return float(most - least)
 
 
 def jain(values: Sequence[float]) -> float:
-    """(sum x)^2 / (n sum x^2): 1 when all are equal, 1/n when one has everything; nan where nobody has anything."""
+    """(sum x)^2 / (n sum x^2): 1 when all are equal, 1/n when one has everything; nan where nobody has
+    any."""
     squares = math.fsum(v * v for v in values)
     return math.fsum(values) ** 2 / (len(values) * squares) if squares else math.nan

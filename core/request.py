@@ -120,7 +120,8 @@ class Request:
         self.cache_salt, self.prompt = arrival.cache_salt, arrival.prompt
         prompt = arrival.prompt_token_ids
         self.num_prompt_tokens = self.num_tokens = len(prompt)
-        # Prompt, then generated tokens that have come back. A prompt that does not fit is rejected by its length; nobody reads it.
+        # Prompt, then generated tokens that have come back. A prompt that does not fit is rejected unread, by
+        # its length.
         self.token_ids: list[int] = list(prompt) if len(prompt) < max_model_len else []
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0

@@ -1,4 +1,4 @@
-"""`python -m headway trace`: requests, lengths and arrivals of a trace file, measured in one pass without making a token."""
+"""`python -m headway trace`: a trace file, measured in one pass and without making a token."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Measured:
         return found
 
     def in_order_of_time(self) -> Iterator[tuple[float, int, int]]:
-        """(seconds since the first request, input, output) of each; rows of one time stay in the file's order."""
+        """(seconds since the first request, input, output) of each; equal times stay in the file's order."""
         import numpy as np
 
         order = np.argsort(np.frombuffer(self.times, np.float64), kind="stable")
@@ -67,14 +67,14 @@ class Measured:
         span = float(times[-1] - times[0])
         mean, spread = (float(gaps.mean()), float(gaps.std())) if len(gaps) else (0.0, 0.0)
         rate = f", {len(times) / span:,.2f} a second" if span else ""
-        return "\n".join(
-            (
-                f"requests       {len(times):,} over {span:,.1f} s{rate}",
-                f"between them   mean {mean:.4f} s, coefficient of variation {spread / mean if mean else 0:.2f} (1 is Poisson)",
-                _lengths("input tokens", self.inputs),
-                _lengths("output tokens", self.outputs),
-            )
+        variation = spread / mean if mean else 0.0
+        lines = (
+            f"requests       {len(times):,} over {span:,.1f} s{rate}",
+            f"between them   mean {mean:.4f} s, coefficient of variation {variation:.2f} (1 is Poisson)",
+            _lengths("input tokens", self.inputs),
+            _lengths("output tokens", self.outputs),
         )
+        return "\n".join(lines)
 
 
 def _lengths(name: str, values: array[int]) -> str:
@@ -87,13 +87,15 @@ def _lengths(name: str, values: array[int]) -> str:
 
 
 def trace(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m headway trace", description="Requests, lengths and arrivals of a trace file.")
+    about = "Requests, lengths and arrivals of a trace file."
+    parser = argparse.ArgumentParser(prog="python -m headway trace", description=about)
     parser.add_argument("path")
     parser.add_argument("--format", default="mooncake", help="azure, mooncake, burstgpt")
     parser.add_argument("--limit", type=int, help="only the first so many requests")
-    parser.add_argument("--out", type=Path, help="also write the requests as JSON lines: time, input_len, output_len")
+    parser.add_argument("--out", type=Path, help="also write JSON lines: time, input_len, output_len")
     options = parser.parse_args(argv)
-    workload: Readable = load_registry().get("workload", "trace").build(path=options.path, format=options.format, limit=options.limit)
+    plugin = load_registry().get("workload", "trace")
+    workload: Readable = plugin.build(path=options.path, format=options.format, limit=options.limit)
     measured = Measured.of(workload.read())
     if not measured.times:
         raise HeadwayError(f"{options.path}: holds no request")
@@ -111,7 +113,8 @@ def _write(measured: Measured, out: Path, source: Path) -> None:
     try:
         with scratch.open("w", encoding="utf-8") as file:
             for time, input_len, output_len in measured.in_order_of_time():
-                file.write(json.dumps({"time": time, "input_len": input_len, "output_len": output_len}) + "\n")
+                row = {"time": time, "input_len": input_len, "output_len": output_len}
+                file.write(json.dumps(row) + "\n")
         scratch.replace(out)
     except OSError as error:
         raise HeadwayError(f"--out {out}: cannot be written ({error})") from error

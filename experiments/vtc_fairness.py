@@ -3,9 +3,13 @@
     python experiments/vtc_fairness.py [--orders fcfs vtc] [--minutes 6] [--out vtc_fairness]
 
 Setup of Sheng et al., OSDI'24, section 5.2 (overload), simulated: conf/experiment/vtc_fairness.yaml, so that
-`python run.py experiment=vtc_fairness order=vtc` prints the same figure. What is measured is `service_difference` of docs/metrics.md, which the
-theorem bounds by 2 max(wp L_in, wq M) for two backlogged clients. Writes OUT.csv, the difference since both were backlogged over time, and
-OUT.svg and OUT.png where `pip install altair vl-convert-python` was done (extra `report`).
+`python run.py experiment=vtc_fairness order=vtc` prints the same figure. What is measured is
+`service_difference` of
+docs/metrics.md, which the theorem bounds by 2 max(wp L_in, wq M) for two backlogged clients. Writes OUT.csv,
+the difference
+since both were backlogged over time, and OUT.svg and OUT.png where `pip install altair vl-convert-python` was
+done (extra
+`report`).
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 def compose(order: str, seconds: float) -> Composition:
     """What `python run.py experiment=vtc_fairness order=ORDER workload.duration=SECONDS` composes."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return schema.composition(hydra.compose("config", ["experiment=vtc_fairness", f"order={order}", f"workload.duration={seconds}"]))
+        overrides = ["experiment=vtc_fairness", f"order={order}", f"workload.duration={seconds}"]
+        return schema.composition(hydra.compose("config", overrides))
 
 
 def served(order: str, seconds: float) -> tuple[list[ClientService], float]:

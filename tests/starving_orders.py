@@ -1,4 +1,5 @@
-"""Orders that starve somebody: what the starvation check must find. Each is a rule that somebody might write in good faith."""
+"""Orders that starve somebody: what the starvation check must find. Each is a rule that somebody might write
+in good faith."""
 
 from __future__ import annotations
 

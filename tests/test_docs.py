@@ -1,4 +1,5 @@
-"""Code in the documents is as good as code in the tree: it passes ruff, it runs, and it decides what the pages say. And what files hold is named."""
+"""Code in the documents is as good as code in the tree: it passes ruff, it runs, and it decides what the
+pages say. And what files hold is named."""
 
 from __future__ import annotations
 
@@ -103,7 +104,8 @@ def test_the_guides_policy_decides_as_the_one_in_the_box(myvtc: ModuleType) -> N
     assert compared > 1000
 
 
-# ---- docs/metrics.md ---------------------------------------------------------------------------------------------------
+# ---- docs/metrics.md
+# ---------------------------------------------------------------------------------------------------
 
 
 def names_in(page: str) -> set[str]:

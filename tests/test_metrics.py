@@ -115,7 +115,8 @@ def test_percentiles_interpolate_as_the_standard_library_does(values):
 
 
 def asked(index: int, client: str, arrival: float, start: float, *times: float, state: str = "finished", end: float = 10.0) -> RequestOutput:
-    """A request of 10 prompt tokens that waits from `arrival` to `start` (-1: never started), and whose tokens come at `times`."""
+    """A request of 10 prompt tokens that waits from `arrival` to `start` (-1: never started), and whose
+    tokens come at `times`."""
     fields = {"tags": Tags(client=client), "first_scheduled_time": start, "finish_time": times[-1] if times else end}
     return output(index, times, arrival=arrival, state=state, **fields)
 

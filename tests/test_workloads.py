@@ -548,7 +548,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         Trace(format="moncake")
 
 
-# Lines as public files really have them. Each is read as its writer meant it, or refused with file and line; none is guessed at.
+# Lines as public files really have them. Each is read as its writer meant it, or refused with file and line;
+# none is guessed at.
 AZURE_HEAD, BURST_HEAD = AZURE.partition("\n")[0] + "\n", BURST.partition("\n")[0] + "\n"
 NOON = "2024-05-10 12:00:00"
 
@@ -663,7 +664,8 @@ def test_a_compressed_file_is_known_by_its_contents_and_named_where_it_breaks(tm
         made(Mooncake(path=str(tmp_path / "cut")))
 
 
-# ---- prompts that fit no context ---------------------------------------------------------------------------------------------------
+# ---- prompts that fit no context
+# ---------------------------------------------------------------------------------------------------
 
 HUGE = 10**11  # tokens
 
@@ -712,7 +714,8 @@ def test_counts_may_be_larger_than_any_index(mooncake_file, tmp_path):
     assert next(endless).prompt == PROMPTS[0]
 
 
-# ---- python -m headway trace -------------------------------------------------------------------------------------------------------
+# ---- python -m headway trace
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_trace_is_measured_in_one_pass_without_its_tokens(tmp_path, capsys):

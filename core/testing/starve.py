@@ -34,7 +34,7 @@ def _arrival(prompt: int = 10, answer: int = 4, *, client: str = "a", session: s
     return Arrival(0.0, tokens, SamplingParams(max_tokens=answer), None, None, Tags(client, session, turn, category, priority), slo)
 
 
-_USUAL = _arrival()
+_USUAL, _OLD, _CHAT = _arrival(), _arrival(session="old", turn=3), _arrival(category="chat")
 
 
 def _both_ways(name: str, one: Arrival, mirrored: str, other: Arrival = _USUAL) -> tuple[Scene, Scene]:
@@ -52,18 +52,18 @@ SCENES = (
     *_both_ways("another client", _arrival(client="b"), "another client, of the lesser name"),
     Scene("a client that was served a lot before", _arrival(client="b", session="b"), (_USUAL,), before=40),
     Scene("a client among many small ones", _arrival(client="d"), _clients("abcefg")),
-    Scene("a client among many small ones, served a lot before", _arrival(client="d"), _clients("abcefg"), before=40),
-    Scene("a client among one that asks a lot and one that asks less", _arrival(client="b"), _clients("aaaaac")),
+    Scene("a client that was served a lot before, among many", _arrival(client="d"), _clients("abcefg"), before=40),
+    Scene("a client among one that asks a lot and one that does not", _arrival(client="b"), _clients("aaaaac")),
     *_both_ways("a long prompt", _arrival(prompt=40), "a short prompt among long ones"),
-    Scene("a prompt longer than some and shorter than others", _arrival(prompt=24), (_USUAL, _arrival(prompt=40))),
+    Scene("a prompt between shorter and longer ones", _arrival(prompt=24), (_USUAL, _arrival(prompt=40))),
     *_both_ways("a long answer", _arrival(answer=24), "a short answer among long ones"),
-    Scene("an answer longer than some and shorter than others", _arrival(answer=12), (_USUAL, _arrival(answer=24))),
+    Scene("an answer between shorter and longer ones", _arrival(answer=12), (_USUAL, _arrival(answer=24))),
     *_both_ways("no shared prefix", _arrival(shared=False), "another prefix than the rest"),
     *_both_ways("the lowest priority", _arrival(priority=9), "the highest priority among low ones"),
     *_both_ways("a far deadline", _arrival(slo=SLO(5.0, 0.5, 10.0)), "a near deadline among far ones"),
     *_both_ways("no deadline", _arrival(slo=SLO()), "a deadline among requests without"),
-    *_both_ways("a new session among old ones", _arrival(session="new"), "an old session among new ones", _arrival(session="old", turn=3)),
-    *_both_ways("another category", _arrival(category="batch"), "another category, of the greater name", _arrival(category="chat")),
+    *_both_ways("a new session among old ones", _arrival(session="new"), "an old session among new ones", _OLD),
+    *_both_ways("another category", _arrival(category="batch"), "another category, of the greater name", _CHAT),
 )  # fmt: skip
 
 
@@ -90,7 +90,8 @@ def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
         for _ in range(count):
             like = kinds[made % len(kinds)]
             made += 1
-            yield replace(like, time=now, id=f"n{made}", prompt_token_ids=[*like.prompt_token_ids[:-1], made % 5])
+            prompt = [*like.prompt_token_ids[:-1], made % 5]
+            yield replace(like, time=now, id=f"n{made}", prompt_token_ids=prompt)
 
     ended = {"odd": False}
     others = 0

@@ -1,17 +1,17 @@
-"""What a run leaves behind so that it can be taken again: one `replay.npz`, which holds no pickle and needs no other file.
+"""What a run leaves behind so that it can be taken again: one `replay.npz`, with no pickle in it.
 
-readings  float64 [n]      what the run's clock answered, once a turn of the loop and once a completed step, in order; seconds
-step      int64 [steps]    number of the step; those that only preempted or rejected ran nothing and are left out
-start     float64 [steps]  the executor began the step; seconds
-end       float64 [steps]  its tokens were on the host; seconds
+readings  float64 [n]           what the run's clock answered, once a turn of the loop and a completed step; seconds
+step      int64 [steps]         its number; steps that only preempted or rejected ran nothing and are left out
+start     float64 [steps]       the executor began the step; seconds
+end       float64 [steps]       its tokens were on the host; seconds
 plans     uint32 [steps, 8]     counts and checksums of what was decided, see PlanDigest
-tokens    int64 [total]    every request's generated tokens, request after request in order of arrival
+tokens    int64 [total]         generated tokens, request after request in order of arrival
 offsets   int64 [requests + 1]  request i's tokens are tokens[offsets[i] : offsets[i + 1]]
-ids       str [requests]   request ids, in order of arrival
+ids       str [requests]        request ids, in order of arrival
 arrival   float64 [requests]    seconds
 prompt    int64 [requests, 2]   length and checksum of the prompt's tokens
-texts     str []           JSON: the requests that hold text, see Said
-meta      str []           JSON: format, decision hash, status, seed, limits, what the executor's caps said, and the composition
+texts     str []                JSON: the requests that hold text, see Said
+meta      str []                JSON: format, decision hash, status, seed, limits, executor's caps, composition
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class ReplayError(HeadwayError):
 
 
 class PlanDigest(NamedTuple):
-    """What a step decided: four counts that a person understands, and a checksum of each that tells two plans apart."""
+    """What a step decided: four counts that a person understands, and a checksum of each that tells plans
+    apart."""
 
     num_requests: int
     num_tokens: int
@@ -61,17 +62,22 @@ class PlanDigest(NamedTuple):
 
     def differs(self, recorded: PlanDigest) -> str:
         """The first thing that is not as recorded, in words; "" where all is."""
-        for what, count in _COUNTS.items():
+        for what, (count, total) in _COMPARED.items():
             here, then = getattr(self, count), getattr(recorded, count)
             if here != then:
                 return f"{here:,} {what} here, {then:,} in the record"
-            if getattr(self, _SUMS[what]) != getattr(recorded, _SUMS[what]):
+            if getattr(self, total) != getattr(recorded, total):
                 return f"as many {what} as in the record ({here:,}), but others"
         return ""
 
 
-_COUNTS = {"preempted requests": "num_preempted", "planned requests": "num_requests", "planned tokens": "num_tokens", "new blocks": "num_blocks"}
-_SUMS = {"preempted requests": "preempted", "planned requests": "requests", "planned tokens": "chunks", "new blocks": "blocks"}
+#: In words -> field of the count, field of the checksum; what is compared first comes first.
+_COMPARED = {
+    "preempted requests": ("num_preempted", "preempted"),
+    "planned requests": ("num_requests", "requests"),
+    "planned tokens": ("num_tokens", "chunks"),
+    "new blocks": ("num_blocks", "blocks"),
+}
 
 
 def checksum(numbers: Iterable[int]) -> int:
@@ -126,20 +132,24 @@ class Record:
         file = Path(path)
         file = file / FILE if file.is_dir() else file
         if not str(path) or not file.is_file():
-            raise ReplayError(f"executor.path={str(path)!r}: expected a run directory with {FILE}, or such a file")
+            expected = f"expected a run directory with {FILE}, or such a file"
+            raise ReplayError(f"executor.path={str(path)!r}: {expected}")
         try:
             with np.load(file, allow_pickle=False) as data:
                 meta = json.loads(str(data["meta"]))
-                if meta.get("format") != FORMAT:
-                    raise ReplayError(f"{file}: format {meta.get('format')}, expected {FORMAT}: record the run again with this version")
+                if (found := meta.get("format")) != FORMAT:
+                    expected = f"expected {FORMAT}: record the run again with this version"
+                    raise ReplayError(f"{file}: format {found}, {expected}")
                 return cls._of(file, {name: data[name].tolist() for name in data.files}, meta)
         except _BROKEN as error:
-            raise ReplayError(f"{file}: is no record of a run ({type(error).__name__}: {error}): record the run again") from error
+            problem = f"{type(error).__name__}: {error}"
+            raise ReplayError(f"{file}: is no record of a run ({problem}): record the run again") from error
 
     @classmethod
     def _of(cls, file: Path, data: dict[str, Any], meta: dict[str, Any]) -> Record:
         ids, offsets, tokens = data["ids"], data["offsets"], data["tokens"]
-        if offsets != sorted(offsets) or offsets[0] != 0 or offsets[-1] != len(tokens) or len(offsets) != len(ids) + 1:
+        ends = (offsets[0], offsets[-1], len(offsets))
+        if offsets != sorted(offsets) or ends != (0, len(tokens), len(ids) + 1):
             raise ValueError("its tokens and its requests do not match")
         if not all(map(math.isfinite, (*data["readings"], *data["start"], *data["end"], *data["arrival"]))):
             raise ValueError("it holds times that are no finite numbers")
@@ -157,11 +167,14 @@ class Record:
 
 
 _META = ("format", "status", "decision_hash", "seed", "limits", "caps", "model", "roofline", "facts")
-_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+#: What numpy, zipfile and json raise for a file that is cut, damaged or something else.
+_DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_BROKEN = (*_DAMAGED, KeyError, TypeError, AttributeError, IndexError)
 
 
 class Recorder(Observer):
-    """Writes `replay.npz` when the run ends. `facts` is the composition; None where there is none, because an engine was built by hand."""
+    """Writes `replay.npz` when the run ends. `facts` is the composition; None for an engine that was built by
+    hand."""
 
     def __init__(self, path: str | Path, facts: dict[str, Any] | None = None) -> None:
         self.path, self.facts = Path(path), facts
@@ -183,7 +196,8 @@ class Recorder(Observer):
             self._prompts[r.index] = Prompt.of(r)
             if r.prompt is not None and tokenizer is not None:
                 answer = r.stop_text if r.stop_text is not None else tokenizer.decode(r.output_token_ids)
-                self._said[r.index] = Said(r.id, r.prompt, r.prompt_token_ids, answer, r.stop_text is not None)
+                stopped = r.stop_text is not None
+                self._said[r.index] = Said(r.id, r.prompt, r.prompt_token_ids, answer, stopped)
 
     def close(self, result: RunResult) -> None:
         import numpy as np
@@ -191,13 +205,14 @@ class Recorder(Observer):
         file = self.path / FILE if self.path.is_dir() else self.path
         outputs = result.outputs
         offsets = np.cumsum([0, *(len(o.output_token_ids) for o in outputs)], dtype=np.int64)
+        tokens = (token for o in outputs for token in o.output_token_ids)
         data = {
             "readings": np.array(self._engine.clock.readings, np.float64),
             "step": np.array([n for n, _, _ in self._steps], np.int64),
             "start": np.array([s for _, s, _ in self._steps], np.float64),
             "end": np.array([e for _, _, e in self._steps], np.float64),
             "plans": np.array(self._plans, np.uint32).reshape(-1, len(PlanDigest._fields)),
-            "tokens": np.fromiter((t for o in outputs for t in o.output_token_ids), np.int64, int(offsets[-1])),
+            "tokens": np.fromiter(tokens, np.int64, int(offsets[-1])),
             "offsets": offsets,
             "ids": np.array([o.id for o in outputs], dtype=np.str_) if outputs else np.zeros(0, "U1"),
             "arrival": np.array([o.arrival_time for o in outputs], np.float64),
@@ -209,6 +224,10 @@ class Recorder(Observer):
         with scratch.open("wb") as whole:
             np.savez_compressed(whole, allow_pickle=False, **data)
         scratch.replace(file)
+
+
+def _roofline(cost: Roofline) -> dict[str, Any]:
+    return {"hardware": asdict(cost.hardware), "tp": cost.tp, "pp": cost.pp}
 
 
 def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
@@ -234,5 +253,5 @@ def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
             "max_inflight": caps.max_inflight,
         },
         "model": asdict(caps.model) if is_dataclass(caps.model) else None,
-        "roofline": {"hardware": asdict(cost.hardware), "tp": cost.tp, "pp": cost.pp} if isinstance(cost, Roofline) else None,
+        "roofline": _roofline(cost) if isinstance(cost, Roofline) else None,
     }

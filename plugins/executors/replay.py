@@ -1,4 +1,5 @@
-"""Repeating a recorded run: its tokens, its step times, and what its clock said. Whatever differs from the record is an error."""
+"""Repeating a recorded run: its tokens, its step times, its clock. Whatever differs from the record is an
+error."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ from .record import FILE, PlanDigest, Prompt, Record, Recorder, ReplayError, Sai
 
 __all__ = ["Record", "RecordedTimes", "Recorder", "Replay", "ReplayError"]
 
+OWN_WORKLOAD = "replay the record's own workload and seed"
 #: Facts that decide nothing: who runs the plans, who watches, and what is checked or waited for meanwhile.
 NO_MATTER = ("executor", "tracking", "engine.check", "parallel.timeout", "parallel.port")
 
@@ -44,8 +46,11 @@ class RecordedClock(ReplayClock):
     def now(self) -> float:
         if self._next == len(self._readings) + 1:  # the one past the end dates the result
             self._next += 1
-            cause = "it differs from the record's" if self._status == "finished" else f"the recorded run was {self._status} there"
-            raise ReplayError(f"the record's clock ends at {self._readings[-1]:.6f} s and this run goes on: {cause}")
+            cause = f"the recorded run was {self._status} there"
+            if self._status == "finished":
+                cause = "it differs from the record's"
+            end = self._readings[-1]
+            raise ReplayError(f"the record's clock ends at {end:.6f} s and this run goes on: {cause}")
         return super().now()
 
 
@@ -61,7 +66,7 @@ class RecordedTexts:
 
     def encode(self, text: str) -> list[int]:
         if text not in self._prompts:
-            raise ReplayError(f"the prompt {text[:60]!r} is not in {self._path}: replay the record's own workload")
+            raise ReplayError(f"the prompt {text[:60]!r} is not in {self._path}: {OWN_WORKLOAD}")
         return self._prompts[text]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -73,27 +78,32 @@ class RecordedTexts:
 
 @dataclass
 class Replay(Executor):
-    """A recorded run again: its tokens and its clock. The same policies must take the same decisions, and every difference is an error."""
+    """A recorded run again: its tokens and its clock. Whatever differs from the record, decisions among it,
+    is an error."""
 
     path: str = ""  # run directory, or its replay.npz
-    inner: str = ""  # "": tokens come from the record; or an executor's name: another run, in the record's step times (see `over`)
+    inner: str = ""  # "": tokens are the record's; or an executor: another run, in the record's step times
 
     def prepare(self, parallel: ParallelConfig | None = None, facts: dict[str, Any] | None = None) -> None:
-        """Before the engine is built. Raises ReplayError for a record that cannot be read, or for a composition that is not the record's.
+        """Before the engine is built. Raises ReplayError for what is no record, and for a composition that is
+        not the record's.
 
-        parallel: any layout will do, since nothing is split here; it must be the recorded one. facts: the composition; None for an
-        engine that was built by hand, which is compared by its limits, its seed and its decisions.
+        parallel: nothing is split here, so any layout that was recorded will do. facts: the composition; None
+        for an engine
+        that was built by hand, which is compared by its limits, its seed and its decisions.
         """
         record = self.record = Record.load(self.path)
         self.told = self._compared(facts)
         meta, caps = record.meta, record.meta["caps"]
         try:
             shape = ModelShape(**meta["model"]) if meta["model"] else None
-            self.caps = ExecutorCaps(**{**caps, "eos_token_ids": frozenset(caps["eos_token_ids"]), "model": shape})
-            if shape and (roofline := meta["roofline"]):
-                self.cost_model = Roofline(shape, Hardware(**roofline["hardware"]), roofline["tp"], roofline["pp"])
-        except TypeError as error:
-            raise ReplayError(f"{record.path}: is no record of this version ({error}): record the run again") from error
+            eos = frozenset(caps["eos_token_ids"])
+            self.caps = ExecutorCaps(**{**caps, "eos_token_ids": eos, "model": shape})
+            if shape and (cost := meta["roofline"]):
+                self.cost_model = Roofline(shape, Hardware(**cost["hardware"]), cost["tp"], cost["pp"])
+        except (TypeError, KeyError) as error:
+            problem = f"is no record of this version ({error})"
+            raise ReplayError(f"{record.path}: {problem}: record the run again") from error
         self.clock = RecordedClock(record)
         self._said = {said.id: said for said in record.said}
         self.tokenizer = RecordedTexts(record) if record.said else None
@@ -104,8 +114,9 @@ class Replay(Executor):
             return ""
         record = self.record
         if (recorded := record.meta["facts"]) is None:
-            raise ReplayError(f"{record.path}: does not hold the composition of its run, so it cannot be compared: record it with run.py")
-        then, now = _that_matter(recorded, record.meta["limits"]), _that_matter(facts, record.meta["limits"])
+            raise ReplayError(f"{record.path}: does not hold its run's composition: record one with run.py")
+        limits = record.meta["limits"]
+        then, now = _that_matter(recorded, limits), _that_matter(facts, limits)
         differing = fact_differences(then, now)
         lines = "".join(f"\n  {line}" for line in differing)
         if not differing:
@@ -113,8 +124,8 @@ class Replay(Executor):
         if not self.inner:
             raise ReplayError(
                 f"executor.path={self.path}: this run is not the recorded one:{lines}\n"
-                f"Give the recorded run's own overrides ({record.path.parent}/.hydra/overrides.yaml) beside executor=replay. "
-                "For another run in the step times of this one, set executor.inner, such as executor.inner=sim"
+                f"Give executor=replay and its own overrides ({record.path.parent}/.hydra/overrides.yaml). "
+                "For another run in the step times of this one, set executor.inner (executor.inner=sim)"
             )
         return f"in the step times of {record.path}, which this run does not repeat:{lines}"
 
@@ -126,38 +137,43 @@ class Replay(Executor):
         return self.record.meta["limits"]["num_blocks"]
 
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
-        given = {"num_blocks": num_blocks, "block_size": block_size, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        meta, path = self.record.meta, self.record.path
+        given = {
+            "engine.num_blocks": num_blocks,
+            "engine.block_size": block_size,
+            "engine.max_num_seqs": max_num_seqs,
+            "engine.max_num_batched_tokens": max_num_batched_tokens,
+            "seed": seed,
+        }
         for name, value in given.items():
-            recorded = self.record.meta["limits"][name]
+            recorded = meta["seed"] if name == "seed" else meta["limits"][name.removeprefix("engine.")]
             if value != recorded:
-                raise ConfigError(f"engine.{name}={value}, but {self.record.path} was recorded with {recorded}: set engine.{name}={recorded}")
-        if seed != (recorded := self.record.meta["seed"]):
-            raise ConfigError(f"seed={seed}, but {self.record.path} was recorded with {recorded}: set seed={recorded}")
+                then = f"{path} was recorded with {recorded}"
+                raise ConfigError(f"{name}={value}, but {then}: set {name}={recorded}")
 
     def launch(self, plan: StepPlan) -> StepPlan:
         record = self.record
         for request in plan.admitted:
             self._check_request(plan.step, request)
         if plan.step not in record.steps:
-            raise ReplayError(
-                f"step {plan.step} is not among the {len(record.steps)} steps of {record.path} (its run {record.meta['status']}). "
-                "Replay with the policies, limits, seed and workload of the record; for others set executor.inner=sim"
-            )
+            status = record.meta["status"]
+            among = f"is not among the {len(record.steps)} steps of {record.path} (its run {status})"
+            raise ReplayError(f"step {plan.step} {among}: {OWN_WORKLOAD}")
         if difference := PlanDigest.of(plan).differs(record.plans[plan.step]):
-            chunks = " ".join(f"{c.request.id}[{c.start}:{c.start + c.length}]" for c in list(plan.chunks)[:8])
-            raise ReplayError(
-                f"step {plan.step} is not that of {record.path}: {difference}. Planned here: {chunks}{' ...' * (len(plan.requests) > 8)}"
-            )
+            found = f"{difference}. Planned here: {_shown(plan)}"
+            raise ReplayError(f"step {plan.step} is not that of {record.path}: {found}")
         return plan
 
     def _check_request(self, step: int, request: Request) -> None:
         """The workload is the recorded one, as far as it has come."""
         record, id = self.record, request.id
         if id not in record.tokens:
-            raise ReplayError(f"step {step}: request {id} is not in {record.path}: replay the record's own workload and seed")
+            raise ReplayError(f"step {step}: request {id} is not in {record.path}: {OWN_WORKLOAD}")
         prompt, recorded = Prompt.of(request), record.prompts[id]
         if prompt != recorded:
-            how = f"{prompt.length} tokens, recorded with {recorded.length}" if prompt.length != recorded.length else "as long, but other tokens"
+            how = "as long, but other tokens"
+            if prompt.length != recorded.length:
+                how = f"{prompt.length} tokens, recorded with {recorded.length}"
             raise ReplayError(f"step {step}: the prompt of request {id} is not that of {record.path}: {how}")
         if request.arrival_time != record.arrivals[id]:
             times = f"{request.arrival_time:.6f} s, recorded at {record.arrivals[id]:.6f} s"
@@ -173,9 +189,12 @@ class Replay(Executor):
         return StepResult(tokens, *self.record.steps[plan.step])
 
     def stop_text(self, request: Request) -> bool:
-        """What the engine asks about stop strings: whether one ended this request, here, in the recorded run."""
+        """What the engine asks about stop strings: whether one ended this request here in the recorded
+        run."""
         said: Said | None = self._said.get(request.id)
-        if said is None or not said.stopped or request.num_output_tokens < len(self.record.tokens[request.id]):
+        if said is None or not said.stopped:
+            return False
+        if request.num_output_tokens < len(self.record.tokens[request.id]):
             return False
         request.stop_text = said.answer
         return True
@@ -186,8 +205,14 @@ def _shown(plan: StepPlan) -> str:
     return " ".join(chunks[:8]) + (" ..." if len(chunks) > 8 else "")
 
 
+def _shown(plan: StepPlan) -> str:
+    chunks = [f"{c.request.id}[{c.start}:{c.start + c.length}]" for c in plan.chunks]
+    return " ".join(chunks[:8]) + (" ..." if len(chunks) > 8 else "")
+
+
 def _that_matter(facts: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
-    """The facts that decide something; a limit that was left open is what the recorded executor made of it."""
+    """The facts that decide something. A limit that was left open is what the recorded executor made of
+    it."""
     found = {name: value for name, value in facts.items() if not name.startswith(NO_MATTER)}
     for name, recorded in limits.items():
         if found.get(f"engine.{name}") is None:
@@ -210,9 +235,10 @@ class Verifier(Observer):
         missing, new = sorted(record.tokens.keys() - ids), sorted(ids - record.tokens.keys())
         if missing or new:
             counts = f"{len(ids)} requests here, {len(record.tokens)} in {record.path}"
-            raise ReplayError(f"{counts}; {(missing or new)[0]} is in one of them only: replay the record's own workload")
+            raise ReplayError(f"{counts}; {(missing or new)[0]} is in one of them only: {OWN_WORKLOAD}")
         if result.decision_hash != (recorded := record.meta["decision_hash"]):
-            raise ReplayError(f"decision hash {result.decision_hash}, recorded in {record.path} with {recorded}: evictions or refusals differ")
+            hashes = f"decision hash {result.decision_hash}, recorded in {record.path} with {recorded}"
+            raise ReplayError(f"{hashes}: evictions or refusals differ")
 
 
 class RecordedTimes(Executor):
@@ -258,8 +284,8 @@ def headway_observers(run):
     executor = run.roles["executor"]
     observers: list[Observer] = [Verifier(executor)] if isinstance(executor, Replay) else []
     file = run.directory / FILE if run.directory else None
-    if file is None or (observers and file.resolve() == executor.record.path.resolve()):  # a record is not written over by its replay
-        return observers
+    if file is None or (observers and file.resolve() == executor.record.path.resolve()):
+        return observers  # a record is not written over by its own replay
     return [*observers, Recorder(file, composition_facts(run.registry, run.composition))]
 
 
@@ -273,7 +299,8 @@ def headway_run_start(run):
 @hookimpl
 def headway_run_end(run, result):
     if run.directory and isinstance(run.roles["executor"], Replay) and result.status == "finished":
-        print(f"replayed: {result.num_steps:,} steps, decision hash {result.decision_hash}, as recorded", flush=True)
+        decided = f"{result.num_steps:,} steps, decision hash {result.decision_hash}"
+        print(f"replayed: {decided}, as recorded", flush=True)
 
 
 @hookimpl

@@ -16,7 +16,8 @@ from .pace import Paced, finite, first
 
 
 class Call(NamedTuple):
-    """One request of a program. Lengths in tokens; ids are numbers of Content, those of a block equal within one session only."""
+    """One request of a program. Lengths in tokens; ids are those of Content, equal within one session
+    only."""
 
     input_len: int
     output_len: int
@@ -60,7 +61,7 @@ class Agents(Paced):
         regular_file(self.path, EXPECTED)
 
     def sessions(self) -> Iterator[Session]:
-        """The sessions of the file, one a line. Raises WorkloadError with file and line for what cannot be read."""
+        """Those of the file, one a line. Raises WorkloadError with file and line for what cannot be read."""
         yield from first(parsed(self.path, EXPECTED, _sessions), self.limit)
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
@@ -111,7 +112,8 @@ def _sessions(lines: Lines) -> Iterator[Session]:
             raise Malformed(line, f"no agent session: lacks {', '.join(map(repr, missing))}")
         id = str(session["id"])
         if id in seen:
-            raise Malformed(line, f"session id {id!r} is that of line {seen[id]} too: ids must be unique, a session is one line")
+            expected = "ids must be unique, a session is one line"
+            raise Malformed(line, f"session id {id!r} is that of line {seen[id]} too: {expected}")
         seen[id] = line
         block_size = count(line, "block_size", session["block_size"])
         number = Numbering(number.end)  # ids mean nothing in another session
@@ -122,7 +124,8 @@ def _sessions(lines: Lines) -> Iterator[Session]:
 def _entries(line: int, requests: Any) -> Iterator[dict[str, Any]]:
     """The calls in their order; those of a sub-agent come where it was started."""
     if not isinstance(requests, list) or not all(isinstance(entry, dict) for entry in requests):
-        raise Malformed(line, f"no agent session: requests are {str(requests)[:60]!r}: expected a list of objects")
+        shown = repr(str(requests)[:60])
+        raise Malformed(line, f"no agent session: requests are {shown}: expected a list of objects")
     for entry in requests:
         if entry.get("type") == "subagent":
             yield from _entries(line, entry.get("requests"))

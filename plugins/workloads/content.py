@@ -17,12 +17,13 @@ class Content:
 
     A sequence is the id's digits in base vocab_size, lowest first, then a piece of one fixed shuffle of the vocabulary.
     Ids below 2**40 therefore differ within the first few tokens (3 with a vocabulary of 151,936), and ids below
-    vocab_size in the very first: blocks of a prefix cache tell them apart. `Numbering` makes such ids of any others.
+    vocab_size in the very first: blocks of a prefix cache tell them apart. `Numbering` makes such ids of
+    others.
     """
 
     def __init__(self, seed: int, vocab_size: int) -> None:
         if vocab_size < 2:
-            raise WorkloadError(f"a vocabulary of {vocab_size} cannot tell prompts apart: expected at least 2 tokens")
+            raise WorkloadError(f"a vocabulary of {vocab_size} tells no prompts apart: expected 2 or more")
         self._n = vocab_size
         ring = list(range(vocab_size))
         Random(f"{seed}/content").shuffle(ring)
@@ -46,7 +47,8 @@ class Content:
 
 
 class Numbering:
-    """Numbers from 0 for names of any kind, in the order in which they are first seen: hashes of 64 bits become ids of Content."""
+    """Numbers names of any kind in the order in which they are first seen: hashes of 64 bits become ids of
+    Content."""
 
     def __init__(self, first: int = 0) -> None:
         self._known: dict[Hashable, int] = {}
@@ -62,7 +64,7 @@ class Numbering:
 
 
 def only_its_length(length: int) -> Sequence[int]:
-    """A prompt that fits no context. The engine looks at its length and rejects it, so its tokens are never made."""
+    """A prompt that fits no context: the engine rejects it by its length, so its tokens are never made."""
     if length > MOST_TOKENS:
         raise WorkloadError(f"a prompt of {length:.3g} tokens: expected at most {MOST_TOKENS:,}")
     return range(length)

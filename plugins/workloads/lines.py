@@ -1,4 +1,5 @@
-"""Text files line by line, for every workload that reads one: bounded, so that no file costs more than its longest good line."""
+"""Text files line by line, for every workload that reads one: no file costs more than its longest good
+line."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import IO, Any, TypeVar
 
 from headway import WorkloadError
 
-LONGEST = 64 << 20  # bytes of one line; a session of a thousand calls with all of its block ids takes a few million
+LONGEST = 64 << 20  # bytes of one line; a session of a thousand calls with its block ids takes a few million
 GZIP = b"\x1f\x8b"
 T = TypeVar("T")
 Lines = Iterable[tuple[int, str]]  # (line number, text without its end)
@@ -26,21 +27,24 @@ class Malformed(ValueError):
 
 
 def regular_file(path: str, expected: str) -> Path:
-    """`path` as a file. Raises WorkloadError for what is missing, and for what may never end: a pipe, a device, a folder."""
+    """`path` as a file. Raises WorkloadError for what is missing, and for what may never end: a pipe, a
+    device."""
     if not path:
         raise WorkloadError(f"workload.path is not set: give {expected} (workload.path=FILE)")
     try:
         file = Path(path).expanduser()
         if file.is_file():
             return file
-        problem = "is no regular file (a folder, a pipe or a device)" if file.exists() else "there is no such file"
+        problem = "there is no such file"
+        if file.exists():
+            problem = "is no regular file (a folder, a pipe or a device)"
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a NUL byte
         problem = f"is no path of a file ({error})"
     raise WorkloadError(f"workload.path={path!r}: {problem}; expected {expected}")
 
 
 def parsed(path: str, expected: str, parse: Callable[[Lines], Iterator[T]]) -> Iterator[T]:
-    """What `parse` makes of the lines of `path`, gzip or not, one by one. Raises WorkloadError with file and line."""
+    """What `parse` makes of the lines of `path`, gzip or not. Raises WorkloadError with file and line."""
     file = regular_file(path, expected)
     at = 0
 
@@ -81,7 +85,8 @@ def _opened(file: Path) -> IO[bytes]:
 
 
 def _lines(binary: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers from 1, blank ones left out. They end with LF, CRLF or CR; a byte-order mark is dropped."""
+    """Lines with their numbers from 1, blank ones left out. LF, CRLF or CR ends them; a byte-order mark is
+    dropped."""
     number = 0
     while chunk := binary.readline(LONGEST + 1):
         if len(chunk) > LONGEST:
@@ -94,7 +99,8 @@ def _lines(binary: IO[bytes]) -> Iterator[tuple[int, str]]:
                 byte = line[error.start]
                 raise Malformed(number, f"no UTF-8 (byte 0x{byte:02x} at column {error.start + 1})") from None
             if "\0" in text:
-                raise Malformed(number, f"a NUL byte at column {text.index(chr(0)) + 1}: expected text in UTF-8")
+                column = text.index("\0") + 1
+                raise Malformed(number, f"a NUL byte at column {column}: expected text in UTF-8")
             if text and not text.isspace():
                 yield number, text
 

@@ -20,7 +20,8 @@ def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> 
     """Seconds at which requests arrive, without end.
 
     uniform: i / rate. poisson: exponential gaps. gamma: gaps of shape `burstiness` and mean 1 / rate, as in `vllm bench
-    serve`: 1 is Poisson, less is burstier (coefficient of variation burstiness ** -0.5). Raises WorkloadError where that is no time.
+    serve`: 1 is Poisson, less is burstier (coefficient of variation burstiness ** -0.5). Raises WorkloadError
+    for what is no time.
     """
     given = {"rate": rate} if arrival != "gamma" else {"rate": rate, "burstiness": burstiness}
     for name, value in given.items():
@@ -30,7 +31,7 @@ def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> 
         yield finite(time, **given)
 
 
-LEAST = 1e-9  # of a rate and of a burstiness; gaps beyond it and its inverse are no seconds that a float can add up
+LEAST = 1e-9  # of a rate and of a burstiness; beyond it, or its inverse, times stand still or are infinite
 
 
 def _times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
@@ -43,10 +44,11 @@ def _times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterato
 
 
 def finite(time: float, **given: float) -> float:
-    """`time`, which follows from the parameters `given`. Raises WorkloadError that names them where it is infinite or no number."""
+    """`time`, which follows from the parameters `given`. Raises WorkloadError that names them where it is not
+    finite."""
     if not math.isfinite(time):
         named = ", ".join(f"workload.{name}={value}" for name, value in given.items())
-        raise WorkloadError(f"{named}: a request would arrive at {time} seconds: expected values that give finite times")
+        raise WorkloadError(f"{named}: a request would arrive at {time} seconds; expected finite times")
     return time
 
 

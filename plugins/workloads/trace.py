@@ -20,7 +20,7 @@ class Trace(Paced):
     """A trace file (`path`, gzip or not) in one of the public formats: azure, mooncake, burstgpt.
 
     Block ids become tokens, so that shared prefixes are real; where a format has none, every prompt is unlike all others.
-    Requests that do not fit the context are left for the engine to reject, unless `max_input_len` cuts them; their tokens are not made.
+    Requests that do not fit the context are left for the engine to reject, unless `max_input_len` cuts them.
     """
 
     arrival: str = "replay"  # replay the trace's own times, or all_at_once, uniform, poisson, gamma, closed with its lengths
@@ -53,13 +53,18 @@ class Trace(Paced):
         return f"a file in the format {self.format}"
 
     def read(self) -> Iterator[Row]:
-        """The file row by row, in its own order, checked. Raises WorkloadError with file and line for what cannot be read."""
+        """The rows in the file's order. Raises WorkloadError with file and line for what cannot be read."""
         yield from first(parsed(self.path, self._expected, FORMATS[self.format]), self.limit)
 
     def rows(self) -> list[Row]:
         """The whole file in order of time, block ids as numbers from 0."""
         number = Numbering()
-        rows = [row if row.block_ids is None else row._replace(block_ids=array("q", map(number, row.block_ids))) for row in self.read()]
+
+        def numbered(row: Row) -> Row:
+            ids = row.block_ids
+            return row if ids is None else row._replace(block_ids=array("q", map(number, ids)))
+
+        rows = [numbered(row) for row in self.read()]
         if not rows:
             raise WorkloadError(f"{self.path}: holds no request")
         return sorted(rows, key=lambda row: row.time)

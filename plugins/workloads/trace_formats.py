@@ -12,6 +12,7 @@ from .lines import Lines, Malformed, json_object
 from .numbers import count, seconds
 
 MOONCAKE_BLOCK = 512  # tokens a hash id stands for
+MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
 class Row(NamedTuple):
@@ -25,7 +26,8 @@ class Row(NamedTuple):
 
 
 def azure(lines: Lines) -> Iterator[Row]:
-    """Azure LLM inference trace: TIMESTAMP, ContextTokens, GeneratedTokens. No identity of prompts, so no reuse.
+    """Azure LLM inference trace: TIMESTAMP, ContextTokens, GeneratedTokens. No identity of prompts, so no
+    reuse.
 
     Times are those of 2023 (no zone) or of 2024 (a zone each); a file has one kind or the other.
     """
@@ -34,12 +36,14 @@ def azure(lines: Lines) -> Iterator[Row]:
         time, zone = _moment(number, when)
         zoned = zone if zoned is None else zoned
         if zone != zoned:
-            raise Malformed(number, f"TIMESTAMP {when!r} has {'a' if zone else 'no'} time zone, unlike the lines before it")
+            has = "a" if zone else "no"
+            raise Malformed(number, f"TIMESTAMP {when!r} has {has} time zone, unlike the lines before it")
         yield Row(time, count(number, "ContextTokens", context), count(number, "GeneratedTokens", generated))
 
 
 def burstgpt(lines: Lines) -> Iterator[Row]:
-    """BurstGPT: Timestamp (seconds), Request tokens, Response tokens, among other columns. No identity of prompts.
+    """BurstGPT: Timestamp (seconds), Request tokens, Response tokens, among other columns. No identity of
+    prompts.
 
     A request that failed there has 0 response tokens; the engine rejects it.
     """
@@ -52,16 +56,18 @@ def mooncake(lines: Lines) -> Iterator[Row]:
     """Mooncake JSONL: timestamp (ms), input_length, output_length, hash_ids of 512-token prefix blocks, the last one partial."""
     for number, text in lines:
         entry = json_object(number, text)
-        if missing := [key for key in ("timestamp", "input_length", "output_length", "hash_ids") if key not in entry]:
-            raise Malformed(number, f"lacks {', '.join(map(repr, missing))}: expected timestamp, input_length, output_length, hash_ids")
+        if missing := [key for key in MOONCAKE_KEYS if key not in entry]:
+            lacks = ", ".join(map(repr, missing))
+            raise Malformed(number, f"lacks {lacks}: expected {', '.join(MOONCAKE_KEYS)}")
         length, ids = count(number, "input_length", entry["input_length"]), entry["hash_ids"]
         if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids):
             raise Malformed(number, f"hash_ids {str(ids)[:60]}: expected a list of whole numbers from 0")
         if len(ids) != (needed := -(-length // MOONCAKE_BLOCK)):
             problem = "do not cover" if len(ids) < needed else "are too many for"
-            raise Malformed(number, f"{len(ids)} hash_ids of {MOONCAKE_BLOCK} tokens {problem} input_length {length}: expected {needed}")
-        time, output = seconds(number, "timestamp", entry["timestamp"], 1000), count(number, "output_length", entry["output_length"])
-        yield Row(time, length, output, ids, MOONCAKE_BLOCK)
+            these = f"{len(ids)} hash_ids of {MOONCAKE_BLOCK} tokens"
+            raise Malformed(number, f"{these} {problem} input_length {length}: expected {needed}")
+        time = seconds(number, "timestamp", entry["timestamp"], 1000)
+        yield Row(time, length, count(number, "output_length", entry["output_length"]), ids, MOONCAKE_BLOCK)
 
 
 FORMATS: dict[str, Callable[[Lines], Iterator[Row]]] = {"azure": azure, "burstgpt": burstgpt, "mooncake": mooncake}
@@ -78,7 +84,8 @@ def _table(lines: Lines, *columns: str) -> Iterator[tuple[int, list[str]]]:
             raise Malformed(number, f"no line of a CSV file ({error})") from None
         if not at:
             if missing := [column for column in columns if column not in cells]:
-                raise Malformed(number, f"the header lacks {', '.join(missing)}: it has {', '.join(cells)[:200]}")
+                lacks, has = ", ".join(missing), ", ".join(cells)[:200]
+                raise Malformed(number, f"the header lacks {lacks}: it has {has}")
             if twice := [column for column in columns if cells.count(column) > 1]:
                 raise Malformed(number, f"the header has {', '.join(twice)} more than once")
             at, width = [cells.index(column) for column in columns], len(cells)
@@ -100,6 +107,6 @@ def _moment(line: int, text: str) -> tuple[float, bool]:
             raise ValueError
         whole = datetime.fromisoformat(found[1] + (found[3] or "+00:00"))
     except ValueError:
-        expected = "expected a date and time like 2023-11-16 18:15:46.6805900, with or without a zone (+00:00, Z)"
+        expected = "expected a date and time like 2023-11-16 18:15:46.6805900, with a zone (Z) or none"
         raise Malformed(line, f"TIMESTAMP {text[:60]!r}: {expected}") from None
     return (whole - _ORIGIN).total_seconds() + float(found[2] or 0), found[3] is not None

@@ -32,7 +32,7 @@ class Belady(KeyEviction):
             raise ConfigError("eviction=belady needs to know all arrivals beforehand: take a trace or an open-loop workload")
         uses: dict[int, deque[int]] = {}
         for index, arrival in enumerate(self._oracle.future):
-            if len(arrival.prompt_token_ids) >= self._context:  # rejected when it arrives, its tokens were never made
+            if len(arrival.prompt_token_ids) >= self._context:  # to be rejected: its tokens were not made
                 continue
             for key in prefix_keys(arrival.prompt_token_ids, self._size, arrival.cache_salt):
                 uses.setdefault(key, deque()).append(index)
