@@ -440,6 +440,7 @@ DAMAGED = {
     "an array left out": ({"plans": None}, "is no record of a run"),
     "a pickled object": ({"ids": lambda ids: np.array([{}] * len(ids), dtype=object)}, "is no record of a run .*allow_pickle=False"),
     "times that are none": ({"start": lambda start: start * np.nan}, "times that are no finite numbers"),
+    "plans of another kind": ({"plans": lambda plans: plans[:, :3]}, "its plans have another shape"),
     "a step too few": ({"end": lambda end: end[:-1]}, "is no record of a run"),
     "offsets past the tokens": ({"offsets": lambda offsets: offsets + 1}, "its tokens and its requests do not match"),
 }

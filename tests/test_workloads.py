@@ -604,6 +604,7 @@ REFUSED = {
     "a time that is null": (Mooncake, moon("null"), ":1: timestamp None"),
     "a length beyond floats": (Mooncake, moon(input_len="1e400"), ":1: input_length inf"),
     "a number of thousands of digits": (Mooncake, moon(input_len="1" * 5000), ":1: no JSON that can be read"),
+    "half a letter": (Mooncake, moon(ids='"\\ud800"'), r":1: no text: \\ud800 is one half of a letter"),
     "brackets without end": (Mooncake, "[" * 200_000, ":1: no JSON that can be read"),
 }
 

@@ -112,12 +112,15 @@ class Record:
     path: Path
     readings: list[float]
     steps: dict[int, tuple[float, float]]  # number of the step -> its start and end, seconds
-    plans: dict[int, PlanDigest]
+    plans: dict[int, Any]  # number of the step -> a row of PlanDigest
     tokens: dict[str, list[int]]  # request id -> generated tokens
     arrivals: dict[str, float]  # request id -> seconds
     prompts: dict[str, Prompt]
     said: list[Said]
     meta: dict[str, Any]
+
+    def plan(self, step: int) -> PlanDigest:
+        return PlanDigest(*self.plans[step].tolist())
 
     @property
     def durations(self) -> list[float]:
@@ -140,7 +143,11 @@ class Record:
                 if (found := meta.get("format")) != FORMAT:
                     expected = f"expected {FORMAT}: record the run again with this version"
                     raise ReplayError(f"{file}: format {found}, {expected}")
-                return cls._of(file, {name: data[name].tolist() for name in data.files}, meta)
+                arrays = {name: data[name] for name in data.files}
+                if arrays["plans"].shape[1:] != (len(PlanDigest._fields),):
+                    raise ValueError("its plans have another shape")
+                rows = {"plans": arrays.pop("plans")}  # a step is 32 bytes so
+                return cls._of(file, {name: array.tolist() for name, array in arrays.items()} | rows, meta)
         except _BROKEN as error:
             problem = f"{type(error).__name__}: {error}"
             raise ReplayError(f"{file}: is no record of a run ({problem}): record the run again") from error
@@ -157,7 +164,7 @@ class Record:
             path=file,
             readings=data["readings"],
             steps=dict(zip(data["step"], zip(data["start"], data["end"], strict=True), strict=True)),
-            plans=dict(zip(data["step"], (PlanDigest(*row) for row in data["plans"]), strict=True)),
+            plans=dict(zip(data["step"], data["plans"], strict=True)),
             tokens={id: tokens[a:b] for id, a, b in zip(ids, offsets, offsets[1:], strict=False)},
             arrivals=dict(zip(ids, data["arrival"], strict=True)),
             prompts=dict(zip(ids, (Prompt(*row) for row in data["prompt"]), strict=True)),
@@ -182,13 +189,13 @@ class Recorder(Observer):
     def on_start(self, run: Engine) -> None:
         self._engine = run
         self._steps: list[tuple[int, float, float]] = []
-        self._plans: list[PlanDigest] = []
+        self._plans = array("I")  # rows of PlanDigest: a step is 32 bytes
         self._prompts: dict[int, Prompt] = {}  # by index of the request
         self._said: dict[int, Said] = {}
 
     def on_step(self, step: StepRecord) -> None:
         self._steps.append((step.step, step.start, step.end))
-        self._plans.append(PlanDigest.of(step.plan))
+        self._plans.extend(PlanDigest.of(step.plan))
 
     def on_requests(self, requests: Sequence[Request]) -> None:
         tokenizer = getattr(self._engine.executor, "tokenizer", None)

@@ -159,7 +159,7 @@ class Replay(Executor):
             status = record.meta["status"]
             among = f"is not among the {len(record.steps)} steps of {record.path} (its run {status})"
             raise ReplayError(f"step {plan.step} {among}: {OWN_WORKLOAD}")
-        if difference := PlanDigest.of(plan).differs(record.plans[plan.step]):
+        if difference := PlanDigest.of(plan).differs(record.plan(plan.step)):
             found = f"{difference}. Planned here: {_shown(plan)}"
             raise ReplayError(f"step {plan.step} is not that of {record.path}: {found}")
         return plan

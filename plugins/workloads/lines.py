@@ -71,9 +71,20 @@ def json_object(line: int, text: str) -> dict[str, Any]:
         raise Malformed(line, f"no JSON ({error.msg} at column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         raise Malformed(line, f"no JSON that can be read ({str(error).partition(';')[0]})") from None
+    if r"\u" in text and (half := _half_letter(found)):
+        raise Malformed(line, f"no text: {half} is one half of a letter (an unpaired surrogate)")
     if not isinstance(found, dict):
         raise Malformed(line, f"expected one JSON object a line, got {_short(found)}")
     return found
+
+
+def _half_letter(found: Any) -> str:
+    """The first surrogate that JSON escapes without its other half, which no tokenizer and no file takes; "" for none."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(error.object[error.start]):04x}"
+    return ""
 
 
 def _opened(file: Path) -> IO[bytes]:
