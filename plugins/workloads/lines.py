@@ -40,7 +40,8 @@ def regular_file(path: str, expected: str) -> Path:
             problem = "is no regular file (a folder, a pipe or a device)"
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a NUL byte
         problem = f"is no path of a file ({error})"
-    raise WorkloadError(f"workload.path={path!r}: {problem}; expected {expected}")
+    shown = path if path.isprintable() else repr(path)
+    raise WorkloadError(f"workload.path={shown}: {problem}; expected {expected}")
 
 
 def parsed(path: str, expected: str, parse: Callable[[Lines], Iterator[T]]) -> Iterator[T]:
