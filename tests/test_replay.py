@@ -265,7 +265,7 @@ def test_another_run_in_a_records_step_times_is_asked_for_by_name_and_says_what_
     run = composed(("replay", {"path": str(pipelined[0]), "inner": "sim"}), directory=tmp_path, choices=choices, seed=9)
     assert len(run.execute().outputs) == 12
     said = capsys.readouterr().out
-    assert "which this run does not repeat" in said and 'order="vtc", recorded with "fcfs"' in said and "seed=9, recorded with 3" in said
+    assert "a run of its own, no replay. Differences:" in said and 'order="vtc", recorded with "fcfs"' in said and "seed=9, recorded with 3" in said
 
 
 def test_a_replay_in_the_records_own_directory_does_not_write_over_it(tmp_path):
@@ -437,6 +437,8 @@ DAMAGED = {
     "no object": ({"meta": lambda meta: [1]}, "is no record of a run"),
     "facts left out": ({"meta": lambda meta: {k: v for k, v in meta.items() if k != "facts"}}, "is no record of a run .*'facts'"),
     "a field that no shape has": ({"meta": lambda meta: meta | {"caps": meta["caps"] | {"more": 1}}}, "is no record of this version"),
+    "limits left out": ({"meta": lambda meta: meta | {"limits": {"num_blocks": 3}}}, "its limits are"),
+    "a composition of another kind": ({"meta": lambda meta: meta | {"facts": ["a"]}}, "its composition is no table"),
     "an array left out": ({"plans": None}, "is no record of a run"),
     "a pickled object": ({"ids": lambda ids: np.array([{}] * len(ids), dtype=object)}, "is no record of a run .*allow_pickle=False"),
     "times that are none": ({"start": lambda start: start * np.nan}, "times that are no finite numbers"),

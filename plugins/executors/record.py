@@ -24,6 +24,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from headway import Engine, HeadwayError, Observer, Request, RunResult, StepPlan, StepRecord
@@ -155,6 +156,11 @@ class Record:
     @classmethod
     def _of(cls, file: Path, data: dict[str, Any], meta: dict[str, Any]) -> Record:
         ids, offsets, tokens = data["ids"], data["offsets"], data["tokens"]
+        limits = dict(meta["limits"])
+        if set(limits) != set(LIMITS) or set(map(type, limits.values())) != {int}:
+            raise ValueError(f"its limits are {limits}")
+        if not isinstance(meta["facts"], (dict, NoneType)):
+            raise ValueError("its composition is no table")
         ends = (offsets[0], offsets[-1], len(offsets))
         if offsets != sorted(offsets) or ends != (0, len(tokens), len(ids) + 1):
             raise ValueError("its tokens and its requests do not match")
@@ -173,6 +179,7 @@ class Record:
         )
 
 
+LIMITS = ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_inflight", "max_model_len")
 _META = ("format", "status", "decision_hash", "seed", "limits", "caps", "model", "roofline", "facts")
 #: What numpy, zipfile and json raise for a file that is cut, damaged or something else.
 _DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)

@@ -119,19 +119,20 @@ class Replay(Executor):
         then, now = _that_matter(recorded, limits), _that_matter(facts, limits)
         differing = fact_differences(then, now)
         lines = "".join(f"\n  {line}" for line in differing)
-        if not differing:
-            return f"replay of {record.path}: {len(then)} facts compared, all as recorded"
-        if not self.inner:
+        if self.inner:
+            others = f" Differences:{lines}" if differing else ""
+            return f"executor={self.inner} in the step times of {record.path}: a run of its own, no replay.{others}"
+        if differing:
             raise ReplayError(
                 f"executor.path={self.path}: this run is not the recorded one:{lines}\n"
                 f"Give executor=replay and its own overrides ({record.path.parent}/.hydra/overrides.yaml). "
                 "For another run in the step times of this one, set executor.inner (executor.inner=sim)"
             )
-        return f"in the step times of {record.path}, which this run does not repeat:{lines}"
+        return f"replay of {record.path}: {len(then)} facts compared, all as recorded"
 
     def over(self, inner: Executor) -> RecordedTimes:
         """`inner`, which is prepared, in the step times of this record."""
-        return RecordedTimes(inner, self.record.durations, f"executor={self.inner} {self.told}")
+        return RecordedTimes(inner, self.record.durations, self.told)
 
     def kv_capacity(self, block_size: int) -> int:
         return self.record.meta["limits"]["num_blocks"]
@@ -217,7 +218,7 @@ def _that_matter(facts: dict[str, Any], limits: dict[str, int]) -> dict[str, Any
     for name, recorded in limits.items():
         if found.get(f"engine.{name}") is None:
             found[f"engine.{name}"] = recorded
-    found["engine.max_inflight"] = max(found["engine.max_inflight"], found["parallel.pp"])
+    found["engine.max_inflight"] = max(found["engine.max_inflight"], found.get("parallel.pp", 1))
     return found
 
 
