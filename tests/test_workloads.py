@@ -650,6 +650,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, reader):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_line_that_never_ends_is_refused_before_it_is_in_memory(tmp_path, monkeypatch, reader, packed):
     monkeypatch.setattr("plugins.workloads.lines.LONGEST", 1000)
+    monkeypatch.setattr("plugins.workloads.trace.LONGEST_ROW", 1000)
     data = b"\n" + b"0" * 5000
     (tmp_path / "long").write_bytes(gzip.compress(data) if packed else data)
     with pytest.raises(WorkloadError, match=r"long:2: the line is longer than"):

@@ -44,8 +44,11 @@ def regular_file(path: str, expected: str) -> Path:
     raise WorkloadError(f"workload.path={shown}: {problem}; expected {expected}")
 
 
-def parsed(path: str, expected: str, parse: Callable[[Lines], Iterator[T]]) -> Iterator[T]:
-    """What `parse` makes of the lines of `path`, gzip or not. Raises WorkloadError with file and line."""
+def parsed(path: str, expected: str, parse: Callable[[Lines], Iterator[T]], longest: int = 0) -> Iterator[T]:
+    """What `parse` makes of the lines of `path`, gzip or not; `longest` is the most bytes of one.
+
+    Raises WorkloadError with file and line.
+    """
     file = regular_file(path, expected)
     at = 0
 
@@ -57,7 +60,7 @@ def parsed(path: str, expected: str, parse: Callable[[Lines], Iterator[T]]) -> I
 
     try:
         with _opened(file) as binary:
-            yield from parse(counted(_lines(binary)))
+            yield from parse(counted(_lines(binary, longest or LONGEST)))
     except Malformed as error:
         raise WorkloadError(f"{path}:{error.line}: {error}") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -96,13 +99,13 @@ def _opened(file: Path) -> IO[bytes]:
     return gzip.open(file, "rb") if packed else file.open("rb")  # type: ignore[return-value]
 
 
-def _lines(binary: IO[bytes]) -> Iterator[tuple[int, str]]:
+def _lines(binary: IO[bytes], longest: int) -> Iterator[tuple[int, str]]:
     """Lines with their numbers from 1, blank ones left out. LF, CRLF or CR ends them; a byte-order mark is
     dropped."""
     number = 0
-    while chunk := binary.readline(LONGEST + 1):
-        if len(chunk) > LONGEST:
-            raise Malformed(number + 1, f"the line is longer than {LONGEST >> 20} MiB")
+    while chunk := binary.readline(longest + 1):
+        if len(chunk) > longest:
+            raise Malformed(number + 1, f"the line is longer than {longest >> 20} MiB")
         for line in chunk.splitlines():
             number += 1
             try:

@@ -14,6 +14,8 @@ from .lines import parsed, regular_file
 from .pace import Paced, finite, first
 from .trace_formats import FORMATS, Row
 
+LONGEST_ROW = 4 << 20  # bytes; the block ids of a million tokens are 20 thousand
+
 
 @dataclass
 class Trace(Paced):
@@ -54,7 +56,8 @@ class Trace(Paced):
 
     def read(self) -> Iterator[Row]:
         """The rows in the file's order. Raises WorkloadError with file and line for what cannot be read."""
-        yield from first(parsed(self.path, self._expected, FORMATS[self.format]), self.limit)
+        rows = parsed(self.path, self._expected, FORMATS[self.format], LONGEST_ROW)
+        yield from first(rows, self.limit)
 
     def rows(self) -> list[Row]:
         """The whole file in order of time, block ids as numbers from 0."""
