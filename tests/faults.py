@@ -48,7 +48,8 @@ def reach(moment):
         sys.exit(0)
     if FAULT == "disk full":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        room = 0 if moment == "writing" else 4096  # bytes per file: enough for result.json, or for nothing
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     elif FAULT == "rank killed":
         os.kill(ranks()[0], signal.SIGKILL)
     elif FAULT == "rank stopped":
