@@ -17,7 +17,7 @@ from .params import check, param
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1}
 GIB = 1 << 30
 #: What no model comes near: larger numbers are mistakes, and would be found only when memory is gone.
-WIDEST, MOST_LAYERS, MOST_HEADS, LONGEST, MOST_RANKS = 2**24, 10_000, 2**16, 2**24, 4096
+WIDEST, MOST_LAYERS, MOST_HEADS, LONGEST, MOST_RANKS = 2**24, 1000, 2**16, 2**24, 4096
 
 
 @dataclass(frozen=True)

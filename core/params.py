@@ -45,9 +45,9 @@ class Limits:
         )
 
     def bounds(self, words: tuple[str, str, str, str] = (">=", ">", "<=", "<")) -> str:
-        """ ">= 0 and <= 1", with these words for min, above, max and below; "" where there are none."""
+        """Such as ">= 0 and <= 1", with these words for min, above, max and below; "" where there are none."""
         given = zip(words, (self.min, self.above, self.max, self.below), strict=True)
-        return " and ".join(f"{word} {bound if isinstance(bound, int) else f'{bound:g}'}" for word, bound in given if bound is not None)
+        return " and ".join(f"{word} {_plain(bound)}" for word, bound in given if bound is not None)
 
 
 NOTHING_SAID = Limits()
@@ -76,9 +76,11 @@ def limits_of(parameter: Field[Any]) -> Limits:
 
 
 def describe(parameter: Field[Any]) -> str:
-    """The declared range of a field in a few words, such as "> 0 and <= 1, seconds"; "" where nothing is declared."""
+    """The declared range of a field in a few words, such as "0 to 1, seconds"; "" where nothing is declared."""
     limits = limits_of(parameter)
-    said = [" | ".join(limits.choices), limits.bounds(), "" if limits.finite else "may be infinite", limits.unit]
+    whole = limits.min is not None and limits.max is not None
+    bounds = f"{_plain(limits.min)} to {_plain(limits.max)}" if whole else limits.bounds()
+    said = [" | ".join(limits.choices), bounds, "" if limits.finite else "may be infinite", limits.unit]
     return ", ".join(part for part in said if part)
 
 
@@ -195,6 +197,10 @@ def _expected(hint: Any, limits: Limits) -> str:
     if kind is float or kind is Any:
         return f"{'a finite number' if limits.finite else 'a number'} {limits.bounds()}".rstrip()
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _plain(number: float | None) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _short(value: Any) -> str:

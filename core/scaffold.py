@@ -33,7 +33,8 @@ def write_package(role: str, name: str, into: Path) -> list[Path]:
     if root.exists():
         raise ConfigError(f"{root} is there already: nothing was written. Choose another name, or remove it")
     values = {
-        "a_role": _with_article(role), "role": role, "name": name, "dist": name.replace("_", "-"), "Class": "".join(part.capitalize() for part in name.split("_")),
+        "a_role": _with_article(role),
+        "role": role, "name": name, "dist": name.replace("_", "-"), "Class": "".join(part.capitalize() for part in name.split("_")),
         "question": ROLES[role], "check": f"python -m headway check {role}={name}" if role in POLICIES else "",
         "kit": ";\n`check` runs the conformance kit" if role in POLICIES else "",
     }  # fmt: skip

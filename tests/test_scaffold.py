@@ -126,7 +126,7 @@ def test_a_stranger_s_package_works_with_no_edit_anywhere(stranger, tmp_path: Pa
     assert found["broken"] == []
     (mine,) = [p for p in found["plugins"] if p["name"] == "mypaper"]
     assert (mine["dist"], mine["version"], mine["origin"]) == ("headway-mypaper", "0.1.0", "headway_mypaper")
-    patience = {"name": "patience", "type": "float", "default": 100.0, "range": ">= 0 and <= 1e+09, tokens a second"}
+    patience = {"name": "patience", "type": "float", "default": 100.0, "range": "0 to 1e+09, tokens a second"}
     assert mine["parameters"] == [patience]
 
     # It runs, and its parameters are in the help.
