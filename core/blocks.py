@@ -14,7 +14,6 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from .errors import InvariantError, PolicyError
-from .memory import check_fits
 from .request import Request, Tags
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 ROOT = -1  # parent of a first block
 NO_TAGS = Tags()
-BLOCK_BYTES = 340  # of a Block with its counts, measured; what indexes and evictions keep of it comes on top
 
 
 def root_key(cache_salt: str) -> int:
@@ -86,11 +84,6 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int, cache: PrefixCache, eviction: Eviction) -> None:
         if num_blocks < 1 or block_size < 1:
             raise InvariantError(f"a pool needs at least one block of one token, got {num_blocks} of {block_size}")
-        check_fits(
-            num_blocks * BLOCK_BYTES,
-            f"engine.num_blocks={num_blocks}: keeping count of so many KV blocks",
-            "set a smaller engine.num_blocks, or a larger engine.block_size",
-        )
         self.num_blocks, self.block_size = num_blocks, block_size
         self.cache, self.eviction = cache, eviction
         self.blocks: list[Block] = []  # made at first use, so that a large pool costs nothing to start

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .memory import check_fits
 from .params import check, param
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1}
 GIB = 1 << 30
+BLOCK_BYTES = 340  # of host memory for one KV block, measured; what indexes and evictions keep of it comes on top
 #: What no model comes near: larger numbers are mistakes, and would be found only when memory is gone.
 WIDEST, MOST_LAYERS, MOST_HEADS, LONGEST, MOST_RANKS = 2**24, 1000, 2**16, 2**24, 4096
 
@@ -313,3 +315,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check(self, "engine")
+        check_fits(
+            BLOCK_BYTES * (self.num_blocks or 0),
+            f"engine.num_blocks={self.num_blocks}: keeping count of so many KV blocks",
+            "set a smaller engine.num_blocks, or a larger engine.block_size",
+        )

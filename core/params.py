@@ -131,7 +131,7 @@ def _fit(value: Any, hint: Any, limits: Limits, path: str) -> Any:
     arms = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     arm = next((arm for arm in arms if _is(value, arm)), _Wrong)
     if arm is _Wrong:
-        raise _Wrong(path, value, ", or ".join(_expected(arm, limits) for arm in arms))
+        raise _Wrong(path, value, _expected(hint, limits))
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, (int, float)):
@@ -156,7 +156,7 @@ def _number(value: float, arm: Any, limits: Limits, path: str) -> float:
     try:
         number = float(value)
     except OverflowError:  # an int beyond the largest float
-        number = math.copysign(math.inf, value)
+        number = math.inf if value > 0 else -math.inf
     if not limits.hold(number if math.isinf(number) else value):
         raise _Wrong(path, value, limits.bounds(_COUNTS) or "a smaller number" if arm is int else _expected(arm, limits))
     return number if arm is float else value
@@ -182,6 +182,8 @@ def _is(value: Any, hint: Any) -> bool:
 
 def _expected(hint: Any, limits: Limits) -> str:
     kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return ", or ".join(_expected(arm, limits) for arm in get_args(hint))
     if kind in (None, NoneType):
         return "none"
     if kind is Literal:

@@ -41,6 +41,7 @@ class SamplingParams:
     logprobs: int | None = param(
         None,
         min=0,
+        max=2**31 - 1,
         doc="number of top alternatives reported beside the sampled token",
     )
 

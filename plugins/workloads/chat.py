@@ -44,7 +44,7 @@ class Chat(Paced):
     num_requests: int | None = param(
         None,
         min=1,
-        max=100_000_000,
+        max=10_000_000,
         doc="None: each prompt once; more than there are begins again",
     )
     system: str = ""  # a system message for every conversation

@@ -33,7 +33,7 @@ class Clients(Workload):
     rates: list[float] = param(
         [1.5, 3.0],
         min=1e-6,
-        max=1e9,
+        max=1e6,
         unit="requests a second",
         doc="one entry for each client",
     )
@@ -65,7 +65,7 @@ class Clients(Workload):
     def _spread(self, name: str) -> list[tuple[int, int]]:
         entries = list(getattr(self, name))
         if len(entries) not in (1, len(self.rates)):
-            raise WorkloadError(f"workload.{name} has {len(entries)} entries for {len(self.rates)} clients: give one, or one a client")
+            raise WorkloadError(f"workload.{name}={entries}: expected one entry, or one for each of the {len(self.rates)} clients")
         return [length_range(name, entry) for entry in entries] * (len(self.rates) if len(entries) == 1 else 1)
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:

@@ -19,7 +19,7 @@ class MultiTurn(Paced):
     next prompt would not fit the context, or its last turn was refused.
     """
 
-    num_sessions: int = param(16, min=1, max=100_000_000)
+    num_sessions: int = param(16, min=1, max=10_000_000)
     turns: int | list[int] = param(4, min=1, max=1_000_000, doc="of a conversation")
     system_len: int = param(64, min=0, max=LONGEST, unit="tokens", doc="that begin every conversation")
     input_len: int | list[int] = param(64, min=1, max=LONGEST, unit="tokens", doc="new ones in each turn")

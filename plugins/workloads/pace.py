@@ -55,7 +55,7 @@ class Paced(Workload):
         choices=PROCESSES,
         doc="closed: `concurrency` clients that wait for each answer",
     )
-    rate: float = param(1.0, min=1e-6, max=1e9, unit="requests a second", doc="uniform, poisson and gamma")
+    rate: float = param(1.0, min=1e-6, max=1e6, unit="requests a second", doc="uniform, poisson and gamma")
     burstiness: float = param(
         1.0,
         min=1e-3,

@@ -15,7 +15,7 @@ from .pace import LONGEST, Paced, length_range, random_tokens
 class RandomLengths(Paced):
     """Random tokens; input and output lengths fixed or uniform in [low, high]."""
 
-    num_requests: int = param(64, min=1, max=100_000_000)
+    num_requests: int = param(64, min=1, max=10_000_000)
     input_len: int | list[int] = param(128, min=1, max=LONGEST, unit="tokens")
     output_len: int | list[int] = param(32, min=1, max=LONGEST, unit="tokens")
     clients: int = param(1, min=1, max=1_000_000, doc="request i belongs to client i modulo clients")
