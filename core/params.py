@@ -44,6 +44,18 @@ class Limits:
             and (self.below is None or value < self.below)
         )
 
+    def __str__(self) -> str:
+        """The range and the documentation, as help shows them."""
+        return "; ".join(part for part in (self.range, self.doc) if part)
+
+    @property
+    def range(self) -> str:
+        """In a few words, such as "0 to 1, seconds"; "" where nothing is declared."""
+        whole = self.min is not None and self.max is not None
+        bounds = f"{_plain(self.min)} to {_plain(self.max)}" if whole else self.bounds()
+        said = [" | ".join(self.choices), bounds, "" if self.finite else "may be infinite", self.unit]
+        return ", ".join(part for part in said if part)
+
     def bounds(self, words: tuple[str, str, str, str] = (">=", ">", "<=", "<")) -> str:
         """Such as ">= 0 and <= 1", with these words for min, above, max and below; "" where there are none."""
         given = zip(words, (self.min, self.above, self.max, self.below), strict=True)
@@ -76,12 +88,8 @@ def limits_of(parameter: Field[Any]) -> Limits:
 
 
 def describe(parameter: Field[Any]) -> str:
-    """The declared range of a field in a few words, such as "0 to 1, seconds"; "" where nothing is declared."""
-    limits = limits_of(parameter)
-    whole = limits.min is not None and limits.max is not None
-    bounds = f"{_plain(limits.min)} to {_plain(limits.max)}" if whole else limits.bounds()
-    said = [" | ".join(limits.choices), bounds, "" if limits.finite else "may be infinite", limits.unit]
-    return ", ".join(part for part in said if part)
+    """The declared range of a field in a few words; "" where nothing is declared."""
+    return limits_of(parameter).range
 
 
 def check(owner: Any, node: str, error: type[Exception] = ConfigError) -> None:

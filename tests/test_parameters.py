@@ -7,6 +7,8 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from itertools import islice, product
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from core.params import check, describe, limits_of, param
 from core.request import SLO, SamplingParams
 from headway import KeyOrder, Order
 from plugins.executors.sim import SimExecutor
+from plugins.workloads.pace import arrival_times
+from plugins.workloads.random_lengths import RandomLengths
 
 NAN, INF = math.nan, math.inf
 
@@ -126,7 +130,7 @@ def test_a_field_says_its_range_in_a_few_words():
     said = {f.name: describe(f) for f in fields(Knobs)}
     assert said["share"] == ">= 0 and < 1, of the pool" and said["count"] == "1 to 9" and said["kind"] == "near | far"
     assert said["plain"] == "" and said["open_end"] == ">= 0, may be infinite"
-    assert limits_of(Knobs.__dataclass_fields__["share"]).doc == "kept free"
+    assert str(limits_of(Knobs.__dataclass_fields__["share"])) == ">= 0 and < 1, of the pool; kept free"
 
 
 def test_a_range_survives_on_the_way_through_the_config():
@@ -249,7 +253,7 @@ def is_nan(value: Any) -> bool:
 def faults(registry: Registry, role: str, name: str) -> dict[Any, str]:
     """Value -> what was found, of the tries of one plugin."""
     mine = [of for of in tries(registry) if (of.node, of.plugin) == (role, name)]
-    return {repr(v.of.value): v.kind for of in mine if (v := judge(of, registry, seconds=0.5)).wrong}
+    return {repr(v.of.value): v.kind for of in mine if (v := judge(of, registry, seconds=0.25)).wrong}
 
 
 @dataclass
@@ -316,3 +320,11 @@ def test_every_numeric_parameter_of_the_box_declares_its_range():
     core = [(config.__name__, f) for config in schema.NODES.values() for f in fields(config)]
     bare += [f"{name}.{f.name}" for name, f in core if f.type.startswith(("int", "float")) and not describe(f)]
     assert not bare
+
+
+def test_arrivals_come_at_finite_times_in_every_corner_of_their_ranges():
+    fields_of = RandomLengths.__dataclass_fields__
+    rate, burstiness = limits_of(fields_of["rate"]), limits_of(fields_of["burstiness"])
+    for arrival, r, b in product(("uniform", "poisson", "gamma"), (rate.min, rate.max), (burstiness.min, burstiness.max)):
+        times = list(islice(arrival_times(arrival, r, b, Random(1)), 2000))
+        assert times == sorted(times) and math.isfinite(times[-1]) and times[-1] > 0, (arrival, r, b)
