@@ -18,11 +18,12 @@ from core.errors import (
     PolicyError,
     RankError,
     WorkloadError,
-    check_parameters,
     near,
 )
 from core.hooks import hookimpl, load_registry
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
+from core.memory import check_fits
+from core.params import describe, param
 from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
     API_VERSION,
@@ -65,9 +66,8 @@ __all__ = [
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
-    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_parameters", "hookimpl", "load_registry",
-    "metrics", "near",
-    "prefix_keys", "root_key",
+    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "describe", "hookimpl", "load_registry",
+    "metrics", "near", "param", "prefix_keys", "root_key",
 ]  # fmt: skip
 
 

@@ -6,13 +6,14 @@ import gzip
 import json
 import random
 import statistics
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
 
 from core.config import EngineConfig, Hardware, ModelShape
 from core.engine import Engine
-from core.errors import WorkloadError
+from core.errors import ConfigError, WorkloadError
 from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks
 from plugins.executors.sim import SimExecutor
@@ -107,12 +108,16 @@ def test_declared_caps_do_not_reveal_the_true_length(workload_of):
 
 def test_an_empty_workload_is_an_error():
     for build in (lambda: RandomLengths(num_requests=0), lambda: SharedPrefix(num_requests=0), lambda: MultiTurn(num_sessions=0)):
-        with pytest.raises(WorkloadError, match="expected at least 1"):
-            made(build())
-    chat = Chat(num_requests=0)
-    chat.tokenizer = Words()
+        with pytest.raises(ConfigError, match="expected at least 1"):
+            build()
+
+    @dataclass
+    class Nothing(RandomLengths):
+        def requests(self, seed, vocab_size, max_model_len):
+            return iter(())
+
     with pytest.raises(WorkloadError, match="is empty"):
-        made(chat)
+        made(Nothing())
 
 
 # ---- arrival processes ---------------------------------------------------------------------------------------------------
@@ -168,15 +173,19 @@ def test_a_refused_request_does_not_cost_a_closed_loop_its_client():
         ({"concurrency": 0}, "concurrency=0"),
         ({"input_len": 0}, "input_len=0"),
         ({"output_len": -3}, "output_len=-3"),
-        ({"input_len": [9, 3]}, r"input_len=\[9, 3\]"),
-        ({"input_len": "long"}, "input_len=long"),
+        ({"input_len": "long"}, "input_len='long'"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"temperature": -1}, "temperature=-1"),
     ],
 )
 def test_parameters_out_of_range_are_named(parameters, match):
-    with pytest.raises(WorkloadError, match=match):
+    with pytest.raises(ConfigError, match=match):
         RandomLengths(**parameters)
+
+
+def test_a_range_that_ends_before_it_begins_is_named():
+    with pytest.raises(WorkloadError, match=r"input_len=\[9, 3\]"):
+        RandomLengths(input_len=[9, 3])
 
 
 # ---- synthetic requests ----------------------------------------------------------------------------------------------------
@@ -507,7 +516,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         made(Azure(path=str(tmp_path / "none.csv")))
     with pytest.raises(WorkloadError, match="workload.path is not set"):
         made(Mooncake())
-    with pytest.raises(WorkloadError, match="Did you mean mooncake"):
+    with pytest.raises(ConfigError, match="Did you mean mooncake"):
         Trace(format="moncake")
 
 

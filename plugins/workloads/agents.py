@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headway import Arrival, Request, RequestState, Tags, WorkloadError, hookimpl
+from headway import Arrival, Request, RequestState, Tags, WorkloadError, hookimpl, param
 
 from .content import Content
 from .pace import Paced
@@ -37,16 +37,14 @@ class Agents(Paced):
     """
 
     path: str = ""
-    limit: int | None = None  # first so many sessions
-    scale: float = 1.0  # prompts, answers and blocks are scaled by it: 0.125 makes 64-token blocks 8
-    think_scale: float = 1.0  # think and tool times are multiplied by it
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.scale > 0 or self.think_scale < 0:
-            raise WorkloadError(f"workload.scale={self.scale}, workload.think_scale={self.think_scale}: expected more than 0 and at least 0")
-        if self.limit is not None and self.limit < 1:
-            raise WorkloadError(f"workload.limit={self.limit}: expected at least 1")
+    limit: int | None = param(None, min=1, max=2**31 - 1, doc="first so many sessions")
+    scale: float = param(
+        1.0,
+        min=1e-6,
+        max=1000,
+        doc="prompts, answers and blocks are scaled by it: 0.125 makes 64-token blocks 8",
+    )
+    think_scale: float = param(1.0, min=0, max=1e6, doc="think and tool times are multiplied by it")
 
     def sessions(self) -> Iterator[tuple[str, int, list[Call]]]:
         """(id, block size, calls) of each line. Raises WorkloadError with file and line for what cannot be read."""

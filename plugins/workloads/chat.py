@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from headway import Arrival, Tags, WorkloadError, hookimpl
+from headway import Arrival, Tags, WorkloadError, hookimpl, param
 
 from .pace import Paced
 
@@ -41,9 +41,14 @@ class Chat(Paced):
     """
 
     path: str = ""  # "": the built-in prompts
-    num_requests: int | None = None  # None: each prompt once; more than there are begins again
+    num_requests: int | None = param(
+        None,
+        min=1,
+        max=10_000_000,
+        doc="None: each prompt once; more than there are begins again",
+    )
     system: str = ""  # a system message for every conversation
-    max_tokens: int | None = 64
+    max_tokens: int | None = param(64, min=1, max=2**31 - 1, unit="tokens")
 
     tokenizer: ClassVar[Any] = None  # set on the object by the composition: encode(text), has_chat_template, encode_chat(messages)
 

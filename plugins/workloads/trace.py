@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from headway import Arrival, Tags, WorkloadError, hookimpl, near
+from headway import Arrival, Tags, WorkloadError, hookimpl, param
 
 from .content import Content
-from .pace import Paced
+from .pace import LONGEST, PROCESSES, Paced
 from .trace_formats import FORMATS, Malformed, Row
 
 
@@ -24,27 +24,31 @@ class Trace(Paced):
     Requests that do not fit the context are left for the engine to reject, unless `max_input_len` cuts them.
     """
 
-    arrival: str = "replay"  # replay the trace's own times, or all_at_once, uniform, poisson, gamma, closed with its lengths
+    arrival: str = param(
+        "replay",
+        choices=("replay", *PROCESSES),
+        doc="replay the trace's own times, or another process with its lengths",
+    )
     path: str = ""
-    format: str = "mooncake"
-    time_scale: float = 1.0  # times are multiplied by it: 0.5 doubles the load
-    limit: int | None = None  # first so many requests
-    max_input_len: int | None = None  # longer prompts lose their tail; None: they stay as they are
-    max_output_len: int | None = None  # longer answers end there; None: they stay as they are
+    format: str = param("mooncake", choices=tuple(FORMATS))
+    time_scale: float = param(1.0, min=1e-9, max=1e6, doc="times are multiplied by it: 0.5 doubles the load")
+    limit: int | None = param(None, min=1, max=2**31 - 1, doc="first so many requests")
+    max_input_len: int | None = param(
+        None,
+        min=1,
+        max=LONGEST,
+        unit="tokens",
+        doc="longer prompts lose their tail; None: they stay as they are",
+    )
+    max_output_len: int | None = param(
+        None,
+        min=1,
+        max=LONGEST,
+        unit="tokens",
+        doc="longer answers end there; None: they stay as they are",
+    )
 
-    processes: ClassVar[tuple[str, ...]] = ("replay", *Paced.processes)
     lookahead: ClassVar[int] = 32  # prompts are long and cheap to make
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.format not in FORMATS:
-            raise WorkloadError(f"workload.format={self.format!r} is not known.{near(self.format, FORMATS)}")
-        if not self.time_scale > 0:
-            raise WorkloadError(f"workload.time_scale={self.time_scale}: expected a positive number")
-        for name in ("limit", "max_input_len", "max_output_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WorkloadError(f"workload.{name}={value}: expected at least 1")
 
     def check(self) -> None:
         if not self.path:
@@ -93,21 +97,21 @@ class Trace(Paced):
 class Azure(Trace):
     """Azure's LLM inference trace (Patel et al., Splitwise, ISCA'24): arrival times and lengths, no shared prefixes."""
 
-    format: str = "azure"
+    format: str = param("azure", choices=tuple(FORMATS))
 
 
 @dataclass
 class Mooncake(Trace):
     """Mooncake's traces (Qin et al., FAST'25): arrival times, lengths, and prefixes shared in blocks of 512 tokens."""
 
-    format: str = "mooncake"
+    format: str = param("mooncake", choices=tuple(FORMATS))
 
 
 @dataclass
 class BurstGPT(Trace):
     """BurstGPT (Wang et al., 2024): arrival times and lengths of ChatGPT and GPT-4 use, no shared prefixes."""
 
-    format: str = "burstgpt"
+    format: str = param("burstgpt", choices=tuple(FORMATS))
 
 
 @hookimpl
