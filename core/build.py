@@ -13,6 +13,7 @@ from .engine import Engine
 from .errors import ConfigError, HeadwayError
 from .facts import facts
 from .hooks import Plugin, Registry
+from .params import check, checked, param
 from .policy import SERVICES, Observer, Role, Workload
 from .request import SLO, Arrival, RunResult
 
@@ -27,7 +28,10 @@ class Composition:
     hardware: Hardware = field(default_factory=Hardware)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     slo: SLO = field(default_factory=SLO)  # for requests that bring none
-    seed: int = 0
+    seed: int = param(0, min=-(2**63), max=2**63 - 1)
+
+    def __post_init__(self) -> None:
+        self.seed = checked(type(self), {"seed": self.seed}, "")["seed"]
 
 
 @dataclass
@@ -178,6 +182,8 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
 
     Errors come in the order of their cost: names and parameters first, the checkpoint last.
     """
+    for node in ("engine", "model", "hardware", "parallel", "slo"):
+        check(getattr(composition, node), node)  # whatever was set on them since they were made
     roles, plugins = build_roles(registry, composition.choices)
     tracking = roles.pop("tracking", None)
     for role in roles.values():

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import HeadwayError, near
 from .hooks import Plugin, Registry, load_registry
+from .params import describe, limits_of
 from .policy import ROLES
 
 #: Verb -> (module, its function of argv that answers the exit code, one line). Imported only when it is asked for.
@@ -67,7 +68,7 @@ def _as_json(chosen: list[Plugin], registry: Registry) -> str:
     found = [
         {
             "role": p.role, "name": p.name, "summary": p.summary, "origin": p.origin.source, "dist": p.origin.dist, "version": p.origin.version,
-            "parameters": [{"name": f.name, "type": _type(f), "default": _default(f)} for f in p.parameters()],
+            "parameters": [_parameter(f) for f in p.parameters()],
         }
         for p in chosen
     ]  # fmt: skip
@@ -83,13 +84,23 @@ def _as_text(chosen: list[Plugin], registry: Registry) -> str:
             role = p.role
             lines.append(f"\n{role}: {ROLES[role]}")
         lines.append(f"  {p.name:<14} {p.summary}")
-        if given := ", ".join(f"{f.name}: {_type(f)} = {_default(f)!r}" for f in p.parameters()):
-            lines.append(f"  {'':<14} {given}")
+        lines += [f"  {'':<14} {f.name}: {_type(f)} = {_default(f)!r}{_range(f)}" for f in p.parameters()]
         lines.append(f"  {'':<14} from {p.origin}")
     if registry.broken:
         lines.append("\nbroken:")
         lines += [f"  {b.origin.name} ({b.origin})\n    {b.reason}" for b in registry.broken]
     return "\n".join(lines).lstrip("\n")
+
+
+def _parameter(parameter: Field[Any]) -> dict[str, Any]:
+    known = {"name": parameter.name, "type": _type(parameter), "default": _default(parameter)}
+    said = {"range": describe(parameter), "doc": limits_of(parameter).doc}
+    return known | {key: text for key, text in said.items() if text}
+
+
+def _range(parameter: Field[Any]) -> str:
+    text = describe(parameter)
+    return f" ({text})" if text else ""
 
 
 def _type(parameter: Field[Any]) -> str:

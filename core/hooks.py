@@ -23,6 +23,7 @@ import pluggy
 
 from . import keyed, policy
 from .errors import ConfigError, PluginError, near
+from .params import checked
 from .policy import API_VERSION, ROLES, Observer, Role
 
 if TYPE_CHECKING:
@@ -88,7 +89,11 @@ class Plugin:
         return [f for f in dataclasses.fields(self.config) if f.init]
 
     def build(self, **parameters: Any) -> Any:
-        """The object, from parameters by name; what is left out takes the dataclass's default."""
+        """The object, from parameters by name; what is left out takes the dataclass's default.
+
+        Raises ConfigError that names `role.parameter=value` for one that is not what its declaration says.
+        """
+        parameters = checked(self.config, parameters, self.role)
         if self.config is self.factory:
             return self.factory(**parameters)
         return self.factory(self.config(**parameters))
@@ -156,6 +161,11 @@ class Registry:
             raise refuse("a function needs the dataclass of its parameters: registry.add(role, name, function, Config)")
         if "__dataclass_fields__" not in vars(config):
             raise refuse(f"its parameters are no dataclass: put @dataclass above class {config.__name__}")
+        try:
+            known = {f.name: f.default for f in plugin.parameters()}
+            checked(config, {name: value for name, value in known.items() if value is not dataclasses.MISSING}, role)
+        except ConfigError as error:
+            raise refuse(f"a default is not what its declaration says: {error}") from error
         if any(f.name == "name" for f in plugin.parameters()):
             raise refuse("a parameter may not be called 'name': that key holds the plugin's own name in a config")
         base = ROLE_CLASSES.get(role)

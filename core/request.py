@@ -9,7 +9,10 @@ from enum import Enum
 from operator import attrgetter
 from typing import Any
 
+from .params import check, param
+
 _SORT_KEY = attrgetter("sort_key")
+GREEDY = 1e-5  # temperatures below it pick the most likely token, as in vLLM
 NO_STOP = 1 << 60  # "no hidden output length": larger than any context
 
 
@@ -26,42 +29,46 @@ class RequestState(Enum):
 class SamplingParams:
     """Names and meanings are vLLM's. `temperature=0` is greedy. `max_tokens=None` means up to the model's context."""
 
-    temperature: float = 1.0
-    top_k: int = 0  # 0 or -1: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int | None = 16
+    temperature: float = param(1.0, min=0, max=1e6, doc="below 1e-5 is greedy")
+    top_k: int = param(0, min=-1, doc="0 or -1: off")
+    top_p: float = param(1.0, above=0, max=1)
+    min_p: float = param(0.0, min=0, max=1)
+    max_tokens: int | None = param(16, min=1)
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = param((), min=0)
     ignore_eos: bool = False
     seed: int | None = None  # None: the run's seed
-    logprobs: int | None = None  # number of top alternatives reported beside the sampled token
+    logprobs: int | None = param(
+        None,
+        min=0,
+        max=2**31 - 1,
+        doc="number of top alternatives reported beside the sampled token",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        checks = (
-            (self.temperature >= 0, f"temperature={self.temperature}: expected >= 0 (0 is greedy)"),
-            (self.top_k >= -1, f"top_k={self.top_k}: expected -1, 0 (off) or a positive count"),
-            (0 < self.top_p <= 1, f"top_p={self.top_p}: expected 0 < top_p <= 1"),
-            (0 <= self.min_p <= 1, f"min_p={self.min_p}: expected 0 <= min_p <= 1"),
-            (self.max_tokens is None or self.max_tokens >= 1, f"max_tokens={self.max_tokens}: expected at least 1"),
-            (self.logprobs is None or self.logprobs >= 0, f"logprobs={self.logprobs}: expected None or >= 0"),
-        )
-        for ok, message in checks:
-            if not ok:
-                raise ValueError(message)
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            if given is None or isinstance(given, (list, set, frozenset)):
+                object.__setattr__(self, name, tuple(given or ()))
+        check(self, "", ValueError)
+        if "" in self.stop:
+            raise ValueError("stop='': expected texts of at least one character, or none")
+        if self.temperature < GREEDY:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class SLO:
     """Latency targets in seconds; None means no target. Used by deadline policies and by goodput."""
 
-    ttft: float | None = None
-    tpot: float | None = None
-    e2el: float | None = None
+    ttft: float | None = param(None, above=0, max=1e9, unit="seconds")
+    tpot: float | None = param(None, above=0, max=1e9, unit="seconds")
+    e2el: float | None = param(None, above=0, max=1e9, unit="seconds")
+
+    def __post_init__(self) -> None:
+        check(self, "slo")
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,8 +124,8 @@ def test_a_wrong_name_or_type_is_refused_with_the_near_names(registry, override,
     [
         ("engine.block_size=0", "engine.block_size=0: expected at least 1"),
         ("parallel.tp=0", "parallel.tp=0: expected at least 1"),
-        ("model.load_format=gguf", "model.load_format='gguf': expected auto or dummy"),
-        ("hardware.memory_gb=-1", "hardware.memory_gb=-1.0: expected a positive number"),
+        ("model.load_format=gguf", "model.load_format='gguf': expected one of auto, dummy"),
+        ("hardware.memory_gb=-1", "hardware.memory_gb=-1.0: expected a finite number > 0"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_before_anything_is_built(registry, override, answer):

@@ -104,8 +104,7 @@ def test_the_guides_policy_decides_as_the_one_in_the_box(myvtc: ModuleType) -> N
     assert compared > 1000
 
 
-# ---- docs/metrics.md
-# ---------------------------------------------------------------------------------------------------
+# ---- docs/metrics.md ---------------------------------------------------------------------------------------
 
 
 def names_in(page: str) -> set[str]:

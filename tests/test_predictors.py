@@ -147,7 +147,7 @@ def test_history_starts_from_a_guess_and_learns_nothing_from_refusals():
     [
         (("history", {"by": "categry"}), "Did you mean category"),
         (("history", {"quantile": 0.0}), "quantile"),
-        (("noisy", {"tau": 0.0}), "tau=0.0: expected 0 < tau <= 1"),
+        (("noisy", {"tau": 0.0}), "predictor.tau=0.0: expected a finite number > 0 and <= 1"),
         (("constant", {"length": 0.0}), "length"),
     ],
 )

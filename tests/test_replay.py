@@ -190,8 +190,7 @@ def test_the_cost_model_of_a_recorded_simulation_is_there_on_replay(tmp_path):
     assert again.caps == executor.caps
 
 
-# ---- composed runs: everything the record knows is compared before the first step
-# ---------------------------------------------
+# ---- composed runs: everything the record knows is compared before the first step --------------------------
 
 
 COMPOSITION: dict[str, tuple[str, dict]] = {
@@ -347,8 +346,7 @@ def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
     assert {(o.finish_reason, o.text, len(o.output_token_ids)) for o in original.outputs} == {("stop", "as it was", 3)}
 
 
-# ---- engines built by hand: what they decide is compared, step by step
-# ---------------------------------------------------------
+# ---- engines built by hand: what they decide is compared, step by step -------------------------------------
 
 
 def by_hand(path, arrivals, order=None, seed=3):
@@ -414,8 +412,7 @@ def test_an_engine_of_another_seed_is_refused(tmp_path):
         by_hand(tmp_path, [], seed=4)
 
 
-# ---- records that are none
-# -------------------------------------------------------------------------------------------------------
+# ---- records that are none ---------------------------------------------------------------------------------
 
 
 def rewrite(directory, **changes) -> None:

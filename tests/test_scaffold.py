@@ -55,6 +55,12 @@ def test_a_package_holds_what_an_author_needs(packages: Path) -> None:
         assert "$" not in (packages / "my_order" / file).read_text()
 
 
+def test_a_package_says_what_it_is_in_english(packages: Path) -> None:
+    said = {role: (packages / f"my_{role}" / "pyproject.toml").read_text().partition('description = "')[2].partition(" for")[0] for role in WRITTEN}
+    assert said["order"] == "An order" and said["scheduler"] == "A scheduler" and said["kernels"] == "Kernels"
+    assert not [text for text in said.values() if re.match("A [aeiou]", text)]
+
+
 @pytest.mark.parametrize(
     ("role", "name", "says"),
     [
@@ -120,7 +126,8 @@ def test_a_stranger_s_package_works_with_no_edit_anywhere(stranger, tmp_path: Pa
     assert found["broken"] == []
     (mine,) = [p for p in found["plugins"] if p["name"] == "mypaper"]
     assert (mine["dist"], mine["version"], mine["origin"]) == ("headway-mypaper", "0.1.0", "headway_mypaper")
-    assert mine["parameters"] == [{"name": "patience", "type": "float", "default": 100.0}]
+    patience = {"name": "patience", "type": "float", "default": 100.0, "range": "0 to 1e+09, tokens a second"}
+    assert mine["parameters"] == [patience]
 
     # It runs, and its parameters are in the help.
     sim = ["executor=sim", "model=qwen3_0_6b", "tracking=none", "workload.num_requests=8", f"hydra.run.dir={tmp_path}"]

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from headway import ConfigError, ModelError
+from headway import ConfigError, ModelError, check_fits
 
 from . import architecture
 from .layers import CausalLM, PackedLinear, RMSNorm
@@ -147,6 +147,10 @@ def check(wanted: dict[str, Target], files: dict[str, Any], share: Share, spec: 
 
 def _check_memory(model: nn.Module, device: torch.device) -> None:
     need = sum(p.numel() * p.element_size() for p in model.parameters())
+    if isinstance(model, CausalLM):
+        shape = model.spec.shape
+        context = f"model.max_position_embeddings={shape.max_position_embeddings}: the table of rotary embeddings"
+        check_fits(8 * shape.max_position_embeddings * shape.head_dim, context, "set a shorter context")
     if device.type == "cuda" and need > (free := torch.cuda.mem_get_info(device)[0]):
         raise ConfigError(
             f"the weights take {need / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: "

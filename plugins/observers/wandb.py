@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlparse
 
-from headway import ConfigError, Engine, Observer, RunResult, StepRecord, hookimpl, metrics, near
+from headway import Engine, Observer, RunResult, StepRecord, hookimpl, metrics, param
 
 MODES = ("auto", "online", "offline", "disabled")
 #: Step series: name -> how a bucket of steps is drawn from its records.
@@ -65,15 +65,11 @@ class Wandb(Observer):
 
     project: str = "headway"
     entity: str | None = None
-    mode: str = "auto"
-    max_points: int = 500
-    max_rows: int = 1000
+    mode: str = param("auto", choices=MODES)
+    max_points: int = param(500, min=2, max=1_000_000)
+    max_rows: int = param(1000, min=0, max=1_000_000)
 
     run: ClassVar[Any] = None  # the Run, set on the object by the composition
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"tracking.mode={self.mode!r}: expected one of {', '.join(MODES)}.{near(self.mode, MODES)}")
 
     def on_start(self, engine: Engine) -> None:
         """Before the run's clock starts: importing and starting W&B takes seconds. A tracker that fails stops no run."""

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import PREEMPTION_MODES, ConfigError, Context, KeyOrder, Request, StepBuilder, View, hookimpl, near
+from headway import (
+    PREEMPTION_MODES,
+    ConfigError,
+    Context,
+    KeyOrder,
+    Request,
+    StepBuilder,
+    View,
+    hookimpl,
+    param,
+)
 
 from .chunked import ChunkedPrefill
 
@@ -22,12 +32,10 @@ class Preemptive(ChunkedPrefill):
     Needs an order with a key: a KeyOrder, not a queue discipline as fcfs, lpm, vtc or dlpm.
     """
 
-    mode: str = "recompute"
+    mode: str = param("recompute", choices=PREEMPTION_MODES)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if self.mode not in PREEMPTION_MODES:
-            raise ConfigError(f"scheduler.mode={self.mode!r}: expected one of {', '.join(PREEMPTION_MODES)}.{near(self.mode, PREEMPTION_MODES)}")
         if not isinstance(self._order, KeyOrder):
             raise ConfigError(
                 f"{self.plugin_name} needs an order that ranks running requests too, and {self._order.plugin_name} does not: "

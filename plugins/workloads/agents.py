@@ -5,14 +5,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
-from headway import Arrival, Request, RequestState, Tags, WorkloadError, hookimpl
+from headway import Arrival, Request, RequestState, Tags, hookimpl, param
 
 from .content import Content, Numbering, only_its_length
 from .lines import Lines, Malformed, json_object, parsed, regular_file
 from .numbers import count, seconds
-from .pace import Paced, finite, first
+from .pace import Paced
 
 
 class Call(NamedTuple):
@@ -46,23 +47,21 @@ class Agents(Paced):
     """
 
     path: str = ""
-    limit: int | None = None  # first so many sessions
-    scale: float = 1.0  # prompts, answers and blocks are scaled by it: 0.125 makes 64-token blocks 8
-    think_scale: float = 1.0  # think and tool times are multiplied by it
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.scale > 0 or self.think_scale < 0:
-            raise WorkloadError(f"workload.scale={self.scale}, workload.think_scale={self.think_scale}: expected more than 0 and at least 0")
-        if self.limit is not None and self.limit < 1:
-            raise WorkloadError(f"workload.limit={self.limit}: expected at least 1")
+    limit: int | None = param(None, min=1, max=2**31 - 1, doc="first so many sessions")
+    scale: float = param(
+        1.0,
+        min=1e-6,
+        max=1000,
+        doc="prompts, answers and blocks are scaled by it: 0.125 makes 64-token blocks 8",
+    )
+    think_scale: float = param(1.0, min=0, max=1e6, doc="think and tool times are multiplied by it")
 
     def check(self) -> None:
         regular_file(self.path, EXPECTED)
 
     def sessions(self) -> Iterator[Session]:
         """Those of the file, one a line. Raises WorkloadError with file and line for what cannot be read."""
-        yield from first(parsed(self.path, EXPECTED, _sessions), self.limit)
+        yield from islice(parsed(self.path, EXPECTED, _sessions), self.limit)
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         self._content, self._max_model_len = Content(seed, vocab_size), max_model_len
@@ -75,11 +74,11 @@ class Agents(Paced):
         call, length = calls[turn], self._length(id, turn)
         prompt = self._prompt(id, turn) if length < self._max_model_len else only_its_length(length)
         tags = Tags(client=id, session=id, turn=turn, category="agent", tool=call.tool)
-        time = finite(now + call.think_time * self.think_scale, think_scale=self.think_scale) if turn else now
+        time = now + call.think_time * self.think_scale if turn else now
         return Arrival(time, prompt, self.sampling(), self._scaled(call.output_len), f"{id}.{turn}", tags)
 
     def _scaled(self, tokens: int) -> int:
-        return max(1, round(finite(tokens * self.scale, scale=self.scale))) if tokens else 0
+        return max(1, round(tokens * self.scale)) if tokens else 0
 
     def _length(self, id: str, turn: int) -> int:
         return self._scaled(self._sessions[id].calls[turn].input_len)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Any, ClassVar
 
-from headway import Arrival, Tags, WorkloadError, hookimpl
+from headway import Arrival, Tags, WorkloadError, hookimpl, param
 
 from .lines import Lines, Malformed, json_object, parsed
-from .pace import Paced, first
+from .pace import Paced
 
 PROMPTS = (
     "What is the capital of France, and which river runs through it?",
@@ -40,9 +40,14 @@ class Chat(Paced):
     """
 
     path: str = ""  # "": the built-in prompts
-    num_requests: int | None = None  # None: each prompt once; more than there are begins again
+    num_requests: int | None = param(
+        None,
+        min=1,
+        max=10_000_000,
+        doc="None: each prompt once; more than there are begins again",
+    )
     system: str = ""  # a system message for every conversation
-    max_tokens: int | None = 64
+    max_tokens: int | None = param(64, min=1, max=2**31 - 1, unit="tokens")
 
     tokenizer: ClassVar[Any] = None  # set on the object by the composition: encode(text), has_chat_template, encode_chat(messages)
 
@@ -62,7 +67,7 @@ class Chat(Paced):
         if self.tokenizer is None:
             raise WorkloadError("workload=chat needs the model's tokenizer, and this executor has none: use executor=torch")
         texts, sampling = self.texts(), self.sampling()
-        for text in first(cycle(texts), len(texts) if self.num_requests is None else self.num_requests):
+        for text in islice(cycle(texts), len(texts) if self.num_requests is None else self.num_requests):
             yield Arrival(0.0, self._encode(text), sampling, tags=Tags(category="chat"), prompt=text)
 
     def _encode(self, text: str) -> list[int]:

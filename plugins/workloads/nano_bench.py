@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from headway import Arrival, SamplingParams, Workload, WorkloadError, hookimpl
+from headway import Arrival, SamplingParams, Workload, hookimpl, param
 
 
 @dataclass
@@ -17,12 +17,13 @@ class NanoBench(Workload):
     a smaller vocabulary takes them modulo its size.
     """
 
-    num_requests: int = 256
-    repeat: int = 0  # shifts every token by 17 * repeat modulo 10,000, so that no prefix cache helps a second round
-
-    def __post_init__(self) -> None:
-        if self.num_requests < 1 or self.repeat < 0:
-            raise WorkloadError(f"workload.num_requests={self.num_requests}, workload.repeat={self.repeat}: expected at least 1 and 0")
+    num_requests: int = param(256, min=1, max=16384, doc="all of them are made before the first runs")
+    repeat: int = param(
+        0,
+        min=0,
+        max=2**31 - 1,
+        doc="shifts every token by 17 * repeat modulo 10,000, so that no prefix cache helps a second round",
+    )
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
         rng = Random(0)  # the benchmark's, whatever the run's seed

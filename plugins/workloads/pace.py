@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from random import Random
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from headway import Arrival, Request, SamplingParams, Workload, WorkloadError, near
+from headway import Arrival, Request, SamplingParams, Workload, WorkloadError, param
 
 from .content import only_its_length
-from .numbers import MOST_TOKENS
+
+PROCESSES = ("all_at_once", "uniform", "poisson", "gamma", "closed")
 
 
 def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
@@ -52,21 +52,15 @@ def finite(time: float, **given: float) -> float:
     return time
 
 
-def length_range(name: str, value: Any) -> tuple[int, int]:
-    """A fixed length, or [low, high] with both ends included, as (low, high). Raises WorkloadError for anything else."""
-    try:
-        low, high = (value, value) if isinstance(value, int) else value
-    except (TypeError, ValueError):
-        low, high = 0, 0
-    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= MOST_TOKENS):
-        expected = f"expected a length from 1 to {MOST_TOKENS:,}, or [low, high] with 1 <= low <= high"
-        raise WorkloadError(f"workload.{name}={value}: {expected}")
-    return low, high
+LONGEST = 10_000_000  # tokens; more than any model's context
 
 
-def first(items: Iterable[Any], count: int | None) -> Iterator[Any]:
-    """So many of the items at most, all where `count` is None. A count may be larger than any index."""
-    return islice(items, count if count is None else min(count, sys.maxsize))
+def length_range(name: str, value: int | list[int]) -> tuple[int, int]:
+    """A length, or [low, high] with both ends, as (low, high). Raises WorkloadError for a list that is no range."""
+    ends = (value, value) if isinstance(value, int) else tuple(value)
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise WorkloadError(f"workload.{name}={value}: expected a length, or [low, high] with low <= high")
+    return ends
 
 
 def random_tokens(rng: Random, length: int, vocab_size: int) -> list[int]:
@@ -86,33 +80,36 @@ class Paced(Workload):
     that the same requests come at every rate.
     """
 
-    arrival: str = "all_at_once"  # all_at_once, uniform, poisson, gamma, or closed: `concurrency` clients that wait for each answer
-    rate: float = 1.0  # requests a second; uniform, poisson and gamma
-    burstiness: float = 1.0  # shape of gamma, as in `vllm bench serve`: below 1 is burstier than Poisson
-    concurrency: int = 16  # requests in the system; closed
-    temperature: float = 0.0
-    max_tokens: int | None = None  # declared cap, which does not reveal the true length; None: up to the context
+    arrival: str = param(
+        "all_at_once",
+        choices=PROCESSES,
+        doc="closed: `concurrency` clients that wait for each answer",
+    )
+    rate: float = param(1.0, min=1e-6, max=1e6, unit="requests a second", doc="uniform, poisson and gamma")
+    burstiness: float = param(
+        1.0,
+        min=1e-3,
+        max=1e6,
+        doc="shape of gamma, as in `vllm bench serve`: below 1 is burstier than Poisson",
+    )
+    concurrency: int = param(16, min=1, max=1_000_000, unit="requests", doc="in the system; closed")
+    temperature: float = param(0.0, min=0, max=1e6)
+    max_tokens: int | None = param(
+        None,
+        min=1,
+        max=2**31 - 1,
+        unit="tokens",
+        doc="declared cap, which does not reveal the true length; None: up to the context",
+    )
 
-    processes: ClassVar[tuple[str, ...]] = ("all_at_once", "uniform", "poisson", "gamma", "closed")
     lookahead: ClassVar[int] = 4096  # requests made before the run begins, so that making them costs the run no time
-
-    def __post_init__(self) -> None:
-        if self.arrival not in self.processes:
-            raise WorkloadError(f"workload.arrival={self.arrival!r} is not known.{near(self.arrival, self.processes)}")
-        for name in ("rate", "burstiness", "concurrency"):
-            if not getattr(self, name) > 0:
-                raise WorkloadError(f"workload.{name}={getattr(self, name)}: expected a positive number")
-        self.sampling()
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         """The requests in order. Their times count only for a process that replays recorded ones."""
         raise NotImplementedError
 
     def sampling(self) -> SamplingParams:
-        try:
-            return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
-        except ValueError as error:
-            raise WorkloadError(f"workload.{error}") from None
+        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
         """In order of time. Raises WorkloadError for an empty workload."""
@@ -122,7 +119,7 @@ class Paced(Workload):
             raise WorkloadError(f"workload {self.plugin_name or type(self).__name__} is empty: it has no request to run")
         self._rest = chain(head, made)  # what a closed loop still has to ask
         if self.arrival == "closed":
-            return [replace(request, time=0.0) for request in first(self._rest, self.concurrency)]
+            return [replace(request, time=0.0) for request in islice(self._rest, self.concurrency)]
         return self._timed(seed)
 
     def _timed(self, seed: int) -> Iterator[Arrival]:

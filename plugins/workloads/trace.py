@@ -5,13 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
-from headway import Arrival, Tags, WorkloadError, hookimpl, near
+from headway import Arrival, Tags, WorkloadError, hookimpl, param
 
 from .content import Content, Numbering, only_its_length
 from .lines import parsed, regular_file
-from .pace import Paced, finite, first
+from .pace import LONGEST, PROCESSES, Paced
 from .trace_formats import FORMATS, Row
 
 LONGEST_ROW = 4 << 20  # bytes; the block ids of a million tokens are 20 thousand
@@ -25,27 +26,31 @@ class Trace(Paced):
     Requests that do not fit the context are left for the engine to reject, unless `max_input_len` cuts them.
     """
 
-    arrival: str = "replay"  # replay the trace's own times, or all_at_once, uniform, poisson, gamma, closed with its lengths
+    arrival: str = param(
+        "replay",
+        choices=("replay", *PROCESSES),
+        doc="replay the trace's own times, or another process with its lengths",
+    )
     path: str = ""
-    format: str = "mooncake"
-    time_scale: float = 1.0  # times are multiplied by it: 0.5 doubles the load
-    limit: int | None = None  # first so many requests
-    max_input_len: int | None = None  # longer prompts lose their tail; None: they stay as they are
-    max_output_len: int | None = None  # longer answers end there; None: they stay as they are
+    format: str = param("mooncake", choices=tuple(FORMATS))
+    time_scale: float = param(1.0, min=1e-9, max=1e6, doc="times are multiplied by it: 0.5 doubles the load")
+    limit: int | None = param(None, min=1, max=2**31 - 1, doc="first so many requests")
+    max_input_len: int | None = param(
+        None,
+        min=1,
+        max=LONGEST,
+        unit="tokens",
+        doc="longer prompts lose their tail; None: they stay as they are",
+    )
+    max_output_len: int | None = param(
+        None,
+        min=1,
+        max=LONGEST,
+        unit="tokens",
+        doc="longer answers end there; None: they stay as they are",
+    )
 
-    processes: ClassVar[tuple[str, ...]] = ("replay", *Paced.processes)
     lookahead: ClassVar[int] = 32  # prompts are long and cheap to make
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.format not in FORMATS:
-            raise WorkloadError(f"workload.format={self.format!r} is not known.{near(self.format, FORMATS)}")
-        if not self.time_scale > 0:
-            raise WorkloadError(f"workload.time_scale={self.time_scale}: expected a positive number")
-        for name in ("limit", "max_input_len", "max_output_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WorkloadError(f"workload.{name}={value}: expected at least 1")
 
     def check(self) -> None:
         regular_file(self.path, self._expected)
@@ -57,7 +62,7 @@ class Trace(Paced):
     def read(self) -> Iterator[Row]:
         """The rows in the file's order. Raises WorkloadError with file and line for what cannot be read."""
         rows = parsed(self.path, self._expected, FORMATS[self.format], LONGEST_ROW)
-        yield from first(rows, self.limit)
+        yield from islice(rows, self.limit)
 
     def rows(self) -> list[Row]:
         """The whole file in order of time, block ids as numbers from 0."""
@@ -79,7 +84,7 @@ class Trace(Paced):
             length = min(row.input_len, self.max_input_len or row.input_len)
             output = min(row.output_len, self.max_output_len or row.output_len)
             prompt = _prompt(row, i, length, content) if length < max_model_len else only_its_length(length)
-            time = finite((row.time - origin) * self.time_scale, time_scale=self.time_scale)
+            time = (row.time - origin) * self.time_scale
             yield Arrival(time, prompt, sampling, output, tags=Tags(category=self.format))
 
 
@@ -98,21 +103,21 @@ def _prompt(row: Row, serial: int, length: int, content: Content) -> Sequence[in
 class Azure(Trace):
     """Azure's LLM inference trace (Patel et al., Splitwise, ISCA'24): arrival times and lengths, no shared prefixes."""
 
-    format: str = "azure"
+    format: str = param("azure", choices=tuple(FORMATS))
 
 
 @dataclass
 class Mooncake(Trace):
     """Mooncake's traces (Qin et al., FAST'25): arrival times, lengths, and prefixes shared in blocks of 512 tokens."""
 
-    format: str = "mooncake"
+    format: str = param("mooncake", choices=tuple(FORMATS))
 
 
 @dataclass
 class BurstGPT(Trace):
     """BurstGPT (Wang et al., 2024): arrival times and lengths of ChatGPT and GPT-4 use, no shared prefixes."""
 
-    format: str = "burstgpt"
+    format: str = param("burstgpt", choices=tuple(FORMATS))
 
 
 @hookimpl

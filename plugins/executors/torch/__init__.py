@@ -20,6 +20,7 @@ from headway import (
     StepResult,
     WallClock,
     hookimpl,
+    param,
 )
 
 if TYPE_CHECKING:
@@ -43,15 +44,11 @@ class TorchExecutor(Executor):
     """
 
     device: str = "auto"
-    gpu_memory_utilization: float = 0.9
-    kv_cache_gb: float | None = None
+    gpu_memory_utilization: float = param(0.9, above=0, max=1)
+    kv_cache_gb: float | None = param(None, above=0, max=16384, unit="GiB")
     profile: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"executor.gpu_memory_utilization={self.gpu_memory_utilization}: expected 0 < share <= 1")
-        if self.kv_cache_gb is not None and self.kv_cache_gb <= 0:
-            raise ConfigError(f"executor.kv_cache_gb={self.kv_cache_gb}: expected GiB > 0")
         self.clock = WallClock()
         self._execution: Execution | None = None
         self._max_model_len: int | None = None

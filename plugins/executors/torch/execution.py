@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from headway import ConfigError, EngineConfig, ModelConfig, StepPlan, StepResult
+from headway import ConfigError, EngineConfig, ModelConfig, StepPlan, StepResult, check_fits
 
 from ...kernels.compose import KernelChoice, compose, lookup
 from ...kernels.torch import TorchKernels
@@ -66,6 +66,9 @@ class Execution:
         self.device = device_of(config.device)
         self.spec = read_model(model)
         shape = self.spec.shape
+        if self.device.type == "cpu":
+            weights = f"model.name_or_path={model.name_or_path}: {shape.num_parameters:,} weights in {shape.dtype}"
+            check_fits(shape.weight_bytes, weights, "choose a smaller model, or model.dtype=bfloat16")
         self.kernels = compose(
             kernels or TorchKernels(), backends or lookup({"torch": TorchKernels}), self.device.type, shape.dtype, shape.head_dim, engine.block_size
         )
@@ -104,6 +107,11 @@ class Execution:
     def start(
         self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int, seed: int
     ) -> None:
+        check_fits(
+            4 * (max_num_seqs + 1) * -(-max_model_len // block_size),
+            f"engine.max_num_seqs={max_num_seqs}: block tables of {max_model_len} tokens each",
+            "lower engine.max_num_seqs or engine.max_model_len",
+        )
         caches = allocate_cache(self.model, num_blocks + 1, block_size, self.device)
         self.batcher = self.batcher_class(max_num_seqs, -(-max_model_len // block_size), seed)
         self.runner = self.runner_class(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headway import ConfigError, EngineConfig
+from headway import ConfigError, EngineConfig, check_fits
 
 from ...kernels.ops import BatchMetadata
 
@@ -23,6 +23,12 @@ def bytes_per_token(model: CausalLM) -> int:
 
 def allocate_cache(model: CausalLM, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
     """Keys and values of each layer, [num_blocks, block_size, K, D] in the model's dtype. `num_blocks` includes the reserved one."""
+    if device.type == "cpu":
+        check_fits(
+            num_blocks * block_size * bytes_per_token(model),
+            f"a KV cache of {num_blocks - 1} blocks of {block_size} tokens",
+            "lower engine.num_blocks or executor.kv_cache_gb",
+        )
     try:
         return [_layer_cache(layer.self_attn, num_blocks, block_size, device) for layer in model.model.layers]
     except torch.OutOfMemoryError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass
 
-from headway import Admission, Admit, ConfigError, Context, Defer, Request, View, hookimpl
+from headway import Admission, Admit, Context, Defer, Request, View, hookimpl, param
 
 
 @dataclass
@@ -20,13 +20,11 @@ class PastFuture(Admission):
     A prediction is made at admission, and again when a request outlives it. A cached prefix counts in full, as it may be evicted.
     """
 
-    reserved: float = 0.05
+    reserved: float = param(0.05, min=0, below=1)
     requires = ("predictor",)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if not 0 <= self.reserved < 1:
-            raise ConfigError(f"admission.reserved={self.reserved}: expected a share of 0 <= reserved < 1")
         self._predictor = ctx.roles["predictor"]
         self._capacity = ctx.num_blocks * ctx.block_size * (1 - self.reserved)
         self._length: dict[int, float] = {}  # running request index -> predicted output tokens
