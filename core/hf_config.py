@@ -22,7 +22,6 @@ class Family:
     max_position_embeddings: int = 2048
     num_key_value_heads: int | None = None  # None: as many as attention heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    eos_token_id: int | None = None
     even_heads: bool = False  # num_attention_heads must divide hidden_size
     head_dim_may_be_null: bool = False
     windows_by_layer: bool = False  # use_sliding_window and max_window_layers choose the layers; else sliding_window is for all
@@ -31,7 +30,7 @@ class Family:
 
 
 LLAMA = Family(
-    "LlamaForCausalLM", eos_token_id=2, even_heads=True, head_dim_may_be_null=True, mlp_bias=True
+    "LlamaForCausalLM", even_heads=True, head_dim_may_be_null=True, mlp_bias=True
 )  # also how architectures without a model file are read, for the simulator
 QWEN2 = Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, windows_by_layer=True, attention_bias="qkv")
 QWEN3 = Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, windows_by_layer=True)
@@ -140,7 +139,7 @@ def read_hf(config: Mapping[str, Any]) -> HFConfig:
         qkv_bias=bias or family.attention_bias == "qkv",
         o_bias=bias,
         mlp_bias=family.mlp_bias and _flag(config, "mlp_bias"),
-        eos_token_ids=read_eos(config, shape["vocab_size"], family.eos_token_id),
+        eos_token_ids=read_eos(config, shape["vocab_size"]),
     )
 
 
@@ -290,16 +289,14 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
     for name in ("dtype", "torch_dtype"):
         if (found := config.get(name)) is not None:
             if found not in ("bfloat16", "float16", "float32", "float64"):
-                raise ConfigError(
-                    f"{name}={_short(found)}: expected bfloat16, float16, float32 or float64; model.dtype overrides a config.json without it"
-                )
+                raise ConfigError(f"{name}={_short(found)}: expected bfloat16, float16, float32 or float64, or no such field and model.dtype")
             return str(found)
     return None
 
 
-def read_eos(config: Mapping[str, Any], vocab: int, default: int | None = None) -> frozenset[int]:
+def read_eos(config: Mapping[str, Any], vocab: int) -> frozenset[int]:
     """The ids that end an answer, of config.json or generation_config.json. Ids outside the vocabulary never occur and are left out."""
-    value = config.get("eos_token_id", default)
+    value = config.get("eos_token_id")
     found = value if isinstance(value, list) else [] if value is None else [value]
     if wrong := [id for id in found if isinstance(id, bool) or not isinstance(id, int)]:
         raise ConfigError(f"eos_token_id={_short(value)}: {_short(wrong[0])} is no token id, expected a whole number or a list of them")

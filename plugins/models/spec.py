@@ -61,10 +61,10 @@ def read_config(directory: Path, dtype: str | None = None) -> ModelSpec:
 
 
 def _spec(directory: Path, found: hf_config.HFConfig, dtype: str | None) -> ModelSpec:
-    architecture(found.shape["architecture"])
     try:
+        architecture(found.shape["architecture"])
         shape = ModelShape.from_fields(found.shape, dtype)
-    except ConfigError as error:
+    except (ConfigError, ModelError) as error:
         raise ModelError(f"{directory / 'config.json'}: {error}") from None
     return ModelSpec(
         shape,
