@@ -46,7 +46,7 @@ LIMITS = {
     "head_dim": 1 << 14,
     "intermediate_size": 1 << 22,
     "vocab_size": 1 << 24,
-    "max_position_embeddings": 1 << 25,
+    "max_position_embeddings": 1 << 24,
 }
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 

@@ -42,12 +42,12 @@ def find_checkpoint(name: str) -> Path:
         return cached(f"{name}-v1", builtin[name])
     path = Path(os.path.expanduser(name))
     try:
-        if path.is_dir():
+        if name and path.is_dir():
             return path
         there = os.path.lexists(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name[:80]!r} is no path: {error}") from None
-    if there:
+    if name and there:
         raise ModelError(f"model {name!r} is a file: expected a checkpoint directory with config.json and *.safetensors")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name!r}: no such directory, and no hub id (owner/name).{near(name, builtin)}")

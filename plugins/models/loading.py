@@ -60,6 +60,8 @@ class Whole:
 
 def build(spec: ModelSpec, kernels: Kernels) -> CausalLM:
     """The model without memory (on torch's meta device): to be cut or sharded by name, then loaded."""
+    if spec.shape.dtype.startswith("float8"):
+        raise ModelError(f"model.dtype={spec.shape.dtype}: the simulator alone knows it, expected bfloat16, float16, float32 or float64")
     with torch.device("meta"):
         model = architecture(spec.shape.architecture)(spec, kernels)
     return model.to(getattr(torch, spec.shape.dtype)).eval().requires_grad_(False)

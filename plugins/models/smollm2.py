@@ -55,11 +55,13 @@ def check_source(path: Path) -> None:
     try:
         checkpoint.check_regular(path)
         if (size := path.stat().st_size) != SIZE:
-            raise ModelError(f"{path} has {size} bytes, not {SIZE}: {again}")
+            raise ModelError(f"{path} has {size} bytes, not {SIZE}")
         if digest(path) != SHA256:
-            raise ModelError(f"{path} is not what was published (its SHA-256 differs): {again}")
+            raise ModelError(f"{path} is not what was published (its SHA-256 differs)")
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): {again}") from None
+    except ModelError as error:
+        raise ModelError(f"{error}: {again}") from None
 
 
 def convert(directory: Path) -> None:
