@@ -81,6 +81,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 THETA_LIMIT = 1e15
+FACTOR_LIMITS = 1e-3, 1e6
 INTEGER_LIMIT = 1 << 40  # for numbers that are no size
 
 
@@ -130,7 +131,7 @@ def read_hf(config: Mapping[str, Any]) -> HFConfig:
         "tie_word_embeddings": _flag(config, "tie_word_embeddings"),
         "dtype": _dtype(config),
         "rope_theta": theta,
-        "rms_norm_eps": _number(config, "rms_norm_eps", 1e-6, above=0, below=1),
+        "rms_norm_eps": _number(config, "rms_norm_eps", 1e-6, above=1e-20, below=1),
     }
     bias = family.attention_bias == "flag" and _flag(config, "attention_bias")
     return HFConfig(
@@ -237,7 +238,7 @@ def _rope(config: Mapping[str, Any], context: int, head_dim: int) -> tuple[float
         raise ConfigError(f"{where} of type {kind!r} lacks factor")
     if kind == "yarn":
         return theta, _yarn(given, _original(config, given, context), context)
-    factor = _number(given, "factor", above=0)
+    factor = _number(given, "factor", above=FACTOR_LIMITS[0], below=FACTOR_LIMITS[1])
     if kind == "dynamic":
         return theta, Rope()  # positions are scaled beyond max_position_embeddings only, where no request gets
     if kind == "linear":
@@ -260,7 +261,7 @@ def _original(config: Mapping[str, Any], given: Mapping[str, Any], context: int)
 
 
 def _yarn(given: Mapping[str, Any], original: int, context: int) -> Rope:
-    factor = context / original if given["factor"] is None else _number(given, "factor", above=0)
+    factor = context / original if given["factor"] is None else _number(given, "factor", above=FACTOR_LIMITS[0], below=FACTOR_LIMITS[1])
     optional = {name: _number(given, name, above=0) for name in ("mscale", "mscale_all_dim") if given.get(name)}
     if given.get("attention_factor") is not None:
         attention = _number(given, "attention_factor", above=0)

@@ -382,11 +382,13 @@ def test_what_dead_processes_left_is_removed_and_what_the_living_write_is_not(ca
     child.join()
     ours = checkpoints._beside(cache / "model")
     dead = ours.with_name(ours.name.replace(str(os.getpid()), str(child.pid)))
-    for left in (ours, dead):
+    elsewhere, old = cache / ".model-another-host-1-abcdef", cache / ".model-another-host-2-abcdef"
+    for left in (ours, dead, elsewhere, old):
         left.mkdir(parents=True)
         (left / "model.safetensors").write_bytes(b"half")
+    os.utime(old, (1, 1))
     cached("model", Writer())
-    assert ours.is_dir() and not dead.exists()
+    assert ours.is_dir() and elsewhere.is_dir() and not dead.exists() and not old.exists()
 
 
 def test_writers_at_once_write_once(cache):

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from headway import ModelError, near
 
 MANIFEST = "manifest.json"  # in a cached entry: size, time of change and SHA-256 of every other file
 ALWAYS_READ = 4 << 20  # bytes up to which a cached file's digest is checked at every use
+DAY = 86400.0  # seconds
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")
 NOT_DOWNLOADED = ("*/*", "consolidated*", "adapter_model*")  # other formats, other precisions: what loading does not open
 
@@ -137,11 +139,19 @@ def _beside(final: Path) -> Path:
 
 
 def _remove_left_over(final: Path) -> None:
-    """Unfinished entries of processes of this host that ended before they could remove them."""
+    """Unfinished entries whose process ended before it could remove them."""
     for path in final.parent.glob(f".{final.name}-*"):
-        host, _, owner = path.name.removeprefix(f".{final.name}-").rpartition("-")[0].rpartition("-")
-        if host == socket.gethostname() and owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # it was finished, or removed, just now
+            if _abandoned(path, path.name.removeprefix(f".{final.name}-")):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _abandoned(path: Path, owner: str) -> bool:
+    """Of a process of this host that is gone; of another host's, or where nobody can tell: untouched for a day."""
+    host, _, process = owner.rpartition("-")[0].rpartition("-")
+    if host == socket.gethostname() and process.isdigit() and os.name == "posix":
+        return not _alive(int(process))
+    return time.time() - path.stat().st_mtime > DAY
 
 
 def _alive(process: int) -> bool:
@@ -149,7 +159,7 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except (OSError, OverflowError):  # somebody else's, or no number of a process
         return True
     return True
 
