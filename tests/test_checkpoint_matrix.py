@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from headway import Arrival, ModelConfig, ModelError, SamplingParams
 from plugins.executors.torch import TorchExecutor
+from plugins.models import layers
 from plugins.models.layers import rotary_table
 from plugins.models.spec import read_config
 
@@ -333,6 +334,13 @@ def test_the_same_as_transformers_or_a_refusal_that_says_why(name, tmp_path):
     found, found_rows = ours(tmp_path, rows.shape[1])
     assert found == tokens
     torch.testing.assert_close(found_rows, rows, atol=2e-4, rtol=2e-4)
+
+
+def test_the_matrix_notices_another_rotation(tmp_path, monkeypatch):
+    write(tmp_path, CASES["llama: llama3"])
+    tokens, rows = reference(tmp_path)
+    monkeypatch.setattr(layers, "_llama3", lambda frequency, rope: frequency)
+    assert not torch.allclose(ours(tmp_path, rows.shape[1])[1], rows, atol=2e-4, rtol=2e-4)
 
 
 # ---- facts that no logits of a short prompt show ----------------------------------------------------------------------

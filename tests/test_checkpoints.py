@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import multiprocessing
@@ -16,7 +17,7 @@ from random import Random
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from headway import ModelConfig, ModelError, checkpoint
+from headway import ConfigError, ModelConfig, ModelError, checkpoint, hf_config
 from plugins.executors.torch import TorchExecutor
 from plugins.models import checkpoints, smollm2
 from plugins.models.checkpoints import MANIFEST, cached, digest
@@ -261,32 +262,80 @@ def damage_a_byte(path: Path, chance: Random, below: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_damage_is_a_model_error_or_a_good_load(seed, shards, tmp_path):
-    chance = Random(seed)
-    names = ["config.json", INDEX, *SHARDS]
-    saved = {name: (shards / name).read_bytes() for name in names}
-    refused = 0
-    for trial in range(100):
-        copy = tmp_path / "model"
-        copy.mkdir(exist_ok=True)
-        for name, data in saved.items():
-            (copy / name).write_bytes(data)
-        kind, name = chance.choice(("json", "json", "byte", "header", "cut")), chance.choice(names)
-        if kind == "json":
-            (copy / "config.json").write_text(damaged_json(saved["config.json"].decode(), chance))
-        elif kind == "cut":
-            os.truncate(copy / name, chance.randrange(len(saved[name])))
-        else:
-            damage_a_byte(copy / name, chance, below=1 << 30 if kind == "byte" else 300)
+def damage(directory: Path, saved: dict[str, bytes], chance: Random) -> str:
+    """A good checkpoint with one thing wrong; answers what was done."""
+    directory.mkdir(exist_ok=True)
+    for name, data in saved.items():
+        (directory / name).write_bytes(data)
+    kind, name = chance.choice(("json", "json", "byte", "header", "cut")), chance.choice(list(saved))
+    if kind == "json":
+        (directory / "config.json").write_text(damaged_json(saved["config.json"].decode(), chance))
+    elif kind == "cut":
+        os.truncate(directory / name, chance.randrange(len(saved[name])))
+    else:
+        damage_a_byte(directory / name, chance, below=1 << 30 if kind == "byte" else 300)
+    return f"{kind} {name}"
+
+
+def fuzz(good: Path, directory: Path, seed: int, trials: int) -> int:
+    """How many of the damaged checkpoints were refused; all others loaded. Anything else is raised or fails."""
+    chance, refused = Random(seed), 0
+    saved = {path.name: path.read_bytes() for path in sorted(good.iterdir()) if not path.name.startswith("tokenizer")}
+    for trial in range(trials):
+        what = damage(directory, saved, chance)
         began = time.monotonic()
         try:
-            load(copy)
+            load(directory)
         except ModelError as error:
-            assert str(copy) in str(error), (trial, kind, name)
+            assert str(directory) in str(error), (trial, what)
             refused += 1
-        assert time.monotonic() - began < SECONDS, (trial, kind, name)
-    assert 30 < refused < 95  # the damage is neither harmless nor always noticed
+        with contextlib.suppress(ConfigError):
+            ModelConfig(name_or_path=str(directory)).shape()
+        assert time.monotonic() - began < SECONDS, (trial, what)
+    return refused
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_is_a_model_error_or_a_good_load(seed, shards, tmp_path):
+    assert 30 < fuzz(shards, tmp_path / "model", seed, trials=100) < 95  # the damage is neither harmless nor always noticed
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "without"),
+    [
+        (hf_config, "_number", lambda config, name, default=None, above=0, below=0: config.get(name, default)),
+        (hf_config, "_size", lambda name, value: value),
+        (checkpoint, "_listed", lambda index: json.loads(index.read_text())["weight_map"]),
+    ],
+)
+def test_the_fuzz_finds_a_check_that_is_missing(owner, name, without, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, name, without)
+    with pytest.raises(Exception) as caught:  # whatever Python makes of such a value
+        fuzz(shards, tmp_path / "model", seed=0, trials=400)
+    assert not isinstance(caught.value, ModelError)
+
+
+# ---- weights that are no numbers ------------------------------------------------------------------------------------
+
+
+def with_weight(good: Path, directory: Path, *values: float) -> Path:
+    shutil.copytree(good, directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][2, : len(values)] = values
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+def test_weights_too_wide_for_the_type_are_refused(whole, tmp_path):
+    directory = with_weight(whole, tmp_path / "model", 1e6)
+    load(directory)
+    executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
+    with pytest.raises(ModelError, match=r"up_proj\.weight.*infinite as float16.*too wide for model\.dtype=float16"):
+        executor.prepare(ModelConfig(name_or_path=str(directory), dtype="float16"))
+
+
+def test_weights_whose_sum_overflows_are_no_infinities(whole, tmp_path):
+    load(with_weight(whole, tmp_path / "model", 3e38, 3e38))
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
