@@ -64,7 +64,8 @@ def as_stored(config: HFConfig, directory: Path) -> HFConfig:
     tensors = find_tensors(directory)
     shape = dict(config.shape)
     if shape["dtype"] is None:
-        shape["dtype"] = next((FLOATS[t.dtype] for _, t in sorted(tensors.items()) if t.dtype in FLOATS), None)
+        in_order = sorted(tensors.values(), key=lambda tensor: (tensor.path, tensor.name))
+        shape["dtype"] = next((FLOATS[tensor.dtype] for tensor in in_order if tensor.dtype in FLOATS), None)
     if shape["tie_word_embeddings"] and EMBEDDING in tensors and HEAD in tensors:
         shape["tie_word_embeddings"] = _equal(tensors[EMBEDDING], tensors[HEAD])
     return replace(config, shape=shape)

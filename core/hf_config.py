@@ -206,7 +206,7 @@ def _check_windows(config: Mapping[str, Any], family: Family, layers: int, conte
         if not _flag(config, "use_sliding_window"):
             window = None
         elif types is None:
-            slides = bool(window) and first is not None and first < layers
+            slides = window is not None and first is not None and first < layers
     else:
         window = _integer(config, "sliding_window", None)
         slides = slides or window is not None

@@ -84,6 +84,11 @@ def mixed(directory: Path) -> None:
     change(lambda n, t: (n, t.bfloat16() if "mlp" in n else t))(directory)
 
 
+def half_of_the_shards(directory: Path) -> None:
+    for shard in sorted(directory.glob("model-*.safetensors"))[::2]:
+        store(directory, {name: tensor.bfloat16() for name, tensor in load_file(shard).items()}, shard.name)
+
+
 def another_head(directory: Path) -> None:
     weights = weights_of(directory)
     store(directory, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].flip(0).contiguous()})
@@ -225,6 +230,7 @@ CASES = {
     "qwen2: a window that is not used": qwen2({"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}),
     "qwen2: windows from a layer that is not there": qwen2({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
     "qwen3: windows in a layer": qwen3({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, refused="sliding-window"),
+    "qwen2: windows of nothing": qwen2({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, refused="sliding-window"),
     "qwen3: windows as wide as the context": qwen3({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}),
     "qwen3: layer_types are all full": qwen3(
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": ["full_attention"] * 2}
@@ -363,11 +369,12 @@ BF16, F16 = cast(torch.bfloat16), cast(torch.float16)
     ("changes", "files"),
     [
         ({}, BF16), ({"dtype": "float16"}, BF16), ({"dtype": "bfloat16", "torch_dtype": "float16"}, None), (absent("dtype"), BF16),
-        (absent("dtype"), F16), (absent("dtype"), None), (absent("dtype"), mixed), ({"dtype": None, "torch_dtype": "float16"}, None),
+        (absent("dtype"), F16), (absent("dtype"), None), (absent("dtype"), mixed), (absent("dtype"), half_of_the_shards),
+        ({"dtype": None, "torch_dtype": "float16"}, None),
     ],
 )  # fmt: skip
 def test_the_type_is_the_config_s_or_else_the_file_s(changes, files, tmp_path):
-    write(tmp_path, Case("llama", changes, files=files))
+    write(tmp_path, Case("llama", changes, files=files, shard="12KB" if files is half_of_the_shards else "1GB"))
     expected = str(AutoModelForCausalLM.from_pretrained(tmp_path).dtype).removeprefix("torch.")
     assert read_config(tmp_path).shape.dtype == expected == ModelConfig(name_or_path=str(tmp_path)).shape().dtype
     assert read_config(tmp_path, "float64").shape.dtype == "float64"
