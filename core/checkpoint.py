@@ -1,8 +1,9 @@
-"""A checkpoint directory: which of its files count, and what they say of the model. Reads JSON and the headers of weights, no weights.
+"""A checkpoint directory: which of its files count, and what they say of the model. Reads no weights.
 
-The files are those that transformers 5 reads: config.json, generation_config.json, and model.safetensors or else the shards
-that model.safetensors.index.json lists. Other *.safetensors (adapters, other precisions, optimizers) and pickles are never
-opened. Whatever is wrong with a file is a ModelError with its name, before memory is taken.
+The files are those that transformers 5 reads: config.json, generation_config.json, and model.safetensors or
+else the shards that model.safetensors.index.json lists. Other *.safetensors (adapters, other precisions,
+optimizers) and pickles are never opened. Whatever is wrong with a file is a ModelError with its name, before
+memory is taken.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .hf_config import HFConfig, read_eos, read_hf
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON_LIMIT = 64 << 20  # bytes; an index of a thousand shards has a few MiB
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names -> torch's
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in a file -> torch's
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # named when there are no weights that count
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -38,7 +40,7 @@ class StoredTensor:
 
 
 def read(directory: Path) -> HFConfig:
-    """What config.json in `directory` says, and generation_config.json of the ends of an answer: it alone, where there is one."""
+    """What config.json says; the ends of an answer are generation_config.json's alone, where there is one."""
     path, generation = directory / "config.json", directory / "generation_config.json"
     with _naming(path):
         found = read_hf(read_json(path))
@@ -60,7 +62,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def as_stored(config: HFConfig, directory: Path) -> HFConfig:
-    """`config` with what the weights decide: the dtype where it names none, and an output head of its own where it says tied."""
+    """`config` with what the weights decide: a dtype where it names none, a head where it says tied."""
     tensors = find_tensors(directory)
     shape = dict(config.shape)
     if shape["dtype"] is None:
@@ -79,9 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path} has {size} bytes: expected a JSON file of at most {JSON_LIMIT}")
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(
-            f"{path} cannot be read ({error.strerror or error}): expected a checkpoint in Hugging Face format (config.json, *.safetensors)"
-        ) from None
+        raise ModelError(f"{path} cannot be read ({error.strerror or error}): expected a Hugging Face checkpoint") from None
     except ValueError as error:
         raise ModelError(f"{path} cannot be read: not valid JSON ({error})") from None
     if not isinstance(found, dict):
@@ -90,12 +90,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuses what would block or has no bytes: fifos, devices, directories. Raises OSError for what is not there."""
+    """Refuses what would block or has no bytes: fifos, devices, directories. OSError: nothing is there."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            raise ModelError(f"{path} is a link to {os.readlink(path)}, which is not there: download the checkpoint again") from None
+            text = f"{path} is a link to {os.readlink(path)}, which is not there"
+            raise ModelError(f"{text}: download the checkpoint again") from None
         raise
     if not stat.S_ISREG(mode):
         raise ModelError(f"{path} is {_kind(mode)}: expected a file")
@@ -122,15 +123,17 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         for tensor in read_header(path):
             name = _model_name(tensor.name)
             if (other := found.setdefault(name, tensor)) is not tensor:
-                raise ModelError(f"tensor {name!r} is there twice: {other.name!r} in {other.path} and {tensor.name!r} in {path}. Delete one")
+                places = " and ".join(f"{held.name!r} in {held.path}" for held in (other, tensor))
+                raise ModelError(f"tensor {name!r} is there twice: {places}. Delete one")
     stored = {tensor.name for tensor in found.values()}
     if lost := sorted(name for name in listed if name not in stored):
-        raise ModelError(f"tensor {lost[0]!r} is listed in {index} for {listed[lost[0]]}, which does not hold it ({len(lost)} such tensors)")
+        text = f"tensor {lost[0]!r} is listed in {index} for {listed[lost[0]]}"
+        raise ModelError(f"{text}, which does not hold it ({len(lost)} such tensors)")
     return found
 
 
 def read_header(path: Path) -> Iterator[StoredTensor]:
-    """The tensors of a safetensors file. The library checks that they cover the file exactly, so that a cut one is found here."""
+    """The tensors of a safetensors file. The library checks that they cover it: a cut file is found here."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -140,7 +143,8 @@ def read_header(path: Path) -> Iterator[StoredTensor]:
                 part = file.get_slice(name)
                 yield StoredTensor(path, name, part.get_dtype(), tuple(part.get_shape()))
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read ({error}): expected a whole safetensors file; download or copy it again") from None
+        text = f"{path} cannot be read ({error})"
+        raise ModelError(f"{text}: expected a whole safetensors file; download or copy it again") from None
 
 
 def _listed(index: Path) -> dict[str, str]:
@@ -148,9 +152,10 @@ def _listed(index: Path) -> dict[str, str]:
     with _naming(index):
         found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise ModelError(f"{index} is broken: expected an object with a weight_map of tensor names to file names")
+        raise ModelError(f"{index} is broken: expected a weight_map of tensor names to file names")
     for name in sorted(set(found.values())):
-        if os.path.basename(name) != name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+        beside = os.path.basename(name) == name and "\\" not in name and "\0" not in name
+        if not beside or not name.endswith(".safetensors"):
             raise ModelError(f"{index} names {name!r}: expected the name of a *.safetensors file beside it")
     return found
 
@@ -159,9 +164,10 @@ def _no_weights(directory: Path) -> str:
     seen = [path for path in (directory / WEIGHTS, directory / INDEX) if os.path.lexists(path)]
     text = f"no {WEIGHTS} or {INDEX} in {directory}"
     if seen:
-        text += f" ({seen[0].name} is {'a link to nothing' if not seen[0].exists() else _kind(seen[0].stat().st_mode)})"
+        kind = _kind(seen[0].stat().st_mode) if seen[0].exists() else "a link to nothing"
+        text += f" ({seen[0].name} is {kind})"
     try:
-        others = sorted(path.name for path in directory.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+        others = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_WEIGHTS)
     except OSError:
         others = []
     if others:
@@ -172,7 +178,7 @@ def _no_weights(directory: Path) -> str:
 
 
 def _model_name(name: str) -> str:
-    """A checkpoint may have been saved from the bare decoder, without `model.`, or from within another module, with one too many."""
+    """One saved from the bare decoder lacks `model.`; one from within another module has it twice."""
     if re.match(r"(embed_tokens|layers|norm)\.", name):
         return f"model.{name}"
     return re.sub(r"^model\.(?=model\.|lm_head\.)", "", name)
@@ -196,5 +202,10 @@ def _pieces(tensor: StoredTensor, size: int = 1 << 22) -> Iterator[bytes]:
 
 
 def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a fifo", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a fifo",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFREG: "a file",
+    }
     return kinds.get(stat.S_IFMT(mode), "a device")

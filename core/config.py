@@ -51,12 +51,12 @@ class ModelShape:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], dtype: str | None = None) -> ModelShape:
-        """From the contents of a checkpoint's config.json. `dtype=None` takes the checkpoint's own. Raises ConfigError that names the field."""
+        """From the contents of config.json; `dtype` goes before its own. ConfigError names a wrong field."""
         return cls.from_fields(read_hf(config).shape, dtype)
 
     @classmethod
     def from_fields(cls, given: Mapping[str, Any], dtype: str | None = None) -> ModelShape:
-        """From what a checkpoint says (`HFConfig.shape`); a dtype asked for goes before its own, bfloat16 is for those that name none."""
+        """From what a checkpoint says (`HFConfig.shape`); without any dtype it is bfloat16."""
         return cls(**{**given, "dtype": dtype or given["dtype"] or "bfloat16"})
 
     @property

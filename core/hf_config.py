@@ -1,13 +1,13 @@
 """What config.json and generation_config.json of a Hugging Face checkpoint say: the one reader of both.
 
-Values, defaults and precedences are those of transformers 5. What this code does not compute as transformers does is refused
-with a ConfigError that names the field. Nothing here knows a file; `core/checkpoint.py` adds its name.
+Values, defaults and precedences are those of transformers 5. What this code does not compute as transformers
+does is refused with a ConfigError that names the field. No file is known here; `core/checkpoint.py` adds its name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,8 @@ class Family:
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     even_heads: bool = False  # num_attention_heads must divide hidden_size
     head_dim_may_be_null: bool = False
-    windows_by_layer: bool = False  # use_sliding_window and max_window_layers choose the layers; else sliding_window is for all
-    attention_bias: str = "flag"  # flag: q, k, v and o as attention_bias says; qkv: those three always, the flag is ignored
+    windows_by_layer: bool = False  # max_window_layers says where they begin; else all layers have one
+    attention_bias: str = "flag"  # flag: q, k, v, o as the field says; qkv: those three always
     mlp_bias: bool = False  # the flag of that name is obeyed
 
 
@@ -37,7 +37,8 @@ QWEN3 = Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, 
 FAMILIES = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}  # by model_type
 ARCHITECTURES = {family.architecture: family for family in FAMILIES.values()}
 
-#: Largest size that a decoder of today or tomorrow has, with room: beyond it a number is a mistake that would cost hours or all memory.
+#: The largest size that a decoder may have, with room: beyond it a number is a mistake, which would cost
+#: hours or all memory.
 LIMITS = {
     "hidden_size": 1 << 20,
     "num_hidden_layers": 1 << 11,
@@ -50,7 +51,7 @@ LIMITS = {
 }
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
-#: Fields that change what a model computes and that no model file here obeys -> the values that change nothing.
+#: Fields that change what a model computes and that no model file here obeys -> values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
@@ -80,8 +81,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "scale_depth": (None,),
 }
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+YARN_OPTIONS = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")  # null and 0 count as absent
 THETA_LIMIT = 1e15
-FACTOR_LIMITS = 1e-3, 1e6
 INTEGER_LIMIT = 1 << 40  # for numbers that are no size
 
 
@@ -89,7 +90,7 @@ INTEGER_LIMIT = 1 << 40  # for numbers that are no size
 class Rope:
     """Rotary embedding beyond its base (`ModelShape.rope_theta`). Names are Hugging Face's."""
 
-    rope_type: str = "default"  # or linear, llama3, yarn; `dynamic` is the default one within the model's context
+    rope_type: str = "default"  # or linear, llama3, yarn; `dynamic` is default within the context
     factor: float = 1.0
     original_max_position_embeddings: int = 0  # llama3 and yarn
     low_freq_factor: float = 1.0  # llama3
@@ -118,12 +119,12 @@ def read_hf(config: Mapping[str, Any]) -> HFConfig:
     family = ARCHITECTURES.get(architecture, LLAMA)
     for name, harmless in UNSUPPORTED.items():
         if name in config and config[name] not in harmless:
-            raise ConfigError(f"{name}={_short(config[name])} is not supported: expected a config.json without it")
+            raise ConfigError(f"{name}={_short(config[name])} is not supported: expected no such field")
     if missing := [name for name in REQUIRED if name not in config]:
-        raise ConfigError(f"{architecture} lacks {', '.join(missing)}: expected a decoder-only Hugging Face config")
+        raise ConfigError(f"{architecture} lacks {', '.join(missing)}: expected a decoder's config")
     shape = _sizes(config, family)
     if _text(config, "hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act={config['hidden_act']!r}: expected silu, the only one these architectures use")
+        raise ConfigError(f"hidden_act={_short(config['hidden_act'])}: expected silu, the only one here")
     _check_windows(config, family, shape["num_hidden_layers"], shape["max_position_embeddings"])
     theta, rope = _rope(config, shape["max_position_embeddings"], shape["head_dim"])
     shape |= {
@@ -145,14 +146,17 @@ def read_hf(config: Mapping[str, Any]) -> HFConfig:
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """The model class: that of `model_type`, as transformers chooses it, else the first of `architectures`. The two must not contradict."""
+    """The model class: that of `model_type`, as transformers chooses it, else the first of `architectures`.
+
+    The two must not contradict each other.
+    """
     kind, named = config.get("model_type"), config.get("architectures") or []
-    if not isinstance(named, Sequence) or isinstance(named, str) or not all(isinstance(name, str) for name in named):
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ConfigError(f"architectures={_short(named)}: expected a list of names")
     if kind is not None and not isinstance(kind, str):
         raise ConfigError(f"model_type={_short(kind)}: expected a name")
     if kind is None and not named:
-        raise ConfigError("neither model_type nor architectures names the model: expected a Hugging Face config")
+        raise ConfigError("neither model_type nor architectures is there: expected one of them")
     if kind not in FAMILIES:
         if kind and named and named[0] in ARCHITECTURES:
             raise ConfigError(f"model_type={kind!r} and architectures={_short(named)} contradict each other")
@@ -165,17 +169,19 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     return str(named[0])
 
 
-# ---- fields ---------------------------------------------------------------------------------------------------------
+# ---- fields ----------------------------------------------------------------------------------------------
 
 
 def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     sizes: dict[str, Any] = {name: _size(name, config[name]) for name in REQUIRED}
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    sizes["max_position_embeddings"] = _size("max_position_embeddings", config.get("max_position_embeddings", family.max_position_embeddings))
+    context = config.get("max_position_embeddings", family.max_position_embeddings)
+    sizes["max_position_embeddings"] = _size("max_position_embeddings", context)
     kv_heads = config.get("num_key_value_heads", family.num_key_value_heads)
-    sizes["num_key_value_heads"] = _size("num_key_value_heads", heads if kv_heads is None else kv_heads)
-    if heads % sizes["num_key_value_heads"]:
-        raise ConfigError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={sizes['num_key_value_heads']}")
+    kv_heads = _size("num_key_value_heads", heads if kv_heads is None else kv_heads)
+    sizes["num_key_value_heads"] = kv_heads
+    if heads % kv_heads:
+        raise ConfigError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
     if family.even_heads and hidden % heads:
         raise ConfigError(f"hidden_size={hidden} is no multiple of num_attention_heads={heads}")
     head_dim = config.get("head_dim", family.head_dim)
@@ -184,8 +190,9 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     sizes["head_dim"] = _size("head_dim", hidden // heads if head_dim is None else head_dim)
     if sizes["head_dim"] % 2:
         raise ConfigError(f"head_dim={sizes['head_dim']}: rotary embedding needs an even number")
-    if (pad := _integer(config, "pad_token_id", None)) is not None and not -sizes["vocab_size"] <= pad < sizes["vocab_size"]:
-        raise ConfigError(f"pad_token_id={pad} is outside the vocabulary of {sizes['vocab_size']} tokens")
+    pad, vocab = _integer(config, "pad_token_id", None), sizes["vocab_size"]
+    if pad is not None and not -vocab <= pad < vocab:
+        raise ConfigError(f"pad_token_id={pad} is outside the vocabulary of {vocab} tokens")
     return sizes
 
 
@@ -212,35 +219,40 @@ def _check_windows(config: Mapping[str, Any], family: Family, layers: int, conte
         slides = slides or window is not None
     if slides and (window is None or not window >= context):
         raise ConfigError(
-            f"sliding-window attention (sliding_window={window}) is not supported: expected layers with full attention, "
-            f"or a window of at least the context of {context} tokens"
+            f"sliding-window attention (sliding_window={window}) is not supported: "
+            f"expected layers with full attention, or a window of at least the context of {context} tokens"
         )
 
 
 def _rope(config: Mapping[str, Any], context: int, head_dim: int) -> tuple[float, Rope]:
-    """(theta, the rest). `rope_scaling` goes before `rope_parameters`, a theta inside it before the one beside it."""
+    """(theta, the rest). `rope_scaling` goes before `rope_parameters`, a theta inside before one beside."""
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     given = config.get(where) or {}
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where}={_short(given)}: expected an object")
     if nested := [name for name, value in given.items() if isinstance(value, Mapping)]:
-        raise ConfigError(f"{where}.{nested[0]}: rotary embedding that differs between layers is not supported")
-    theta = _number(given if "rope_theta" in given else config, "rope_theta", 10000.0, above=1, below=THETA_LIMIT)
+        raise ConfigError(f"{where}.{nested[0]}: rotary embedding by kind of layer is not supported")
+    place = given if "rope_theta" in given else config
+    theta = _number(place, "rope_theta", 10000.0, above=1, below=THETA_LIMIT)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise ConfigError(f"rope scaling {_short(kind)}: expected one of {', '.join(ROPE_TYPES)}")
     if kind == "default":
         return theta, Rope()  # a partial_rotary_factor is ignored here, as transformers does
-    part = given if "partial_rotary_factor" in given else config
-    if part.get("partial_rotary_factor") is not None and int(head_dim * _number(part, "partial_rotary_factor", 1.0)) != head_dim:
-        raise ConfigError(f"partial_rotary_factor={part['partial_rotary_factor']} with rope scaling {kind!r} is not supported: expected 1.0")
+    place = given if "partial_rotary_factor" in given else config
+    part = 1.0 if place.get("partial_rotary_factor") is None else _number(place, "partial_rotary_factor")
+    if int(head_dim * part) != head_dim:
+        raise ConfigError(f"partial_rotary_factor={part} is not supported with rope type {kind!r}: expected 1.0")
     if "factor" not in given:
         raise ConfigError(f"{where} of type {kind!r} lacks factor")
     if kind == "yarn":
         return theta, _yarn(given, _original(config, given, context), context)
-    factor = _number(given, "factor", above=FACTOR_LIMITS[0], below=FACTOR_LIMITS[1])
+    factor = _factor(given)
     if kind == "dynamic":
-        return theta, Rope()  # positions are scaled beyond max_position_embeddings only, where no request gets
+        return (
+            theta,
+            Rope(),
+        )  # positions are scaled beyond max_position_embeddings only, where no request gets
     if kind == "linear":
         return theta, Rope("linear", factor)
     if missing := [name for name in ("low_freq_factor", "high_freq_factor") if name not in given]:
@@ -261,24 +273,27 @@ def _original(config: Mapping[str, Any], given: Mapping[str, Any], context: int)
 
 
 def _yarn(given: Mapping[str, Any], original: int, context: int) -> Rope:
-    factor = context / original if given["factor"] is None else _number(given, "factor", above=FACTOR_LIMITS[0], below=FACTOR_LIMITS[1])
-    optional = {name: _number(given, name, above=0) for name in ("mscale", "mscale_all_dim") if given.get(name)}
+    factor = context / original if given["factor"] is None else _factor(given)
+    optional = {name: _number(given, name, above=0) for name in YARN_OPTIONS if given.get(name)}
     if given.get("attention_factor") is not None:
         attention = _number(given, "attention_factor", above=0)
-    elif len(optional) == 2:
+    elif "mscale" in optional and "mscale_all_dim" in optional:
         attention = _mscale(factor, optional["mscale"]) / _mscale(factor, optional["mscale_all_dim"])
     else:
         attention = _mscale(factor)
-    betas = [_number(given, name, above=0) if given.get(name) else plain for name, plain in (("beta_fast", 32.0), ("beta_slow", 1.0))]
     return Rope(
         "yarn",
         factor,
         original,
         attention_factor=attention,
-        beta_fast=betas[0],
-        beta_slow=betas[1],
+        beta_fast=optional.get("beta_fast", 32.0),
+        beta_slow=optional.get("beta_slow", 1.0),
         truncate=_flag(given, "truncate", default=True),
     )
+
+
+def _factor(given: Mapping[str, Any]) -> float:
+    return _number(given, "factor", above=1e-3, below=1e6)
 
 
 def _mscale(factor: float, scale: float = 1.0) -> float:
@@ -290,21 +305,25 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
     for name in ("dtype", "torch_dtype"):
         if (found := config.get(name)) is not None:
             if found not in ("bfloat16", "float16", "float32", "float64"):
-                raise ConfigError(f"{name}={_short(found)}: expected bfloat16, float16, float32 or float64, or no such field and model.dtype")
+                types = "bfloat16, float16, float32 or float64"
+                raise ConfigError(f"{name}={_short(found)}: expected {types}, or none and model.dtype")
             return str(found)
     return None
 
 
 def read_eos(config: Mapping[str, Any], vocab: int) -> frozenset[int]:
-    """The ids that end an answer, of config.json or generation_config.json. Ids outside the vocabulary never occur and are left out."""
+    """The ids that end an answer, of config.json or generation_config.json.
+
+    Ids outside the vocabulary never occur and are left out.
+    """
     value = config.get("eos_token_id")
     found = value if isinstance(value, list) else [] if value is None else [value]
     if wrong := [id for id in found if isinstance(id, bool) or not isinstance(id, int)]:
-        raise ConfigError(f"eos_token_id={_short(value)}: {_short(wrong[0])} is no token id, expected a whole number or a list of them")
+        raise ConfigError(f"eos_token_id={_short(value)}: {_short(wrong[0])} is no token id, a whole number")
     return frozenset(id for id in found if 0 <= id < vocab)
 
 
-# ---- values ---------------------------------------------------------------------------------------------------------
+# ---- values ----------------------------------------------------------------------------------------------
 
 
 def _size(name: str, value: Any) -> int:
@@ -322,10 +341,17 @@ def _integer(config: Mapping[str, Any], name: str, default: int | None, null: bo
     return value
 
 
-def _number(config: Mapping[str, Any], name: str, default: float | None = None, above: float = -math.inf, below: float = 1e15) -> float:
+def _number(
+    config: Mapping[str, Any],
+    name: str,
+    default: float | None = None,
+    above: float = -math.inf,
+    below: float = 1e15,
+) -> float:
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < below:
-        raise ConfigError(f"{name}={_short(value)}: expected a number{f' > {above:g}' if above > -math.inf else ''} and < {below:g}")
+        bound = f" > {above:g} and" if above > -math.inf else ""
+        raise ConfigError(f"{name}={_short(value)}: expected a number{bound} < {below:g}")
     return float(value)
 
 

@@ -99,7 +99,11 @@ def main() -> int:
     chance, verdicts = Random(asked.seed), Counter[str]()
     for _ in range(asked.count):
         names = chance.sample(list(FIELDS), chance.randint(1, 4))
-        case = Case(chance.choice(list(BASES)), {name: chance.choice(FIELDS[name]) for name in names}, files=chance.choice(FILES))
+        case = Case(
+            chance.choice(list(BASES)),
+            {name: chance.choice(FIELDS[name]) for name in names},
+            files=chance.choice(FILES),
+        )
         with tempfile.TemporaryDirectory() as directory:
             verdict = compare(case, Path(directory))
         verdicts[verdict.split(" ")[0] if verdict[0].isupper() else verdict] += 1

@@ -35,8 +35,18 @@ BASES: dict[str, dict[str, Any]] = {
 }
 #: What decides the shapes of tensors; the checkpoint is written with these alone, so that a case may spoil the rest.
 FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
-STRUCTURE = (*(name for name in SIZES if name not in ("rms_norm_eps", "hidden_act", "dtype")), "head_dim", *FLAGS)
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+STRUCTURE = (
+    *(name for name in SIZES if name not in ("rms_norm_eps", "hidden_act", "dtype")),
+    "head_dim",
+    *FLAGS,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 PROMPT = torch.randint(99, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 STEPS = 5
@@ -104,8 +114,16 @@ def head_alone(directory: Path) -> None:
 
 
 def stray_files(directory: Path) -> None:
-    store(directory, {name: tensor * 0 for name, tensor in weights_of(directory).items()}, "model.fp16.safetensors")
-    store(directory, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}, "adapter_model.safetensors")
+    store(
+        directory,
+        {name: tensor * 0 for name, tensor in weights_of(directory).items()},
+        "model.fp16.safetensors",
+    )
+    store(
+        directory,
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)},
+        "adapter_model.safetensors",
+    )
     store(directory, {"state.0.exp_avg": torch.ones(2)}, "optimizer.safetensors")
 
 
@@ -287,7 +305,10 @@ def write(directory: Path, case: Case, seed: int = 0) -> None:
     """By transformers, in the sizes that the case's config.json describes where it describes possible ones."""
     config = {name: value for name, value in (BASES[case.model] | case.changes).items() if value is not ABSENT}
     sizes = BASES[case.model] | {name: value for name, value in case.changes.items() if name in STRUCTURE and possible(name, value)}
-    made = AutoConfig.for_model(case.model, **{name: value for name, value in sizes.items() if name in STRUCTURE and value is not ABSENT})
+    made = AutoConfig.for_model(
+        case.model,
+        **{name: value for name, value in sizes.items() if name in STRUCTURE and value is not ABSENT},
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(made)
     with torch.no_grad():
@@ -352,7 +373,11 @@ def test_the_matrix_notices_another_rotation(tmp_path, monkeypatch):
 # ---- facts that no logits of a short prompt show ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaling", [{}, {"type": "linear", "factor": 3.0}, LLAMA3, YARN, {"type": "dynamic", "factor": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "scaling",
+    [{}, {"type": "linear", "factor": 3.0}, LLAMA3, YARN, {"type": "dynamic", "factor": 2.0}],
+    ids=str,
+)
 def test_rotary_tables_are_those_of_transformers_at_the_end_of_a_long_context(scaling, tmp_path):
     write(tmp_path, Case("qwen3", {"max_position_embeddings": 131072, "rope_scaling": scaling}))
     model = AutoModelForCausalLM.from_pretrained(tmp_path).model

@@ -134,7 +134,20 @@ FILE = (nothing, directory, fifo, dangling, loop, unreadable)
 JSON = (
     *FILE,
     sparse,
-    *map(content, (b"{", b"[]", b"7", b"null", b'"text"', b"\xff\xfe{}", b"[" * 10**6, b'{"a":' * 10**5, b'{"a":1' + b"0" * 5000 + b"}")),
+    *map(
+        content,
+        (
+            b"{",
+            b"[]",
+            b"7",
+            b"null",
+            b'"text"',
+            b"\xff\xfe{}",
+            b"[" * 10**6,
+            b'{"a":' * 10**5,
+            b'{"a":1' + b"0" * 5000 + b"}",
+        ),
+    ),
 )
 WEIGHTS = (
     *FILE, cut, cut_in_the_header, longer, content(struct.pack("<Q", 1 << 60) + b"{}"), content(b"\x80\x04pickle"), header(b"[]"),
@@ -200,7 +213,10 @@ def test_links_into_another_folder_are_files(shards, tmp_path):
     load(copy)
 
 
-@pytest.mark.parametrize("name", ["~nobody-here/model", "x" * 5000, "/" + "y" * 300, "a\0b", "", "/dev/null", "owner/name/too/deep"])
+@pytest.mark.parametrize(
+    "name",
+    ["~nobody-here/model", "x" * 5000, "/" + "y" * 300, "a\0b", "", "/dev/null", "owner/name/too/deep"],
+)
 def test_a_name_that_is_no_model(name):
     with pytest.raises(ModelError, match="model "):
         TorchExecutor(device="cpu").prepare(ModelConfig(name_or_path=name))
@@ -240,7 +256,16 @@ FIELDS = (
     *SMALL, "rope_scaling", "rope_parameters", "original_max_position_embeddings", "layer_types", "sliding_window", "use_sliding_window", "mlp_bias",
     "partial_rotary_factor",
 )  # fmt: skip
-ROPE_FIELDS = (*LLAMA["rope_scaling"], "rope_theta", "truncate", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+ROPE_FIELDS = (
+    *LLAMA["rope_scaling"],
+    "rope_theta",
+    "truncate",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+)
 
 
 def damaged_json(text: str, chance: Random) -> str:
@@ -303,7 +328,11 @@ def test_damage_is_a_model_error_or_a_good_load(seed, shards, tmp_path):
 @pytest.mark.parametrize(
     ("owner", "name", "without"),
     [
-        (hf_config, "_number", lambda config, name, default=None, above=0, below=0: config.get(name, default)),
+        (
+            hf_config,
+            "_number",
+            lambda config, name, default=None, above=0, below=0: config.get(name, default),
+        ),
         (hf_config, "_size", lambda name, value: value),
         (checkpoint, "_listed", lambda index: json.loads(index.read_text())["weight_map"]),
     ],
@@ -412,7 +441,10 @@ def test_the_digest_of_a_large_file_is_not_computed_at_every_start(cache, monkey
     assert read[1:] == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize(("folder", "entry", "file"), [(0o755, 0o755, 0o644), (0o750, 0o750, 0o640), (0o770, 0o750, 0o640), (0o700, 0o700, 0o600)])
+@pytest.mark.parametrize(
+    ("folder", "entry", "file"),
+    [(0o755, 0o755, 0o644), (0o750, 0o750, 0o640), (0o770, 0o750, 0o640), (0o700, 0o700, 0o600)],
+)
 def test_an_entry_is_readable_by_those_who_read_its_folder(folder, entry, file, cache):
     cache.mkdir()
     cache.chmod(folder)
@@ -475,7 +507,9 @@ def test_no_pickle_and_no_other_format_is_downloaded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", [nothing, cut, longer, fifo, dangling, directory, content(b"GGUF\3\0\0\0" + b"\xff" * 64), overwrite], ids=lambda d: d.__name__
+    "damage",
+    [nothing, cut, longer, fifo, dangling, directory, content(b"GGUF\3\0\0\0" + b"\xff" * 64), overwrite],
+    ids=lambda d: d.__name__,
 )
 def test_a_gguf_that_is_not_the_published_one_is_refused_before_it_is_parsed(damage, cache, monkeypatch, tmp_path):
     path = tmp_path / "SmolLM2.gguf"

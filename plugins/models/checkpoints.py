@@ -1,4 +1,4 @@
-"""From a model's name to a directory in Hugging Face format: built-in ones are written into the cache, others found or downloaded."""
+"""From a model's name to a directory in Hugging Face format: written into the cache, found or downloaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ MANIFEST = "manifest.json"  # in a cached entry: size, time of change and SHA-25
 ALWAYS_READ = 4 << 20  # bytes up to which a cached file's digest is checked at every use
 DAY = 86400.0  # seconds
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")
-NOT_DOWNLOADED = ("*/*", "consolidated*", "adapter_model*")  # other formats, other precisions: what loading does not open
+NOT_DOWNLOADED = (
+    "*/*",
+    "consolidated*",
+    "adapter_model*",
+)  # other formats, other precisions: what loading does not open
 
 
 def cache_dir() -> Path:
@@ -36,10 +40,17 @@ def cache_dir() -> Path:
 
 
 def find_checkpoint(name: str) -> Path:
-    """The directory of `name`: tiny, tiny_llama, smollm2, a path, or a hub id. Raises ModelError that says what was tried."""
+    """The directory of `name`: tiny, tiny_llama, smollm2, a path, or a hub id.
+
+    Raises ModelError that says what was tried.
+    """
     from . import smollm2, tiny
 
-    builtin: dict[str, Callable[[Path], None]] = {"tiny": tiny.write_qwen3, "tiny_llama": tiny.write_llama, "smollm2": smollm2.convert}
+    builtin: dict[str, Callable[[Path], None]] = {
+        "tiny": tiny.write_qwen3,
+        "tiny_llama": tiny.write_llama,
+        "smollm2": smollm2.convert,
+    }
     if name in builtin:
         return cached(f"{name}-v1", builtin[name])
     path = Path(os.path.expanduser(name))
@@ -50,19 +61,21 @@ def find_checkpoint(name: str) -> Path:
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name[:80]!r} is no path: {error}") from None
     if name and there:
-        raise ModelError(f"model {name!r} is a file: expected a checkpoint directory with config.json and *.safetensors")
+        raise ModelError(f"model {name!r} is a file: expected a directory with config.json and *.safetensors")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name!r}: no such directory, and no hub id (owner/name).{near(name, builtin)}")
     return _download(name)
 
 
 def cached(key: str, write: Callable[[Path], None]) -> Path:
-    """cache_dir()/key, written at first use and again when it is no longer what was written. A reader never sees half of it: it is
-    written beside and renamed, by one process at a time.
+    """cache_dir()/key, written at first use and again when it is no longer what was written.
 
-    At every use: names, sizes and times of change of all files, and the digest of those up to `ALWAYS_READ` bytes. The digest of
-    larger ones only when their time of change is another than after writing, so that 500 MB of weights are not read twice at every
-    start. Damage that leaves size and time as they were, and whoever can write the manifest too, are not found.
+    A reader never sees half of it: it is written beside and renamed, by one process at a time.
+
+    Checked at every use: names, sizes and times of change of all files, and the digest of those up to
+    `ALWAYS_READ` bytes. The digest of larger ones is checked only when their time of change is another than
+    after writing, so that 500 MB of weights are not read twice at every start. Not found: damage to a large
+    file that leaves size and time as they were, and changes by somebody who can write the manifest too.
     """
     final = cache_dir() / key
     try:
@@ -74,11 +87,12 @@ def cached(key: str, write: Callable[[Path], None]) -> Path:
             if not _intact(final):  # otherwise another process was first
                 _write(final, write)
     except OSError as error:
-        raise ModelError(f"cannot use the model cache {final.parent}: {error}. Set HEADWAY_CACHE to a writable directory") from error
+        text = f"cannot use the model cache {final.parent}: {error}"
+        raise ModelError(f"{text}. Set HEADWAY_CACHE to a writable directory") from error
     return final
 
 
-# ---- the cache ------------------------------------------------------------------------------------------------------
+# ---- the cache -------------------------------------------------------------------------------------------
 
 
 def _write(final: Path, write: Callable[[Path], None]) -> None:
@@ -97,8 +111,8 @@ def _write(final: Path, write: Callable[[Path], None]) -> None:
 
 
 def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    stats = {path.name: path.stat() for path in sorted(directory.iterdir())}
-    return {name: {"size": s.st_size, "mtime_ns": s.st_mtime_ns, "sha256": digest(directory / name)} for name, s in stats.items()}
+    files = {path.name: (path.stat(), digest(path)) for path in sorted(directory.iterdir())}
+    return {n: {"size": s.st_size, "mtime_ns": s.st_mtime_ns, "sha256": d} for n, (s, d) in files.items()}
 
 
 def _intact(entry: Path) -> bool:
@@ -126,7 +140,10 @@ def digest(path: Path) -> str:
 
 
 def _open_to_readers_of(folder: Path, entry: Path) -> None:
-    """Whoever may read the cache's folder may read an entry; nobody else may write it. Some writers make files that are the owner's alone."""
+    """Whoever may read the cache's folder may read an entry, and the owner alone writes it.
+
+    Some writers make files that only the owner can read.
+    """
     mode = folder.stat().st_mode
     for path in entry.iterdir():
         path.chmod(0o600 | mode & 0o044)
@@ -147,7 +164,7 @@ def _remove_left_over(final: Path) -> None:
 
 
 def _abandoned(path: Path, owner: str) -> bool:
-    """Of a process of this host that is gone; of another host's, or where nobody can tell: untouched for a day."""
+    """Of a process of this host: gone. Of another host's, or where nobody can tell: untouched for a day."""
     host, _, process = owner.rpartition("-")[0].rpartition("-")
     if host == socket.gethostname() and process.isdigit() and os.name == "posix":
         return not _alive(int(process))
@@ -166,7 +183,7 @@ def _alive(process: int) -> bool:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One writer at a time, where the platform has advisory locks; elsewhere the last to rename wins, and wrote the same."""
+    """One writer at a time, where there are advisory locks; elsewhere the last wins, and wrote the same."""
     try:
         import fcntl
     except ImportError:
@@ -185,9 +202,11 @@ def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ModelError(f"model {name!r} is a hub id: pip install huggingface_hub, or give the path of a checkpoint") from None
+        text = f"model {name!r} is a hub id: pip install huggingface_hub, or give the path of a checkpoint"
+        raise ModelError(text) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
+        patterns = {"allow_patterns": list(DOWNLOADED), "ignore_patterns": list(NOT_DOWNLOADED)}
+        return Path(snapshot_download(name, **patterns))
     except Exception as error:
         cause = (str(error).splitlines() or [""])[0]
         raise ModelError(

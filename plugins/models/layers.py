@@ -167,14 +167,16 @@ class CausalLM(nn.Module):
 
 def rotary_table(spec: ModelSpec) -> Tensor:
     """float32 [max_position, D] on the CPU: cosines, then sines, of every position."""
-    angle = torch.outer(torch.arange(spec.shape.max_position_embeddings).float(), _frequencies(spec.shape, spec.rope))
+    positions = torch.arange(spec.shape.max_position_embeddings).float()
+    angle = torch.outer(positions, _frequencies(spec.shape, spec.rope))
     return torch.cat((angle.cos(), angle.sin()), dim=-1).mul_(spec.rope.attention_factor)
 
 
 def _frequencies(shape: ModelShape, rope: hf_config.Rope) -> Tensor:
     """float32 [D / 2]. Operations are in transformers' order: at position 100,000 a frequency's last bit
     moves an angle by 0.006."""
-    powers = shape.rope_theta ** (torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim)
+    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
+    powers = shape.rope_theta**exponent
     frequency = 1.0 / powers
     match rope.rope_type:
         case "linear":
@@ -197,7 +199,7 @@ def _llama3(frequency: Tensor, rope: hf_config.Rope) -> Tensor:
 
 
 def _yarn(frequency: Tensor, stretched: Tensor, shape: ModelShape, rope: hf_config.Rope) -> Tensor:
-    """YaRN (arXiv 2309.00071): dimensions that turn often within the original context are kept, those that turn seldom are stretched."""
+    """YaRN (arXiv 2309.00071): frequencies that turn often within the original context are kept."""
 
     def dimension(turns: float) -> float:
         """Of the frequency that turns so often within the original context."""

@@ -61,17 +61,20 @@ class Whole:
 def build(spec: ModelSpec, kernels: Kernels) -> CausalLM:
     """The model without memory (on torch's meta device): to be cut or sharded by name, then loaded."""
     if spec.shape.dtype.startswith("float8"):
-        raise ModelError(f"model.dtype={spec.shape.dtype}: the simulator alone knows it, expected bfloat16, float16, float32 or float64")
+        raise ModelError(f"model.dtype={spec.shape.dtype} is the simulator's: expected bfloat16, float16 or float32")
     with torch.device("meta"):
         model = architecture(spec.shape.architecture)(spec, kernels)
     return model.to(getattr(torch, spec.shape.dtype)).eval().requires_grad_(False)
 
 
 def load(model: CausalLM, device: torch.device, share: Share | None = None, seed: int = 0) -> None:
-    """Materialises the parameters on `device` and fills them. Raises ModelError before any memory is taken, but for values that are no
-    numbers."""
+    """Materialises the parameters on `device` and fills them.
+
+    Raises ModelError before any memory is taken, but for values that are no numbers.
+    """
     spec, share = model.spec, share or Whole()
-    files = {} if spec.random_weights else open_checkpoint(spec.directory or Path(), spec.shape.tie_word_embeddings)
+    tied = spec.shape.tie_word_embeddings
+    files = {} if spec.random_weights else open_checkpoint(spec.directory or Path(), tied)
     wanted = targets(model)
     if not spec.random_weights:
         check(wanted, files, share, spec)
@@ -118,7 +121,7 @@ class Stored(NamedTuple):
 
 
 def open_checkpoint(directory: Path, tied: bool = False) -> dict[str, Stored]:
-    """The model's names of the tensors in the files that count. A tied checkpoint may hold its one table as the head's alone."""
+    """By the model's names, what the files hold. A tied checkpoint may hold its table as the head alone."""
     found, opened = {}, {}
     for name, tensor in checkpoint.find_tensors(directory).items():
         try:
@@ -141,14 +144,13 @@ def check(wanted: dict[str, Target], files: dict[str, Stored], share: Share, spe
             missing = [n for n in wanted if n not in files]
             raise ModelError(f"{where}: tensor {name!r} is missing, expected shape {list(expected)} ({len(missing)} missing of {len(wanted)})")
         if files[name].dtype not in FLOATS:
-            raise ModelError(
-                f"{files[name].path}: tensor {name!r} holds {files[name].dtype}: quantized weights are not supported, "
-                f"expected one of {', '.join(FLOATS)}"
-            )
+            held = f"{files[name].path}: tensor {name!r} holds {files[name].dtype}"
+            raise ModelError(f"{held}: quantized weights are not supported, expected {', '.join(FLOATS)}")
         found = tuple(files[name].slice.get_shape())
         if found != expected:
             raise ModelError(f"{where}: tensor {name!r} has shape {list(found)}, config.json asks for {list(expected)}")
-    left = [n for n in files if n not in wanted and n not in (EMBEDDING, HEAD) and not n.endswith(IGNORED) and share.owns(n)]
+    extra = files.keys() - wanted.keys() - {EMBEDDING, HEAD}
+    left = sorted(name for name in extra if not name.endswith(IGNORED) and share.owns(name))
     if left:
         raise ModelError(
             f"{where}: tensor {left[0]!r} has no place in {spec.shape.architecture} as config.json describes it ({len(left)} such tensors): "
@@ -162,9 +164,8 @@ def _check_finite(tensor: Tensor, name: str, path: Path) -> None:
         return
     if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
         held = str(tensor.dtype).removeprefix("torch.")
-        raise ModelError(
-            f"tensor {name!r} in {path} has values that are NaN or infinite as {held}: the checkpoint is damaged, or too wide for model.dtype={held}"
-        )
+        text = f"tensor {name!r} in {path} has values that are NaN or infinite as {held}"
+        raise ModelError(f"{text}: the checkpoint is damaged, or too wide for model.dtype={held}")
 
 
 def _check_memory(model: CausalLM, device: torch.device) -> None:

