@@ -65,9 +65,12 @@ def read_config(directory: Path, dtype: str | None = None) -> ModelSpec:
 def _spec(directory: Path, found: hf_config.HFConfig, dtype: str | None) -> ModelSpec:
     try:
         architecture(found.shape["architecture"])
-        shape = ModelShape.from_fields(found.shape, dtype)
-    except (ConfigError, ModelError) as error:
+    except ModelError as error:
         raise ModelError(f"{directory / 'config.json'}: {error}") from None
+    try:
+        shape = ModelShape.from_fields(found.shape, dtype)
+    except ConfigError as error:
+        raise ModelError(f"checkpoint {directory}: {error}") from None
     return ModelSpec(
         shape,
         directory,
