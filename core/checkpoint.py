@@ -138,6 +138,7 @@ def read_header(path: Path) -> Iterator[StoredTensor]:
 
     try:
         check_regular(path)
+        path.open("rb").close()  # the library says of every file that it cannot open that there is none
         with safe_open(path, framework="np") as file:
             for name in file.keys():
                 part = file.get_slice(name)

@@ -522,6 +522,15 @@ def test_a_gguf_that_is_not_the_published_one_is_refused_before_it_is_parsed(dam
     assert list(cache.iterdir()) == []
 
 
+def test_a_file_that_may_not_be_read_is_not_called_missing(whole, monkeypatch):
+    def forbidden(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read .*Permission denied"):
+        checkpoint.find_tensors(whole)
+
+
 def test_a_header_is_read_without_the_weights(whole, monkeypatch):
     monkeypatch.setattr("torch.empty_like", lambda *args, **options: pytest.fail("memory was taken"))
     assert checkpoint.find_tensors(whole)["model.embed_tokens.weight"].shape == (99, 32)
