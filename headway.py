@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from core import metrics
+from core import checkpoint, hf_config, metrics
 from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
 from core.build import Composition, build
 from core.clock import ReplayClock, VirtualClock, WallClock
@@ -68,9 +68,9 @@ __all__ = [
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
-    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits",
-    "composition_facts", "describe", "fact_differences", "hookimpl", "load_registry",
-    "metrics", "near", "param", "prefix_keys", "root_key",
+    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
+    "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
+    "param", "prefix_keys", "root_key",
 ]  # fmt: skip
 
 

@@ -5,13 +5,15 @@ A shape and a machine are enough to size a KV cache and to predict a step, with 
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from . import checkpoint
+from .errors import ConfigError, ModelError
+from .hf_config import read_hf
 from .memory import check_fits
 from .params import check, param
 
@@ -49,29 +51,13 @@ class ModelShape:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], dtype: str | None = None) -> ModelShape:
-        """From the contents of a checkpoint's config.json. `dtype=None` takes the checkpoint's own. Raises ConfigError for a missing field."""
-        architecture = (config.get("architectures") or ["?"])[0]
-        needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-        missing = [name for name in needed if name not in config]
-        if missing:
-            raise ConfigError(f"config.json of {architecture} lacks {', '.join(missing)}: expected a decoder-only Hugging Face config")
-        heads = config["num_attention_heads"]
-        rope = config.get("rope_parameters") or {}
-        return cls(
-            architecture=architecture,
-            hidden_size=config["hidden_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            intermediate_size=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=config.get("max_position_embeddings") or 2048,
-            dtype=dtype or config.get("dtype") or config.get("torch_dtype") or "bfloat16",
-            rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            rms_norm_eps=float(config.get("rms_norm_eps") or 1e-6),
-        )
+        """From the contents of config.json; `dtype` goes before its own. ConfigError names a wrong field."""
+        return cls.from_fields(read_hf(config).shape, dtype)
+
+    @classmethod
+    def from_fields(cls, given: Mapping[str, Any], dtype: str | None = None) -> ModelShape:
+        """From what a checkpoint says (`HFConfig.shape`); without any dtype it is bfloat16."""
+        return cls(**{**given, "dtype": dtype or given["dtype"] or "bfloat16"})
 
     @property
     def dtype_bytes(self) -> int:
@@ -165,12 +151,14 @@ class ModelConfig:
 
     def shape(self) -> ModelShape:
         """The shape of the checkpoint in a local directory, else what these fields describe. Raises ConfigError that names the missing ones."""
-        checkpoint = Path(self.name_or_path).expanduser() / "config.json"
-        if self.load_format == "auto" and checkpoint.is_file():
+        directory = Path(os.path.expanduser(self.name_or_path))
+        if self.load_format == "auto" and os.path.lexists(directory / "config.json"):
             try:
-                return ModelShape.from_hf(json.loads(checkpoint.read_text(encoding="utf-8")), self.dtype)
-            except (OSError, ValueError, AttributeError) as error:
-                raise ConfigError(f"{checkpoint} cannot be read ({error}): expected a Hugging Face config") from error
+                found = checkpoint.read(directory)
+                found = checkpoint.as_stored(found, directory) if checkpoint.has_weights(directory) else found
+            except ModelError as error:
+                raise ConfigError(str(error)) from None
+            return ModelShape.from_fields(found.shape, self.dtype)
         given = {f.name: getattr(self, f.name) for f in fields(ModelShape) if getattr(self, f.name) is not None}
         if "num_key_value_heads" not in given and self.num_attention_heads is not None:
             given["num_key_value_heads"] = self.num_attention_heads
