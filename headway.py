@@ -20,6 +20,8 @@ from core.errors import (
     WorkloadError,
     near,
 )
+from core.facts import differences as fact_differences
+from core.facts import facts as composition_facts
 from core.hooks import hookimpl, load_registry
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
 from core.memory import check_fits
@@ -66,8 +68,9 @@ __all__ = [
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
-    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint", "describe", "hf_config",
-    "hookimpl", "load_registry", "metrics", "near", "param", "prefix_keys", "root_key",
+    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
+    "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
+    "param", "prefix_keys", "root_key",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig
 from .engine import Engine
 from .errors import ConfigError, HeadwayError
+from .facts import facts
 from .hooks import Plugin, Registry
 from .params import check, checked, param
 from .policy import SERVICES, Observer, Role, Workload
@@ -128,7 +129,9 @@ def _construct(plugin: Plugin, parameters: dict[str, Any]) -> Role:
 
 
 def prepare_executor(registry: Registry, executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
-    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, backends, parallel, tp, pp, engine, seed.
+    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, backends, parallel,
+    tp, pp, engine, seed,
+    facts.
 
     `shape` is worked out only for those that ask, since a checkpoint brings its own.
     """
@@ -143,6 +146,7 @@ def prepare_executor(registry: Registry, executor: Any, composition: Composition
         "pp": lambda: composition.parallel.pp,
         "engine": lambda: composition.engine,
         "seed": lambda: composition.seed,
+        "facts": lambda: facts(registry, composition),
     }
     prepare = getattr(executor, "prepare", _needs_nothing)
     wanted = inspect.signature(prepare).parameters

@@ -26,6 +26,8 @@ COMPARED = (
     ("prefix_hit_rate", "hits", ".1%"),
     ("preemptions", "preempt", "d"),
     ("kv_peak_use", "KV peak", ".1%"),
+    ("jain_index", "Jain", ".3f"),
+    ("service_difference", "service diff", ".0f"),
     ("policy_time_per_step_us", "us/step", ".1f"),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import attrgetter
@@ -88,7 +88,7 @@ class Arrival:
     """One request as a workload states it. `output_len` is the true length: only the engine and oracle roles see it."""
 
     time: float  # seconds on the run's clock
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     sampling: SamplingParams = SamplingParams()
     output_len: int | None = None  # emulated end of sequence after so many tokens; None: the model decides
     id: str | None = None
@@ -125,9 +125,11 @@ class Request:
         self.sort_key = (arrival.time, index)
         self.sampling, self.tags, self.slo = arrival.sampling, arrival.tags, arrival.slo
         self.cache_salt, self.prompt = arrival.cache_salt, arrival.prompt
-        self.token_ids: list[int] = list(arrival.prompt_token_ids)  # prompt, then generated tokens that have come back
-        self.num_prompt_tokens = len(self.token_ids)
-        self.num_tokens = len(self.token_ids)
+        prompt = arrival.prompt_token_ids
+        self.num_prompt_tokens = self.num_tokens = len(prompt)
+        # Prompt, then generated tokens that have come back. A prompt that does not fit is rejected unread, by
+        # its length.
+        self.token_ids: list[int] = list(prompt) if len(prompt) < max_model_len else []
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
         self.block_table: list[int] = []  # block ids, append-only while the request runs

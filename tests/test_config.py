@@ -276,7 +276,7 @@ def test_a_model_without_a_known_shape_is_refused_by_the_simulator(registry):
     [
         (("order=sjf",), "order=sjf needs a predictor, and none is chosen: set predictor=history"),
         (("workload=mooncake", "workload.path=/no/such/trace"), "workload.path=/no/such/trace: there is no such file"),
-        (("workload=chat", "workload.path=/no/such/texts"), "workload.path=/no/such/texts: cannot be read"),
+        (("workload=chat", "workload.path=/no/such/texts"), "workload.path=/no/such/texts: there is no such file"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(registry, monkeypatch, overrides, answer):

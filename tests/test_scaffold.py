@@ -143,18 +143,11 @@ def test_a_stranger_s_package_works_with_no_edit_anywhere(stranger, tmp_path: Pa
 
 # ---- docs/writing-a-plugin.md --------------------------------------------------------------------------------------
 
-HEADER = """
-from __future__ import annotations
-from collections.abc import Iterator
-from dataclasses import dataclass
-from headway import Context, Order, Request, StepRecord, View, hookimpl
-"""
-
 
 def test_the_page_on_writing_a_plugin_holds_code_that_works(tmp_path: Path, monkeypatch) -> None:
     plugin, test = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "writing-a-plugin.md").read_text(), re.DOTALL)
     file = tmp_path / "headway_myvtc.py"
-    file.write_text(HEADER + plugin)
+    file.write_text(plugin)
     monkeypatch.syspath_prepend(tmp_path)
     for verdict in kit.check_runs(Subject(("order=myvtc",), (str(file),)), range(20)):
         assert not verdict.failed, check.explain(verdict)

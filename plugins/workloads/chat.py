@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any, ClassVar
 
 from headway import Arrival, Tags, WorkloadError, hookimpl, param
 
+from .lines import Lines, Malformed, json_object, parsed
 from .pace import Paced
 
 PROMPTS = (
@@ -59,21 +58,7 @@ class Chat(Paced):
         """The prompts. Raises WorkloadError with file and line for what cannot be read."""
         if not self.path:
             return list(PROMPTS)
-        try:
-            lines = Path(self.path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise WorkloadError(f"workload.path={self.path}: cannot be read ({error})") from error
-        texts = []
-        for number, line in enumerate(lines, 1):
-            if self.path.endswith(".jsonl") and line.strip():
-                try:
-                    line = json.loads(line)["prompt"]
-                except (ValueError, KeyError, TypeError):
-                    line = None
-                if not isinstance(line, str):
-                    raise WorkloadError(f'{self.path}:{number}: expected a JSON object with "prompt", a text')
-            if line.strip():
-                texts.append(line)
+        texts = list(parsed(self.path, EXPECTED, _prompts if self.path.endswith(".jsonl") else _plain))
         if not texts:
             raise WorkloadError(f"{self.path}: holds no prompt")
         return texts
@@ -92,6 +77,23 @@ class Chat(Paced):
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": text})
         return list(tokenizer.encode_chat(messages))
+
+
+EXPECTED = "a file of prompts, one a line"
+
+
+def _plain(lines: Lines) -> Iterator[str]:
+    for _, text in lines:
+        yield text
+
+
+def _prompts(lines: Lines) -> Iterator[str]:
+    for number, text in lines:
+        prompt = json_object(number, text).get("prompt")
+        if not isinstance(prompt, str):
+            raise Malformed(number, 'expected a JSON object with "prompt", a text')
+        if prompt.strip():
+            yield prompt
 
 
 @hookimpl

@@ -19,7 +19,7 @@ from headway import (
     param,
 )
 
-from .pace import LONGEST, arrival_times, length_range, random_tokens
+from .pace import LONGEST, arrival_times, length_range, random_prompt
 
 
 @dataclass
@@ -69,15 +69,15 @@ class Clients(Workload):
         return [length_range(name, entry) for entry in entries] * (len(self.rates) if len(entries) == 1 else 1)
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
-        streams = [self._client(i, seed, vocab_size) for i in range(len(self.rates))]
+        streams = [self._client(i, seed, vocab_size, max_model_len) for i in range(len(self.rates))]
         return merge(*streams, key=attrgetter("time"))
 
-    def _client(self, i: int, seed: int, vocab_size: int) -> Iterator[Arrival]:
+    def _client(self, i: int, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         rng, name = Random(f"{seed}/client{i}"), f"client{i}"
         sampling = SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
         times = arrival_times(self.arrival, self.rates[i], self.burstiness, Random(f"{seed}/arrivals{i}"))
         for number, time in enumerate(takewhile(lambda t: t < self.duration, times)):
-            prompt = random_tokens(rng, rng.randint(*self._input[i]), vocab_size)
+            prompt = random_prompt(rng, rng.randint(*self._input[i]), vocab_size, max_model_len)
             yield Arrival(time, prompt, sampling, rng.randint(*self._output[i]), f"{name}.{number}", Tags(client=name))
 
 

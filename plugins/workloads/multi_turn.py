@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from headway import Arrival, Request, RequestState, Tags, hookimpl, param
 
+from .content import only_its_length
 from .pace import LONGEST, Paced, length_range, random_tokens
 
 
@@ -38,7 +39,9 @@ class MultiTurn(Paced):
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         self._seed, self._vocab_size, self._max_model_len = seed, vocab_size, max_model_len
-        system = random_tokens(Random(f"{seed}/system"), self.system_len, vocab_size)
+        system: Sequence[int] = only_its_length(self.system_len)
+        if self.system_len < max_model_len:
+            system = random_tokens(Random(f"{seed}/system"), self.system_len, vocab_size)
         for session in range(self.num_sessions):
             yield self._turn(f"s{session}", 0, 0.0, system)
 
@@ -46,10 +49,13 @@ class MultiTurn(Paced):
         """Each turn draws from its own stream, so that the order in which answers come back changes nothing."""
         return Random(f"{self._seed}/{session}/{turn}")
 
-    def _turn(self, session: str, turn: int, now: float, before: list[int]) -> Arrival:
+    def _turn(self, session: str, turn: int, now: float, before: Sequence[int]) -> Arrival:
         rng = self._chance(session, turn)
         output, think = rng.randint(*self._output), rng.expovariate(1.0) * self.think_time
-        prompt = before + random_tokens(rng, rng.randint(*self._input), self._vocab_size)
+        length = rng.randint(*self._input)
+        prompt: Sequence[int] = only_its_length(len(before) + length)
+        if len(prompt) < self._max_model_len:
+            prompt = [*before, *random_tokens(rng, length, self._vocab_size)]
         tags = Tags(client=session, session=session, turn=turn, category="chat")
         return Arrival(now + think if turn else now, prompt, self.sampling(), output, f"{session}.{turn}", tags)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from random import Random
 from typing import ClassVar
 
 from headway import Arrival, Request, SamplingParams, Workload, WorkloadError, param
+
+from .content import only_its_length
 
 PROCESSES = ("all_at_once", "uniform", "poisson", "gamma", "closed")
 
@@ -17,14 +20,36 @@ def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> 
     """Seconds at which requests arrive, without end.
 
     uniform: i / rate. poisson: exponential gaps. gamma: gaps of shape `burstiness` and mean 1 / rate, as in `vllm bench
-    serve`: 1 is Poisson, less is burstier (coefficient of variation burstiness ** -0.5).
+    serve`: 1 is Poisson, less is burstier (coefficient of variation burstiness ** -0.5). Raises WorkloadError
+    for what is no time.
     """
+    given = {"rate": rate} if arrival != "gamma" else {"rate": rate, "burstiness": burstiness}
+    for name, value in given.items():
+        if not LEAST <= value <= 1 / LEAST:
+            raise WorkloadError(f"workload.{name}={value}: expected {LEAST:g} to {1 / LEAST:g}")
+    for time in _times(arrival, rate, burstiness, rng):
+        yield finite(time, **given)
+
+
+LEAST = 1e-9  # of a rate and of a burstiness; beyond it, or its inverse, times stand still or are infinite
+
+
+def _times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
     if arrival == "uniform":
         yield from (i / rate for i in count())
     now = 0.0
     while True:
         now += rng.expovariate(rate) if arrival == "poisson" else rng.gammavariate(burstiness, 1 / (rate * burstiness))
         yield now
+
+
+def finite(time: float, **given: float) -> float:
+    """`time`, which follows from the parameters `given`. Raises WorkloadError that names them where it is not
+    finite."""
+    if not math.isfinite(time):
+        named = ", ".join(f"workload.{name}={value}" for name, value in given.items())
+        raise WorkloadError(f"{named}: a request would arrive at {time} seconds; expected finite times")
+    return time
 
 
 LONGEST = 10_000_000  # tokens; more than any model's context
@@ -40,6 +65,11 @@ def length_range(name: str, value: int | list[int]) -> tuple[int, int]:
 
 def random_tokens(rng: Random, length: int, vocab_size: int) -> list[int]:
     return rng.choices(range(vocab_size), k=length)
+
+
+def random_prompt(rng: Random, length: int, vocab_size: int, max_model_len: int) -> Sequence[int]:
+    """Tokens at random; of a prompt that does not fit the context, only its length."""
+    return random_tokens(rng, length, vocab_size) if length < max_model_len else only_its_length(length)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from random import Random
 
 from headway import Arrival, Tags, hookimpl, param
 
-from .pace import LONGEST, Paced, length_range, random_tokens
+from .pace import LONGEST, Paced, length_range, random_prompt
 
 
 @dataclass
@@ -34,7 +34,7 @@ class RandomLengths(Paced):
         for i in range(self.num_requests):
             length, output = rng.randint(*self._input), rng.randint(*self._output)
             priority = rng.randrange(self.priorities)
-            prompt = random_tokens(rng, length, vocab_size)
+            prompt = random_prompt(rng, length, vocab_size, max_model_len)
             yield Arrival(0.0, prompt, sampling, output, tags=Tags(client=f"c{i % self.clients}", priority=priority))
 
 

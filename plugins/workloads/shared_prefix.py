@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from random import Random
 
 from headway import Arrival, Tags, WorkloadError, hookimpl, param
 
+from .content import only_its_length
 from .pace import LONGEST, Paced, length_range, random_tokens
 
 
@@ -43,11 +44,14 @@ class SharedPrefix(Paced):
         sharing = round(self.share_requests * self.num_requests)
         group_of = [i % self.groups if i < sharing else -1 for i in range(self.num_requests)]
         rng.shuffle(group_of)
-        prefixes = [random_tokens(rng, ceil(self.share_prompt * self._input[1]), vocab_size) for _ in range(self.groups)]
+        shared = min(ceil(self.share_prompt * self._input[1]), max_model_len)  # longer prompts are never made
+        prefixes = [random_tokens(rng, shared, vocab_size) for _ in range(self.groups)]
         for group in group_of:
             length, output = rng.randint(*self._input), rng.randint(*self._output)
-            prompt = prefixes[group][: ceil(self.share_prompt * length)] if group >= 0 else []
-            prompt = prompt + random_tokens(rng, length - len(prompt), vocab_size)
+            prompt: Sequence[int] = only_its_length(length)
+            if length < max_model_len:
+                head = prefixes[group][: ceil(self.share_prompt * length)] if group >= 0 else []
+                prompt = head + random_tokens(rng, length - len(head), vocab_size)
             yield Arrival(0.0, prompt, sampling, output, tags=Tags(category=f"group{group}" if group >= 0 else "alone"))
 
 
