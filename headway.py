@@ -54,6 +54,7 @@ from core.policy import (
     Victim,
     Workload,
 )
+from core.prompts import token_ids
 from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags
 from core.step import Granted, NeedBlocks, NoBudget, NotReady, StepBuilder
 from core.testing.oracle import OracleExecutor
@@ -67,7 +68,7 @@ __all__ = [
     "PolicyError", "Predictor", "PrefixCache", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
     "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint", "describe", "hf_config",
-    "hookimpl", "load_registry", "metrics", "near", "param", "prefix_keys", "root_key",
+    "hookimpl", "load_registry", "metrics", "near", "param", "prefix_keys", "root_key", "token_ids",
 ]  # fmt: skip
 
 
