@@ -56,6 +56,7 @@ from core.policy import (
     Victim,
     Workload,
 )
+from core.prompts import token_ids
 from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags
 from core.step import Granted, NeedBlocks, NoBudget, NotReady, StepBuilder
 from core.testing.oracle import OracleExecutor
@@ -70,7 +71,7 @@ __all__ = [
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
     "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
     "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
-    "param", "prefix_keys", "root_key",
+    "param", "prefix_keys", "root_key", "token_ids",
 ]  # fmt: skip
 
 

@@ -150,5 +150,5 @@ def _answers(run: Run, result: Any) -> str:
     spoken = [o for o in result.outputs if o.prompt and o.output_token_ids][:3]
     if tokenizer is None:
         return ""
-    texts = [o.text if o.text is not None else tokenizer.decode(o.output_token_ids) for o in spoken]
+    texts = [tokenizer.answer(o.prompt_token_ids, o) for o in spoken]
     return "".join(f"\n  > {o.prompt}\n    {text.strip()}\n" for o, text in zip(spoken, texts, strict=True))

@@ -21,6 +21,7 @@ from .errors import ConfigError, HeadwayError, NothingPlanned, PolicyError, near
 from .pins import Pins
 from .plan import StepPlan
 from .policy import CALLBACKS, SERVICES, Context, Executor, Observer, Oracle, Reject, Role, StepRecord
+from .prompts import readable
 from .request import Arrival, Request, RequestList, RequestOutput, RequestState, RunResult
 from .step import StepBuilder
 from .view import View
@@ -164,9 +165,10 @@ class Engine:
             self._arrive(arrival, now)
 
     def _arrive(self, arrival: Arrival, now: float) -> None:
+        arrival, wrong = readable(arrival)
         request = Request(arrival, self._next_index, max_model_len=self.max_model_len, eos_token_ids=self.eos_token_ids)
         self._next_index += 1
-        problem = self._problem(request, arrival)
+        problem = wrong or self._problem(request, arrival)
         self._ids.add(request.id)
         if problem:
             self._end(request, RequestState.REJECTED, problem, now)
@@ -196,6 +198,8 @@ class Engine:
         vocab, low, high = self.executor.caps.vocab_size, min(request.token_ids), max(request.token_ids)
         if low < 0 or high >= vocab:
             return f"token id {low if low < 0 else high} is outside the vocabulary of {vocab}"
+        if (wanted := request.sampling.logprobs) is not None and wanted > vocab:
+            return f"logprobs={wanted}: the vocabulary has {vocab} tokens"
         need = -(-(min(request._limit, request._stop_at) - 1) // size)  # the last token is sampled, never computed
         if need > self.pool.num_blocks:
             return f"needs up to {need} KV blocks, the pool has {self.pool.num_blocks}: lower max_tokens or raise engine.num_blocks"
@@ -389,12 +393,15 @@ class Engine:
                 known.append(token)
                 request.token_times.append(now)
                 count = len(known)
-                if token in request._stop_tokens or count >= request._stop_at:
+                if token in request._stop_tokens:
+                    request.stop_reason = token
+                    ended.append((request, "stop"))
+                elif request.sampling.stop and self.stop_text is not None and self.stop_text(request):
+                    ended.append((request, "stop"))
+                elif count >= request._stop_at:
                     ended.append((request, "stop"))
                 elif count >= request._limit:
                     ended.append((request, "length"))
-                elif request.sampling.stop and self.stop_text is not None and self.stop_text(request):
-                    ended.append((request, "stop"))
         if late:
             tokens = [-1 if request.index in late else token for request, token in zip(plan.requests, tokens, strict=True)]
         if logprobs is not None:

@@ -96,6 +96,7 @@ class Arrival:
     slo: SLO = SLO()
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     prompt: str | None = None  # the text, where there was one
+    refusal: str = ""  # why its source made no tokens of it: it is counted, and rejected with this reason
 
 
 class Request:
@@ -113,7 +114,7 @@ class Request:
         "id", "index", "arrival_time", "sort_key", "sampling", "tags", "slo", "cache_salt", "prompt",
         "token_ids", "num_prompt_tokens", "num_tokens", "num_computed_tokens", "num_scheduled_tokens",
         "block_table", "state", "finish_reason", "num_cached_tokens", "num_preemptions", "num_recomputed_tokens",
-        "first_scheduled_time", "finish_time", "token_times", "logprobs", "stop_text",
+        "first_scheduled_time", "finish_time", "token_times", "logprobs", "stop_text", "stop_reason",
         "_limit", "_stop_at", "_stop_tokens", "_planned", "_in_flight",
         "_published", "_parent", "_shadow", "_match", "_high_water",
     )  # fmt: skip
@@ -142,7 +143,8 @@ class Request:
         self.finish_time = -1.0
         self.token_times: list[float] = []  # when each generated token came back, seconds
         self.logprobs: list[Any] = []
-        self.stop_text: str | None = None
+        self.stop_text: str | None = None  # the answer before a stop string
+        self.stop_reason: int | str | None = None  # the token or the stop string that ended it
         declared = arrival.sampling.max_tokens
         longest = max_model_len if declared is None else min(max_model_len, self.num_prompt_tokens + declared)
         self._limit = longest  # num_tokens never exceeds this
@@ -232,15 +234,18 @@ class RequestOutput:
     tags: Tags
     slo: SLO
     prompt: str | None = None
-    text: str | None = None
+    text: str | None = None  # the answer before a stop string; without one, the tokens are the answer
     logprobs: list[Any] = field(default_factory=list)
+    stop_reason: int | str | None = None  # the token (of the end of sequence, too) or the stop string that ended it
+    prompt_token_ids: list[int] = field(default_factory=list)  # of a text, whose answer reads on from it
 
     @classmethod
     def of(cls, r: Request) -> RequestOutput:
         return cls(
             r.id, r.index, r.state.value, r.finish_reason, r.arrival_time, r.first_scheduled_time, r.finish_time,
             r.num_prompt_tokens, r.num_cached_tokens, r.num_preemptions, r.num_recomputed_tokens,
-            r.output_token_ids, r.token_times, r.tags, r.slo, r.prompt, r.stop_text, r.logprobs,
+            r.output_token_ids, r.token_times, r.tags, r.slo, r.prompt, r.stop_text, r.logprobs, r.stop_reason,
+            [] if r.prompt is None else r.prompt_token_ids,
         )  # fmt: skip
 
 

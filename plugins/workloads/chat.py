@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, ClassVar
 
-from headway import Arrival, Tags, WorkloadError, hookimpl, param
+from headway import Arrival, ModelError, SamplingParams, Tags, WorkloadError, hookimpl, param
 
 from .lines import Lines, Malformed, json_object, parsed
 from .pace import Paced
@@ -68,7 +68,16 @@ class Chat(Paced):
             raise WorkloadError("workload=chat needs the model's tokenizer, and this executor has none: use executor=torch")
         texts, sampling = self.texts(), self.sampling()
         for text in islice(cycle(texts), len(texts) if self.num_requests is None else self.num_requests):
-            yield Arrival(0.0, self._encode(text), sampling, tags=Tags(category="chat"), prompt=text)
+            yield self._arrival(text, sampling)
+
+    def _arrival(self, text: str, sampling: SamplingParams) -> Arrival:
+        """A text that the tokenizer or its template refuses is a request that is refused; the others are asked."""
+        refusal, tokens = "", []
+        try:
+            tokens = self._encode(text)
+        except ModelError as error:
+            refusal = str(error)
+        return Arrival(0.0, tokens, sampling, tags=Tags(category="chat"), prompt=text, refusal=refusal)
 
     def _encode(self, text: str) -> list[int]:
         tokenizer = self.tokenizer

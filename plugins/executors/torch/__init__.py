@@ -25,6 +25,7 @@ from headway import (
 
 if TYPE_CHECKING:
     from ...kernels.compose import KernelChoice
+    from ...models.tokenizer import Tokenizer
     from .execution import Execution
 
 MAX_PLANS = 4  # steps that may be in flight
@@ -50,6 +51,7 @@ class TorchExecutor(Executor):
 
     def __post_init__(self) -> None:
         self.clock = WallClock()
+        self.tokenizer: Tokenizer | None = None  # None for random weights without a checkpoint
         self._execution: Execution | None = None
         self._max_model_len: int | None = None
 
@@ -70,6 +72,7 @@ class TorchExecutor(Executor):
         Raises ConfigError and ModelError before weights are read, and RankError when another rank fails.
         """
         parallel = parallel or ParallelConfig()
+        self._before_weights(model, engine or EngineConfig(), parallel)
         if parallel.world_size > 1:
             from ...parallel.execution import Job, drive
 
@@ -86,16 +89,23 @@ class TorchExecutor(Executor):
             shape.max_position_embeddings, shape.vocab_size, spec.eos_token_ids, parallel.pp == 1, max(MAX_PLANS, 2 * parallel.pp), shape
         )
 
+    def _before_weights(self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig) -> None:
+        """Reads the tokenizer and sizes the KV cache: both may be wrong, and weights take minutes."""
+        from ...models.spec import read_model
+        from ...models.tokenizer import Tokenizer
+        from .execution import device_of
+        from .memory import check_blocks
+
+        spec = read_model(model)
+        check_blocks(engine, spec.shape, parallel, device_of(self.device))
+        if (directory := spec.directory) is not None and (directory / "tokenizer.json").exists():
+            self.tokenizer = Tokenizer(directory, spec.shape.max_position_embeddings)
+
     @property
     def execution(self) -> Execution:
         if self._execution is None:
             raise ConfigError("executor=torch has no model: call prepare(model, kernels) before the engine is built")
         return self._execution
-
-    @property
-    def tokenizer(self) -> Any:
-        """The checkpoint's Tokenizer; None for random weights without a checkpoint."""
-        return self.execution.tokenizer
 
     @property
     def stop_text(self) -> Callable[[Request], bool] | None:

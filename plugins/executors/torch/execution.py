@@ -7,7 +7,6 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +18,6 @@ from ...kernels.compose import KernelChoice, compose, lookup
 from ...kernels.torch import TorchKernels
 from ...models.loading import Share, Whole, build, load
 from ...models.spec import read_model
-from ...models.tokenizer import Tokenizer
 from .batch import NO_LOGPROBS, Batcher, StepInput
 from .graphs import DecodeGraphs
 from .memory import allocate_cache, bytes_per_token, kv_bytes_free
@@ -83,11 +81,6 @@ class Execution:
     def _share(self) -> Share:
         """Our part of the weights; may make the model smaller."""
         return Whole()
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        directory = self.spec.directory
-        return Tokenizer(directory) if directory is not None and (directory / "tokenizer.json").is_file() else None
 
     # ---- memory --------------------------------------------------------------------------------------------------
 

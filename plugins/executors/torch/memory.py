@@ -6,13 +6,33 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headway import ConfigError, EngineConfig, check_fits
+from headway import ConfigError, EngineConfig, ModelShape, ParallelConfig, check_fits
 
 from ...kernels.ops import BatchMetadata
 
 if TYPE_CHECKING:
     from ...kernels.compose import Kernels
     from ...models.layers import Attention, CausalLM, KVCache
+
+
+def check_blocks(
+    engine: EngineConfig,
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    device: torch.device,
+) -> None:
+    """Raises ConfigError for more KV blocks than the device has memory for, were it empty."""
+    if engine.num_blocks is None:
+        return
+    need = engine.num_blocks * engine.block_size * shape.kv_bytes_per_token
+    asked = f"engine.num_blocks={engine.num_blocks}: a KV cache of so many blocks of {engine.block_size} tokens"
+    if device.type == "cpu":  # ranks share its memory
+        check_fits(need, asked, "lower it, or leave it unset to take what fits")
+        return
+    need, total = need // parallel.world_size, torch.cuda.get_device_properties(device).total_memory
+    if need > total:
+        sizes = f"takes {need / 2**30:,.1f} GiB, {device} has {total / 2**30:,.1f} GiB"
+        raise ConfigError(f"{asked} {sizes}: lower it, or leave it unset to take what fits")
 
 
 def bytes_per_token(model: CausalLM) -> int:
