@@ -34,6 +34,7 @@ from core.params import Limits, limits_of
 from core.policy import Observer, Workload
 from core.request import SLO, Arrival, SamplingParams, Tags
 from plugins.executors.sim import SimExecutor
+from plugins.kernels.compose import GROUPS
 
 CORE = {"engine": EngineConfig, "model": ModelConfig, "hardware": Hardware, "parallel": ParallelConfig, "slo": SLO}
 STEPS = 800  # after so many a run is long enough to see that it goes on
@@ -54,6 +55,8 @@ SMALL = {
 
 #: At their largest these are no small run, as everything arrives before the first step, unless requests come as others end.
 TAKEN_AT_ONCE = ("num_requests", "num_sessions", "turns")
+#: What counts only where the number of blocks follows from the memory.
+SIZE_THE_POOL = ("memory_gb", "memory_utilization", "activation_gb", "kv_cache_gb")
 
 
 # ---- the tries -----------------------------------------------------------------------------------------------------------
@@ -239,7 +242,7 @@ def is_undefined(metric: str, registry: Registry) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def composed(of: Try, registry: Registry) -> Run:
+def composed(of: Try, registry: Registry, directory: Path | None = None) -> Run:
     """A small run that holds the value."""
     given = {of.parameter: of.value}
     choices: dict[str, tuple[str, dict[str, Any]]] = {
@@ -259,6 +262,8 @@ def composed(of: Try, registry: Registry) -> Run:
     if choices["executor"][0] == "torch" and of.node == "executor":
         choices["executor"][1].setdefault("kv_cache_gb", 0.001)
     core = {node: given if of.node == node else {} for node in CORE}
+    if of.parameter in SIZE_THE_POOL:
+        core["engine"] = {"num_blocks": None}
     composition = Composition(
         choices,
         engine=EngineConfig(**{**LIMITS, **core["engine"]}),
@@ -268,7 +273,7 @@ def composed(of: Try, registry: Registry) -> Run:
         slo=SLO(**core["slo"]),
         **(given if of.node == "run" else {}),
     )
-    return build(registry, composition, observers=[Watch()])
+    return build(registry, composition, observers=[Watch()], directory=directory)
 
 
 def answered(of: Try) -> Verdict:
@@ -340,7 +345,7 @@ def numbered_registry() -> Registry:
 
 @cache
 def needs() -> dict[str, dict[str, Any]]:
-    """Plugin -> parameters that it does not run without here: the file of a workload, no account for the tracker."""
+    """Plugin -> parameters that it does not run without here: a workload's file, a record, no account for the tracker."""
     folder = Path(tempfile.mkdtemp(prefix="headway_numbers_"))
     mooncake = [{"timestamp": 100 * i, "input_length": 6, "output_length": 3, "hash_ids": [i % 2]} for i in range(6)]
     (folder / "mooncake.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mooncake))
@@ -349,7 +354,12 @@ def needs() -> dict[str, dict[str, Any]]:
     calls = [{"type": "n", "in": 6, "out": 3, "hash_ids": [0], "think_time": 0.1, "stop": "tool_use"}] * 3
     (folder / "agents.jsonl").write_text("".join(json.dumps({"id": f"s{i}", "block_size": 4, "requests": calls}) + "\n" for i in range(3)))
     named: dict[str, dict[str, Any]] = {"wandb": {"mode": "disabled"}}
+    named |= dict.fromkeys(("triton", "flash_attn"), dict.fromkeys(GROUPS, "torch"))  # no GPU, so that one value alone is asked for
     traces = {"mooncake": "mooncake.jsonl", "trace": "mooncake.jsonl", "azure": "azure.csv", "burstgpt": "burstgpt.csv", "agents": "agents.jsonl"}
+    (folder / "record").mkdir()
+    run = composed(Try("run", "", "seed", 0), numbered_registry(), folder / "record")
+    run.execute()
+    named["replay"] = {"path": str(folder / "record")}
     return named | {name: {"path": str(folder / file)} for name, file in traces.items()}
 
 
