@@ -23,7 +23,7 @@ from core.hooks import Registry, load_registry
 from core.memory import host_memory
 from core.params import check, describe, limits_of, param
 from core.request import SLO, SamplingParams
-from headway import KeyOrder, Order
+from headway import LLM, KeyOrder, Order
 from plugins.executors.sim import SimExecutor
 from plugins.workloads.pace import arrival_times
 from plugins.workloads.random_lengths import RandomLengths
@@ -182,6 +182,29 @@ def test_a_pool_that_no_memory_holds_is_refused_with_an_estimate():
     blocks = min(2**31 - 1, 4 * (host_memory() or 0) // 340)
     with pytest.raises(ConfigError, match=rf"engine.num_blocks={blocks}: keeping count .* needs about .* GiB, this machine has"):
         EngineConfig(num_blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv_cache_gb": 16384}, "executor.kv_cache_gb=16384.0: a KV cache of that size needs about 16,384.0 GiB"),
+        ({"kv_cache_gb": 1e-9}, "executor.kv_cache_gb=1e-09: holds no KV block of 16 tokens"),
+        ({"num_blocks": 60_000_000}, "a KV cache of 60000000 blocks of 16 tokens needs about"),
+        ({"max_num_seqs": 2**20, "block_size": 1, "max_model_len": 2**16}, "engine.max_num_seqs=1048576: block tables of 65536 tokens"),
+        ({"hidden_size": 2**20}, "model.name_or_path=made: "),
+        ({"max_position_embeddings": 2**24, "head_dim": 2**12}, "model.max_position_embeddings=16777216: the table of rotary"),
+    ],
+)
+def test_what_the_real_engine_cannot_hold_is_refused_by_the_parameter_that_asks_for_it(options, said, monkeypatch):
+    monkeypatch.setattr("core.memory.host_memory", lambda: 2**35)  # the same on every machine
+    shape = {
+        "load_format": "dummy", "architecture": "Qwen3ForCausalLM", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32, "vocab_size": 2**14, "tie_word_embeddings": True,
+        "max_position_embeddings": 2**16, "dtype": "float32",
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        LLM("made", **{"device": "cpu", "num_blocks": None, **shape, **options})
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
