@@ -209,7 +209,7 @@ def test_a_pool_that_no_memory_holds_is_refused_with_an_estimate():
             "executor.kv_cache_gb=16384.0: a KV cache of that size needs about 16,384.0 GiB",
         ),
         ({"kv_cache_gb": 1e-9}, "executor.kv_cache_gb=1e-09: holds no KV block of 16 tokens"),
-        ({"num_blocks": 60_000_000}, "a KV cache of 60000000 blocks of 16 tokens needs about"),
+        ({"num_blocks": 60_000_000}, "engine.num_blocks=60000000: a KV cache of so many blocks of 16 tokens needs about"),
         (
             {"max_num_seqs": 2**20, "block_size": 1, "max_model_len": 2**16},
             "engine.max_num_seqs=1048576: block tables of 65536 tokens",
