@@ -204,7 +204,7 @@ def test_a_stranger_is_not_let_in():
         ({"tp": 16}, "tp=16 does not divide the model's 8 attention heads"),
         ({"pp": 5}, "only 4 layers"),
         ({"pp": 2, "layers": [1, 2]}, "expected 2 numbers of at least 1, one a stage, that add up to 4"),
-        ({"pp": 2, "layers": [4, 0]}, "add up to 4"),
+        ({"pp": 2, "layers": [4, 0]}, r"parallel.layers\[1\]=0: expected at least 1"),
     ],
 )
 def test_what_does_not_divide_is_refused(monkeypatch, parallel, message):

@@ -88,11 +88,15 @@ class Execution:
         """Blocks that fit beside the weights and what a step needs; one more is reserved for padding."""
         if (asked := self.config.kv_cache_gb) is not None:
             free = int(asked * 2**30)
+            if self.device.type == "cpu":
+                check_fits(free, f"executor.kv_cache_gb={asked}: a KV cache of that size", "lower it")
         elif self.device.type == "cuda":
             free = kv_bytes_free(self.model, self.kernels, self.device, self.engine, self.config.gpu_memory_utilization)
         else:
             free = 2**30
         blocks = max(0, free // (bytes_per_token(self.model) * block_size) - 1)
+        if asked is not None and not blocks:
+            raise ConfigError(f"executor.kv_cache_gb={asked}: holds no KV block of {block_size} tokens; raise it")
         if self.device.type == "cuda":
             print(f"KV cache: {blocks:,} blocks of {block_size} tokens, {free / 2**30:.2f} GiB of {self.device}", file=sys.stderr)
         return blocks
