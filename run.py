@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from conf import schema
+from conf import sweep as sweeps
 from conf.launch import PORTABLE, Launch, arguments, ending
 from core.hooks import load_registry
 
@@ -17,8 +18,9 @@ from core.hooks import load_registry
 def main() -> int:
     registry = load_registry()
     schema.register(registry)
+    sweeps.register(registry)
     argv, sweep = arguments(sys.argv[1:], Path(__file__).parent / "conf")
-    sys.argv[1:] = argv
+    sys.argv[1:] = sweeps.loosened(argv)
     codes: list[int] = []
 
     @hydra.main(config_path="conf", config_name="config", **PORTABLE)
