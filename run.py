@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf import schema
+from conf import manual, schema
 from conf import sweep as sweeps
 from conf.launch import PORTABLE, Launch, arguments, ending
 from core.hooks import load_registry
@@ -17,6 +17,8 @@ from core.hooks import load_registry
 
 def main() -> int:
     registry = load_registry()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return manual.show(sys.argv[1:], registry)
     schema.register(registry)
     sweeps.register(registry)
     argv, sweep = arguments(sys.argv[1:], Path(__file__).parent / "conf")
