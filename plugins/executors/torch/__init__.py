@@ -24,10 +24,14 @@ from headway import (
     param,
 )
 
+from .threads import wait_asleep
+
 if TYPE_CHECKING:
     from ...kernels.compose import KernelChoice
     from ...models.tokenizer import Tokenizer
     from .execution import Execution
+
+wait_asleep()  # before anything imports torch
 
 MAX_PLANS = 4  # steps that may be in flight
 

@@ -22,6 +22,7 @@ from .batch import NO_LOGPROBS, Batcher, StepInput
 from .graphs import DecodeGraphs
 from .memory import allocate_cache, bytes_per_token, kv_bytes_free
 from .runner import ModelRunner, Sampled
+from .threads import limit_threads
 
 if TYPE_CHECKING:
     from . import TorchExecutor
@@ -61,6 +62,7 @@ class Execution:
         backends: Callable[[str], KernelChoice] | None, seed: int,
     ) -> None:  # fmt: skip
         self.config, self.engine = config, engine
+        limit_threads()
         self.device = device_of(config.device)
         self.spec = read_model(model)
         shape = self.spec.shape
