@@ -127,7 +127,7 @@ def test_a_runs_saved_config_runs_it_again(tmp_path):
     ("arguments", "message"),
     [
         (["schedulr=fcfs"], "error: schedulr: there is no such key. Did you mean scheduler"),
-        (["scheduler.token_budget=abc"], "could not be converted to Integer"),
+        (["scheduler.token_budget=abc"], "error: scheduler.token_budget=abc: expected a whole number or null"),
         (["engine.block_size=0"], "error: engine.block_size=0: expected at least 1"),
         (["executor=oracle", "parallel.tp=4"], "error: parallel.tp=4 parallel.pp=1: executor=oracle runs on one rank"),
     ],
