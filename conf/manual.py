@@ -16,6 +16,7 @@ from typing import Any
 
 from core.errors import ConfigError, near
 from core.hooks import OPTIONAL, Plugin, Registry
+from core.params import describe, limits_of
 from core.policy import ROLES
 
 from . import schema
@@ -143,12 +144,8 @@ def _parameter(group: str, parameter: Field[Any], owner: type | None) -> list[st
     declared = f"{group}.{parameter.name}={_default(parameter)}"
     type_name = parameter.type if isinstance(parameter.type, str) else getattr(parameter.type, "__name__", str(parameter.type))
     comment = _comments(owner).get(parameter.name, "") if owner else ""
-    about = "; ".join(filter(None, (type_name, _range(parameter), comment)))
+    about = "; ".join(filter(None, (type_name, describe(parameter), limits_of(parameter).doc, comment)))
     return _wrapped(declared, about, indent=6, width=38)
-
-
-def _range(parameter: Field[Any]) -> str:
-    return " ".join(str(value) for value in parameter.metadata.values())
 
 
 def _default(parameter: Field[Any]) -> str:

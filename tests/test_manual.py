@@ -41,7 +41,7 @@ def test_every_parameter_is_there_as_it_would_be_typed(registry):
         assert all(f" {role}.{f.name}=" in found[role] for f in plugin.parameters())
     for node, config in schema.NODES.items():
         assert all(f" {node}.{name}=" in found[node] for name in config.__dataclass_fields__)
-    assert "engine.num_blocks=null" in found["engine"] and "tokens a KV block" in found["engine"]
+    assert "engine.num_blocks=null" in found["engine"] and "int; 1 to 65536, tokens; of a KV block" in found["engine"]
     assert "order.weights={}" in found["order"] and "executor.path=''" in found["executor"]
 
 
