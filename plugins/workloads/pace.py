@@ -11,9 +11,8 @@ from typing import ClassVar
 
 from headway import Arrival, Request, SamplingParams, WorkloadError, param
 
-from .mix import Mix
-
 from .content import only_its_length
+from .mix import Mix
 
 PROCESSES = ("all_at_once", "uniform", "poisson", "gamma", "closed")
 
