@@ -9,16 +9,20 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf import schema
+from conf import manual, schema
+from conf import sweep as sweeps
 from conf.launch import PORTABLE, Launch, arguments, ending
 from core.hooks import load_registry
 
 
 def main() -> int:
     registry = load_registry()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return manual.show(sys.argv[1:], registry)
     schema.register(registry)
+    sweeps.register(registry)
     argv, sweep = arguments(sys.argv[1:], Path(__file__).parent / "conf")
-    sys.argv[1:] = argv
+    sys.argv[1:] = sweeps.loosened(argv)
     codes: list[int] = []
 
     @hydra.main(config_path="conf", config_name="config", **PORTABLE)
