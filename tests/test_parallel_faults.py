@@ -27,6 +27,17 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture
+def faulty_kernels(tmp_path, monkeypatch):
+    """`kernels=faulty` as an installed package: ranks build kernels from their own registry."""
+    installed = tmp_path / "faulty-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Name: faulty\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[headway]\nfaulty = faulty_kernels\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return FaultyKernels
+
+
 def engine_on(tp: int, pp: int, timeout: float = 30.0, kernels: FaultyKernels | None = None):
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
     executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), kernels, parallel=ParallelConfig(tp=tp, pp=pp, timeout=timeout))
@@ -59,18 +70,14 @@ def test_a_killed_rank_is_named_with_its_signal():
     assert str(failing(engine, kill)) == "rank 1 was killed by SIGKILL"
 
 
-def test_a_rank_that_raises_sends_its_traceback():
-    kernels = FaultyKernels(fault="raise", attention="faulty")
-    kernels.plugin_name = "faulty"
-    error = str(failing(engine_on(1, 3, kernels=kernels)))
+def test_a_rank_that_raises_sends_its_traceback(faulty_kernels):
+    error = str(failing(engine_on(1, 3, kernels=faulty_kernels(fault="raise"))))
     assert error.startswith("rank 1 raised ValueError: a bug in a kernel")
     assert "faulty_kernels.py" in error
 
 
-def test_a_rank_that_hangs_is_found_by_what_the_others_wait_for():
-    kernels = FaultyKernels(fault="hang", attention="faulty")
-    kernels.plugin_name = "faulty"
-    error = str(failing(engine_on(2, 1, timeout=2.0, kernels=kernels)))
+def test_a_rank_that_hangs_is_found_by_what_the_others_wait_for(faulty_kernels):
+    error = str(failing(engine_on(2, 1, timeout=2.0, kernels=faulty_kernels(fault="hang"))))
     assert error.startswith("rank 1 hangs: at step ") and "parallel.timeout=2 s" in error
 
 

@@ -18,9 +18,10 @@ from ..executors.torch import TorchExecutor
 from ..executors.torch.execution import Execution, Ticket
 from ..executors.torch.graphs import DecodeGraphs
 from ..executors.torch.runner import Sampled
-from .launch import Ranks, under_torchrun
+from .launch import Ranks
 from .pipeline import Stage, StageBatcher, StageRunner, cut
 from .tensor import Sharding, shard
+from .torchrun import under_torchrun
 
 if TYPE_CHECKING:
     from ..executors.torch.batch import StepInput
