@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 GRACE = 2.0  # seconds in which a failing rank may still say why
 TICK = 0.5  # seconds between two looks at who has said nothing
+QUIET = 2.0  # seconds of silence, four beats, of a rank that others wait for: it is stopped
 #: Seconds on top of parallel.timeout in which a rank may say nothing: imports, and on a GPU contexts and compilers, can keep Python
 #: from running its beat.
 SILENCE = {"cpu": 5.0, "cuda": 60.0}
@@ -139,6 +140,7 @@ class Ranks:
                 for rank in self._answers:
                     self._start(rank, kind)
             self._give(order, kind)
+            self.answers()  # every rank has imported what it needs, so parallel.timeout can hold from here on
             with self.blaming():
                 local_rank = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun() else 0
                 self.mesh = Mesh(job.parallel, 0, Store(self._shelf.ask), rank_device(kind, local_rank))
@@ -293,11 +295,12 @@ class Ranks:
     def _watch(self, patience: float) -> None:
         """A rank that is stopped says nothing, not even that it lives. Counts our own looks, so that a driver which was stopped itself
         blames nobody."""
+        timeout = self._job.parallel.timeout
         while not self._closed.wait(TICK):
             for rank in self._silent:
                 self._silent[rank] += TICK
                 if self._silent[rank] > patience and not self._failed.is_set():
-                    self._fail(Failure(rank, f"hangs: it has said nothing for {patience:g} s, with parallel.timeout={self._job.parallel.timeout:g}"))
+                    self._fail(Failure(rank, f"hangs: not a sign of life for {patience:g} s (parallel.timeout={timeout:g})"))
                     if process := self._processes.get(rank):
                         process.kill()  # others may wait for it in a collective that cannot be ended otherwise
 
@@ -313,19 +316,19 @@ class Ranks:
         until = perf_counter() + GRACE
         while not (own := [f for f in self._failures if not f.secondary]) and perf_counter() < until:
             threading.Event().wait(0.05)
-        if own:
-            error: HeadwayError = RankError(f"rank {own[0].rank} {own[0].reason}")
-        else:
-            progress = {0: (self.steps, self.mesh.entered if hasattr(self, "mesh") else 0)} | self._progress
-            least = min(progress.values())
-            behind = [rank for rank, at in progress.items() if at == least]
-            names = f"rank {behind[0]} hangs" if len(behind) == 1 else f"ranks {', '.join(map(str, behind))} hang"
-            error = RankError(
-                f"{names}: at step {least[0]}, collective {least[1]}, while others wait at {max(progress.values())}; "
-                f"gave up after parallel.timeout={self._job.parallel.timeout:g} s"
-            )
+        error = RankError(f"rank {own[0].rank} {own[0].reason}" if own else self._waited_for())
         self.close(failed=True)
         return error
+
+    def _waited_for(self) -> str:
+        """Of ranks that wait for each other: those that say nothing, else those that have begun the fewest collectives."""
+        gave_up = f"gave up after parallel.timeout={self._job.parallel.timeout:g} s"
+        if quiet := [rank for rank, seconds in self._silent.items() if seconds > QUIET]:
+            return f"{_hanging(quiet)}: not even a sign of life; {gave_up}"
+        progress = {0: (self.steps, self.mesh.entered if hasattr(self, "mesh") else 0)} | self._progress
+        least = min(progress.values())
+        behind = [rank for rank, at in progress.items() if at == least]
+        return f"{_hanging(behind)}: at step {least[0]}, collective {least[1]}, while others wait at {max(progress.values())}; {gave_up}"
 
     def close(self, failed: bool = False) -> None:
         """Ends every rank: asks first, kills after `GRACE` seconds. No process that was started here is left."""
@@ -356,6 +359,10 @@ class Ranks:
         self._shelf.close()
         for channel in [*self._channels.values(), *self._stores.values()]:
             channel.close()
+
+
+def _hanging(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} hangs" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} hang"
 
 
 def _absent(ranks: list[int], seconds: float, strangers: int) -> str:

@@ -48,6 +48,14 @@ class Mesh:
         self._guarded(
             dist.init_process_group, "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=parallel.world_size, timeout=limit,
         )  # fmt: skip
+        try:
+            self._connect()
+        except BaseException:
+            self.close(failed=True)
+            raise
+
+    def _connect(self) -> None:
+        parallel, device = self.parallel, self.device
         mesh = init_device_mesh(device.type, (parallel.pp, parallel.tp), mesh_dim_names=("pp", "tp"))
         self.tp_group, self.pp_group = mesh.get_group("tp"), mesh.get_group("pp")
         # How long steps communicate, "split" over the ranks or "whole" as short ones do, and through what: only measurements change these.

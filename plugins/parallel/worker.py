@@ -64,6 +64,7 @@ class Worker:
     def _run(self, order: messages.Order) -> None:
         registry = load_registry()
         job = job_of(order, registry)
+        self._answer(None)
         device = rank_device(device_of(job.executor["device"]).type, self._local_rank)
         self.mesh = Mesh(job.parallel, self.rank, self._store, device)
         execution = RankExecution(job, self.mesh, lambda name: registry.get("kernels", name).build())
