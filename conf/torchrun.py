@@ -70,5 +70,6 @@ def serve(cfg: DictConfig, registry: Registry) -> None:
     try:
         build(registry, schema.composition(cfg))
     except HeadwayError as error:
-        print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}"
+        print(f"error: {error}" if rank in str(error) else f"error: {rank}: {error}", file=sys.stderr)
         raise SystemExit(REFUSED) from None

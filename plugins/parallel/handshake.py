@@ -22,10 +22,15 @@ from .messages import Hello, unpack
 NONCE = PROOF = 32  # bytes
 PATIENCE = 10.0  # seconds that a connection may take to prove itself
 ENTERING = 64  # connections that may be doing so at once; one more ends the oldest
+REFUSALS = 5  # connections of a rank that end when it has given its proof: so its key is another
 
 
 class Stranger(ConnectionError):
     """The other end does not know the key."""
+
+
+class Refused(ConnectionError):
+    """The other end hangs up on our proof: it knows another key, or has too many strangers to deal with."""
 
 
 def admit(connection: socket.socket, key: bytes, limit: float) -> None:
@@ -46,7 +51,11 @@ def prove(connection: socket.socket, key: bytes, limit: float) -> None:
     theirs, ours = exactly(connection, NONCE, limit), secrets.token_bytes(NONCE)
     at = _address(connection.getpeername())
     connection.sendall(ours + _proof(key, b"rank", theirs, ours, at))
-    if not hmac.compare_digest(exactly(connection, PROOF, limit), _proof(key, b"driver", theirs, ours, at)):
+    try:
+        proof = exactly(connection, PROOF, limit)
+    except (EOFError, ConnectionError):
+        raise Refused("whoever answered does not take our proof") from None
+    if not hmac.compare_digest(proof, _proof(key, b"driver", theirs, ours, at)):
         raise Stranger("whoever answered does not know the key")
 
 
@@ -123,20 +132,28 @@ def _shut(connection: socket.socket) -> None:
 
 
 def reach(host: str, port: int, key: bytes, limit: float) -> Channel:
-    """A rank's connection to the driver. Raises Stranger when somebody else answers, OSError or EOFError when nobody does until
-    `limit` (time.monotonic)."""
+    """A rank's connection to the driver. Raises Stranger or Refused when somebody else answers, or the driver with another key, OSError
+    or EOFError when nobody lets us in until `limit` (time.monotonic)."""
+    refusals = 0
     while True:
         try:
-            connection = socket.create_connection((host, port), timeout=max(0.1, min(PATIENCE, limit - monotonic())))
-            try:
-                prove(connection, key, min(limit, monotonic() + PATIENCE))
-                return Channel(connection)
-            except BaseException:
-                connection.close()
+            return _try(host, port, key, limit)
+        except Refused:
+            if (refusals := refusals + 1) == REFUSALS or monotonic() > limit:
                 raise
         except Stranger:
             raise
         except (OSError, EOFError):
             if monotonic() > limit:
                 raise
-            threading.Event().wait(0.1)
+        threading.Event().wait(0.1)
+
+
+def _try(host: str, port: int, key: bytes, limit: float) -> Channel:
+    connection = socket.create_connection((host, port), timeout=max(0.1, min(PATIENCE, limit - monotonic())))
+    try:
+        prove(connection, key, min(limit, monotonic() + PATIENCE))
+    except BaseException:
+        connection.close()
+        raise
+    return Channel(connection)

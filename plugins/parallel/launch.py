@@ -192,6 +192,8 @@ class Ranks:
             channel.close()
             raise RankError(f"{name} connects twice, or is none of ranks 1 to {len(self._answers)}: start one process a rank")
         known[hello.rank] = channel
+        if not (hello.rank in self._channels and hello.rank in self._stores):
+            return
         theirs = hello.facts
         if different := [fact for fact in ours if theirs.get(fact) != ours[fact]]:
             fact = different[0]

@@ -25,7 +25,7 @@ from headway import ConfigError, RankError
 
 from . import channel as wire
 from .channel import Channel
-from .handshake import Stranger, reach
+from .handshake import Refused, Stranger, reach
 from .messages import Hello, pack
 
 KEY, KEY_FILE = "HEADWAY_KEY", "HEADWAY_KEY_FILE"
@@ -141,10 +141,10 @@ def join(rank: int, facts: dict[str, str], patience: float) -> list[Channel]:
         at = f"rank {rank}: rank 0 at {meeting_point()}:{port}"
         try:
             channel = reach(meeting_point(), port, key, limit)
-        except Stranger:
-            raise RankError(f"{at} does not know the key, so it is somebody else, or {KEY} differs: {SET_A_KEY}") from None
+        except (Stranger, Refused) as error:
+            raise RankError(f"{at}: {error}. It is somebody else, or its {KEY} differs: {SET_A_KEY}") from None
         except (OSError, EOFError) as error:
-            raise RankError(f"{at} lets nobody in within {patience:g} s ({error}). If its {KEY} differs: {SET_A_KEY}") from None
+            raise RankError(f"{at} lets nobody in within {patience:g} s: {error}") from None
         channel.send(wire.HELLO, pack(Hello(rank, socket.gethostname(), purpose, facts)))
         channels.append(channel)
     return channels

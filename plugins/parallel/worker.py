@@ -123,11 +123,15 @@ def job_of(order: messages.Order, registry: Any) -> Job:
     """The driver's Job. Raises ConfigError when its kernels are not those that this rank knows by their name."""
     kernels = None
     if (sent := order.kernels) is not None:
-        kernels = registry.get("kernels", sent.name).build(**sent.parameters)
+        plugin = registry.get("kernels", sent.name)
+        try:
+            kernels = plugin.build(**sent.parameters)
+        except TypeError:  # another class, with other parameters
+            kernels = plugin.build()
         if made_by(kernels) != sent.made_by:
             raise ConfigError(
-                f"kernels={sent.name} is {sent.made_by} where the run was composed, and {made_by(kernels)} by its registered name: "
-                "ranks build kernels from the registry, so register that class under a name of its own"
+                f"kernels={sent.name} is {sent.made_by} where the run was composed, and {made_by(kernels)} by its "
+                "registered name: ranks build kernels from the registry, so register that class under a name of its own"
             )
     return Job(order.executor, order.model, kernels, order.engine, order.seed, order.parallel)
 
