@@ -159,7 +159,7 @@ class Ranks:
         (ours, theirs), (our_store, their_store) = socket.socketpair(), socket.socketpair()
         self._channels[rank], self._stores[rank] = Channel(ours), Channel(our_store)
         command = [sys.executable, "-m", f"{__package__}.start", *map(str, (rank, theirs.fileno(), their_store.fileno(), os.getpid()))]
-        with theirs, their_store, _signals_blocked():  # from its first instruction a rank leaves signals to the driver
+        with theirs, their_store, signals_blocked():  # from its first instruction a rank leaves signals to the driver
             self._processes[rank] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), their_store.fileno())
             )
@@ -375,7 +375,7 @@ def _absent(ranks: list[int], seconds: float, strangers: int) -> str:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """A process that is started meanwhile has them blocked too. The driver gets them afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
