@@ -183,7 +183,7 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
         ({"tp": 16}, "tp=16 does not divide the model's 8 attention heads"),
         ({"pp": 5}, "only 4 layers"),
         ({"pp": 2, "layers": [1, 2]}, "expected 2 numbers of at least 1, one a stage, that add up to 4"),
-        ({"pp": 2, "layers": [4, 0]}, "add up to 4"),
+        ({"pp": 2, "layers": [4, 1]}, "add up to 4"),
     ],
 )
 def test_what_does_not_divide_is_refused(monkeypatch, parallel, message):

@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from headway import HeadwayError
 
@@ -78,8 +79,12 @@ def main() -> int:
     return Worker(rank, rank, *channels, pulse).serve()
 
 
-if __name__ == "__main__":
-    code = main()
+def end(code: int) -> NoReturn:
+    """A communicator or a CUDA context that waits for a dead rank must not keep the process."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a communicator or a CUDA context that waits for a dead rank must not keep the process
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    end(main())
