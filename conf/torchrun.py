@@ -1,4 +1,5 @@
-"""`torchrun ... run.py`: the same command line in several processes, of which rank 0 runs and the others serve it."""
+"""`torchrun ... run.py`: one command line in several processes, of which rank 0 runs and the others serve
+it."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def _check(started: int, cfg: DictConfig, mode: str, registry: Registry) -> None
     parallel, executor = composition.parallel, composition.choices["executor"][0]
     given = f"torchrun started {started} processes"
     if mode.endswith("MULTIRUN"):
-        raise ConfigError(f"{given} for one run, and a sweep is several: start each with a torchrun of its own")
+        raise ConfigError(f"{given} for one run, and a sweep is several: start each with its own torchrun")
     prepare = getattr(registry.get("executor", executor).factory, "prepare", None)
     if prepare is None or "parallel" not in inspect.signature(prepare).parameters:
         raise ConfigError(f"{given}, and executor={executor} runs in one: start it without torchrun")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,7 +213,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 
 def test_one_gpu_for_several_ranks_is_refused():
     with pytest.raises(ConfigError, match="each takes its own GPU"):
-        TorchExecutor(device="cuda:1").prepare(ModelConfig(), parallel=ParallelConfig(tp=2))
+        launch.check(replace(job(tp=2), executor={"device": "cuda:1"}))
 
 
 def test_a_wrong_number_of_processes_under_torchrun_is_refused(monkeypatch):

@@ -1,4 +1,4 @@
-"""`torchrun ... run.py`: as many processes as ranks, of which one runs, writes and prints; anything else is refused at once."""
+"""`torchrun ... run.py`: a process for each rank, of which one runs, writes and prints; anything else is refused."""
 
 from __future__ import annotations
 
@@ -53,10 +53,12 @@ def composed(monkeypatch):
         ("sim", 4, 1, RUN, "started 4 processes, and executor=sim runs in one: start it without torchrun"),
         ("sim", 1, 1, RUN, "executor=sim runs in one"),
         ("oracle", 1, 1, RUN, "executor=oracle runs in one"),
-        ("torch", 4, 1, SWEEP, "a sweep is several: start each with a torchrun of its own"),
+        ("torch", 4, 1, SWEEP, "a sweep is several: start each with its own torchrun"),
     ],
 )
-def test_what_every_process_would_do_on_its_own_is_refused(monkeypatch, capsys, registry, composed, executor, tp, pp, mode, message):
+def test_what_every_process_would_do_alone_is_refused(request, executor, tp, pp, mode, message):
+    names = ("monkeypatch", "capsys", "registry", "composed")
+    monkeypatch, capsys, registry, composed = map(request.getfixturevalue, names)
     started(monkeypatch, rank=0, of=4)
     with pytest.raises(ConfigError, match=message):
         torchrun.check(composed(executor, tp, pp), mode, registry)

@@ -1,8 +1,8 @@
-"""One connection between the driver and a rank. A message is a kind (one byte), a size (four) and a body; `messages.py` says what
-bodies hold.
+"""One connection between the driver and a rank. A message is a kind (one byte), a size (four) and a body;
+`messages.py` says what bodies hold.
 
-Activations and weights never pass here, those are collectives' business. The plan of a step does: a few integers and the int32
-buffer that the batcher made, sent once to each rank.
+Activations and weights never pass here, those are collectives' business. The plan of a step does: a few
+integers and the int32 buffer that the batcher made, sent once to each rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ JOB, STEP, CALL, QUIT, REFUSED, FOUND = b"J", b"S", b"C", b"Q", b"X", b"F"
 # rank -> driver
 HELLO, ANSWER, RESULT, RAISED, BEAT, ASK = b"H", b"A", b"R", b"E", b"B", b"K"
 
-#: The largest body of each kind, in bytes. A step's buffer and a step's results grow with the engine's limits, the rest does not.
+#: The largest body of each kind, in bytes. A step's buffer and results grow with the engine's limits.
 LARGEST = {
     JOB: 1 << 20, STEP: 1 << 28, CALL: 1 << 16, QUIT: 0, REFUSED: 1 << 20, FOUND: 1 << 24,
     HELLO: 1 << 16, ANSWER: 1 << 16, RESULT: 1 << 28, RAISED: 1 << 20, BEAT: 16, ASK: 1 << 24,
@@ -56,16 +56,18 @@ class Channel:
 
 
 def receive(connection: socket.socket, limit: float | None = None) -> tuple[bytes, bytes]:
-    """(kind, body) of the next message, until `limit` (time.monotonic). Raises Malformed before memory is taken for its body."""
+    """(kind, body) of the next message, until `limit` (time.monotonic). Raises Malformed before it takes
+    memory for a body."""
     kind, size = _HEAD.unpack(exactly(connection, _HEAD.size, limit))
-    if size > LARGEST.get(kind, -1):
-        expected = f"at most {LARGEST[kind]:,} bytes" if kind in LARGEST else f"one of {b' '.join(LARGEST).decode()}"
-        raise Malformed(f"a message of kind {kind!r} and {size:,} bytes: expected {expected}")
+    if kind not in LARGEST:
+        raise Malformed(f"a message of kind {kind!r}: expected one of {b' '.join(LARGEST).decode()}")
+    if size > LARGEST[kind]:
+        raise Malformed(f"a message of kind {kind!r} and {size:,} bytes: expected at most {LARGEST[kind]:,}")
     return kind, exactly(connection, size, limit)
 
 
 def exactly(connection: socket.socket, size: int, limit: float | None = None) -> bytes:
-    """So many bytes. Raises TimeoutError at `limit` however slowly they come, and EOFError at the end of the connection."""
+    """So many bytes. Raises TimeoutError at `limit`, however slowly they come, and EOFError at the end."""
     found = bytearray()
     while len(found) < size:
         if limit is not None:

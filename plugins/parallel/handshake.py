@@ -1,8 +1,9 @@
 """Who is let in where the driver listens: ranks that torchrun started, and nobody else.
 
-Driver and rank share a key. Each sends 32 fresh random bytes and proves with an HMAC over both that it knows the key, before the
-other reads anything else of it. Who speaks is part of what is authenticated, so a proof that is sent back proves nothing, and so is the
-address at which the rank has found the driver, so nobody in between can pass proofs on.
+Driver and rank share a key. Each sends 32 fresh random bytes and proves with an HMAC over both that it
+knows the key, before the other reads anything else of it. Who speaks is part of what is authenticated, so a
+proof that is sent back proves nothing; and so is the address at which the rank found the driver, so nobody
+in between can pass proofs on.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def _address(name: tuple[str, int]) -> bytes:
 
 
 class Door:
-    """The driver's listening socket. Each connection has a thread of its own until it is known, so none can hold up another."""
+    """The driver's listening socket. Each connection has its own thread until it is known: none holds up
+    another."""
 
     def __init__(self, server: socket.socket, key: bytes) -> None:
         self.met: SimpleQueue[tuple[Hello, Channel]] = SimpleQueue()
@@ -132,8 +134,8 @@ def _shut(connection: socket.socket) -> None:
 
 
 def reach(host: str, port: int, key: bytes, limit: float) -> Channel:
-    """A rank's connection to the driver. Raises Stranger or Refused when somebody else answers, or the driver with another key, OSError
-    or EOFError when nobody lets us in until `limit` (time.monotonic)."""
+    """A rank's connection to the driver. Raises Stranger or Refused when somebody else answers, or the
+    driver with another key, OSError or EOFError when nobody lets us in until `limit` (time.monotonic)."""
     refusals = 0
     while True:
         try:
@@ -150,7 +152,8 @@ def reach(host: str, port: int, key: bytes, limit: float) -> Channel:
 
 
 def _try(host: str, port: int, key: bytes, limit: float) -> Channel:
-    connection = socket.create_connection((host, port), timeout=max(0.1, min(PATIENCE, limit - monotonic())))
+    patience = max(0.1, min(PATIENCE, limit - monotonic()))
+    connection = socket.create_connection((host, port), timeout=patience)
     try:
         prove(connection, key, min(limit, monotonic() + PATIENCE))
     except BaseException:

@@ -1,8 +1,9 @@
 """The driver's side: starts the other ranks, or finds those that torchrun started; watches them; says which failed, and why.
 
-The driver is rank 0 and the process that the user started. On one host it starts the rest itself (`start.py`), with sockets that they
-inherit. Under torchrun every rank runs the same program, and all but rank 0 turn into workers (`worker.py`) as soon as they know the model;
-they connect to the driver (`torchrun.py`, `handshake.py`).
+The driver is rank 0 and the process that the user started. On one host it starts the rest itself
+(`start.py`), with sockets that they inherit. Under torchrun every rank runs the same program, and all but
+rank 0 turn into workers (`worker.py`) as soon as they know the model; they connect to the driver
+(`torchrun.py`, `handshake.py`).
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ if TYPE_CHECKING:
 GRACE = 2.0  # seconds in which a failing rank may still say why
 TICK = 0.5  # seconds between two looks at who has said nothing
 QUIET = 2.0  # seconds of silence, four beats, of a rank that others wait for: it is stopped
-#: Seconds on top of parallel.timeout in which a rank may say nothing: imports, and on a GPU contexts and compilers, can keep Python
-#: from running its beat.
+#: Seconds on top of parallel.timeout in which a rank may say nothing: imports, and on a GPU contexts and
+#: compilers, can keep Python from running its beat.
 SILENCE = {"cpu": 5.0, "cuda": 60.0}
-LAGGING = {True: 5.0, False: 60.0}  # seconds on top of parallel.timeout in which a rank comes: on one host, or on several
+#: Seconds on top of parallel.timeout in which torchrun's ranks come, when all are on one host, and when not.
+LAGGING = {True: 5.0, False: 60.0}
 
 
 @dataclass(frozen=True)
@@ -158,14 +160,16 @@ class Ranks:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._job.parallel.world_size)))
         (ours, theirs), (our_store, their_store) = socket.socketpair(), socket.socketpair()
         self._channels[rank], self._stores[rank] = Channel(ours), Channel(our_store)
-        command = [sys.executable, "-m", f"{__package__}.start", *map(str, (rank, theirs.fileno(), their_store.fileno(), os.getpid()))]
-        with theirs, their_store, signals_blocked():  # from its first instruction a rank leaves signals to the driver
-            self._processes[rank] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), their_store.fileno())
-            )
+        ends = (theirs.fileno(), their_store.fileno())
+        command = [sys.executable, "-m", f"{__package__}.start", *map(str, (rank, *ends, os.getpid()))]
+        # A rank leaves signals to us from its first instruction on.
+        with theirs, their_store, signals_blocked():
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=ends)
+            self._processes[rank] = process
 
     def _meet(self) -> None:
-        """torchrun's ranks come to us. Raises RankError when one does not, ConfigError when one would run something else."""
+        """torchrun's ranks come to us. Raises RankError when one does not, ConfigError when its job is
+        another."""
         ours = facts(self._job)
         if torchrun.meeting_point() == torchrun.LOOPBACK:
             torchrun.keep_to_loopback()
@@ -175,7 +179,7 @@ class Ranks:
             try:
                 store = torchrun.announce(door.port, told)
                 until = perf_counter() + patience
-                while missing := [rank for rank in self._answers if rank not in self._channels or rank not in self._stores]:
+                while missing := [rank for rank in self._answers if not self._has_come(rank)]:
                     try:
                         hello, channel = door.met.get(timeout=max(0.0, until - perf_counter()))
                     except queue.Empty:
@@ -185,21 +189,25 @@ class Ranks:
                 door.close()
         del store
 
+    def _has_come(self, rank: int) -> bool:
+        return rank in self._channels and rank in self._stores
+
     def _know(self, hello: messages.Hello, channel: Channel, ours: dict[str, str]) -> None:
         name = f"rank {hello.rank} on {messages.readable(hello.host)}"
         known = {"orders": self._channels, "store": self._stores}.get(hello.purpose)
         if known is None or hello.rank not in self._answers or hello.rank in known:
             channel.close()
-            raise RankError(f"{name} connects twice, or is none of ranks 1 to {len(self._answers)}: start one process a rank")
+            last = len(self._answers)
+            wrong = f"{name} connects twice, or is none of ranks 1 to {last}"
+            raise RankError(f"{wrong}: start one process per rank")
         known[hello.rank] = channel
-        if not (hello.rank in self._channels and hello.rank in self._stores):
+        if not self._has_come(hello.rank):
             return
         theirs = hello.facts
         if different := [fact for fact in ours if theirs.get(fact) != ours[fact]]:
             fact = different[0]
-            text = messages.readable(
-                f"{name} runs with {fact} {theirs.get(fact)}, rank 0 with {ours[fact]}: start every host with the same command and versions"
-            )
+            runs = f"{name} runs with {fact} {theirs.get(fact)}, rank 0 with {ours[fact]}"
+            text = messages.readable(f"{runs}: start every host with the same command and versions")
             for other in self._channels.values():
                 other.send(wire.REFUSED, messages.pack(messages.Refused(text)))
             raise ConfigError(text)
@@ -207,10 +215,10 @@ class Ranks:
     def _give(self, order: bytes, kind: str) -> None:
         """Its job to every rank; from now on it is listened to and watched."""
         patience = self._job.parallel.timeout + SILENCE[kind]
-        for rank, channel in self._channels.items():
-            threading.Thread(target=self._listen, args=(rank, channel), daemon=True, name=f"rank {rank}").start()
-            threading.Thread(target=self._serve, args=(rank, self._stores[rank]), daemon=True, name=f"store {rank}").start()
-        threading.Thread(target=self._watch, args=(patience,), daemon=True, name="watch").start()
+        for rank in self._channels:
+            threading.Thread(target=self._listen, args=(rank, self._channels[rank]), daemon=True).start()
+            threading.Thread(target=self._serve, args=(rank, self._stores[rank]), daemon=True).start()
+        threading.Thread(target=self._watch, args=(patience,), daemon=True).start()
         self._tell(wire.JOB, order)
 
     # ---- what the driver's Execution calls -----------------------------------------------------------------------
@@ -295,16 +303,17 @@ class Ranks:
             self._fail(Failure(rank, f"sent what cannot be understood: {error}"))
 
     def _watch(self, patience: float) -> None:
-        """A rank that is stopped says nothing, not even that it lives. Counts our own looks, so that a driver which was stopped itself
-        blames nobody."""
-        timeout = self._job.parallel.timeout
+        """A rank that is stopped says nothing, not even that it lives. Counts our own looks, so that a
+        driver which was stopped itself blames nobody."""
+        timeout = f"parallel.timeout={self._job.parallel.timeout:g}"
+        reason = f"hangs: not a sign of life for {patience:g} s ({timeout})"
         while not self._closed.wait(TICK):
             for rank in self._silent:
                 self._silent[rank] += TICK
                 if self._silent[rank] > patience and not self._failed.is_set():
-                    self._fail(Failure(rank, f"hangs: not a sign of life for {patience:g} s (parallel.timeout={timeout:g})"))
+                    self._fail(Failure(rank, reason))
                     if process := self._processes.get(rank):
-                        process.kill()  # others may wait for it in a collective that cannot be ended otherwise
+                        process.kill()  # others may wait for it in a collective
 
     def _fail(self, failure: Failure) -> None:
         self._failures.append(failure)
@@ -323,14 +332,16 @@ class Ranks:
         return error
 
     def _waited_for(self) -> str:
-        """Of ranks that wait for each other: those that say nothing, else those that have begun the fewest collectives."""
+        """Of ranks that wait for each other: those that say nothing, else those with the fewest
+        collectives."""
         gave_up = f"gave up after parallel.timeout={self._job.parallel.timeout:g} s"
         if quiet := [rank for rank, seconds in self._silent.items() if seconds > QUIET]:
             return f"{_hanging(quiet)}: not even a sign of life; {gave_up}"
         progress = {0: (self.steps, self.mesh.entered if hasattr(self, "mesh") else 0)} | self._progress
         least = min(progress.values())
         behind = [rank for rank, at in progress.items() if at == least]
-        return f"{_hanging(behind)}: at step {least[0]}, collective {least[1]}, while others wait at {max(progress.values())}; {gave_up}"
+        at = f"at step {least[0]}, collective {least[1]}, while others wait at {max(progress.values())}"
+        return f"{_hanging(behind)}: {at}; {gave_up}"
 
     def close(self, failed: bool = False) -> None:
         """Ends every rank: asks first, kills after `GRACE` seconds. No process that was started here is left."""
@@ -368,9 +379,10 @@ def _hanging(ranks: list[int]) -> str:
 
 
 def _absent(ranks: list[int], seconds: float, strangers: int) -> str:
-    text = f"rank {', '.join(map(str, ranks))} did not connect within {seconds:g} s (parallel.timeout and the time to start)"
+    names = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    text = f"{names} did not connect within {seconds:g} s (parallel.timeout and the time to start)"
     if strangers:
-        text += f"; {strangers} connections could not prove the key: is {torchrun.KEY} the same on every host?"
+        text += f"; {strangers} connections did not prove the key: is {torchrun.KEY} the same on every host?"
     return text
 
 

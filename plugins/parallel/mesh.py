@@ -43,7 +43,8 @@ class Mesh:
         on_gpu = device.type == "cuda"
         if on_gpu:  # the driver decides when a run has failed and ends it; NCCL's watchdog would end this process first
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # a thread of NCCL's that asks the store every second
+            # Nor does a thread of NCCL's ask the store every second whether anybody wants a dump.
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         # Captured collectives are no business of NCCL's own watchdog, so the driver's clock ends a step that hangs on a GPU.
         limit = timedelta(seconds=STARTUP if on_gpu else parallel.timeout)
         self._guarded(

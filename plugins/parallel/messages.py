@@ -1,7 +1,7 @@
-"""What the bodies of messages hold: a few dataclasses as JSON, and a step and its results as integers and little-endian buffers.
+"""What the bodies of messages hold: a few dataclasses as JSON; steps and results as little-endian buffers.
 
-No body names code. A message is refused as `Malformed` unless it has exactly the fields of its dataclass, of their types; a kernels
-config is sent as the name under which its plugin is registered and its parameters.
+No body names code. A message is refused as `Malformed` unless it has exactly the fields of its dataclass, of
+their types; a kernels config is sent as the name under which its plugin is registered, and its parameters.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import struct
 import types
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -79,7 +80,7 @@ class Refused:
     reason: str
 
 
-# ---- dataclasses -----------------------------------------------------------------------------------------------------
+# ---- dataclasses ------------------------------------------------------------------------------------------
 
 
 def pack(message: Any) -> bytes:
@@ -90,7 +91,8 @@ def pack(message: Any) -> bytes:
 
 
 def _unknown(value: Any) -> Any:
-    raise ConfigError(f"{value!r} cannot be sent to another rank: expected text, numbers, true, false, null, and lists of them")
+    expected = "expected text, numbers, true, false, null, and lists of them"
+    raise ConfigError(f"{value!r} cannot be sent to another rank: {expected}")
 
 
 def unpack(kind: type[T], body: bytes) -> T:
@@ -106,10 +108,11 @@ def unpack(kind: type[T], body: bytes) -> T:
 def _built(expected: Any, value: Any, where: str) -> Any:
     """value as `expected` says. A whole number is a float too, as in Python."""
     if dataclasses.is_dataclass(expected):
-        types_of = get_type_hints(expected)
-        if not isinstance(value, dict) or set(value) != set(types_of):
-            raise Malformed(f"{where} is {_short(value)}: expected {', '.join(types_of)}")
-        return expected(**{name: _built(types_of[name], part, f"{where}.{name}") for name, part in value.items()})
+        hints = get_type_hints(expected)
+        if not isinstance(value, dict) or set(value) != set(hints):
+            raise Malformed(f"{where} is {_short(value)}: expected {', '.join(hints)}")
+        parts = {name: _built(hints[name], part, f"{where}.{name}") for name, part in value.items()}
+        return expected(**parts)
     origin, inner = get_origin(expected), get_args(expected)
     if expected is Any:
         return value
@@ -147,9 +150,10 @@ def readable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-# ---- what is sent again and again ------------------------------------------------------------------------------------
+# ---- what is sent again and again -------------------------------------------------------------------------
 
-_NUMBERS = [f.name for f in fields(StepInput) if f.name not in ("data", "sampled")]  # ints and bools, in the order of the class
+#: Integers and booleans, in the order of the class.
+_NUMBERS = [f.name for f in fields(StepInput) if f.name not in ("data", "sampled")]
 _STEP = struct.Struct(f"<{len(_NUMBERS)}i")
 _BEAT = struct.Struct("<QQ")
 _RESULT = struct.Struct("<Ii")  # chunks that sample; alternatives of each, -1: no log-probabilities
@@ -157,13 +161,15 @@ _INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
 
 
 def pack_step(step: StepInput) -> bytes:
-    """44 bytes and the buffer. Which plan indices sample stays with the driver: only it tells requests apart."""
-    return _STEP.pack(*[getattr(step, name) for name in _NUMBERS]) + step.data.astype(_INT32, copy=False).tobytes()
+    """44 bytes and the buffer. Which plan indices sample stays with the driver, who alone tells requests
+    apart."""
+    numbers = _STEP.pack(*[getattr(step, name) for name in _NUMBERS])
+    return numbers + step.data.astype(_INT32, copy=False).tobytes()
 
 
 def unpack_step(body: bytes) -> StepInput:
     if len(body) < _STEP.size or (len(body) - _STEP.size) % _INT32.itemsize:
-        raise Malformed(f"no step: {len(body)} bytes, expected {_STEP.size} and a multiple of {_INT32.itemsize}")
+        raise Malformed(f"no step: {len(body)} bytes, expected {_STEP.size} and a multiple of 4")
     numbers = dict(zip(_NUMBERS, _STEP.unpack_from(body), strict=True))
     return StepInput(data=np.frombuffer(body, dtype=_INT32, offset=_STEP.size), sampled=None, **numbers)
 
@@ -174,22 +180,23 @@ def pack_result(tokens: np.ndarray, logprobs: tuple[np.ndarray, ...] | None) -> 
     if logprobs is not None:
         parts += zip(logprobs, (_FLOAT32, _INT64, _FLOAT32, _INT64), strict=True)
     alternatives = -1 if logprobs is None else logprobs[2].shape[1]
-    return b"".join([_RESULT.pack(len(tokens), alternatives), *(part.astype(kind, copy=False).tobytes() for part, kind in parts)])
+    arrays = [part.astype(kind, copy=False).tobytes() for part, kind in parts]
+    return b"".join([_RESULT.pack(len(tokens), alternatives), *arrays])
 
 
 def unpack_result(body: bytes) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
     if len(body) < _RESULT.size:
         raise Malformed(f"no result: {len(body)} bytes")
     count, n = _RESULT.unpack_from(body)
-    shapes: list[tuple[tuple[int, ...], np.dtype]] = [((count,), _INT64)]
+    one, many = (count,), (count, n)
+    shapes: list[tuple[tuple[int, ...], np.dtype]] = [(one, _INT64)]
     if n >= 0:
-        shapes += [((count,), _FLOAT32), ((count,), _INT64), ((count, n), _FLOAT32), ((count, n), _INT64)]
-    expected = _RESULT.size + sum(kind.itemsize * (count if len(shape) == 1 else count * n) for shape, kind in shapes)
-    if n < -1 or len(body) != expected:
+        shapes += [(one, _FLOAT32), (one, _INT64), (many, _FLOAT32), (many, _INT64)]
+    sizes = [kind.itemsize * prod(shape) for shape, kind in shapes]
+    if n < -1 or len(body) != _RESULT.size + sum(sizes):
         raise Malformed(f"no result: {len(body)} bytes for {count} tokens and {n} alternatives")
     arrays, at = [], _RESULT.size
-    for shape, kind in shapes:
-        size = kind.itemsize * (count if len(shape) == 1 else count * n)
+    for (shape, kind), size in zip(shapes, sizes, strict=True):
         arrays.append(np.frombuffer(body[at : at + size], dtype=kind).reshape(shape).copy())
         at += size
     return arrays[0], tuple(arrays[1:]) if n >= 0 else None
@@ -205,7 +212,7 @@ def unpack_beat(body: bytes) -> tuple[int, int]:
     return _BEAT.unpack(body)
 
 
-# ---- the store's requests and answers --------------------------------------------------------------------------------
+# ---- the store's requests and answers ---------------------------------------------------------------------
 
 _LENGTH = struct.Struct("<I")
 
@@ -217,7 +224,8 @@ def pack_parts(parts: list[bytes]) -> bytes:
 def unpack_parts(body: bytes) -> list[bytes]:
     parts, at = [], 0
     while at < len(body):
-        if len(body) - at < _LENGTH.size or len(body) - at - _LENGTH.size < (size := _LENGTH.unpack_from(body, at)[0]):
+        left = len(body) - at - _LENGTH.size
+        if left < 0 or left < (size := _LENGTH.unpack_from(body, at)[0]):
             raise Malformed(f"no parts: {len(body)} bytes, cut at {at}")
         at += _LENGTH.size + size
         parts.append(body[at - size : at])

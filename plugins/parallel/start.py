@@ -1,8 +1,8 @@
 """Where a rank that the driver started begins: `python -m plugins.parallel.start RANK ORDERS STORE DRIVER`.
 
-ORDERS and STORE are file descriptors of sockets that the driver made and the process inherits, so nothing listens and nobody else can
-speak on them. The rank beats before it imports torch: from its first lines on it ends when the driver ends, whatever it is doing, and the
-driver sees when it stops.
+ORDERS and STORE are file descriptors of sockets that the driver made and this process inherits, so nothing
+listens and nobody else can speak on them. The rank beats before it imports torch: from its first lines on
+it ends when the driver ends, whatever it is doing, and the driver sees when it stops.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def leave_signals_to_the_driver() -> None:
 
 
 class Pulse:
-    """Tells the driver that this rank lives and how far it is, which is how one that hangs is found. Ends the process when the driver
-    is gone: when its connection closes, or `parent`, where it is given, is no longer our parent."""
+    """Tells the driver that this rank lives and how far it is, which is how one that hangs is found. Ends
+    the process when the driver is gone: its connection closes, or `parent`, where given, is no longer our
+    parent."""
 
     def __init__(self, channel: Channel, parent: int | None = None) -> None:
         self.progress: Callable[[], tuple[int, int]] = lambda: (0, 0)  # (steps, collectives) begun
@@ -55,7 +56,9 @@ class Pulse:
 
 def confess(channel: Channel, rank: int, error: BaseException, secondary: bool = False) -> None:
     """Tells the driver why this rank ends."""
-    text = str(error) if isinstance(error, HeadwayError) else f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+    text = str(error)
+    if not isinstance(error, HeadwayError):
+        text = f"{type(error).__name__}: {text}\n{traceback.format_exc()}"
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]}\n...\n{text[-LONGEST // 2 :]}"
     try:

@@ -1,7 +1,7 @@
 """Where ranks leave the addresses of their collectives for each other: a torch Store in the driver's memory.
 
-A rank reads and writes it over a second connection to the driver. torch's own TCPStore takes and gives whatever anybody who reaches
-its port asks for, and what it holds is handed to gloo and NCCL as it is.
+A rank reads and writes it over a second connection to the driver. torch's own TCPStore serves anybody who
+reaches its port, and hands what it holds to gloo and NCCL as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .messages import pack_parts, unpack_parts
 
 _NUMBER = struct.Struct("<q")
 _SECONDS = struct.Struct("<d")
-DAY = 86400.0  # seconds
+LONGEST = 86400.0  # seconds that a request may wait
 LATE, DONE = b"late", b"done"
 
 
@@ -62,7 +62,8 @@ class Shelf:
             case "get", [key]:
                 return values[key]
             case "add", [key, amount]:
-                values[key] = str(int(values.get(key, b"0")) + _number(amount)).encode()  # text, as torch's stores hold it
+                total = int(values.get(key, b"0")) + _number(amount)
+                values[key] = str(total).encode()  # text, as torch's stores hold it
                 return values[key]
             case "check", keys:
                 return b"1" if all(key in values for key in keys) else b""
@@ -132,7 +133,8 @@ def over(channel: Channel) -> Store:
     def ask(operation: str, seconds: float, args: list[bytes]) -> list[bytes]:
         try:
             with lock:
-                channel.send(wire.ASK, pack_parts([operation.encode(), _SECONDS.pack(min(seconds, DAY / 2)), *args]))
+                wait = _SECONDS.pack(min(seconds, LONGEST))
+                channel.send(wire.ASK, pack_parts([operation.encode(), wait, *args]))
                 _, body = channel.receive()
         except (OSError, EOFError) as error:
             raise dist.DistStoreError("the driver is gone") from error
@@ -146,11 +148,12 @@ def serve(channel: Channel, shelf: Shelf) -> None:
     try:
         while True:
             kind, body = channel.receive()
-            match unpack_parts(body) if kind == wire.ASK else []:
-                case [operation, packed, *args] if len(packed) == _SECONDS.size and 0 <= (seconds := _SECONDS.unpack(packed)[0]) < DAY:
-                    answer = shelf.ask(operation.decode(errors="replace"), seconds, args)
-                case _:
-                    raise Malformed(f"a message of kind {kind!r} and {len(body)} bytes: expected a request of the store")
-            channel.send(wire.FOUND, pack_parts(answer))
+            parts = unpack_parts(body)
+            if kind != wire.ASK or len(parts) < 2 or len(parts[1]) != _SECONDS.size:
+                raise Malformed(f"a message of kind {kind!r} and {len(body)} bytes: no request of the store")
+            operation, seconds = parts[0].decode(errors="replace"), _SECONDS.unpack(parts[1])[0]
+            if not 0 <= seconds <= LONGEST:
+                raise Malformed(f"a request of the store that waits {seconds} s")
+            channel.send(wire.FOUND, pack_parts(shelf.ask(operation, seconds, parts[2:])))
     except (OSError, EOFError):
         pass

@@ -1,8 +1,8 @@
 """Ranks that torchrun started: how they find the driver, and what they prove to each other.
 
-torchrun's store can be read and written by whoever reaches its port, so it says one thing: the port at which the driver listens. With a
-key that the user sets, ranks of several hosts meet at MASTER_ADDR. Without one they meet on the loopback interface alone, and the key is in
-a file that only this user can read.
+torchrun's store can be read and written by whoever reaches its port, so it says one thing: the port at
+which the driver listens. With a key that the user sets, ranks of several hosts meet at MASTER_ADDR. Without
+one they meet on the loopback interface alone, and the key is in a file that only this user can read.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from .messages import Hello, pack
 KEY, KEY_FILE = "HEADWAY_KEY", "HEADWAY_KEY_FILE"
 SHORTEST = 16  # bytes of a key
 LOOPBACK = "127.0.0.1"
-PLACE = "headway/driver"  # in torchrun's store: the port, and the name of the key's file or - when the user set a key
-SET_A_KEY = f"set {KEY} (or {KEY_FILE}, a file that only you can read) to the same secret on every host: openssl rand -hex 32"
+# In torchrun's store: the port, and the name of the key's file, or - for a user's key.
+PLACE = "headway/driver"
+_FILE = f"{KEY_FILE}, a file that only you can read"
+SET_A_KEY = f"set {KEY} (or {_FILE}) to one secret on every host: openssl rand -hex 32"
 
 
 def under_torchrun() -> bool:
@@ -45,7 +47,8 @@ def users_key() -> bytes | None:
         try:
             with open(name, "rb") as file:
                 if (mode := stat.S_IMODE(os.fstat(file.fileno()).st_mode)) & 0o077:
-                    raise ConfigError(f"{KEY_FILE}={name} may be read by others (mode {mode:o}): chmod 600 {name}")
+                    opened = f"{KEY_FILE}={name} may be read by others (mode {mode:o})"
+                    raise ConfigError(f"{opened}: chmod 600 {name}")
                 key = file.read(4096).strip()
         except OSError as error:
             raise ConfigError(f"{KEY_FILE}={name} cannot be read ({error.strerror}): {SET_A_KEY}") from None
@@ -64,7 +67,8 @@ def on_one_host() -> bool:
 
 
 def meeting_point() -> str:
-    """Where the driver listens: at no address that another host can reach, unless several hosts and a key are given."""
+    """Where the driver listens: nowhere that another host can reach, unless there are several hosts and a
+    key."""
     return LOOPBACK if users_key() is None or on_one_host() else os.environ["MASTER_ADDR"]
 
 
@@ -80,13 +84,15 @@ def _private_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(f"{folder} is not a folder that only you can open: remove it, set TMPDIR, or {SET_A_KEY}")
+        remedy = f"remove it, set TMPDIR, or {SET_A_KEY}"
+        raise ConfigError(f"{folder} is not a folder that only you can open: {remedy}")
     return folder
 
 
 @contextmanager
 def shared_key() -> Iterator[tuple[bytes, str]]:
-    """The driver's (key, what ranks are told about it). A file, where it takes one, lasts until the block ends."""
+    """The driver's (key, what ranks are told of it). Its file, where there is one, lasts until the block
+    ends."""
     if (key := users_key()) is not None:
         yield key, "-"
         return
@@ -105,18 +111,21 @@ def open_door(port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise ConfigError(f"parallel.port={port} cannot be opened at {host} ({error.strerror}), set parallel.port=0 for any free one") from None
+        refused = f"parallel.port={port} cannot be opened at {host} ({error.strerror})"
+        raise ConfigError(f"{refused}: set parallel.port=0 for any free one") from None
 
 
 def announce(port: int, told: str) -> Any:
-    """Says in torchrun's store where the driver listens. The answer must be kept until the ranks have come: it may be the store."""
+    """Says in torchrun's store where the driver listens. The answer is to be kept until the ranks have
+    come."""
     store = _store(is_driver=True)
     store.set(PLACE, f"{port} {told}")
     return store
 
 
 def _store(is_driver: bool) -> Any:
-    """What torchrun's agent holds; or, where something else set the environment, what the driver does, on the interface of its door."""
+    """The store of torchrun's agent. Where something else set the environment, the driver's, beside its
+    door."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
         return next(dist.rendezvous("env://"))[0]
     host, port = meeting_point(), int(os.environ["MASTER_PORT"])
@@ -125,14 +134,16 @@ def _store(is_driver: bool) -> Any:
 
 
 def join(rank: int, facts: dict[str, str], patience: float) -> list[Channel]:
-    """A rank's two connections to the driver: orders, store. Raises RankError or ConfigError where they cannot be had."""
+    """A rank's two connections to the driver: orders, store. Raises RankError or ConfigError."""
     try:
         told = _store(is_driver=False).get(PLACE)
     except (RuntimeError, OSError) as error:
-        raise RankError(f"rank {rank}: rank 0 has not said where it listens: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise RankError(f"rank {rank}: rank 0 has not said where it listens: {reason}") from None
     found = re.fullmatch(rb"(\d{1,5}) (-|[0-9a-f]{32})", told)
     if found is None or not 0 < int(found[1]) < 65536:
-        raise RankError(f"rank {rank}: torchrun's store says {told[:60]!r} of rank 0, which rank 0 has not written: somebody else writes there")
+        said = f"torchrun's store says {told[:60]!r} of rank 0"
+        raise RankError(f"rank {rank}: {said}, which rank 0 has not written: somebody else writes there")
     port, name = int(found[1]), found[2].decode()
     key = _key(rank, name)
     limit = monotonic() + patience
@@ -142,7 +153,8 @@ def join(rank: int, facts: dict[str, str], patience: float) -> list[Channel]:
         try:
             channel = reach(meeting_point(), port, key, limit)
         except (Stranger, Refused) as error:
-            raise RankError(f"{at}: {error}. It is somebody else, or its {KEY} differs: {SET_A_KEY}") from None
+            reason = f"{error}. It is somebody else, or its {KEY} differs"
+            raise RankError(f"{at}: {reason}: {SET_A_KEY}") from None
         except (OSError, EOFError) as error:
             raise RankError(f"{at} lets nobody in within {patience:g} s: {error}") from None
         channel.send(wire.HELLO, pack(Hello(rank, socket.gethostname(), purpose, facts)))
@@ -158,7 +170,6 @@ def _key(rank: int, name: str) -> bytes:
     try:
         return (_private_folder() / name).read_bytes()
     except OSError:
-        raise ConfigError(
-            f"rank {rank} on {socket.gethostname()} finds no key of rank 0 here. Without a key ranks meet on one host, as one user; "
-            f"on several hosts {SET_A_KEY}"
-        ) from None
+        missing = f"rank {rank} on {socket.gethostname()} finds no key of rank 0 here"
+        alone = "Without a key ranks meet on one host, as one user"
+        raise ConfigError(f"{missing}. {alone}; on several hosts {SET_A_KEY}") from None

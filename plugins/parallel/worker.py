@@ -1,4 +1,4 @@
-"""Every rank but the driver's: takes its job, loads its part of the model, runs the steps that it is sent until the driver ends.
+"""Every rank but the driver's: takes its job, loads its part of the model, runs the steps that it is sent.
 
 A worker never outlives the driver: its Pulse (`start.py`) ends it, whatever it is doing.
 """
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 #: What a CALL may name.
 CALLS: dict[str, Callable[..., Any]] = {
-    "kv_capacity": RankExecution.kv_capacity, "start": RankExecution.start, "stage_times": RankExecution.stage_times,
+    "kv_capacity": RankExecution.kv_capacity,
+    "start": RankExecution.start,
+    "stage_times": RankExecution.stage_times,
     "switch": RankExecution.switch,
-}  # fmt: skip
+}
 
 
 class Worker:
@@ -45,7 +47,7 @@ class Worker:
         pulse.progress = lambda: (self.steps, self.mesh.entered if self.mesh else 0)
 
     def serve(self) -> int:
-        """The exit code: 0 when the driver said that it is over. Raises ConfigError when the driver refuses this rank."""
+        """The exit code: 0 when the driver said that it is over."""
         try:
             kind, body = self.channel.receive()
             if kind == wire.REFUSED:
@@ -120,7 +122,8 @@ class Worker:
 
 
 def job_of(order: messages.Order, registry: Any) -> Job:
-    """The driver's Job. Raises ConfigError when its kernels are not those that this rank knows by their name."""
+    """The driver's Job. Raises ConfigError when its kernels are not those that are known here by their
+    name."""
     kernels = None
     if (sent := order.kernels) is not None:
         plugin = registry.get("kernels", sent.name)
@@ -129,10 +132,9 @@ def job_of(order: messages.Order, registry: Any) -> Job:
         except TypeError:  # another class, with other parameters
             kernels = plugin.build()
         if made_by(kernels) != sent.made_by:
-            raise ConfigError(
-                f"kernels={sent.name} is {sent.made_by} where the run was composed, and {made_by(kernels)} by its "
-                "registered name: ranks build kernels from the registry, so register that class under a name of its own"
-            )
+            ours = f"kernels={sent.name} is {sent.made_by} where the run was composed, and {made_by(kernels)}"
+            remedy = "ranks build kernels from the registry, so register that class under its own name"
+            raise ConfigError(f"{ours} by its registered name: {remedy}")
     return Job(order.executor, order.model, kernels, order.engine, order.seed, order.parallel)
 
 
