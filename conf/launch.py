@@ -138,10 +138,11 @@ def compare(sweep: Path, found: list[dict[str, Any]]) -> str:
     """Writes comparison.csv, .json and .md beside the runs; answers the table."""
     cells = report.comparison_rows(found)
     (sweep / "comparison.csv").write_text(report.comparison_csv(found))
-    (sweep / "comparison.md").write_text(report.table(cells, markdown=True) + "\n")
+    notes = report.notes(found)
+    (sweep / "comparison.md").write_text("\n".join([report.table(cells, markdown=True), *(f"\n{note}" for note in notes), ""]))
     results.write_json(sweep / "comparison.json", results.comparison(found))
     errors = [f"  job {Path(r['directory']).name}: {r['error'].splitlines()[0]}" for r in found if r["error"]]
-    return "\n".join([report.table(cells), *errors, f"comparison: {sweep / 'comparison.md'}"])
+    return "\n".join([report.table(cells), *notes, *errors, f"comparison: {sweep / 'comparison.md'}"])
 
 
 def _answers(run: Run, result: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,7 +43,7 @@ def refusal(registry: Registry, *overrides: str) -> str:
     """What a user reads after typing these."""
     with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
         cfg(*overrides)
-    return explain(caught.value, registry)
+    return explain(caught.value, registry, overrides)
 
 
 def presets() -> list[tuple[str, str]]:
@@ -107,12 +108,21 @@ def test_parameters_of_the_command_line_reach_the_plugin(registry):
         ("schedulr=fcfs", "schedulr: there is no such key. Did you mean scheduler"),
         ("scheduler=chunkd", "scheduler=chunkd: there is no such scheduler. Did you mean chunked?"),
         ("model=qwen3_8", "model=qwen3_8: there is no such model. Did you mean qwen3_8b"),
-        ("scheduler.tokn_budget=4", "scheduler.tokn_budget: the chosen scheduler has no such parameter. Did you mean token_budget?"),
+        ("scheduler.tokn_budget=4", "scheduler.tokn_budget: scheduler=chunked has no such parameter. Did you mean token_budget?"),
         ("engine.blok_size=3", "engine.blok_size: engine has no such parameter. Did you mean block_size"),
         ("hardware.memory=3", "hardware.memory: hardware has no such parameter. Did you mean memory_gb"),
-        ("scheduler.token_budget=abc", "Value 'abc' of type 'str' could not be converted to Integer full_key: scheduler.token_budget"),
-        ("seed=abc", "Value 'abc' of type 'str' could not be converted to Integer full_key: seed"),
+        ("scheduler.token_budget=abc", "scheduler.token_budget=abc: expected a whole number or null"),
+        ("seed=abc", "seed=abc: expected a whole number"),
         ("parallel.tpp=2", "parallel.tpp: parallel has no such parameter. Did you mean tp"),
+        ("order.wp=1", "order.wp: order=fcfs has no such parameter. It is one of order=dlpm, order=vtc."),
+        ("parallel=mash", "parallel=mash: there is no such parallel. Did you mean mesh?"),
+        ("engine.block_size=[1]", "engine.block_size=[1]: expected a whole number"),
+        ("kernels.cuda_graphs=maybe", "kernels.cuda_graphs=maybe: expected true or false"),
+        ("tracking.project=[a]", "tracking.project=[a]: expected a text"),
+        ("engine=3", "engine=3: expected a parameter, engine.NAME=VALUE"),
+        ("~engine.block_size", "~engine.block_size: parameters cannot be removed"),
+        ("model.name_or_path=it's", "model.name_or_path=it's: the value cannot be read. Quote what holds spaces"),
+        ("scheduler", "scheduler: expected KEY=VALUE"),
     ],
 )
 def test_a_wrong_name_or_type_is_refused_with_the_near_names(registry, override, answer):
@@ -145,9 +155,48 @@ def test_a_parameter_without_a_default_must_be_given():
             return view.waiting
 
     node = OmegaConf.structured(schema.node(Strict, "strict"))
-    with pytest.raises(ConfigError, match="order=strict: .*missing mandatory value: alpha"):
-        schema._values(node, node, "order=strict")
-    assert schema._values(OmegaConf.create({"name": "strict", "alpha": 2}), node, "order=strict") == {"name": "strict", "alpha": 2.0}
+    with pytest.raises(ConfigError, match="order.alpha: order=strict cannot do without it. Type order.alpha=VALUE"):
+        schema._values(node, node, "order", "order=strict")
+    assert schema._values(OmegaConf.create({"name": "strict", "alpha": 2}), node, "order", "order=strict") == {"name": "strict", "alpha": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights"),
+    [
+        (("order.weights={c0:2}",), {"c0": 2.0}),
+        (("order.weights.c0=2", "order.weights.c1=3"), {"c0": 2.0, "c1": 3.0}),
+        (("+order.weights.c0=2",), {"c0": 2.0}),
+    ],
+)
+def test_a_parameter_that_is_a_dictionary_takes_new_entries(registry, overrides, weights):
+    composed = cfg("order=vtc", *overrides)
+    assert schema.composition(composed).choices["order"][1]["weights"] == weights
+    assert "order.weights.c0=x: expected entries" in refusal(registry, "order=vtc", "order.weights.c0=x")
+    assert "order.wieghts: order=vtc has no such parameter" in refusal(registry, "order=vtc", "order.wieghts={c0:2}")
+
+
+def test_every_dictionary_of_every_plugin_and_node_takes_new_entries(registry):
+    roots = [OmegaConf.structured(schema.node(c)) for c in schema.NODES.values()]
+    roots += [ConfigStore.instance().load(f"{role}/{name}.yaml").node for role, name in registry.plugins]
+    dictionaries = [d for root in roots for d in root.values() if OmegaConf.is_dict(d) and OmegaConf.get_type(d) is dict]
+    assert dictionaries and not any(OmegaConf.is_struct(d) for d in dictionaries)
+
+
+def test_a_config_that_is_composed_already_explains_itself(registry):
+    """What `-cp DIR/.hydra -cn config` runs: plain YAML, which knows no types and no choices."""
+    plain = OmegaConf.create(OmegaConf.to_yaml(cfg("order=vtc", "order.weights={c0:2}")))
+    assert schema.composition(plain).choices["order"][1]["weights"] == {"c0": 2.0}
+    for change, answer in [
+        ("scheduler.token_budget=abc", "scheduler.token_budget=abc: expected a whole number or null"),
+        ("order.wx=1", "order.wx: order=vtc has no such parameter. Did you mean"),
+        ("order.weights.c0=x", "order.weights.c0=x: expected entries, like {a: 1, b: 2}, each a number"),
+        ("order.name=vct", "order.name=vct: there is no such order. Did you mean vtc"),
+        ("engine.blok_size=1", "engine.blok_size: engine has no such parameter. Did you mean block_size"),
+        ("scheduler=null", "scheduler: none is chosen, and a run needs one"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            schema.composition(OmegaConf.merge(plain, OmegaConf.from_dotlist([change])))
+        assert answer in str(caught.value)
 
 
 def test_a_broken_plugin_that_is_asked_for_says_why(registry):
@@ -245,7 +294,7 @@ def test_a_shared_object_given_two_values_is_refused():
 
 
 def test_an_unknown_parameter_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match="order=counter has no parameter 'wait': it has weight"):
+    with pytest.raises(ConfigError, match="order.wait: order=counter has no such parameter. Did you mean weight"):
         two_roles({"wait": 2.0}, {})
 
 

@@ -127,7 +127,7 @@ def test_a_runs_saved_config_runs_it_again(tmp_path):
     ("arguments", "message"),
     [
         (["schedulr=fcfs"], "error: schedulr: there is no such key. Did you mean scheduler"),
-        (["scheduler.token_budget=abc"], "could not be converted to Integer"),
+        (["scheduler.token_budget=abc"], "error: scheduler.token_budget=abc: expected a whole number or null"),
         (["engine.block_size=0"], "error: engine.block_size=0: expected at least 1"),
         (["executor=oracle", "parallel.tp=4"], "error: parallel.tp=4 parallel.pp=1: executor=oracle runs on one rank"),
     ],
@@ -194,8 +194,9 @@ def test_an_interrupted_sweep_stops_and_still_compares(tmp_path, strangers):
     assert [r["status"] for r in read(tmp_path / "sweep" / "comparison.json")] == ["finished", "interrupted"]
 
 
-def test_help_shows_the_groups_their_options_and_the_examples(tmp_path, strangers):
-    shown = run(tmp_path, "order=raises", "--help", path=strangers).stdout
+def test_help_shows_the_examples_and_an_installed_plugin_with_its_parameters(tmp_path, strangers):
+    shown = run(tmp_path, "--help", path=strangers).stdout
     assert "scheduler=chunked cache=radix parallel.tp=4" in shown
-    assert "order: " in shown and "raises" in shown
-    assert "after: 3" in shown  # an installed plugin's parameters, with its defaults
+    assert "raises           Raises after a while." in shown and "order.after=3" in shown
+    wrong = run(tmp_path, "--help", "ordr")
+    assert wrong.returncode == 2 and "error: --help ordr: there is no such group or option. Did you mean order" in wrong.stderr
