@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from core.build import Composition
+from core.build import Composition, check
 from core.build import build as compose
 from core.config import EngineConfig, Hardware, ModelShape, ParallelConfig
 from core.engine import Engine
@@ -251,6 +251,13 @@ OTHERWISE = {
 def test_what_is_not_as_recorded_is_refused_by_name_before_the_first_step(pipelined, otherwise, named):
     with pytest.raises(ReplayError, match=f"this run is not the recorded one:\n(  .*\n)*  {named}"):
         composed(("replay", {"path": str(pipelined[0])}), **{"parallel": ParallelConfig(pp=2)} | otherwise)
+
+
+def test_a_sweep_hears_of_another_run_before_its_first_job(pipelined):
+    choices = {**COMPOSITION, "executor": ("replay", {"path": str(pipelined[0])})}
+    other = Composition(choices, EngineConfig(4, 64, 4, 16), kit.SHAPE, parallel=ParallelConfig(pp=2), seed=4)
+    with pytest.raises(ReplayError, match="seed=4, recorded with 3"):
+        check(load_registry(), other)
 
 
 def test_what_decides_nothing_may_differ(pipelined):
