@@ -24,9 +24,7 @@ def readable(arrival: Arrival) -> tuple[Arrival, str]:
             id = arrival.id if isinstance(arrival.id, str) else None
             return Arrival(arrival.time, [], id=id), f"{name}={_short(value)}: expected {expected}"
     prompt = arrival.prompt_token_ids
-    # A range holds ints alone, and may stand for a prompt that is longer than any context: it is not read.
-    plain = type(prompt) is range or (type(prompt) is list and set(map(type, prompt)) <= _INT)
-    if arrival.refusal or plain:
+    if arrival.refusal or (type(prompt) is list and set(map(type, prompt)) <= _INT):
         return arrival, arrival.refusal
     try:
         return replace(arrival, prompt_token_ids=token_ids(prompt)), ""
@@ -39,7 +37,8 @@ def token_ids(prompt: Any) -> Sequence[int]:
     instead."""
     if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview):  # NumPy, torch
         prompt = prompt.tolist()
-    if isinstance(prompt, range) and _is_countable(prompt):  # it is refused by its length, or small
+    # A range holds ints alone, and may stand for a prompt that is longer than any context: it is not read.
+    if isinstance(prompt, range) and _is_countable(prompt):
         return prompt
     if isinstance(prompt, (range, *_NO_LISTS)) or not isinstance(prompt, Collection):
         raise ValueError(f"prompt is {_short(prompt)}: expected a list of token ids")
