@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .blocks import Block
@@ -44,8 +44,15 @@ class KeyOrder(Order):
             self._leave(request)
             self._join(request)
 
-    def order(self, view: View) -> Sequence[Request]:
-        return self._queue[: self.window]
+    def order(self, view: View) -> Iterable[Request]:
+        first = self._queue[: self.window]
+        return first if len(first) == len(self._queue) else self._all(first)
+
+    def _all(self, first: list[Request]) -> Iterator[Request]:
+        """Beyond the window comes who looks further because admission turned requests away."""
+        yield from first
+        offered = {request.index for request in first}
+        yield from [request for request in self._queue if request.index not in offered]
 
     def on_arrival(self, request: Request, now: float) -> None:
         self._join(request)

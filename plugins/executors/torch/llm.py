@@ -95,9 +95,7 @@ class LLM:
             else:
                 answers.append(None)
                 arrivals.append(Arrival(0.0, token_ids, parameters, prompt=text))
-        before = len(self.engine.finished)
-        self.engine.run(arrivals)
-        done = iter(sorted(self.engine.finished[before:], key=lambda output: output.index))
+        done = iter(self.engine.run(arrivals).outputs)
         came = iter(arrivals)
         return [answer or self._output(next(done), next(came)) for answer in answers]
 
