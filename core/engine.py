@@ -676,7 +676,7 @@ class Engine:
         self._inflight.clear()
         try:
             for ticket in flights:
-                self.executor.collect(ticket)
+                self.clock.advance_to(self.executor.collect(ticket).end)
         except (Exception, KeyboardInterrupt):
             return
 
