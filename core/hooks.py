@@ -123,6 +123,7 @@ class Registry:
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(HeadwaySpec)
         self._origin = Origin("test", "registered by hand")
+        self._origins: dict[str, Origin] = {}  # of what was registered, by name
 
     # ---- what a plugin calls -------------------------------------------------------------------------------------
 
@@ -226,6 +227,8 @@ class Registry:
         """Registers one module's hooks and lets it add its plugins; whatever goes wrong is recorded, not raised."""
         known = len(self.broken)
         try:
+            if (taken := self._origins.setdefault(origin.name, origin)) is not origin:
+                raise PluginError(f"{origin} and {taken} are both called {origin.name}, and the first one is used")
             self.manager.register(module, origin.name)
             for caller in self.manager.get_hookcallers(module) or ():
                 if not caller.has_spec():

@@ -125,10 +125,6 @@ class StepBuilder:
     def __contains__(self, request: Request) -> bool:
         return request._planned == self.step and request.state is _RUNNING
 
-    def has_dealt_with(self, request: Request) -> bool:
-        """Whether it was planned, preempted or rejected in this step."""
-        return request._planned == self.step or request in self._engine._rejected
-
     def limit(self, tokens: int | None = None, seqs: int | None = None) -> None:
         """Lowers what is left of this step; a policy's own token budget or batch cap. Never raises it."""
         if tokens is not None:

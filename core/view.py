@@ -128,7 +128,7 @@ class View:
         guard, builder = self._engine.guard, self._engine.builder
         named: set[int] = set()
         for request in ranked:
-            if not isinstance(request, Request) or not (request.state in _WANTS_TO_START or builder.has_dealt_with(request)):
+            if not isinstance(request, Request) or not (request.state in _WANTS_TO_START or request in self.waiting):
                 raise guard.refusal(order, f"order() named {request!r}, which does not wait: name requests of view.waiting")
             if request.index in named:
                 raise guard.refusal(order, "order() named it twice in one step", request)
