@@ -176,7 +176,7 @@ class StepBuilder:
             self._lengths.append(1)
             self._samples.append(True)
             return _ONE
-        if num_tokens is not None and num_tokens < 1:
+        if num_tokens is not None and not num_tokens >= 1:  # NaN too
             raise self._error(f"add(num_tokens={num_tokens}): expected at least 1, or None for as many as fit", request)
         state = request.state
         if state is _RUNNING:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .blocks import BlockPool
+from .clock import is_finite
 from .errors import PolicyError
 from .policy import SERVICES, LengthPrediction, Order
 from .request import Request, RequestState
@@ -176,7 +177,11 @@ class View:
         """Predicted seconds of a step with these chunks, from the executor's cost model."""
         if (model := self._engine.cost_model) is None:
             raise PolicyError("asked for step_time, but this executor has no cost model: " + SERVICES["step_time"])
-        return model.step_time(starts, lengths)
+        seconds = model.step_time(starts, lengths)
+        if not is_finite(seconds):
+            message = f"step_time() answered {seconds!r} for chunks of {list(lengths)[:8]} tokens: expected finite seconds"
+            raise self._engine.guard.refusal(self._engine.executor, message)
+        return seconds
 
     def predict(self, request: Request) -> LengthPrediction:
         """Predicted output length, from the `predictor` role."""

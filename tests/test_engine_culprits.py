@@ -15,6 +15,7 @@ from core.config import EngineConfig
 from core.engine import Engine
 from core.errors import ConfigError, PluginError, PolicyError, WorkloadError
 from core.hooks import Origin, Registry, hookimpl
+from core.keyed import KeyEviction, KeyOrder
 from core.ledger import Mutated
 from core.policy import Admission, Eviction, LengthPrediction, Observer, Order, Predictor, Retention, StepResult, TokenBudget, Victim, Workload
 from core.testing.oracle import OracleExecutor
@@ -100,6 +101,36 @@ def test_a_wrong_answer_is_its_plugin_s(role: str, base: type, method: str, answ
     error = failing(composed(**others, **{role: answering(role, base, method, answer)}))
     assert error.plugin == f"{role}=wrong" and says in str(error)
     assert error.partial.status == "failed" and len(error.partial.outputs) >= 1
+
+
+@pytest.mark.parametrize("key", [NAN, (1, NAN), (0, (NAN,))])
+def test_a_key_that_sorts_nowhere_is_named(key: Any) -> None:
+    class NoOrder(KeyOrder):
+        plugin_name = "order=wrong"
+
+        def key(self, request):
+            return key
+
+    class NoTurn(KeyEviction):
+        plugin_name = "eviction=wrong"
+
+        def key(self, block):
+            return key
+
+    for role, wrong in (("order", NoOrder()), ("eviction", NoTurn())):
+        error = failing(composed(**{role: wrong}))
+        assert error.plugin == f"{role}=wrong" and "which sorts nowhere" in str(error)
+
+
+def test_a_step_time_that_is_no_time_is_its_executor_s() -> None:
+    class Lost(OracleExecutor):
+        plugin_name = "executor=lost"
+
+        def step_time(self, starts, lengths):
+            return NAN if len(starts) == 1 else 0.01
+
+    error = failing(engine(lambda step, view: view.step_time([0], [4]), executor=Lost()))
+    assert error.plugin == "executor=lost" and "step_time() answered nan" in str(error)
 
 
 def test_a_request_that_an_order_names_twice_is_its_own_fault() -> None:
