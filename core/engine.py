@@ -18,6 +18,7 @@ from .clock import RecordingClock
 from .config import EngineConfig
 from .decisions import DecisionLog
 from .errors import ConfigError, HeadwayError, NothingPlanned, PolicyError, near
+from .interrupts import interrupts
 from .pins import Pins
 from .plan import StepPlan
 from .policy import CALLBACKS, SERVICES, Context, Executor, Observer, Oracle, Reject, Role, StepRecord
@@ -137,13 +138,13 @@ class Engine:
             return function(*args)
         except HeadwayError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._named(error, role) from error
 
     def _named(self, error: BaseException, role: Role | None = None) -> BaseException:
         """The error of a plugin with the plugin's name, the step and the view; what already says them, or no plugin raised, as it is."""
         culprit = _culprit(error) or role
-        if culprit is None or isinstance(error, HeadwayError) or not isinstance(error, Exception):
+        if culprit is None or isinstance(error, HeadwayError) or not isinstance(error, (Exception, SystemExit)):
             return error
         what = f"raised {type(error).__name__}: {error}"
         named = PolicyError(what, plugin=culprit.plugin_name, step=self.view.step, view=self.view.describe())
@@ -474,8 +475,9 @@ class Engine:
             observer.on_start(self)
         status, problem = "finished", None
         try:
-            while self.step():
-                pass
+            with interrupts.stepping():
+                while self.step():
+                    interrupts.check()
         except KeyboardInterrupt:
             status = "interrupted"
         except BaseException as error:
@@ -487,7 +489,7 @@ class Engine:
                 if done:
                     observer.on_requests(done)
                 observer.close(result)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 problem = problem or self._named(error)
         if problem is not None:
             problem.partial = result  # type: ignore[attr-defined]
