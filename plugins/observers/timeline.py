@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headway import Engine, Observer, RequestOutput, RunResult, StepRecord, hookimpl
+from headway import Engine, Observer, RequestOutput, RunResult, StepRecord, hookimpl, whole
 
+FILE = "timeline.json"
 MAX_STEPS = 20_000  # the first steps of a run; with the requests below, about 15 MB
 MAX_REQUESTS = 5_000
 STEPS, REQUESTS = 1, 2  # the two processes of the picture
@@ -38,7 +39,7 @@ class Timeline(Observer):
         cut = [f"the first {MAX_STEPS:,} of {result.num_steps:,} steps"] if result.num_steps > MAX_STEPS else []
         cut += [f"the first {MAX_REQUESTS:,} of {len(result.outputs):,} requests"] if len(result.outputs) > MAX_REQUESTS else []
         other = {"status": result.status, "shown": "; ".join(cut) or "everything", "decision_hash": result.decision_hash}
-        with (self.directory / "timeline.json").open("w") as file:
+        with whole(self.directory / FILE) as scratch, scratch.open("w", encoding="utf-8") as file:
             json.dump({"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}, file, separators=(",", ":"))
 
 
@@ -76,4 +77,4 @@ def _request(o: RequestOutput) -> list[dict[str, Any]]:
 
 @hookimpl
 def headway_observers(run):
-    return [Timeline(run.directory)] if run.directory else []
+    return [Timeline(run.directory)] if run.writes(FILE) else []
