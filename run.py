@@ -9,23 +9,21 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from conf import schema
-from conf.launch import PORTABLE, Launch, arguments, ending
-from core.hooks import load_registry
+from conf.launch import PORTABLE, Command, Job, ending
+from core.interrupts import interrupts
+
+CONF = Path(__file__).resolve().parent / "conf"
 
 
 def main() -> int:
-    registry = load_registry()
-    schema.register(registry)
-    argv, sweep = arguments(sys.argv[1:], Path(__file__).parent / "conf")
-    sys.argv[1:] = argv
-    codes: list[int] = []
+    interrupts.install()
+    command = Command()
 
     @hydra.main(config_path="conf", config_name="config", **PORTABLE)
     def job(cfg: DictConfig) -> None:
-        codes.append(Launch(cfg, HydraConfig.get()).run())
+        command.codes.append(Job(cfg, HydraConfig.get(), command).run())
 
-    return ending(job, registry, sweep, codes)
+    return ending(command, sys.argv[1:], CONF, job)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
+from conf.arguments import arguments
 from conf.explain import explain
-from conf.launch import arguments
 from core.build import Composition, build, build_roles
 from core.config import EngineConfig, ModelConfig, ParallelConfig
 from core.hooks import OPTIONAL, Registry, load_registry
@@ -307,9 +307,8 @@ def test_a_path_or_hub_id_becomes_a_model_of_ones_own(tmp_path):
     assert arguments(["model=qwen3_8b"], CONF)[0] == ["model=qwen3_8b"]
 
 
-def test_a_sweeps_folder_is_known_before_it_starts():
-    given, sweep = arguments(["-m", "seed=1,2"], CONF)
-    assert given[-1] == f"hydra.sweep.dir={sweep}"
+def test_a_sweeps_folder_is_known_before_it_starts_where_the_user_names_it():
+    assert arguments(["-m", "seed=1,2"], CONF) == (["-m", "seed=1,2"], None)
     given, sweep = arguments(["-m", "seed=1,2", "hydra.sweep.dir=mine"], CONF)
     assert sweep == Path("mine") and given[-1] == "hydra.sweep.dir=mine"
 
