@@ -71,7 +71,7 @@ class Job:
 
     def __init__(self, cfg: DictConfig, hydra_conf: Any, command: Command) -> None:
         self.cfg, self.command = cfg, command
-        self.overrides = list(hydra_conf.overrides.task)
+        self.overrides: list[str] = OmegaConf.to_container(hydra_conf.overrides.task, resolve=False)  # type: ignore[assignment]
         self.directory = Path(hydra_conf.runtime.output_dir)  # Hydra's; a job of a sweep gets one by its identity
         self.sweep = Path(hydra_conf.sweep.dir).resolve() if str(hydra_conf.mode).endswith("MULTIRUN") else None
         self.group = self.identity = ""
@@ -83,6 +83,7 @@ class Job:
         self.files: Sequence[str] = results.FILES
         self.result: RunResult | None = None
         self._written: dict[str, Any] = {}  # what result.json holds
+        self._room: results.Room | None = None
 
     def run(self) -> int:
         """The job's exit code. Raises KeyboardInterrupt, once everything is written, when a signal has come."""
@@ -106,6 +107,7 @@ class Job:
     def _attempt(self) -> int:
         try:
             prepare(self.directory, self.cfg, self.overrides, self.identity)
+            self._room = results.Room(self.directory)
             config = stored(self.cfg)
             results.write_text(self.directory / results.CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
             interrupts.release()
@@ -151,18 +153,21 @@ class Job:
         self._end("failed", describe(error), trace)
         complain(error)
         say(f"results: {self.directory}")
-        return CONFIG if isinstance(error, HeadwayError) and self.result is None else FAILED
+        refused = isinstance(error, HeadwayError) and not isinstance(error, OSError) and self.result is None
+        return CONFIG if refused else FAILED
 
     def _end(self, status: str, error: str, trace: str = "") -> None:
         """Writes what has changed since `_first`, then what it ran on. What cannot be written is said, and told at the end of a sweep."""
         try:
             self._write(status, error, trace)
+            if self._room is not None:
+                self._room.give_up()
             if results.VERSIONS in self.files:
                 results.write_json(self.directory / results.VERSIONS, results.environment())
         except OSError as problem:
             say(f"error: {problem}", error=True)
             told = self.command.ended[str(self.directory)]
-            told["status"], told["error"] = "failed", told["error"] or f"cannot be written: {problem}"
+            told["status"], told["error"] = "failed", told["error"] or str(problem)
 
     def _write(self, status: str, error: str, trace: str = "") -> None:
         summary = summarize(self.result) if self.result else {}
@@ -180,6 +185,8 @@ class Job:
         try:
             results.write_json(self.directory / results.RESULT, data)
         except OSError:
+            if self._room is not None:
+                self._room.give_up()
             data = {key: value for key, value in data.items() if key != "traceback"}
             results.write_json(self.directory / results.RESULT, data | {"error": data["error"][:200]}, indent=None)
         self._written = data

@@ -22,6 +22,11 @@ FILES = (SUMMARY, VERSIONS, "requests.parquet", "steps.parquet", "decisions.parq
 STATUSES = ("finished", "interrupted", "failed")
 PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy", "hydra-core", "omegaconf", "pluggy", "pyarrow", "wandb")
 _SCRATCH = ".part"
+_ROOM = ".room"
+
+
+class Unwritable(HeadwayError, OSError):
+    """A file cannot be written: a full disk, a missing right; names the file."""
 
 
 @contextmanager
@@ -37,8 +42,8 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             scratch.unlink()
-        if isinstance(error, OSError) and str(path) not in str(error):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        if isinstance(error, OSError) and not isinstance(error, Unwritable):
+            raise Unwritable(f"{path}: cannot be written: {os.strerror(error.errno) if error.errno else error}") from error
         raise
 
 
@@ -60,9 +65,23 @@ def _plain(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
+class Room:
+    """Room on the disk for result.json, kept from a job's start to its end: a disk that fills up costs other files first."""
+
+    def __init__(self, directory: Path, size: int = 1 << 14) -> None:
+        """Raises Unwritable where there is no room even now."""
+        self._path = directory / _ROOM
+        with whole(self._path) as scratch:
+            scratch.write_bytes(b"\0" * size)
+
+    def give_up(self) -> None:
+        with suppress(OSError):
+            self._path.unlink()
+
+
 def remove_run(directory: Path) -> None:
     """Takes away what an earlier run wrote here, result.json first: what is left if this is cut short is no run. Other files stay."""
-    for name in (RESULT, CONFIG, *FILES):
+    for name in (RESULT, CONFIG, *FILES, _ROOM):
         for path in (directory / name, directory / f"{name}{_SCRATCH}"):
             path.unlink(missing_ok=True)
 
