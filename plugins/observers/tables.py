@@ -11,7 +11,6 @@ from typing import Any
 from headway import Engine, Observer, RequestOutput, RunResult, StepRecord, hookimpl, metrics, whole
 
 NAMES = ("requests.parquet", "steps.parquet", "decisions.parquet")
-ENCODING: dict[str, Any] = {"compression": "zstd"}
 ROWS = 4096  # steps held before they are written: a step only appends a reference, and most runs write when they have ended
 
 
@@ -47,7 +46,7 @@ class Tables(Observer):
         try:
             if name not in self._writers:
                 scratch = self._files.enter_context(whole(self.directory / name))
-                self._writers[name] = self._files.enter_context(pq.ParquetWriter(scratch, table.schema, **ENCODING))
+                self._writers[name] = self._files.enter_context(pq.ParquetWriter(scratch, table.schema, **_encoding(table.schema)))
             self._writers[name].write_table(table)
         except OSError as error:
             self._problem = self._problem or error
@@ -60,6 +59,14 @@ class Tables(Observer):
                 self._write("requests.parquet", _requests(result.outputs))
             if self._problem is not None:
                 raise self._problem
+
+
+def _encoding(schema: Any) -> dict[str, Any]:
+    """Times are all different, so no dictionary holds them; split by byte, their leading bytes compress well."""
+    times = [field.name for field in schema if str(field.type) == "double"]
+    times += [f"{field.name}.list.element" for field in schema if str(field.type) == "list<item: double>"]
+    others = [field.name for field in schema if field.name not in times and "double" not in str(field.type)]
+    return {"compression": "zstd", "use_byte_stream_split": times, "use_dictionary": others}
 
 
 def _steps(records: list[StepRecord]) -> Any:
