@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from typing import Any
 
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from core.errors import ConfigError
 
-SAVED = "saved"  # the name under which the config of an earlier run is composed
-FOREIGN = ("hydra",)  # settings of the launcher, never of a run
+from . import foreign
+
 _BRACKETS = "[]{}()"  # lists, mappings and functions in the grammar of overrides: what is wrong there is Hydra's to say
 _MEANT_FOR_HYDRA = f"{_BRACKETS},'\"$=#"
 
@@ -34,8 +30,10 @@ def arguments(argv: list[str], conf: Path) -> tuple[list[str], Path | None]:
         raise ConfigError("--experimental-rerun runs whatever its pickle says: run a config again with -cp DIR/.hydra -cn config")
     flags = [a for a in argv if a not in typed.overrides]  # Hydra's parser wants them before the overrides
     if typed.config_path is not None and (folder := _folder(typed.config_path, conf)) != conf:
-        load_saved(folder, typed.config_name or "config", conf)
-        flags += ["--config-path", str(conf), "--config-name", SAVED]
+        foreign.load(folder, typed.config_name or "config", conf)
+        flags += ["--config-path", str(conf), "--config-name", foreign.SAVED]
+    if typed.config_dir is not None:
+        foreign.vet(Path(typed.config_dir))
     given = [plain for argument in typed.overrides for plain in _in_hydras_words(argument, conf)]
     named = [_value(a) for a in given if a.startswith("hydra.sweep.dir=")]
     return flags + given, Path(named[-1]) if named and "${" not in named[-1] else None
@@ -104,30 +102,7 @@ def _value(argument: str) -> str:
     return str(OverridesParser.create().parse_override(argument).value())
 
 
-# ---- the config of an earlier run ------------------------------------------------------------------------------------
-
-
 def _folder(path: str, conf: Path) -> Path:
     """Relative to the working directory, or to run.py, where Hydra looks."""
     here = Path(path).resolve()
     return here if here.is_dir() else (conf.parent / path).resolve()
-
-
-def load_saved(folder: Path, name: str, conf: Path) -> None:
-    """Makes the config in a run's folder composable as `saved`: as data. It may come from anybody, and Hydra's own node can name
-    log files, callbacks and launchers, which Hydra makes whatever they are; so that node is this checkout's."""
-    file = folder / f"{name.removesuffix('.yaml')}.yaml"
-    try:
-        data: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except Exception as error:  # whatever a YAML reader makes of a stranger's file
-        raise ConfigError(f"{file}: cannot be read ({error}). Expected the config of an earlier run: -cp DIR/.hydra -cn config") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file}: holds no config. Expected that of an earlier run: -cp DIR/.hydra -cn config")
-    if "defaults" in data:
-        raise ConfigError(f"{file}: has a `defaults` list, and the config of a run is composed already. For configs of your own use -cd DIR")
-    for key in [key for key in data if str(key).partition("@")[0].partition(".")[0].partition("/")[0] in FOREIGN]:
-        del data[key]
-        print(f"warning: {file}: `{key}` is ignored: it says how to launch a run, and not what it is", file=sys.stderr)
-    own: Any = OmegaConf.load(conf / "config.yaml")
-    defaults = ["schema", {"override hydra/job_logging": "none"}, "_self_"]
-    ConfigStore.instance().store(name=SAVED, node={"defaults": defaults, "hydra": own.hydra, **data}, provider="headway")

@@ -11,8 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from conf.arguments import arguments
 from conf.folders import Lock
 from core import results
+from core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SIM = ("executor=sim", "tracking=none", "workload.num_requests=8")
@@ -383,3 +385,28 @@ def test_a_mistake_beside_a_saved_config_is_one_line(tmp_path):
 def test_the_files_of_a_run_can_be_chosen(tmp_path):
     assert run(tmp_path, *SIM, "results.files=[requests.parquet]").returncode == 0
     assert {p.name for p in only(tmp_path).iterdir()} == {".hydra", "config.yaml", "result.json", "requests.parquet"}
+
+
+FOREIGN_GROUPS = {
+    "callbacks": ("experiment/mine.yaml", "# @package _global_\nhydra: {callbacks: {c: {_target_: os.getcwd}}}\n"),
+    "job_logging": ("experiment/mine.yaml", "# @package _global_\nhydra: {job_logging: {version: 1}}\n"),
+    "a package": ("experiment/mine.yaml", "# @package hydra.callbacks.c\n_target_: os.getcwd\n"),
+    "defaults": ("experiment/mine.yaml", "defaults: [override /hydra/launcher: mine]\n"),
+    "a group": ("hydra/launcher/mine.yaml", "_target_: os.getcwd\n"),
+    "a sweep over hydra": ("experiment/mine.yaml", "hydra: {sweeper: {params: {+hydra.callbacks.c: '{_target_: os.getcwd}'}}}\n"),
+    "a sweeper": ("experiment/mine.yaml", "hydra: {sweeper: {_target_: os.getcwd, params: {seed: '1,2'}}}\n"),
+}
+
+
+@pytest.mark.parametrize(("file", "text"), FOREIGN_GROUPS.values(), ids=FOREIGN_GROUPS.keys())
+def test_groups_from_elsewhere_say_nothing_of_how_hydra_launches(tmp_path, file, text):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml: .*not how Hydra launches it"):
+        arguments(["-cd", str(tmp_path), "+experiment=mine"], ROOT / "conf")
+
+
+def test_groups_from_elsewhere_may_be_a_sweep(tmp_path):
+    (tmp_path / "mine.yaml").write_text("hydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}\norder: {name: fcfs}\n")
+    given = ["-cd", str(tmp_path), "+experiment=mine"]
+    assert arguments(given, ROOT / "conf") == (given, None)
