@@ -5,18 +5,24 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from conf.launch import PORTABLE, Command, Job, ending
 from core.interrupts import interrupts
 
 CONF = Path(__file__).resolve().parent / "conf"
 
 
 def main() -> int:
+    """Signals are heard before anything that takes a while to import."""
     interrupts.install()
+    try:
+        import hydra
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import DictConfig
+
+        from conf.launch import PORTABLE, Command, Job, ending
+    except BaseException as error:
+        if not interrupts.caused(error):
+            raise
+        return interrupts.over(interrupts.exit_code)
     command = Command()
 
     @hydra.main(config_path="conf", config_name="config", **PORTABLE)

@@ -114,13 +114,12 @@ class Job:
             run = self._build(config)
             say(hide(f"{run.name}\n{report.composed(run)}"))
             result = run.execute()
-        except KeyboardInterrupt:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
             interrupts.hold()
-            self._end("interrupted", "" if self.result else "interrupted before the first step")
-            say(f"results: {self.directory}")
-            raise
-        except (Exception, SystemExit) as error:
-            interrupts.hold()
+            if interrupts.caused(error):
+                self._end("interrupted", "" if self.result else "interrupted before the first step")
+                say(f"results: {self.directory}")
+                raise KeyboardInterrupt from None
             return self._failed(error)
         interrupts.hold()
         status, problem = verdict(result)
@@ -236,18 +235,23 @@ def ending(command: Command, argv: list[str], conf: Path, job: Callable[[], None
     """Runs Hydra and turns whatever happens into a message and an exit code; a sweep ends with its comparison all the same."""
     try:
         code = _launched(command, argv, conf, job)
-    except SystemExit as stop:  # Hydra's, after --help
-        return stop.code if isinstance(stop.code, int) else FAILED if stop.code else FINISHED
-    else:
         interrupts.hold()
-        found = command.results()
-        if found and command.sweep is not None:
-            say(f"\n{compare(command.sweep.folder, found)}")
-        failed = FAILED if any(r["status"] == "failed" for r in found) else FINISHED
-        code = code or max(command.codes, default=FINISHED) or failed
-        return interrupts.exit_code if interrupts.received else code
+        compared = _compared(command)
+        code = code or compared
+    except SystemExit as stop:  # Hydra's, after --help
+        code = stop.code if isinstance(stop.code, int) else FAILED if stop.code else FINISHED
     finally:
+        interrupts.hold()
         command.let_go()
+    return interrupts.over(interrupts.exit_code if interrupts.received else code)
+
+
+def _compared(command: Command) -> int:
+    found = command.results()
+    if found and command.sweep is not None:
+        say(f"\n{compare(command.sweep.folder, found)}")
+    failed = FAILED if any(r["status"] == "failed" for r in found) else FINISHED
+    return max(command.codes, default=FINISHED) or failed
 
 
 def _launched(command: Command, argv: list[str], conf: Path, job: Callable[[], None]) -> int:
@@ -261,18 +265,23 @@ def _launched(command: Command, argv: list[str], conf: Path, job: Callable[[], N
         if sweep is not None:
             command.hold(sweep.resolve())
         job()
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        return _said(error, command.registry)
+    return FINISHED
+
+
+def _said(error: BaseException, registry: Registry) -> int:
+    """The exit code of an error that no job has caught, which is printed."""
+    if interrupts.caused(error):
         say("interrupted: what was done is written and marked so", error=True)
         return interrupts.exit_code
-    except (HydraException, OmegaConfBaseException) as error:
-        if shows_traceback():
-            traceback.print_exc()
-        say(f"error: {hide(explain(error, command.registry))}", error=True)
-        return CONFIG
-    except Exception as error:
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
         complain(error)
         return CONFIG if isinstance(error, ConfigError) else FAILED
-    return FINISHED
+    if shows_traceback():
+        traceback.print_exception(error)
+    say(f"error: {hide(explain(error, registry))}", error=True)
+    return CONFIG
 
 
 def compare(sweep: Path, found: list[dict[str, Any]]) -> str:

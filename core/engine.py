@@ -481,7 +481,10 @@ class Engine:
         except KeyboardInterrupt:
             status = "interrupted"
         except BaseException as error:
-            status, problem = "failed", self._named(error)
+            if interrupts.caused(error):
+                status = "interrupted"
+            else:
+                status, problem = "failed", self._named(error)
         result = self.result(status, str(problem) if problem else "")
         done, self._done = self._done, []
         for observer in self.observers:  # each of them, also when another one fails: results must not depend on neighbours

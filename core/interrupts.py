@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ class Moment(Enum):
     ANYWHERE = auto()  # composing, building, loading: nothing is lost, so it is raised at once
     STEPPING = auto()  # the first one waits for the end of the step, so that every request is accounted for
     HELD = auto()  # results are being written: it is noted, and raised by nobody
+    OVER = auto()  # all is written: it ends the process, whatever still cleans up
 
 
 class Interrupts:
@@ -28,6 +30,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.received = 0  # the first signal that came
         self._moment = Moment.ANYWHERE
+        self._code = 0
         self._timed = False  # whether a step is being waited for
         self._terminals: list[int] = []
 
@@ -39,6 +42,7 @@ class Interrupts:
                 signal.signal(number, self._handle)
         if hasattr(signal, "SIGALRM"):
             signal.signal(signal.SIGALRM, self._lose_patience)
+        atexit.register(self._ignore)  # registered first, so called last
 
     @property
     def exit_code(self) -> int:
@@ -73,7 +77,27 @@ class Interrupts:
         self._moment = Moment.ANYWHERE
         self.check()
 
+    def over(self, code: int) -> int:
+        """All is written, and `code` is the exit code, also of a process that is told to hurry from here on."""
+        self._code, self._moment = code, Moment.OVER
+        return code
+
+    @staticmethod
+    def caused(error: BaseException) -> bool:
+        """Whether an error is a KeyboardInterrupt in other clothes: what is raised in a callback of a library comes out as its error."""
+        seen: BaseException | None = error
+        while seen is not None and not isinstance(seen, KeyboardInterrupt):
+            seen = seen.__cause__ or seen.__context__
+        return seen is not None
+
+    def _ignore(self) -> None:
+        """The interpreter takes handlers away before it ends, and a signal would then change the exit code."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._moment is Moment.OVER:
+            os._exit(self._code)
         first, self.received = not self.received, self.received or number
         if number == getattr(signal, "SIGHUP", None):
             self._leave_terminals()
