@@ -1,4 +1,4 @@
-"""From what a user typed to what Hydra is given: paths in plain spelling, the folder of a sweep, the config of an earlier run."""
+"""From what a user typed to what Hydra is given: paths as they are spelt, and the folder of a sweep."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from core.errors import ConfigError
 
 from . import foreign
 
-_BRACKETS = "[]{}()"  # lists, mappings and functions in the grammar of overrides: what is wrong there is Hydra's to say
+_BRACKETS = "[]{}()"  # lists, mappings, functions of overrides: what is wrong there is Hydra's to say
 _MEANT_FOR_HYDRA = f"{_BRACKETS},'\"$=#"
 
 
 def arguments(argv: list[str], conf: Path) -> tuple[list[str], Path | None]:
     """What Hydra is given for what the user typed, and the folder of a sweep where the user names it.
 
-    `model=<path or hub id>` is no option of the group, so it becomes `model=custom model.name_or_path=...`, a list of them a sweep.
+    `model=<path or hub id>` is no option of the group, so it becomes `model=custom model.name_or_path=...`,
+    and a list of them a sweep.
     Raises ConfigError for what can be none of the two.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing; `ending` prints
     typed = get_args_parser().parse_intermixed_args(argv)
     if typed.experimental_rerun is not None:
-        raise ConfigError("--experimental-rerun runs whatever its pickle says: run a config again with -cp DIR/.hydra -cn config")
+        raise ConfigError("--experimental-rerun runs what its pickle says. Run a config again: -cp DIR/.hydra -cn config")
     flags = [a for a in argv if a not in typed.overrides]  # Hydra's parser wants them before the overrides
     if typed.config_path is not None and (folder := _folder(typed.config_path, conf)) != conf:
         foreign.load(folder, typed.config_name or "config", conf)
@@ -61,8 +62,8 @@ def _model(value: str, conf: Path) -> list[str]:
         return [f"model={value}"]
     if others := [item for item in items if item not in paths]:
         raise ConfigError(
-            f"model={value}: {', '.join(paths)} are checkpoints and {', '.join(others)} options of the group, which one sweep cannot "
-            "mix: sweep over each kind by itself"
+            f"model={value}: {', '.join(paths)} are checkpoints and {', '.join(others)} options of the group, "
+            "which one sweep cannot mix: sweep over each kind by itself"
         )
     return ["model=custom", f"model.name_or_path={','.join(map(_quoted, paths))}"]
 
@@ -72,7 +73,7 @@ def _is_path(item: str, conf: Path) -> bool:
 
 
 def _listed(key: str, value: str) -> list[str]:
-    """The values of a sweep, or the only one. A comma belongs to the path that it is in, and so it does in quotes."""
+    """The values of a sweep, or the only one. A comma in a path or in quotes separates nothing."""
     if any(c in value for c in "'\"(") and not Path(value).exists() and _parses(f"{key}={value}"):
         parsed = OverridesParser.create().parse_override(f"{key}={value}")
         items = parsed.sweep_string_iterator() if parsed.is_sweep_override() else [value]

@@ -1,7 +1,8 @@
-"""Whose folder it is: names claimed by one process alone, locks while a folder is written, jobs known by their configuration.
+"""Whose folder it is: names that one process claims, locks while a folder is written, jobs known by their config.
 
-A job's number and its overrides say nothing about what it is: a sweep may be started again with other values, in another order,
-or after a file of conf/ has changed. So a job's folder holds the hash of its composed config, and is found by that.
+A job's number and its overrides do not say what it is: a sweep may be started again with other values, in another
+order, or after a file of conf/ has changed. So a job's folder holds the hash of its composed config, and is found
+by that.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class InUse(ConfigError):
 
 
 class Lock:
-    """A folder that no other process may write into until `release`. A dead process holds nothing: the kernel lets go for it."""
+    """A folder that no other process may write into until `release`. The kernel lets go for a process that dies."""
 
     def __init__(self, folder: Path) -> None:
         """Raises InUse with the process that has the folder."""
@@ -45,15 +46,17 @@ class Lock:
             except BlockingIOError:
                 holder = os.read(self._file, 1000).decode(errors="replace").strip() or "another process"
                 os.close(self._file)
-                raise InUse(f"{folder}: {holder} writes into this folder now. Wait for its end, or choose another folder") from None
+                message = f"{folder}: {holder} writes into this folder now. Wait for its end, or choose another folder"
+                raise InUse(message) from None
             except OSError as error:
-                say(f"warning: {folder} cannot be locked ({error}): start nothing else that writes there", error=True)
+                say(f"warning: {folder} cannot be locked ({error}): let nothing else write there", error=True)
             if self._is_there():
                 break
             os.close(self._file)  # its last holder removed it between the two calls
         with suppress(OSError):  # a full disk; the lock itself needs no room
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S},".encode(), 0)
+            holder = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S},"
+            os.pwrite(self._file, holder.encode(), 0)
 
     def _is_there(self) -> bool:
         try:
@@ -93,13 +96,13 @@ class Claims:
         self._folders: dict[str, Path] = {}
 
     def register(self) -> None:
-        """Makes `${headway.folder:outputs/...}` claim a folder when a config that is really run is asked for it."""
-        OmegaConf.register_new_resolver("headway.folder", lambda wanted: str(self._claimed(wanted)), replace=True)
+        """Makes `${headway.folder:outputs/...}` claim a folder when it is resolved, which only a run does."""
+        OmegaConf.register_new_resolver("headway.folder", self._claimed, replace=True)
 
-    def _claimed(self, wanted: str) -> Path:
+    def _claimed(self, wanted: str) -> str:
         if wanted not in self._folders:
             self._folders[wanted] = claim(Path(wanted))
-        return self._folders[wanted]
+        return str(self._folders[wanted])
 
     def give_back_empty(self) -> None:
         """A folder in which no job began holds nothing that anybody wants."""
@@ -134,7 +137,7 @@ class Sweep:
         self._known: dict[str, Path] | None = None  # identity -> folder
 
     def job(self, wanted: str, identity: str) -> Path:
-        """The folder of a job: the one it has had before, whatever its number was, else a free one, made here."""
+        """The folder of a job: the one it has had, whatever its number was, else a free one, made here."""
         if self._known is None:
             depth = "*/" * len(Path(wanted).parts)
             found = [path.parent.parent for path in self.folder.glob(f"{depth}{HYDRA}/{IDENTITY}")]

@@ -1,7 +1,8 @@
 """Configs from outside this checkout: they say what is run, never how it is launched.
 
-Hydra makes whatever its own node names: log files, callbacks, launchers, sweepers with all that is nested in them. A run's
-folder may come from anybody, so what is read from one is data, and that node comes from conf/ and the command line alone.
+Hydra makes whatever its own node names: log files, callbacks, launchers, sweepers with all that is nested in them.
+A run's folder may come from anybody, so what is read from one is data, and that node comes from conf/ and the
+command line alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ HYDRA = "hydra"
 
 
 def load(folder: Path, name: str, conf: Path) -> None:
-    """Makes the config of a run's folder composable as `saved` (-cp DIR/.hydra -cn config). Raises ConfigError."""
+    """Makes the config of a run's folder (-cp DIR/.hydra -cn config) composable as `saved`. Raises ConfigError."""
     file = folder / f"{name.removesuffix('.yaml')}.yaml"
     data = _read(file)
     if "defaults" in data:
@@ -37,7 +38,7 @@ def load(folder: Path, name: str, conf: Path) -> None:
 
 
 def vet(folder: Path) -> None:
-    """Raises ConfigError for a file below `folder` (-cd DIR) that would set up Hydra, but for what a sweep varies."""
+    """Raises ConfigError for a file below `folder` (-cd DIR) that sets up Hydra, but for what a sweep varies."""
     for file in _yaml_files(folder):
         data = _read(file)
         package = re.search(r"@package\s+(\S+)", file.read_text(encoding="utf-8"))
@@ -48,13 +49,13 @@ def vet(folder: Path) -> None:
             wrong.append("its place in Hydra's own node")
         if wrong:
             raise ConfigError(
-                f"{file}: {', '.join(wrong)}: a config from elsewhere may say what is run, but not how Hydra launches it. "
-                "Give that on the command line"
+                f"{file}: {', '.join(wrong)}: a config from elsewhere may say what is run, but not how Hydra "
+                "launches it. Give that on the command line"
             )
 
 
 def _not_of_a_sweep(node: Any) -> Iterator[str]:
-    """What an experiment may not say of Hydra. It may say that it is a sweep, and over what: `hydra.mode`, `hydra.sweeper.params`."""
+    """What an experiment may not say of Hydra. It may say that it is a sweep and over what: mode, sweeper.params."""
     if node is None:
         return
     if not isinstance(node, dict):

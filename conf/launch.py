@@ -1,4 +1,4 @@
-"""What surrounds a run on the command line: one command and its jobs, how each ends, the comparison that ends a sweep."""
+"""What surrounds a run on the command line: a command and its jobs, how each ends, the comparison of a sweep."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .explain import complain, describe, explain, shows_traceback
 from .folders import Claims, InUse, Lock, Sweep, identity, prepare
 from .stored import hide, stored, watch_environment
 
-FINISHED, FAILED, CONFIG = 0, 1, 2  # exit codes; CONFIG: refused before the first step. A signal's is 128 and its number
+FINISHED, FAILED, CONFIG = 0, 1, 2  # exit codes; CONFIG: refused before the first step. Signals: 128 + number
 
 _OLD_HYDRA = tuple(map(int, hydra.__version__.split(".")[:2])) < (1, 4)
 PORTABLE: dict[str, Any] = {"version_base": "1.3"} if _OLD_HYDRA else {"execution_whitelist": ()}
@@ -37,11 +37,11 @@ PORTABLE: dict[str, Any] = {"version_base": "1.3"} if _OLD_HYDRA else {"executio
 
 @dataclass
 class Command:
-    """One command: the folder of its sweep, which it holds, and how its jobs ended, also those that could write nothing."""
+    """One command: its sweep's folder, which it holds, and how its jobs ended, also those that could write nothing."""
 
     registry: Registry = field(default_factory=Registry)
     sweep: Sweep | None = None
-    ended: dict[str, dict[str, Any]] = field(default_factory=dict)  # folder -> what result.json holds, or should
+    ended: dict[str, dict[str, Any]] = field(default_factory=dict)  # folder -> what its result.json should hold
     codes: list[int] = field(default_factory=list)
     claims: Claims = field(default_factory=Claims)
 
@@ -67,15 +67,17 @@ class Command:
 
 
 class Job:
-    """One job: claim its folder, build, run, write, print. Errors end in `result.json` and in the exit code, so that a sweep goes on."""
+    """One job: claim a folder, build, run, write, print. Errors end in result.json and the exit code; a sweep goes on."""
 
     def __init__(self, cfg: DictConfig, hydra_conf: Any, command: Command) -> None:
         self.cfg, self.command = cfg, command
-        self.overrides: list[str] = OmegaConf.to_container(hydra_conf.overrides.task, resolve=False)  # type: ignore[assignment]
-        self.directory = Path(hydra_conf.runtime.output_dir)  # Hydra's; a job of a sweep gets one by its identity
-        self.sweep = Path(hydra_conf.sweep.dir).resolve() if str(hydra_conf.mode).endswith("MULTIRUN") else None
+        task: Any = OmegaConf.to_container(hydra_conf.overrides.task, resolve=False)
+        self.overrides: list[str] = task
+        self.directory = Path(hydra_conf.runtime.output_dir)  # a job of a sweep gets one by its identity
+        self.sweep: Path | None = None
         self.group = self.identity = ""
-        if self.sweep is not None:
+        if str(hydra_conf.mode).endswith("MULTIRUN"):
+            self.sweep = Path(hydra_conf.sweep.dir).resolve()
             self.group = "_".join(self.sweep.parts[-2:])
             wanted = self.directory.relative_to(self.sweep)
             self.wanted = str(wanted) if wanted.parts else str(hydra_conf.job.num)
@@ -86,7 +88,7 @@ class Job:
         self._room: results.Room | None = None
 
     def run(self) -> int:
-        """The job's exit code. Raises KeyboardInterrupt, once everything is written, when a signal has come."""
+        """The job's exit code. Raises KeyboardInterrupt, once all is written, when a signal has come."""
         interrupts.hold()
         try:
             self.identity = identity(self.cfg)
@@ -134,10 +136,11 @@ class Job:
     def _build(self, config: dict[str, Any]) -> Run:
         composition = schema.composition(self.cfg)
         self.files = composition.results.files
-        about = {"config": config, "overrides": self.overrides, "group": self.group, "directory": self.directory}
-        return build(self.command.registry, composition, [First(self._first)], **about)
+        about = {"config": config, "overrides": self.overrides, "group": self.group}
+        observers = [First(self._first)]
+        return build(self.command.registry, composition, observers, directory=self.directory, **about)
 
-    # ---- how it ended ------------------------------------------------------------------------------------------------
+    # ---- how it ended -----------------------------------------------------------------------------------------
 
     def _first(self, result: RunResult) -> None:
         """What came out is written before any larger file, for which there may be no room."""
@@ -156,7 +159,7 @@ class Job:
         return CONFIG if refused else FAILED
 
     def _end(self, status: str, error: str, trace: str = "") -> None:
-        """Writes what has changed since `_first`, then what it ran on. What cannot be written is said, and told at the end of a sweep."""
+        """Writes what has changed since `_first`, and what it ran on. What cannot be written is told by the sweep."""
         try:
             self._write(status, error, trace)
             if self._room is not None:
@@ -170,8 +173,9 @@ class Job:
 
     def _write(self, status: str, error: str, trace: str = "") -> None:
         summary = summarize(self.result) if self.result else {}
-        data = {"status": status, "error": hide(error), "overrides": self.overrides, "seed": self.cfg.seed, "config": self.identity}
-        data |= {"summary": summary} | ({"traceback": hide(trace)} if trace else {})
+        data: dict[str, Any] = {"status": status, "error": hide(error), "overrides": self.overrides}
+        data |= {"seed": self.cfg.seed, "config": self.identity, "summary": summary}
+        data |= {"traceback": hide(trace)} if trace else {}
         self.command.ended[str(self.directory)] = data | {"directory": str(self.directory)}
         if data == self._written:
             return
@@ -187,7 +191,8 @@ class Job:
             if self._room is not None:
                 self._room.give_up()
             data = {key: value for key, value in data.items() if key != "traceback"}
-            results.write_json(self.directory / results.RESULT, data | {"error": data["error"][:200]}, indent=None)
+            shorter = data | {"error": data["error"][:200]}
+            results.write_json(self.directory / results.RESULT, shorter, indent=None)
         self._written = data
 
     def _is_done(self) -> bool:
@@ -214,25 +219,26 @@ class First(Observer):
 
 
 def verdict(result: RunResult) -> tuple[str, str]:
-    """How a run ended and what is wrong with that. A run that served nobody, because everybody was refused, is no result."""
+    """How a run ended and what is wrong with it. One that served nobody, since everybody was refused, is no result."""
     refused = [o for o in result.outputs if o.state == "rejected"]
     if result.status == "finished" and refused and len(refused) == len(result.outputs):
-        return "failed", f"all {len(refused)} requests were rejected; the first one: {refused[0].finish_reason}"
+        return "failed", f"all {len(refused)} requests were rejected; the first: {refused[0].finish_reason}"
     return result.status, result.error
 
 
 def _quit(error: SystemExit) -> HeadwayError:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    quitting = HeadwayError(f"{where.filename}:{where.lineno}: {where.name} called sys.exit({error.code}), which ends no sweep: raise an error")
+    message = f"{where.filename}:{where.lineno}: {where.name} called sys.exit({error.code}): raise an error instead"
+    quitting = HeadwayError(message)
     quitting.__cause__ = error
     return quitting
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------------------
 
 
 def ending(command: Command, argv: list[str], conf: Path, job: Callable[[], None]) -> int:
-    """Runs Hydra and turns whatever happens into a message and an exit code; a sweep ends with its comparison all the same."""
+    """Runs Hydra and turns whatever happens into a message and an exit code; a sweep ends with its comparison."""
     try:
         code = _launched(command, argv, conf, job)
         interrupts.hold()

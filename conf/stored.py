@@ -1,4 +1,4 @@
-"""A composed config as it is stored and sent: what comes from the environment stays an interpolation, since it may be a secret."""
+"""A composed config as it is stored and sent: what comes from the environment may be a secret and stays unresolved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-SHORTEST = 6  # characters of a value that is worth hiding: shorter ones are no secrets, and stand in every other line
+SHORTEST = 6  # characters of a value worth hiding: shorter ones are no secrets, and stand everywhere
 
 _read: list[str] = []  # names of the environment's variables, one entry per reading
 
@@ -24,7 +24,7 @@ def watch_environment() -> None:
 
 
 def stored(cfg: DictConfig) -> dict[str, Any]:
-    """As plain data, resolved but for what depends on the environment, however indirectly. Composes to the same run again."""
+    """As plain data, resolved but for what depends on the environment, however indirectly: the same run again."""
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
     return {str(key): _value(cfg, key, raw[key]) for key in raw}

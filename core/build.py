@@ -131,7 +131,8 @@ def _construct(plugin: Plugin, parameters: dict[str, Any]) -> Role:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{plugin.role}={plugin.name} refuses its parameters: {error}") from error
     except SystemExit as error:
-        raise PluginError(f"{plugin.role}={plugin.name} called sys.exit({error.code}) while it was built: raise an error") from error
+        message = f"{plugin.role}={plugin.name} called sys.exit({error.code}) while it was built: raise an error instead"
+        raise PluginError(message) from error
     return built
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run alike: between two steps where they can, and never while its results are written."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run alike: between two steps if they can, never while its results are written."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Interrupts:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Around the loop of a run; from its end on signals are held. A loop inside a loop leaves the outer one as it is."""
+        """Around the loop of a run; from its end on signals are held. A loop in a loop leaves the outer one as it is."""
         before, self._moment = self._moment, Moment.STEPPING
         self.check()
         try:
@@ -78,20 +78,20 @@ class Interrupts:
         self.check()
 
     def over(self, code: int) -> int:
-        """All is written, and `code` is the exit code, also of a process that is told to hurry from here on."""
+        """All is written, and `code` is the exit code, also where a signal cuts the clean-up short."""
         self._code, self._moment = code, Moment.OVER
         return code
 
     @staticmethod
     def caused(error: BaseException) -> bool:
-        """Whether an error is a KeyboardInterrupt in other clothes: what is raised in a callback of a library comes out as its error."""
+        """Whether it is a KeyboardInterrupt, also one that was raised in a library's callback and came out as its error."""
         seen: BaseException | None = error
         while seen is not None and not isinstance(seen, KeyboardInterrupt):
             seen = seen.__cause__ or seen.__context__
         return seen is not None
 
     def _ignore(self) -> None:
-        """The interpreter takes handlers away before it ends, and a signal would then change the exit code."""
+        """The interpreter removes handlers before it ends, and a signal would then change the exit code."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -114,7 +114,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _leave_terminals(self) -> None:
-        """A terminal that was closed refuses every write, and a line that cannot be printed must not cost the results."""
+        """A closed terminal refuses every write, and a line that cannot be printed must not cost the results."""
         for fd in self._terminals:
             try:
                 os.write(fd, b"")
@@ -126,7 +126,7 @@ interrupts = Interrupts()
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Prints a line. Whoever read it may be gone (`| head`, a closed terminal): then the rest goes nowhere."""
+    """Prints a line. Its reader may be gone (`| head`, a closed terminal): then the rest goes nowhere."""
     stream = sys.stderr if error else sys.stdout
     try:
         print(text, file=stream, flush=True)

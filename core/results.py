@@ -17,7 +17,7 @@ from typing import Any
 from .errors import HeadwayError
 
 RESULT, SUMMARY, VERSIONS, CONFIG = "result.json", "summary.json", "versions.json", "config.yaml"
-#: What `results.files` chooses from. result.json and the config are written always: a run without them is nobody's.
+#: What `results.files` chooses from. result.json and the config are written always.
 FILES = (SUMMARY, VERSIONS, "requests.parquet", "steps.parquet", "decisions.parquet", "timeline.json", "replay.npz")
 STATUSES = ("finished", "interrupted", "failed")
 PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy", "hydra-core", "omegaconf", "pluggy", "pyarrow", "wandb")
@@ -31,8 +31,8 @@ class Unwritable(HeadwayError, OSError):
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path`, to be written in the block. It becomes `path` when the block ends, and is on the disk by then;
-    when the block fails, nothing of it stays and an earlier `path` is as it was."""
+    """A scratch file beside `path`, to be written in the block. It becomes `path` when the block ends, and is on the
+    disk by then; when the block fails, nothing of it stays and an earlier `path` is as it was. Raises Unwritable."""
     scratch = path.with_name(path.name + _SCRATCH)
     try:
         yield scratch
@@ -43,7 +43,8 @@ def whole(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             scratch.unlink()
         if isinstance(error, OSError) and not isinstance(error, Unwritable):
-            raise Unwritable(f"{path}: cannot be written: {os.strerror(error.errno) if error.errno else error}") from error
+            reason = os.strerror(error.errno) if error.errno else error
+            raise Unwritable(f"{path}: cannot be written: {reason}") from error
         raise
 
 
@@ -66,7 +67,7 @@ def _plain(data: Any) -> Any:
 
 
 class Room:
-    """Room on the disk for result.json, kept from a job's start to its end: a disk that fills up costs other files first."""
+    """Room on the disk for result.json, kept from a job's start to its end: a full disk costs other files first."""
 
     def __init__(self, directory: Path, size: int = 1 << 14) -> None:
         """Raises Unwritable where there is no room even now."""
@@ -80,7 +81,7 @@ class Room:
 
 
 def remove_run(directory: Path) -> None:
-    """Takes away what an earlier run wrote here, result.json first: what is left if this is cut short is no run. Other files stay."""
+    """Removes what an earlier run wrote here, result.json first, so that half of it is no run. Other files stay."""
     for name in (RESULT, CONFIG, *FILES, _ROOM):
         for path in (directory / name, directory / f"{name}{_SCRATCH}"):
             path.unlink(missing_ok=True)
@@ -129,7 +130,7 @@ def _version(package: str) -> str:
         return ""
 
 
-# ---- comparing the runs of a sweep ----------------------------------------------------------------------------------
+# ---- comparing the runs of a sweep ----------------------------------------------------------------------------
 
 
 class Unreadable(HeadwayError):
@@ -161,7 +162,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_results(sweep: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """How every run below a directory ended, in the order of its jobs, and what is wrong with those that cannot be read."""
+    """How every run below a directory ended, in the order of its jobs, and what is wrong with the unreadable ones."""
     found, problems = [], []
     for path in sorted(sweep.glob(f"*/{RESULT}"), key=lambda p: (len(p.parent.name), p.parent.name)):
         try:

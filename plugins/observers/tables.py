@@ -26,7 +26,7 @@ class Tables(Observer):
         self._records: list[StepRecord] = []
         self._files = ExitStack()
         self._writers: dict[str, Any] = {}
-        self._problem: OSError | None = None  # a disk that is full ends no run, and its other files are written
+        self._problem: OSError | None = None  # a full disk ends no run, whose other files are written
 
     def on_step(self, record: StepRecord) -> None:
         if self._problem is None:
@@ -46,7 +46,8 @@ class Tables(Observer):
         try:
             if name not in self._writers:
                 scratch = self._files.enter_context(whole(self.directory / name))
-                self._writers[name] = self._files.enter_context(pq.ParquetWriter(scratch, table.schema, **_encoding(table.schema)))
+                writer = pq.ParquetWriter(scratch, table.schema, **_encoding(table.schema))
+                self._writers[name] = self._files.enter_context(writer)
             self._writers[name].write_table(table)
         except OSError as error:
             self._problem = self._problem or error
@@ -62,7 +63,7 @@ class Tables(Observer):
 
 
 def _encoding(schema: Any) -> dict[str, Any]:
-    """Times are all different, so no dictionary holds them; split by byte, their leading bytes compress well."""
+    """Times all differ, so no dictionary holds them; split by byte, their leading bytes compress well."""
     times = [field.name for field in schema if str(field.type) == "double"]
     times += [f"{field.name}.list.element" for field in schema if str(field.type) == "list<item: double>"]
     others = [field.name for field in schema if field.name not in times and "double" not in str(field.type)]

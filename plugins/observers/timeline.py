@@ -66,7 +66,7 @@ def _step(
     kv_used: int,
     preempted: int,
 ) -> list[dict[str, Any]]:
-    """A span, and the counters that differ from what is `shown`: a viewer draws each on until its next event."""
+    """A span, and the counters that differ from what is `shown`: a viewer draws each until its next event."""
     at = round(end * 1e6, 3)
     counters = {"queue": {"running": running, "waiting": waiting}, "KV blocks": {"used": kv_used}, "tokens": {"step": tokens}}
     changed = {name: values for name, values in counters.items() if shown.get(name) != values}
