@@ -338,7 +338,7 @@ def test_what_hydra_cannot_read_is_left_for_hydra_to_refuse():
 
 
 def test_the_files_of_a_run_are_named_as_they_are_on_disk():
-    with pytest.raises(ConfigError, match=r"writes no 'requests'. Did you mean requests.parquet"):
+    with pytest.raises(ConfigError, match=r"results.files\[0\]='requests': expected .* Did you mean requests.parquet"):
         ResultsConfig(["requests"])
 
 
