@@ -1,4 +1,4 @@
-"""`python run.py`: composes a run with Hydra, runs it, prints one table. `--help` shows what can be chosen."""
+"""`python run.py`: composes a run with Hydra, runs it, prints a table. `--help` shows what can be chosen."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def arguments(argv: list[str], conf: Path) -> tuple[list[str], Path | None]:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing; `ending` prints
     typed = get_args_parser().parse_intermixed_args(argv)
     if typed.experimental_rerun is not None:
-        raise ConfigError("--experimental-rerun runs what its pickle says. Run a config again: -cp DIR/.hydra -cn config")
+        raise ConfigError("--experimental-rerun runs what its pickle says: use -cp DIR/.hydra -cn config")
     flags = [a for a in argv if a not in typed.overrides]  # Hydra's parser wants them before the overrides
     if typed.config_path is not None and (folder := _folder(typed.config_path, conf)) != conf:
         foreign.load(folder, typed.config_name or "config", conf)
@@ -62,8 +62,8 @@ def _model(value: str, conf: Path) -> list[str]:
         return [f"model={value}"]
     if others := [item for item in items if item not in paths]:
         raise ConfigError(
-            f"model={value}: {', '.join(paths)} are checkpoints and {', '.join(others)} options of the group, "
-            "which one sweep cannot mix: sweep over each kind by itself"
+            f"model={value}: {', '.join(paths)} are checkpoints and {', '.join(others)} are options. "
+            "One sweep cannot mix them: sweep over each kind by itself"
         )
     return ["model=custom", f"model.name_or_path={','.join(map(_quoted, paths))}"]
 

@@ -1,8 +1,8 @@
-"""Whose folder it is: names that one process claims, locks while a folder is written, jobs known by their config.
+"""Whose folder it is: names that one process claims, locks while it is written, jobs known by their config.
 
-A job's number and its overrides do not say what it is: a sweep may be started again with other values, in another
-order, or after a file of conf/ has changed. So a job's folder holds the hash of its composed config, and is found
-by that.
+A job's number and its overrides do not say what it is: a sweep may be started again with other values, in
+another order, or after a file of conf/ has changed. So a job's folder holds the hash of its composed config,
+and is found by that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class InUse(ConfigError):
 
 
 class Lock:
-    """A folder that no other process may write into until `release`. The kernel lets go for a process that dies."""
+    """A folder that no other process may write into until `release`. The kernel lets go for one that dies."""
 
     def __init__(self, folder: Path) -> None:
         """Raises InUse with the process that has the folder."""
@@ -46,8 +46,8 @@ class Lock:
             except BlockingIOError:
                 holder = os.read(self._file, 1000).decode(errors="replace").strip() or "another process"
                 os.close(self._file)
-                message = f"{folder}: {holder} writes into this folder now. Wait for its end, or choose another folder"
-                raise InUse(message) from None
+                message = f"{folder}: {holder} writes into this folder now"
+                raise InUse(f"{message}. Wait for its end, or choose another folder") from None
             except OSError as error:
                 say(f"warning: {folder} cannot be locked ({error}): let nothing else write there", error=True)
             if self._is_there():
@@ -55,8 +55,8 @@ class Lock:
             os.close(self._file)  # its last holder removed it between the two calls
         with suppress(OSError):  # a full disk; the lock itself needs no room
             os.ftruncate(self._file, 0)
-            holder = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S},"
-            os.pwrite(self._file, holder.encode(), 0)
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            os.pwrite(self._file, f"{holder}, since {datetime.now():%Y-%m-%d %H:%M:%S},".encode(), 0)
 
     def _is_there(self) -> bool:
         try:
@@ -132,7 +132,7 @@ class Sweep:
     """A sweep's folder, which this process holds until `release`, and whose its jobs' folders are."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._is_new = folder, not folder.exists()
         self._lock = Lock(folder)
         self._known: dict[str, Path] | None = None  # identity -> folder
 
@@ -157,8 +157,9 @@ class Sweep:
 
     def release(self) -> None:
         self._lock.release()
-        with suppress(OSError):
-            self.folder.rmdir()  # where no job began
+        if self._is_new:
+            with suppress(OSError):
+                self.folder.rmdir()  # where no job began
 
 
 def _is_a_jobs(folder: Path) -> bool:

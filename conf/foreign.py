@@ -1,8 +1,8 @@
 """Configs from outside this checkout: they say what is run, never how it is launched.
 
-Hydra makes whatever its own node names: log files, callbacks, launchers, sweepers with all that is nested in them.
-A run's folder may come from anybody, so what is read from one is data, and that node comes from conf/ and the
-command line alone.
+Hydra makes whatever its own node names: log files, callbacks, launchers, sweepers with all that is nested in
+them. A run's folder may come from anybody, so what is read from one is data, and that node comes from conf/
+and the command line alone.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ HYDRA = "hydra"
 
 
 def load(folder: Path, name: str, conf: Path) -> None:
-    """Makes the config of a run's folder (-cp DIR/.hydra -cn config) composable as `saved`. Raises ConfigError."""
+    """Makes a run's config (-cp DIR/.hydra -cn config) composable as `saved`. Raises ConfigError."""
     file = folder / f"{name.removesuffix('.yaml')}.yaml"
     data = _read(file)
     if "defaults" in data:
-        raise ConfigError(f"{file}: has a `defaults` list, but a run's config is composed. For your own use -cd DIR")
+        raise ConfigError(f"{file}: has a `defaults` list, which no run's config has. For groups use -cd DIR")
     for key in [key for key in data if _is_hydras(key)]:
         del data[key]
         say(f"warning: {file}: `{key}` is ignored: it says how to launch a run, not what it is", error=True)
     own: Any = OmegaConf.load(conf / "config.yaml")
-    node = {"defaults": ["schema", {"override hydra/job_logging": "none"}, "_self_"], HYDRA: own.hydra, **data}
+    defaults = ["schema", {"override hydra/job_logging": "none"}, "_self_"]
+    node = {"defaults": defaults, HYDRA: own.hydra, **data}
     ConfigStore.instance().store(name=SAVED, node=node, provider="headway")
 
 
 def vet(folder: Path) -> None:
-    """Raises ConfigError for a file below `folder` (-cd DIR) that sets up Hydra, but for what a sweep varies."""
+    """Raises ConfigError for a file below `folder` (-cd DIR) that sets Hydra up, but for a sweep's values."""
     for file in _yaml_files(folder):
         data = _read(file)
         package = re.search(r"@package\s+(\S+)", file.read_text(encoding="utf-8"))
@@ -55,7 +56,7 @@ def vet(folder: Path) -> None:
 
 
 def _not_of_a_sweep(node: Any) -> Iterator[str]:
-    """What an experiment may not say of Hydra. It may say that it is a sweep and over what: mode, sweeper.params."""
+    """What an experiment may not say of Hydra; it may say that it is a sweep, and over what."""
     if node is None:
         return
     if not isinstance(node, dict):

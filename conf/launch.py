@@ -1,4 +1,4 @@
-"""What surrounds a run on the command line: a command and its jobs, how each ends, the comparison of a sweep."""
+"""What surrounds a run on the command line: a command, its jobs, how each ends, the comparison of a sweep."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ PORTABLE: dict[str, Any] = {"version_base": "1.3"} if _OLD_HYDRA else {"executio
 
 @dataclass
 class Command:
-    """One command: its sweep's folder, which it holds, and how its jobs ended, also those that could write nothing."""
+    """One command: its sweep's folder, which it holds, and how its jobs ended, written or not."""
 
     registry: Registry = field(default_factory=Registry)
     sweep: Sweep | None = None
-    ended: dict[str, dict[str, Any]] = field(default_factory=dict)  # folder -> what its result.json should hold
+    ended: dict[str, dict[str, Any]] = field(default_factory=dict)  # by folder: what result.json holds
     codes: list[int] = field(default_factory=list)
     claims: Claims = field(default_factory=Claims)
 
@@ -67,7 +67,7 @@ class Command:
 
 
 class Job:
-    """One job: claim a folder, build, run, write, print. Errors end in result.json and the exit code; a sweep goes on."""
+    """One job: claim a folder, build, run, write, print. An error ends in result.json; a sweep goes on."""
 
     def __init__(self, cfg: DictConfig, hydra_conf: Any, command: Command) -> None:
         self.cfg, self.command = cfg, command
@@ -77,9 +77,9 @@ class Job:
         self.sweep: Path | None = None
         self.group = self.identity = ""
         if str(hydra_conf.mode).endswith("MULTIRUN"):
-            self.sweep = Path(hydra_conf.sweep.dir).resolve()
+            self.sweep = Path(hydra_conf.runtime.cwd, hydra_conf.sweep.dir).resolve()
             self.group = "_".join(self.sweep.parts[-2:])
-            wanted = self.directory.relative_to(self.sweep)
+            wanted = self.directory.resolve().relative_to(self.sweep)
             self.wanted = str(wanted) if wanted.parts else str(hydra_conf.job.num)
             self.directory = self.sweep / self.wanted
         self.files: Sequence[str] = results.FILES
@@ -140,7 +140,7 @@ class Job:
         observers = [First(self._first)]
         return build(self.command.registry, composition, observers, directory=self.directory, **about)
 
-    # ---- how it ended -----------------------------------------------------------------------------------------
+    # ---- how it ended -------------------------------------------------------------------------------------
 
     def _first(self, result: RunResult) -> None:
         """What came out is written before any larger file, for which there may be no room."""
@@ -159,7 +159,7 @@ class Job:
         return CONFIG if refused else FAILED
 
     def _end(self, status: str, error: str, trace: str = "") -> None:
-        """Writes what has changed since `_first`, and what it ran on. What cannot be written is told by the sweep."""
+        """Writes what has changed since `_first`, and what it ran on. The table tells what has no room."""
         try:
             self._write(status, error, trace)
             if self._room is not None:
@@ -219,7 +219,7 @@ class First(Observer):
 
 
 def verdict(result: RunResult) -> tuple[str, str]:
-    """How a run ended and what is wrong with it. One that served nobody, since everybody was refused, is no result."""
+    """How a run ended and what is wrong with it: one that refused everybody is no result."""
     refused = [o for o in result.outputs if o.state == "rejected"]
     if result.status == "finished" and refused and len(refused) == len(result.outputs):
         return "failed", f"all {len(refused)} requests were rejected; the first: {refused[0].finish_reason}"
@@ -228,17 +228,17 @@ def verdict(result: RunResult) -> tuple[str, str]:
 
 def _quit(error: SystemExit) -> HeadwayError:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    message = f"{where.filename}:{where.lineno}: {where.name} called sys.exit({error.code}): raise an error instead"
-    quitting = HeadwayError(message)
+    place = f"{where.filename}:{where.lineno}: {where.name}"
+    quitting = HeadwayError(f"{place} called sys.exit({error.code}): raise an error instead")
     quitting.__cause__ = error
     return quitting
 
 
-# ---- the command ----------------------------------------------------------------------------------------------
+# ---- the command ------------------------------------------------------------------------------------------
 
 
 def ending(command: Command, argv: list[str], conf: Path, job: Callable[[], None]) -> int:
-    """Runs Hydra and turns whatever happens into a message and an exit code; a sweep ends with its comparison."""
+    """Runs Hydra; whatever happens becomes a message and an exit code. A sweep ends with its comparison."""
     try:
         code = _launched(command, argv, conf, job)
         interrupts.hold()
@@ -285,7 +285,7 @@ def _said(error: BaseException, registry: Registry) -> int:
         complain(error)
         return CONFIG if isinstance(error, ConfigError) else FAILED
     if shows_traceback():
-        traceback.print_exception(error)
+        say(hide("".join(traceback.format_exception(error))), error=True)
     say(f"error: {hide(explain(error, registry))}", error=True)
     return CONFIG
 

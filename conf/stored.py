@@ -1,4 +1,4 @@
-"""A composed config as it is stored and sent: what comes from the environment may be a secret and stays unresolved."""
+"""A composed config as it is stored and sent: what comes from the environment may be a secret."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def watch_environment() -> None:
 
 
 def stored(cfg: DictConfig) -> dict[str, Any]:
-    """As plain data, resolved but for what depends on the environment, however indirectly: the same run again."""
+    """As plain data, resolved but for what depends on the environment, however indirectly."""
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
     return {str(key): _value(cfg, key, raw[key]) for key in raw}

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run alike: between two steps if they can, never while its results are written."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run alike: between two steps, and never while its results are written."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Interrupts:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Around the loop of a run; from its end on signals are held. A loop in a loop leaves the outer one as it is."""
+        """Around the loop of a run; from its end on signals are held. A loop in a loop changes nothing."""
         before, self._moment = self._moment, Moment.STEPPING
         self.check()
         try:
@@ -84,7 +84,7 @@ class Interrupts:
 
     @staticmethod
     def caused(error: BaseException) -> bool:
-        """Whether it is a KeyboardInterrupt, also one that was raised in a library's callback and came out as its error."""
+        """Whether it is a KeyboardInterrupt, or what a library has made of one raised in its callback."""
         seen: BaseException | None = error
         while seen is not None and not isinstance(seen, KeyboardInterrupt):
             seen = seen.__cause__ or seen.__context__
@@ -114,7 +114,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _leave_terminals(self) -> None:
-        """A closed terminal refuses every write, and a line that cannot be printed must not cost the results."""
+        """A closed terminal refuses every write, and a line that nobody reads must not cost the results."""
         for fd in self._terminals:
             try:
                 os.write(fd, b"")

@@ -18,7 +18,8 @@ from .errors import HeadwayError
 
 RESULT, SUMMARY, VERSIONS, CONFIG = "result.json", "summary.json", "versions.json", "config.yaml"
 #: What `results.files` chooses from. result.json and the config are written always.
-FILES = (SUMMARY, VERSIONS, "requests.parquet", "steps.parquet", "decisions.parquet", "timeline.json", "replay.npz")
+TABLES = ("requests.parquet", "steps.parquet", "decisions.parquet")
+FILES = (SUMMARY, VERSIONS, *TABLES, "timeline.json", "replay.npz")
 STATUSES = ("finished", "interrupted", "failed")
 PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy", "hydra-core", "omegaconf", "pluggy", "pyarrow", "wandb")
 _SCRATCH = ".part"
@@ -31,8 +32,9 @@ class Unwritable(HeadwayError, OSError):
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path`, to be written in the block. It becomes `path` when the block ends, and is on the
-    disk by then; when the block fails, nothing of it stays and an earlier `path` is as it was. Raises Unwritable."""
+    """A scratch file beside `path`, to be written in the block. It becomes `path` when the block ends, and is
+    on the disk by then; when the block fails, nothing of it stays and an earlier `path` is as it was.
+    Raises Unwritable."""
     scratch = path.with_name(path.name + _SCRATCH)
     try:
         yield scratch
@@ -67,7 +69,7 @@ def _plain(data: Any) -> Any:
 
 
 class Room:
-    """Room on the disk for result.json, kept from a job's start to its end: a full disk costs other files first."""
+    """Room on the disk for result.json, kept while a job runs: a full disk costs other files first."""
 
     def __init__(self, directory: Path, size: int = 1 << 14) -> None:
         """Raises Unwritable where there is no room even now."""
@@ -81,7 +83,7 @@ class Room:
 
 
 def remove_run(directory: Path) -> None:
-    """Removes what an earlier run wrote here, result.json first, so that half of it is no run. Other files stay."""
+    """Removes what an earlier run wrote here, result.json first: what is left half-way is no run."""
     for name in (RESULT, CONFIG, *FILES, _ROOM):
         for path in (directory / name, directory / f"{name}{_SCRATCH}"):
             path.unlink(missing_ok=True)
@@ -130,7 +132,7 @@ def _version(package: str) -> str:
         return ""
 
 
-# ---- comparing the runs of a sweep ----------------------------------------------------------------------------
+# ---- comparing the runs of a sweep ------------------------------------------------------------------------
 
 
 class Unreadable(HeadwayError):
@@ -145,7 +147,8 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     expected = {"status": str, "error": str, "overrides": list, "summary": dict}
     wrong = [name for name, kind in expected.items() if not isinstance(result.get(name), kind)]
     if wrong or result["status"] not in STATUSES or not all(isinstance(o, str) for o in result["overrides"]):
-        raise Unreadable(f"{directory / RESULT}: is no result of a run ({', '.join(wrong) or 'status or overrides'})")
+        what = ", ".join(wrong) or "status or overrides"
+        raise Unreadable(f"{directory / RESULT}: is no result of a run ({what})")
     if (directory / SUMMARY).exists():
         _read_json(directory / SUMMARY)
     return result | {"directory": str(directory)}
@@ -162,7 +165,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_results(sweep: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """How every run below a directory ended, in the order of its jobs, and what is wrong with the unreadable ones."""
+    """How every run below a directory ended, in the order of jobs, and what is wrong with unreadable ones."""
     found, problems = [], []
     for path in sorted(sweep.glob(f"*/{RESULT}"), key=lambda p: (len(p.parent.name), p.parent.name)):
         try:

@@ -328,7 +328,7 @@ def test_a_list_of_paths_is_a_sweep_over_them(tmp_path, monkeypatch):
     (tmp_path / "z").mkdir()
     assert arguments(["-m", "model=x,y,z"], CONF)[0] == ["-m", "model=custom", "model.name_or_path='x,y','z'"]
     assert arguments(["-m", "model=qwen3_8b,tiny"], CONF)[0] == ["-m", "model=qwen3_8b,tiny"]
-    with pytest.raises(ConfigError, match="z are checkpoints and tiny options of the group"):
+    with pytest.raises(ConfigError, match="z are checkpoints and tiny are options"):
         arguments(["-m", "model=tiny,z"], CONF)
 
 
