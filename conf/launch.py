@@ -112,18 +112,19 @@ class Job:
             self._room = results.Room(self.directory)
             config = stored(self.cfg)
             results.write_text(self.directory / results.CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
-            interrupts.release()
-            run = self._build(config)
-            say(hide(f"{run.name}\n{report.composed(run)}"))
-            result = run.execute()
+            try:
+                interrupts.release()
+                run = self._build(config)
+                say(hide(f"{run.name}\n{report.composed(run)}"))
+                result = run.execute()
+            finally:
+                interrupts.hold()
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            interrupts.hold()
             if interrupts.caused(error):
                 self._end("interrupted", "" if self.result else "interrupted before the first step")
                 say(f"results: {self.directory}")
                 raise KeyboardInterrupt from None
             return self._failed(error)
-        interrupts.hold()
         status, problem = verdict(result)
         self._end(status, problem)
         say(f"\n{report.run_table(summarize(result))}\n{_answers(run, result)}\nresults: {self.directory}")
@@ -241,13 +242,11 @@ def ending(command: Command, argv: list[str], conf: Path, job: Callable[[], None
     """Runs Hydra; whatever happens becomes a message and an exit code. A sweep ends with its comparison."""
     try:
         code = _launched(command, argv, conf, job)
-        interrupts.hold()
         compared = _compared(command)
         code = code or compared
     except SystemExit as stop:  # Hydra's, after --help
         code = stop.code if isinstance(stop.code, int) else FAILED if stop.code else FINISHED
     finally:
-        interrupts.hold()
         command.let_go()
     return interrupts.over(interrupts.exit_code if interrupts.received else code)
 
@@ -263,14 +262,17 @@ def _compared(command: Command) -> int:
 def _launched(command: Command, argv: list[str], conf: Path, job: Callable[[], None]) -> int:
     """The exit code, as far as it is known before the jobs' own."""
     try:
-        command.registry = load_registry()
-        schema.register(command.registry)
-        watch_environment()
-        command.claims.register()
-        sys.argv[1:], sweep = arguments(argv, conf)
-        if sweep is not None:
-            command.hold(sweep.resolve())
-        job()
+        try:
+            command.registry = load_registry()
+            schema.register(command.registry)
+            watch_environment()
+            command.claims.register()
+            sys.argv[1:], sweep = arguments(argv, conf)
+            if sweep is not None:
+                command.hold(sweep.resolve())
+            job()
+        finally:
+            interrupts.hold()
     except (Exception, KeyboardInterrupt) as error:
         return _said(error, command.registry)
     return FINISHED

@@ -18,7 +18,7 @@ PATIENCE = 2.0  # seconds that a step may take to come back before it is interru
 class Moment(Enum):
     """What a signal does now."""
 
-    ANYWHERE = auto()  # composing, building, loading: nothing is lost, so it is raised at once
+    ANYWHERE = auto()  # composing, building, loading: nothing is lost, so each is raised at once
     STEPPING = auto()  # the first one waits for the end of the step, so that every request is accounted for
     HELD = auto()  # results are being written: it is noted, and raised by nobody
     OVER = auto()  # all is written: it ends the process, whatever still cleans up
@@ -105,7 +105,8 @@ class Interrupts:
             self._timed = True
             signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         elif self._moment is not Moment.HELD:
-            self._moment = Moment.HELD
+            if self._moment is Moment.STEPPING:
+                self._moment = Moment.HELD
             raise KeyboardInterrupt
 
     def _lose_patience(self, number: int, frame: FrameType | None) -> None:
