@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,7 +30,11 @@ IDENTITY = "identity"  # in HYDRA: the hash of the composed config
 LOCK = ".headway.lock"
 
 
-class InUse(ConfigError):
+class Refused(ConfigError):
+    """A folder that a run may not write into, not even that it was refused."""
+
+
+class InUse(Refused):
     """Another process writes into this folder now."""
 
 
@@ -166,6 +172,13 @@ def _is_a_jobs(folder: Path) -> bool:
     return any((folder / name).exists() for name in (HYDRA, results.RESULT, results.CONFIG, results.SUMMARY))
 
 
+def check_inputs(folder: Path, cfg: DictConfig) -> None:
+    """Raises Refused where a job would read what `prepare` removes, as a replay reads its record."""
+    for value in _paths(OmegaConf.to_container(cfg, resolve=True)):
+        if _is_own(value, folder):
+            raise Refused(f"{value}: this run's own files would replace it in {folder}: choose another folder")
+
+
 def prepare(folder: Path, cfg: DictConfig, overrides: list[str], identity: str) -> None:
     """Makes a folder a job's: an earlier run's files go, then the config in Hydra's form and whose it is."""
     results.remove_run(folder)
@@ -175,3 +188,21 @@ def prepare(folder: Path, cfg: DictConfig, overrides: list[str], identity: str) 
     results.write_text(hydra / IDENTITY, f"{identity}\n")
     results.write_text(hydra / "config.yaml", OmegaConf.to_yaml(cfg))
     results.write_text(hydra / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+
+
+def _paths(data: Any) -> Iterator[str]:
+    """What the parameters called `path` say, of whatever plugin."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if key == "path" and isinstance(value, str):
+                yield value
+            yield from _paths(value)
+
+
+def _is_own(value: str, folder: Path) -> bool:
+    """Whether a path is that of the folder, or of a file that a run writes there."""
+    own = [folder, *(folder / name for name in (results.RESULT, results.CONFIG, *results.FILES))]
+    try:
+        return bool(value) and Path(value).exists() and any(path.exists() and path.samefile(value) for path in own)
+    except (OSError, ValueError):
+        return False

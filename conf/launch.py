@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from core.request import RunResult
 from . import schema
 from .arguments import arguments
 from .explain import complain, describe, explain, shows_traceback
-from .folders import Claims, InUse, Lock, Sweep, identity, prepare
-from .stored import hide, stored, watch_environment
+from .folders import Claims, Lock, Refused, Sweep, check_inputs, identity, prepare
+from .stored import concealed, hide, stored, watch_environment
 
 FINISHED, FAILED, CONFIG = 0, 1, 2  # exit codes; CONFIG: refused before the first step. Signals: 128 + number
 
@@ -97,8 +97,9 @@ class Job:
                 code = FINISHED if self._is_done() else self._attempt()
             else:
                 with Lock(self.directory):
+                    check_inputs(self.directory, self.cfg)
                     code = self._attempt()
-        except InUse as error:
+        except Refused as error:
             complain(error)
             code = CONFIG
         except Exception as error:  # no room, no right to write
@@ -135,7 +136,7 @@ class Job:
         return FINISHED if self.command.ended[str(self.directory)]["status"] == "finished" else FAILED
 
     def _build(self, config: dict[str, Any]) -> Run:
-        composition = schema.composition(self.cfg)
+        composition = replace(schema.composition(self.cfg), concealed=concealed())
         self.files = composition.results.files
         about = {"config": config, "overrides": self.overrides, "group": self.group}
         observers = [First(self._first)]

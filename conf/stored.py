@@ -45,10 +45,14 @@ def _value(parent: DictConfig | ListConfig, key: Any, raw: Any) -> Any:
     return raw
 
 
+def concealed() -> dict[str, str]:
+    """The values that a config took from the environment, and how it names them."""
+    taken = {os.environ.get(name, ""): f"${{oc.env:{name}}}" for name in dict.fromkeys(_read)}
+    return {value: name for value, name in taken.items() if len(value) >= SHORTEST}
+
+
 def hide(text: str) -> str:
     """`text` without the values that a config took from the environment."""
-    for name in dict.fromkeys(_read):
-        value = os.environ.get(name, "")
-        if len(value) >= SHORTEST:
-            text = text.replace(value, f"${{oc.env:{name}}}")
+    for value, name in concealed().items():
+        text = text.replace(value, name)
     return text

@@ -29,6 +29,7 @@ class Composition:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     slo: SLO = field(default_factory=SLO)  # for requests that bring none
     results: ResultsConfig = field(default_factory=ResultsConfig)
+    concealed: dict[str, str] = field(default_factory=dict)  # value that nothing may store -> how the config names it
     seed: int = param(0, min=-(2**63), max=2**63 - 1)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from omegaconf import OmegaConf
 
-from conf.folders import Claims, InUse, Lock, Sweep, claim, identity, prepare
+from conf.folders import Claims, InUse, Lock, Refused, Sweep, check_inputs, claim, identity, prepare
 from conf.stored import hide, stored, watch_environment
 from core import interrupts as module
 from core import results
@@ -85,6 +85,14 @@ def test_a_folder_of_an_earlier_version_or_of_a_user_is_left_alone(sweep):
 
 def test_a_name_that_a_user_chose_for_jobs_gets_a_suffix_for_the_second(sweep):
     assert [job(sweep, "mine", seed=seed) for seed in (1, 2, 1)] == ["mine", "mine-2", "mine"]
+
+
+def test_a_job_does_not_remove_what_it_would_read(tmp_path):
+    (tmp_path / "replay.npz").touch()
+    for path in (tmp_path, tmp_path / "replay.npz"):
+        with pytest.raises(Refused, match="own files would replace it"):
+            check_inputs(tmp_path, OmegaConf.create({"executor": {"name": "replay", "path": str(path)}}))
+    check_inputs(tmp_path / "other", OmegaConf.create({"executor": {"name": "replay", "path": str(tmp_path)}}))
 
 
 def test_the_identity_is_of_the_resolved_config(monkeypatch):
