@@ -18,6 +18,7 @@ def main() -> int:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import DictConfig
 
+        from conf import torchrun
         from conf.launch import PORTABLE, Command, Job, ending
     except BaseException as error:
         if not interrupts.caused(error):
@@ -27,9 +28,12 @@ def main() -> int:
 
     @hydra.main(config_path="conf", config_name="config", **PORTABLE)
     def job(cfg: DictConfig) -> None:
+        torchrun.check(cfg, HydraConfig.get().mode, command.registry)
+        if torchrun.serves():
+            torchrun.serve(cfg, command.registry)
         command.codes.append(Job(cfg, HydraConfig.get(), command).run())
 
-    return ending(command, sys.argv[1:], CONF, job)
+    return ending(command, [*sys.argv[1:], *torchrun.overrides()], CONF, job)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from core.metrics import summarize
 from core.policy import Observer
 from core.request import RunResult
 
-from . import schema
+from . import manual, schema
+from . import sweep as sweeps
 from .arguments import arguments
 from .explain import complain, describe, explain, shows_traceback
 from .folders import Claims, Lock, Refused, Sweep, check_inputs, identity, prepare
@@ -265,10 +266,14 @@ def _launched(command: Command, argv: list[str], conf: Path, job: Callable[[], N
     try:
         try:
             command.registry = load_registry()
+            if {"-h", "--help"} & set(argv):
+                return manual.show(argv, command.registry)
             schema.register(command.registry)
+            sweeps.register(command.registry)
             watch_environment()
             command.claims.register()
-            sys.argv[1:], sweep = arguments(argv, conf)
+            given, sweep = arguments(argv, conf)
+            sys.argv[1:] = sweeps.loosened(given)
             if sweep is not None:
                 command.hold(sweep.resolve())
             job()
@@ -296,15 +301,17 @@ def _said(error: BaseException, registry: Registry) -> int:
 def compare(sweep: Path, found: list[dict[str, Any]]) -> str:
     """Writes comparison.csv, .json and .md beside the runs; answers the table."""
     cells = report.comparison_rows(found)
+    notes = report.notes(found)
+    marked = [report.table(cells, markdown=True), *(f"\n{note}" for note in notes), ""]
     errors = [f"  job {Path(r['directory']).name}: {r['error'].splitlines()[0]}" for r in found if r["error"]]
     try:
         results.write_text(sweep / "comparison.csv", report.comparison_csv(found))
-        results.write_text(sweep / "comparison.md", report.table(cells, markdown=True) + "\n")
+        results.write_text(sweep / "comparison.md", "\n".join(marked))
         results.write_json(sweep / "comparison.json", results.comparison(found))
-        errors.append(f"comparison: {sweep / 'comparison.md'}")
+        written = f"comparison: {sweep / 'comparison.md'}"
     except OSError as error:
-        errors.append(f"the comparison cannot be written: {error}")
-    return "\n".join([report.table(cells), *errors])
+        written = f"the comparison cannot be written: {error}"
+    return "\n".join([report.table(cells), *notes, *errors, written])
 
 
 def _answers(run: Run, result: Any) -> str:

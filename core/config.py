@@ -263,7 +263,7 @@ class ParallelConfig:
         0,
         min=0,
         max=65535,
-        doc="where ranks of one host meet; 0: any free one. torchrun has its own",
+        doc="where ranks of torchrun's reach rank 0; 0: any free one. Ranks that one command starts need none",
     )
 
     def __post_init__(self) -> None:

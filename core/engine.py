@@ -21,13 +21,21 @@ from .errors import ConfigError, HeadwayError, NothingPlanned, PolicyError, near
 from .interrupts import interrupts
 from .pins import Pins
 from .plan import StepPlan
-from .policy import CALLBACKS, SERVICES, Context, Executor, Observer, Oracle, Reject, Role, StepRecord
+from .policy import CALLBACKS, SERVICES, Context, Executor, ExecutorCaps, Observer, Oracle, Reject, Role, StepRecord
 from .prompts import readable
 from .request import Arrival, Request, RequestList, RequestOutput, RequestState, RunResult
 from .step import StepBuilder
 from .view import View
 
 _RUNNING = RequestState.RUNNING
+
+
+def check_limits(config: EngineConfig, caps: ExecutorCaps, executor: str) -> None:
+    """Raises ConfigError for limits that an executor of this name, which can do this, does not keep."""
+    if config.max_inflight > caps.max_inflight:
+        raise ConfigError(f"engine.max_inflight={config.max_inflight}: executor {executor} takes at most {caps.max_inflight} plans in flight")
+    if config.max_model_len is not None and config.max_model_len > caps.max_model_len:
+        raise ConfigError(f"engine.max_model_len={config.max_model_len}: the model's context is {caps.max_model_len} tokens")
 
 
 class Engine:
@@ -58,12 +66,7 @@ class Engine:
         self.stop_text = stop_text  # decides stop strings; needs a tokenizer, so it comes from outside
 
         caps = self.executor.caps
-        if config.max_inflight > caps.max_inflight:
-            raise ConfigError(
-                f"engine.max_inflight={config.max_inflight}: executor {self.executor.plugin_name} takes at most {caps.max_inflight} plans in flight"
-            )
-        if config.max_model_len is not None and config.max_model_len > caps.max_model_len:
-            raise ConfigError(f"engine.max_model_len={config.max_model_len}: the model's context is {caps.max_model_len} tokens")
+        check_limits(config, caps, self.executor.plugin_name)
         self.max_model_len = config.max_model_len or caps.max_model_len
         self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
         self.placeholders = caps.placeholders

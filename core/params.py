@@ -2,7 +2,8 @@
 
     rate: float = param(1.0, above=0, max=1e9, unit="requests a second")
 
-A field without `param` is checked too: numbers are finite, an int is no bool and no 2.5, and None only where the annotation has it.
+A field without `param` is checked too: numbers are finite, an int is no bool and no 2.5, and None only where
+the annotation has it.
 """
 
 from __future__ import annotations
@@ -57,26 +58,44 @@ class Limits:
         return ", ".join(part for part in said if part)
 
     def bounds(self, words: tuple[str, str, str, str] = (">=", ">", "<=", "<")) -> str:
-        """Such as ">= 0 and <= 1", with these words for min, above, max and below; "" where there are none."""
+        """Such as ">= 0 and <= 1", with these words for min, above, max and below; "" without any."""
         given = zip(words, (self.min, self.above, self.max, self.below), strict=True)
         return " and ".join(f"{word} {_plain(bound)}" for word, bound in given if bound is not None)
 
 
 NOTHING_SAID = Limits()
 _COUNTS = ("at least", "more than", "at most", "less than")
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list", tuple: "a list", dict: "a table"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    tuple: "a list",
+    dict: "a table",
+}
 
 
 def param(
-    default: Any = MISSING, *, min: float | None = None, max: float | None = None, above: float | None = None, below: float | None = None,
-    choices: tuple[str, ...] = (), unit: str = "", finite: bool = True, doc: str = "",
-) -> Any:  # fmt: skip
-    """A dataclass field with a range. A list or dict as `default` is copied for every object; None needs `| None` in the annotation.
+    default: Any = MISSING,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    unit: str = "",
+    finite: bool = True,
+    doc: str = "",
+) -> Any:
+    """A dataclass field with a range. A list or dict as `default` is copied for every object; None needs `| None`
+    in the annotation.
 
-    min, max: the ends, which are allowed; above, below: ends which are not. For a list or dict they hold for each number in it.
-    choices: the texts that are allowed. finite=False allows infinity; NaN is never right. unit, doc: for help.
+    min, max: the ends, which are allowed; above, below: ends which are not. For a list or dict they hold for
+    each number in it. choices: the texts that are allowed. finite=False allows infinity; NaN is never right.
+    unit, doc: for help.
     """
-    limits = Limits(min, max, above, below, tuple(choices), unit, finite, doc)
+    limits = Limits(min, max, above, below, choices=tuple(choices), unit=unit, finite=finite, doc=doc)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata={KEY: limits})
     return field(default=default, metadata={KEY: limits})
@@ -93,19 +112,27 @@ def describe(parameter: Field[Any]) -> str:
 
 
 def check(owner: Any, node: str, error: type[Exception] = ConfigError) -> None:
-    """Raises `error`, which names `node.field=value`, for the first field of a dataclass object that is not what its declaration says.
+    """Raises `error`, which names `node.field=value`, for the first field of a dataclass object that is not what
+    its declaration says.
 
     Scalars of numpy become Python's, and whole numbers of a float field floats.
     """
-    # What a class has as its default was checked when it was registered; a request's parameters are mostly defaults.
-    given = {f.name: value for f in fields(owner) if f.init and (value := getattr(owner, f.name)) is not f.default}
+    # Defaults were checked when the class was registered; a request's parameters are mostly defaults.
+    values = {f.name: getattr(owner, f.name) for f in fields(owner) if f.init}
+    given = {f.name: values[f.name] for f in fields(owner) if f.init and values[f.name] is not f.default}
     for name, value in checked(type(owner), given, node, error).items():
         if value is not given[name]:
             object.__setattr__(owner, name, value)  # a frozen dataclass as well
 
 
-def checked(config: type, given: Mapping[str, Any], node: str, error: type[Exception] = ConfigError) -> dict[str, Any]:
-    """Values by field as `check` would leave them, before an object is made of them. Names that are no field pass as they are."""
+def checked(
+    config: type,
+    given: Mapping[str, Any],
+    node: str,
+    error: type[Exception] = ConfigError,
+) -> dict[str, Any]:
+    """Values by field as `check` would leave them, before an object is made of them. Names that are no field pass
+    as they are."""
     known = _declared(config)
     values = dict(given)
     for name, value in values.items():
@@ -121,7 +148,7 @@ def checked(config: type, given: Mapping[str, Any], node: str, error: type[Excep
 
 @cache
 def _declared(config: type) -> dict[str, tuple[Any, Limits]]:
-    """Field -> (its type, its limits). Types that cannot be resolved, as of classes inside functions, are not checked."""
+    """Field -> (its type, its limits). Types that cannot be resolved, as inside functions, are not checked."""
     try:
         hints = get_type_hints(config)
     except (NameError, AttributeError, TypeError, SyntaxError):
@@ -146,13 +173,15 @@ def _fit(value: Any, hint: Any, limits: Limits, path: str) -> Any:
         return _number(value, arm, limits, path)
     if isinstance(value, str) and limits.choices and value not in limits.choices:
         meant = near(value, limits.choices)
-        raise _Wrong(path, value, f"one of {', '.join(limits.choices)}{'.' + meant if 'mean' in meant else ''}")
+        hint = f".{meant}" if "Did you mean" in meant else ""
+        raise _Wrong(path, value, f"one of {', '.join(limits.choices)}{hint}")
     if isinstance(value, Mapping):
         inner = (get_args(arm) or (Any, Any))[1]
         return {key: _fit(each, inner, limits, f"{path}.{key}") for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        inner = get_args(arm) if len(get_args(arm)) == len(value) else (get_args(arm) or (Any,))[:1] * len(value)
-        items = [_fit(each, hint, limits, f"{path}[{i}]") for i, (each, hint) in enumerate(zip(value, inner, strict=True))]
+        kinds = get_args(arm) or (Any,)
+        kinds = kinds if len(kinds) == len(value) else kinds[:1] * len(value)  # tuple[int, str], or list[int]
+        items = [_fit(value[i], kinds[i], limits, f"{path}[{i}]") for i in range(len(value))]
         return items if isinstance(value, list) else tuple(items)
     if is_dataclass(value) and not isinstance(value, type):
         for name, declared in _declared(type(value)).items():
@@ -166,12 +195,13 @@ def _number(value: float, arm: Any, limits: Limits, path: str) -> float:
     except OverflowError:  # an int beyond the largest float
         number = math.inf if value > 0 else -math.inf
     if not limits.hold(number if math.isinf(number) else value):
-        raise _Wrong(path, value, limits.bounds(_COUNTS) or "a smaller number" if arm is int else _expected(arm, limits))
+        count = limits.bounds(_COUNTS) or "a smaller number"
+        raise _Wrong(path, value, count if arm is int else _expected(arm, limits))
     return number if arm is float else value
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value's type, not yet what is in it, is that of an annotation; true for annotations that are not checked."""
+    """Whether a value's type, not yet what is in it, is that of an annotation; true for those not checked."""
     kind = get_origin(hint) or hint
     if kind in (None, NoneType):
         return value is None

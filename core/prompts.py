@@ -24,7 +24,9 @@ def readable(arrival: Arrival) -> tuple[Arrival, str]:
             id = arrival.id if isinstance(arrival.id, str) else None
             return Arrival(arrival.time, [], id=id), f"{name}={_short(value)}: expected {expected}"
     prompt = arrival.prompt_token_ids
-    if arrival.refusal or (type(prompt) is list and set(map(type, prompt)) <= _INT):
+    # A range holds ints alone, and may stand for a prompt that is longer than any context: it is not read.
+    plain = type(prompt) is range or (type(prompt) is list and set(map(type, prompt)) <= _INT)
+    if arrival.refusal or plain:
         return arrival, arrival.refusal
     try:
         return replace(arrival, prompt_token_ids=token_ids(prompt)), ""

@@ -186,12 +186,25 @@ def varied(results: list[dict[str, Any]]) -> list[str]:
     return [key for key, seen in values.items() if len(seen) > 1]
 
 
+def same_decisions(results: list[dict[str, Any]]) -> list[list[int]]:
+    """Groups of finished runs (their places in `results`) that took the same decisions and gave as many tokens."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, r in enumerate(results):
+        facts = tuple(r["summary"].get(k) for k in ("decision_hash", "num_steps", "num_requests", "total_output_tokens"))
+        if r["status"] == "finished" and all(facts):
+            groups.setdefault(facts, []).append(i)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def comparison(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a run: what was varied, how it ended, its summary."""
+    """One row a run: what was varied, how it ended, its summary, and in `same_decisions_as` the jobs that it equals."""
     keys = varied(results)
     rows = []
     for r in results:
         own = dict(o.partition("=")[::2] for o in r["overrides"])
         problem = (r["error"].splitlines() or [""])[0]
         rows.append({"job": Path(r["directory"]).name} | {k: own.get(k, "") for k in keys} | r["summary"] | {"status": r["status"], "error": problem})
+    for group in same_decisions(results):
+        for i in group:
+            rows[i]["same_decisions_as"] = [rows[j]["job"] for j in group if j != i]
     return rows

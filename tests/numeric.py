@@ -1,7 +1,8 @@
 """Every number that a composition takes, tried with values that are wrong, odd or at the edge of its range.
 
-The tries follow from the registry and from the core's own config classes. Each ends in a verdict: the value is refused when the run is
-composed, by an error that names `node.parameter=value`, or a small run ends, or goes on producing tokens, with finite results.
+The tries follow from the registry and from the core's own config classes. Each ends in a verdict: the value is
+refused when the run is composed, by an error that names `node.parameter=value`, or a small run ends, or goes on
+producing tokens, with finite results.
 
     python -m tests.numeric            the whole matrix, with a table of verdicts
     python -m tests.numeric order slo  these nodes alone
@@ -14,7 +15,7 @@ import math
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -34,8 +35,15 @@ from core.params import Limits, limits_of
 from core.policy import Observer, Workload
 from core.request import SLO, Arrival, SamplingParams, Tags
 from plugins.executors.sim import SimExecutor
+from plugins.kernels.compose import GROUPS
 
-CORE = {"engine": EngineConfig, "model": ModelConfig, "hardware": Hardware, "parallel": ParallelConfig, "slo": SLO}
+CORE = {
+    "engine": EngineConfig,
+    "model": ModelConfig,
+    "hardware": Hardware,
+    "parallel": ParallelConfig,
+    "slo": SLO,
+}
 STEPS = 800  # after so many a run is long enough to see that it goes on
 QUIET = 300  # so many without a token are a loop
 CPU_SECONDS = 20.0  # without a step: a policy that loops
@@ -52,11 +60,14 @@ SMALL = {
 }  # fmt: skip
 
 
-#: At their largest these are no small run, as everything arrives before the first step, unless requests come as others end.
+#: At their largest these are no small run, as everything arrives before the first step, unless requests come as
+#: others end.
 TAKEN_AT_ONCE = ("num_requests", "num_sessions", "turns")
+#: What counts only where the number of blocks follows from the memory.
+SIZE_THE_POOL = ("memory_gb", "memory_utilization", "activation_gb", "kv_cache_gb")
 
 
-# ---- the tries -----------------------------------------------------------------------------------------------------------
+# ---- the tries -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,24 @@ def odd(hint: Any, limits: Limits) -> list[Any]:
         return [math.nan, 2, 2.5, [], "x", None]
     if kind is str:
         return [math.nan, 1, 2.5, [], None, "no-such-choice"]
-    wrong = [math.nan, math.inf, -math.inf, -1, 0, 2.5, 1e308, -1e308, 5e-324, 2**63, -(2**63), 10**400, True, None, [], "x"]
+    wrong = [
+        math.nan,
+        math.inf,
+        -math.inf,
+        -1,
+        0,
+        2.5,
+        1e308,
+        -1e308,
+        5e-324,
+        2**63,
+        -(2**63),
+        10**400,
+        True,
+        None,
+        [],
+        "x",
+    ]
     wrong += [np.float64("nan"), np.float32(0.5), np.int64(3), np.float32("inf")]
     return unlike(wrong + edges(kind, limits))
 
@@ -123,7 +151,7 @@ def unlike(values: list[Any]) -> list[Any]:
     return list(seen.values())
 
 
-# ---- one try -------------------------------------------------------------------------------------------------------------
+# ---- one try -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -201,25 +229,29 @@ def ran(of: Try, registry: Registry) -> Verdict:
         return Verdict(of, "not finite" if said else "went on", said)
     except HeadwayError as error:
         # What only the run can know, such as a backend that is not there; a policy that broke is a fault.
-        return refused(of, error) if f"{of.parameter}" in str(error) else Verdict(of, "fails", str(error).splitlines()[0])
+        said = str(error).splitlines()[0]
+        return refused(of, error) if of.parameter in said else Verdict(of, "fails", said)
     except Exception as error:
         return Verdict(of, "raises", f"{type(error).__name__}: {error}")
     summary = {name: value for name, value in summarize(result).items() if isinstance(value, float)}
     strange = [name for name, value in summary.items() if math.isinf(value)]
-    if any(len(output.token_times) > 1 for output in result.outputs):  # without a second token there is no time between two
-        strange += [name for name, value in summary.items() if math.isnan(value) and not is_undefined(name, registry)]
+    if any(len(output.token_times) > 1 for output in result.outputs):  # else there is no time between two tokens
+        undefined = [name for name, value in summary.items() if math.isnan(value)]
+        strange += [name for name in undefined if not is_undefined(name, registry)]
     said = unfinite(run) or ("" if not strange else f"{', '.join(strange)} of the summary")
     return Verdict(of, "not finite" if said else "ran", said)
 
 
 def refused(of: Try, error: Exception) -> Verdict:
-    """Refused is right where the message names the parameter and shows the value, or for a list or table the part that is wrong."""
+    """Refused is right where the message names the parameter and shows the value, or for a list or table the part
+    that is wrong."""
     said = str(error).splitlines()[0]
     name = of.parameter if of.node in ("sampling", "run") else f"{of.node}.{of.parameter}"
     if (of.value is None and name in said) or (isinstance(of.value, str) and of.value and of.value in said):
         return Verdict(of, "refused", said)  # "set model.hidden_size"; a name that another part looked up
     value = of.value.item() if hasattr(of.value, "item") else of.value
-    plain = [f"{name}={value!r}", f"{name}={value}", f"{name}=[", f"{name}['c0']", f"{name}.c0=", f"{name}[0]", f"{name}={str(value)[:40]}"]
+    parts = [f"{name}=[", f"{name}.c0=", f"{name}[0]"]
+    plain = [f"{name}={value!r}", f"{name}={value}", f"{name}={str(value)[:40]}", *parts]
     return Verdict(of, "refused" if any(text in said for text in plain) else "refused without its name", said)
 
 
@@ -239,7 +271,7 @@ def is_undefined(metric: str, registry: Registry) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def composed(of: Try, registry: Registry) -> Run:
+def composed(of: Try, registry: Registry, directory: Path | None = None) -> Run:
     """A small run that holds the value."""
     given = {of.parameter: of.value}
     choices: dict[str, tuple[str, dict[str, Any]]] = {
@@ -248,7 +280,8 @@ def composed(of: Try, registry: Registry) -> Run:
     }  # fmt: skip
     if of.plugin:
         known = {f.name for f in registry.get(of.node, of.plugin).parameters()}
-        small = {name: value for name, value in {**SMALL, **needs().get(of.plugin, {})}.items() if name in known}
+        wanted = {**SMALL, **needs().get(of.plugin, {})}
+        small = {name: value for name, value in wanted.items() if name in known}
         if of.parameter in TAKEN_AT_ONCE and "arrival" in known:
             small["arrival"] = "closed"
         choices[of.node] = of.plugin, {**small, **given}
@@ -259,6 +292,8 @@ def composed(of: Try, registry: Registry) -> Run:
     if choices["executor"][0] == "torch" and of.node == "executor":
         choices["executor"][1].setdefault("kv_cache_gb", 0.001)
     core = {node: given if of.node == node else {} for node in CORE}
+    if of.parameter in SIZE_THE_POOL:
+        core["engine"] = {"num_blocks": None}
     composition = Composition(
         choices,
         engine=EngineConfig(**{**LIMITS, **core["engine"]}),
@@ -268,13 +303,14 @@ def composed(of: Try, registry: Registry) -> Run:
         slo=SLO(**core["slo"]),
         **(given if of.node == "run" else {}),
     )
-    return build(registry, composition, observers=[Watch()])
+    return build(registry, composition, observers=[Watch()], directory=directory)
 
 
 def answered(of: Try) -> Verdict:
     """A request with the value, on the real engine."""
     try:
-        parameters = SamplingParams(**{"max_tokens": 4, "temperature": 1.0, "seed": 1, of.parameter: of.value})
+        usual = {"max_tokens": 4, "temperature": 1.0, "seed": 1}
+        parameters = SamplingParams(**{**usual, of.parameter: of.value})
     except (ValueError, HeadwayError) as error:
         return refused(of, error)
     except Exception as error:
@@ -285,9 +321,11 @@ def answered(of: Try) -> Verdict:
         model.cache_clear()
         return Verdict(of, "raises", f"{type(error).__name__}: {error}".splitlines()[0])
     if answer.outputs[0].finish_reason == "rejected":
-        return Verdict(of, "refused" if of.parameter in answer.error else "refused without its name", answer.error)
-    fine = all(0 <= token < 512 for token in answer.outputs[0].token_ids)
-    return Verdict(of, "ran" if fine and answer.outputs[0].token_ids else "not finite", answer.outputs[0].finish_reason)
+        named = of.parameter in answer.error
+        return Verdict(of, "refused" if named else "refused without its name", answer.error)
+    tokens = answer.outputs[0].token_ids
+    fine = bool(tokens) and all(0 <= token < 512 for token in tokens)
+    return Verdict(of, "ran" if fine else "not finite", answer.outputs[0].finish_reason)
 
 
 @cache
@@ -297,7 +335,7 @@ def model() -> Any:
     return LLM("tiny", num_blocks=512)
 
 
-# ---- what the runs are made of ---------------------------------------------------------------------------------------------
+# ---- what the runs are made of -------------------------------------------------------------------
 
 
 class Words:
@@ -321,14 +359,16 @@ class Speaking(SimExecutor):
 
 @dataclass
 class Mixed(Workload):
-    """Clients, sessions with tools, shared prefixes and deadlines in two dozen requests: more than the small pool holds."""
+    """Clients, sessions with tools, shared prefixes and deadlines: more than the small pool holds."""
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         for i in range(24):
-            prompt = [j % vocab_size for j in range(6)] + [(i + j) % vocab_size for j in range(3 + 7 * (i % 3))]
+            own = range(i, i + 3 + 7 * (i % 3))
+            prompt = [token % vocab_size for token in (*range(6), *own)]
             tags = Tags(f"c{i % 3}", f"s{i % 5}", i // 5, ("chat", "api")[i % 2], i % 3, "tool" if i % 2 else "")
             slo = SLO(ttft=0.5, tpot=0.1) if i % 4 == 0 else SLO()
-            yield Arrival(0.0005 * i, prompt, SamplingParams(temperature=0.0, max_tokens=12), 2 + i % 9, None, tags, slo)
+            sampling = SamplingParams(temperature=0.0, max_tokens=12)
+            yield Arrival(0.0005 * i, prompt, sampling, output_len=2 + i % 9, tags=tags, slo=slo)
 
 
 def numbered_registry() -> Registry:
@@ -340,20 +380,40 @@ def numbered_registry() -> Registry:
 
 @cache
 def needs() -> dict[str, dict[str, Any]]:
-    """Plugin -> parameters that it does not run without here: the file of a workload, no account for the tracker."""
+    """Plugin -> parameters that it does not run without here: a file, a record, no account for the tracker."""
     folder = Path(tempfile.mkdtemp(prefix="headway_numbers_"))
-    mooncake = [{"timestamp": 100 * i, "input_length": 6, "output_length": 3, "hash_ids": [i % 2]} for i in range(6)]
-    (folder / "mooncake.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mooncake))
-    (folder / "azure.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"2023-11-16 18:15:4{i}.6805900,6,3\n" for i in range(6)))
-    (folder / "burstgpt.csv").write_text("Timestamp,Request tokens,Response tokens\n" + "".join(f"{i},6,3\n" for i in range(6)))
+    lengths = {"input_length": 6, "output_length": 3}
+    mooncake = [{"timestamp": 100 * i, "hash_ids": [i % 2], **lengths} for i in range(6)]
+    write_lines(folder / "mooncake.jsonl", map(json.dumps, mooncake))
+    azure = [f"2023-11-16 18:15:4{i}.6805900,6,3" for i in range(6)]
+    write_lines(folder / "azure.csv", ["TIMESTAMP,ContextTokens,GeneratedTokens", *azure])
+    burstgpt = [f"{i},6,3" for i in range(6)]
+    write_lines(folder / "burstgpt.csv", ["Timestamp,Request tokens,Response tokens", *burstgpt])
     calls = [{"type": "n", "in": 6, "out": 3, "hash_ids": [0], "think_time": 0.1, "stop": "tool_use"}] * 3
-    (folder / "agents.jsonl").write_text("".join(json.dumps({"id": f"s{i}", "block_size": 4, "requests": calls}) + "\n" for i in range(3)))
+    agents = [{"id": f"s{i}", "block_size": 4, "requests": calls} for i in range(3)]
+    write_lines(folder / "agents.jsonl", map(json.dumps, agents))
     named: dict[str, dict[str, Any]] = {"wandb": {"mode": "disabled"}}
-    traces = {"mooncake": "mooncake.jsonl", "trace": "mooncake.jsonl", "azure": "azure.csv", "burstgpt": "burstgpt.csv", "agents": "agents.jsonl"}
+    # Without a GPU, so that the value that is tried is the only backend asked for.
+    named |= dict.fromkeys(("triton", "flash_attn"), dict.fromkeys(GROUPS, "torch"))
+    traces = {
+        "mooncake": "mooncake.jsonl",
+        "trace": "mooncake.jsonl",
+        "azure": "azure.csv",
+        "burstgpt": "burstgpt.csv",
+        "agents": "agents.jsonl",
+    }
+    (folder / "record").mkdir()
+    run = composed(Try("run", "", "seed", 0), numbered_registry(), folder / "record")
+    run.execute()
+    named["replay"] = {"path": str(folder / "record")}
     return named | {name: {"path": str(folder / file)} for name, file in traces.items()}
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------------------
+def write_lines(file: Path, lines: Iterable[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines))
+
+
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def slice_of(all_tries: list[Try], share: int) -> list[Try]:
@@ -371,7 +431,8 @@ class Table:
         for node in [*nodes, "all"]:
             mine = [verdict for verdict in self.verdicts if node in ("all", verdict.of.node)]
             counts = [sum(verdict.kind == kind for verdict in mine) for kind in ("refused", "ran", "went on")]
-            lines.append(f"{node:<12}{len(mine):>7}{counts[0]:>9}{counts[1]:>6}{counts[2]:>9}{sum(v.wrong for v in mine):>7}")
+            wrong = sum(verdict.wrong for verdict in mine)
+            lines.append(f"{node:<12}{len(mine):>7}{counts[0]:>9}{counts[1]:>6}{counts[2]:>9}{wrong:>7}")
         return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +22,7 @@ from conf.arguments import arguments
 from conf.explain import explain
 from core.build import Composition, build, build_roles
 from core.config import EngineConfig, ModelConfig, ParallelConfig, ResultsConfig
+from core.errors import PluginError
 from core.hooks import OPTIONAL, Registry, load_registry
 from core.policy import ROLES
 from headway import SLO, Arrival, ConfigError, HeadwayError, Order, SamplingParams, Victim
@@ -43,7 +46,7 @@ def refusal(registry: Registry, *overrides: str) -> str:
     """What a user reads after typing these."""
     with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
         cfg(*overrides)
-    return explain(caught.value, registry)
+    return explain(caught.value, registry, overrides)
 
 
 def presets() -> list[tuple[str, str]]:
@@ -108,12 +111,21 @@ def test_parameters_of_the_command_line_reach_the_plugin(registry):
         ("schedulr=fcfs", "schedulr: there is no such key. Did you mean scheduler"),
         ("scheduler=chunkd", "scheduler=chunkd: there is no such scheduler. Did you mean chunked?"),
         ("model=qwen3_8", "model=qwen3_8: there is no such model. Did you mean qwen3_8b"),
-        ("scheduler.tokn_budget=4", "scheduler.tokn_budget: the chosen scheduler has no such parameter. Did you mean token_budget?"),
+        ("scheduler.tokn_budget=4", "scheduler.tokn_budget: scheduler=chunked has no such parameter. Did you mean token_budget?"),
         ("engine.blok_size=3", "engine.blok_size: engine has no such parameter. Did you mean block_size"),
         ("hardware.memory=3", "hardware.memory: hardware has no such parameter. Did you mean memory_gb"),
-        ("scheduler.token_budget=abc", "Value 'abc' of type 'str' could not be converted to Integer full_key: scheduler.token_budget"),
-        ("seed=abc", "Value 'abc' of type 'str' could not be converted to Integer full_key: seed"),
+        ("scheduler.token_budget=abc", "scheduler.token_budget=abc: expected a whole number or null"),
+        ("seed=abc", "seed=abc: expected a whole number"),
         ("parallel.tpp=2", "parallel.tpp: parallel has no such parameter. Did you mean tp"),
+        ("order.wp=1", "order.wp: order=fcfs has no such parameter. It is one of order=dlpm, order=vtc."),
+        ("parallel=mash", "parallel=mash: there is no such parallel. Did you mean mesh?"),
+        ("engine.block_size=[1]", "engine.block_size=[1]: expected a whole number"),
+        ("kernels.cuda_graphs=maybe", "kernels.cuda_graphs=maybe: expected true or false"),
+        ("tracking.project=[a]", "tracking.project=[a]: expected a text"),
+        ("engine=3", "engine=3: expected a parameter, engine.NAME=VALUE"),
+        ("~engine.block_size", "~engine.block_size: parameters cannot be removed"),
+        ("model.name_or_path=it's", "model.name_or_path=it's: the value cannot be read. Quote what holds spaces"),
+        ("scheduler", "scheduler: expected KEY=VALUE"),
     ],
 )
 def test_a_wrong_name_or_type_is_refused_with_the_near_names(registry, override, answer):
@@ -146,9 +158,48 @@ def test_a_parameter_without_a_default_must_be_given():
             return view.waiting
 
     node = OmegaConf.structured(schema.node(Strict, "strict"))
-    with pytest.raises(ConfigError, match="order=strict: .*missing mandatory value: alpha"):
-        schema._values(node, node, "order=strict")
-    assert schema._values(OmegaConf.create({"name": "strict", "alpha": 2}), node, "order=strict") == {"name": "strict", "alpha": 2.0}
+    with pytest.raises(ConfigError, match="order.alpha: order=strict cannot do without it. Type order.alpha=VALUE"):
+        schema._values(node, node, "order", "order=strict")
+    assert schema._values(OmegaConf.create({"name": "strict", "alpha": 2}), node, "order", "order=strict") == {"name": "strict", "alpha": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights"),
+    [
+        (("order.weights={c0:2}",), {"c0": 2.0}),
+        (("order.weights.c0=2", "order.weights.c1=3"), {"c0": 2.0, "c1": 3.0}),
+        (("+order.weights.c0=2",), {"c0": 2.0}),
+    ],
+)
+def test_a_parameter_that_is_a_dictionary_takes_new_entries(registry, overrides, weights):
+    composed = cfg("order=vtc", *overrides)
+    assert schema.composition(composed).choices["order"][1]["weights"] == weights
+    assert "order.weights.c0=x: expected entries" in refusal(registry, "order=vtc", "order.weights.c0=x")
+    assert "order.wieghts: order=vtc has no such parameter" in refusal(registry, "order=vtc", "order.wieghts={c0:2}")
+
+
+def test_every_dictionary_of_every_plugin_and_node_takes_new_entries(registry):
+    roots = [OmegaConf.structured(schema.node(c)) for c in schema.NODES.values()]
+    roots += [ConfigStore.instance().load(f"{role}/{name}.yaml").node for role, name in registry.plugins]
+    dictionaries = [d for root in roots for d in root.values() if OmegaConf.is_dict(d) and OmegaConf.get_type(d) is dict]
+    assert dictionaries and not any(OmegaConf.is_struct(d) for d in dictionaries)
+
+
+def test_a_config_that_is_composed_already_explains_itself(registry):
+    """What `-cp DIR/.hydra -cn config` runs: plain YAML, which knows no types and no choices."""
+    plain = OmegaConf.create(OmegaConf.to_yaml(cfg("order=vtc", "order.weights={c0:2}")))
+    assert schema.composition(plain).choices["order"][1]["weights"] == {"c0": 2.0}
+    for change, answer in [
+        ("scheduler.token_budget=abc", "scheduler.token_budget=abc: expected a whole number or null"),
+        ("order.wx=1", "order.wx: order=vtc has no such parameter. Did you mean"),
+        ("order.weights.c0=x", "order.weights.c0=x: expected entries, like {a: 1, b: 2}, each a number"),
+        ("order.name=vct", "order.name=vct: there is no such order. Did you mean vtc"),
+        ("engine.blok_size=1", "engine.blok_size: engine has no such parameter. Did you mean block_size"),
+        ("scheduler=null", "scheduler: none is chosen, and a run needs one"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            schema.composition(OmegaConf.merge(plain, OmegaConf.from_dotlist([change])))
+        assert answer in str(caught.value)
 
 
 def test_a_broken_plugin_that_is_asked_for_says_why(registry):
@@ -246,7 +297,7 @@ def test_a_shared_object_given_two_values_is_refused():
 
 
 def test_an_unknown_parameter_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match="order=counter has no parameter 'wait': it has weight"):
+    with pytest.raises(ConfigError, match="order.wait: order=counter has no such parameter. Did you mean weight"):
         two_roles({"wait": 2.0}, {})
 
 
@@ -335,6 +386,24 @@ def test_a_list_of_paths_is_a_sweep_over_them(tmp_path, monkeypatch):
 def test_what_hydra_cannot_read_is_left_for_hydra_to_refuse():
     for typed in ("scheduler=[1,2", "seed=choice(1,2", "order.weights={a: 1"):
         assert arguments([typed], CONF)[0] == [typed]
+
+
+@dataclass
+class Quits(Order):
+    """Calls sys.exit(0) while it is built."""
+
+    def __post_init__(self) -> None:
+        sys.exit(0)
+
+    def order(self, view):
+        return view.waiting
+
+
+def test_a_plugin_that_calls_exit_while_it_is_built_is_named():
+    registry = Registry()
+    registry.add("order", "quits", Quits)
+    with pytest.raises(PluginError, match=r"order=quits called sys.exit\(0\) while it was built"):
+        build_roles(registry, {"order": ("quits", {})})
 
 
 def test_the_files_of_a_run_are_named_as_they_are_on_disk():

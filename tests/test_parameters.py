@@ -1,4 +1,4 @@
-"""Numbers that are wrong are refused where they are given, everywhere in one way; those that are accepted run to finite results."""
+"""Numbers that are wrong are refused where they are given, everywhere in one way; others run to finite results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from core.hooks import Registry, load_registry
 from core.memory import host_memory
 from core.params import check, describe, limits_of, param
 from core.request import SLO, SamplingParams
-from headway import KeyOrder, Order
+from headway import LLM, KeyOrder, Order
 from plugins.executors.sim import SimExecutor
 from plugins.workloads.pace import arrival_times
 from plugins.workloads.random_lengths import RandomLengths
@@ -48,7 +48,7 @@ class Knobs(Order):
         return view.waiting
 
 
-# ---- one parameter -------------------------------------------------------------------------------------------------------
+# ---- one parameter -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,13 @@ def test_a_wrong_value_is_named_with_its_node_and_what_was_expected(given, said)
 
 def test_what_is_right_is_taken_and_numpy_s_scalars_become_python_s():
     knobs = Knobs(share=np.float32(0.25), count=np.int64(9), table={"a": 2}, many=[[4, 5]], open_end=INF, plain=3)
-    assert (knobs.share, knobs.count, knobs.table, knobs.many, knobs.open_end) == (0.25, 9, {"a": 2.0}, [[4, 5]], INF)
+    assert (knobs.share, knobs.count, knobs.table, knobs.many, knobs.open_end) == (
+        0.25,
+        9,
+        {"a": 2.0},
+        [[4, 5]],
+        INF,
+    )
     assert {type(knobs.share), type(knobs.plain), type(knobs.table["a"])} == {float} and type(knobs.count) is int
     assert Knobs(count=None).count is None
 
@@ -137,20 +143,22 @@ def test_a_range_survives_on_the_way_through_the_config():
     from omegaconf import OmegaConf
 
     node = schema.node(Knobs, "knobs")
-    assert {f.name: describe(f) for f in fields(node) if f.name != "name"} == {f.name: describe(f) for f in fields(Knobs)}
+    ranges = {f.name: describe(f) for f in fields(node) if f.name != "name"}
+    assert ranges == {f.name: describe(f) for f in fields(Knobs)}
     values = vars(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(node), {"share": 1, "count": 2})))
     assert values["share"] == 1.0 and isinstance(values["share"], float) and values["table"] == {"a": 1.0}
 
 
 def test_the_list_of_plugins_shows_ranges():
     command = [sys.executable, "-m", "headway", "plugins", "order"]
-    assert "wp: float = 1.0 (0 to 1e+06)" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "wp: float = 1.0 (0 to 1e+06)" in shown
     listed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     vtc = next(p for p in listed["plugins"] if p["name"] == "vtc")
     assert vtc["parameters"][0] == {"name": "wp", "type": "float", "default": 1.0, "range": "0 to 1e+06"}
 
 
-# ---- the core's own nodes --------------------------------------------------------------------------------------------------
+# ---- the core's own nodes ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,12 +166,18 @@ def test_the_list_of_plugins_shows_ranges():
     [
         (lambda: EngineConfig(block_size=True), "engine.block_size=True"),
         (lambda: EngineConfig(max_num_seqs=2.5), "engine.max_num_seqs=2.5: expected a whole number"),
-        (lambda: EngineConfig(num_blocks=10**12), "engine.num_blocks=1000000000000: expected at least 1 and at most"),
+        (
+            lambda: EngineConfig(num_blocks=10**12),
+            "engine.num_blocks=1000000000000: expected at least 1 and at most",
+        ),
         (lambda: EngineConfig(max_model_len=10**18), "engine.max_model_len=1000000000000000000: expected"),
         (lambda: Hardware(memory_bandwidth=NAN), "hardware.memory_bandwidth=nan: expected a finite number"),
         (lambda: Hardware(memory_gb=1e6), "hardware.memory_gb=1000000.0: expected a finite number"),
         (lambda: Hardware(step_overhead=INF), "hardware.step_overhead=inf"),
-        (lambda: ModelConfig(num_hidden_layers=10**9), "model.num_hidden_layers=1000000000: expected at least 1 and at most 1000"),
+        (
+            lambda: ModelConfig(num_hidden_layers=10**9),
+            "model.num_hidden_layers=1000000000: expected at least 1 and at most 1000",
+        ),
         (lambda: ModelConfig(rope_theta=NAN), "model.rope_theta=nan"),
         (lambda: ParallelConfig(layers=[2, 0]), r"parallel.layers[1]=0: expected at least 1"),
         (lambda: ParallelConfig(timeout=INF), "parallel.timeout=inf"),
@@ -180,8 +194,43 @@ def test_a_wrong_number_of_a_core_node_is_refused(build, said):
 
 def test_a_pool_that_no_memory_holds_is_refused_with_an_estimate():
     blocks = min(2**31 - 1, 4 * (host_memory() or 0) // 340)
-    with pytest.raises(ConfigError, match=rf"engine.num_blocks={blocks}: keeping count .* needs about .* GiB, this machine has"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"engine.num_blocks={blocks}: keeping count .* needs about .* GiB, this machine has",
+    ):
         EngineConfig(num_blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"kv_cache_gb": 16384},
+            "executor.kv_cache_gb=16384.0: a KV cache of that size needs about 16,384.0 GiB",
+        ),
+        ({"kv_cache_gb": 1e-9}, "executor.kv_cache_gb=1e-09: holds no KV block of 16 tokens"),
+        ({"num_blocks": 60_000_000}, "engine.num_blocks=60000000: a KV cache of so many blocks of 16 tokens needs about"),
+        (
+            {"max_num_seqs": 2**20, "block_size": 1, "max_model_len": 2**16},
+            "engine.max_num_seqs=1048576: block tables of 65536 tokens",
+        ),
+        ({"hidden_size": 2**20}, "model.name_or_path=made: "),
+        (
+            {"max_position_embeddings": 2**24, "head_dim": 2**12},
+            "model.max_position_embeddings=16777216: the table of rotary",
+        ),
+    ],
+)
+def test_what_the_real_engine_cannot_hold_is_refused_by_the_parameter_that_asks_for_it(options, said, monkeypatch):
+    monkeypatch.setattr("core.memory.host_memory", lambda: 2**35)  # the same on every machine
+    shape = {
+        "load_format": "dummy", "architecture": "Qwen3ForCausalLM", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32, "vocab_size": 2**14, "tie_word_embeddings": True,
+        "max_position_embeddings": 2**16, "dtype": "float32",
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        LLM("made", **{"device": "cpu", "num_blocks": None, **shape, **options})
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -208,13 +257,25 @@ def test_a_wrong_sampling_parameter_is_a_value_error_that_names_it(given, said):
 
 
 def test_sampling_parameters_of_numpy_and_of_vllm_are_taken():
-    asked = SamplingParams(max_tokens=np.int64(4), top_k=np.int32(2), temperature=np.float32(0.5), stop=None, stop_token_ids=[np.int64(7)])
-    assert (asked.max_tokens, asked.top_k, asked.temperature, asked.stop, asked.stop_token_ids) == (4, 2, 0.5, (), (7,))
+    asked = SamplingParams(
+        max_tokens=np.int64(4),
+        top_k=np.int32(2),
+        temperature=np.float32(0.5),
+        stop=None,
+        stop_token_ids=[np.int64(7)],
+    )
+    assert (asked.max_tokens, asked.top_k, asked.temperature, asked.stop, asked.stop_token_ids) == (
+        4,
+        2,
+        0.5,
+        (),
+        (7,),
+    )
     assert type(asked.max_tokens) is int and type(asked.stop_token_ids[0]) is int
     assert SamplingParams(temperature=1e-9) == SamplingParams(temperature=0.0), "greedy, as in vLLM"
 
 
-# ---- the matrix ------------------------------------------------------------------------------------------------------------
+# ---- the matrix ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +293,8 @@ def test_every_number_of_every_parameter_is_refused_by_name_or_runs_to_finite_re
 
 def test_nan_is_refused_for_every_parameter_there_is(registry):
     """Whatever the type: nothing is NaN."""
-    accepted = [str(v.of) for of in tries(registry) if is_nan(of.value) and (v := judge(of, registry)).kind != "refused"]
-    assert not accepted
+    verdicts = [judge(of, registry) for of in tries(registry) if is_nan(of.value)]
+    assert not [str(verdict.of) for verdict in verdicts if verdict.kind != "refused"]
 
 
 def is_cheap(of: Try) -> bool:
@@ -247,7 +308,7 @@ def is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-# ---- planted bugs: the matrix finds them -------------------------------------------------------------------------------------
+# ---- planted bugs: the matrix finds them ---------------------------------------------------------
 
 
 def faults(registry: Registry, role: str, name: str) -> dict[Any, str]:
@@ -325,6 +386,7 @@ def test_every_numeric_parameter_of_the_box_declares_its_range():
 def test_arrivals_come_at_finite_times_in_every_corner_of_their_ranges():
     fields_of = RandomLengths.__dataclass_fields__
     rate, burstiness = limits_of(fields_of["rate"]), limits_of(fields_of["burstiness"])
-    for arrival, r, b in product(("uniform", "poisson", "gamma"), (rate.min, rate.max), (burstiness.min, burstiness.max)):
+    ends = (rate.min, rate.max), (burstiness.min, burstiness.max)
+    for arrival, r, b in product(("uniform", "poisson", "gamma"), *ends):
         times = list(islice(arrival_times(arrival, r, b, Random(1)), 2000))
         assert times == sorted(times) and math.isfinite(times[-1]) and times[-1] > 0, (arrival, r, b)

@@ -130,6 +130,8 @@ class Replay(Executor):
             )
         return f"replay of {record.path}: {len(then)} facts compared, all as recorded"
 
+    check = prepare  # a record is read quickly, so a wrong one is refused before anything runs
+
     def over(self, inner: Executor) -> RecordedTimes:
         """`inner`, which is prepared, in the step times of this record."""
         return RecordedTimes(inner, self.record.durations, self.told)

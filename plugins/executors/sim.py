@@ -55,6 +55,8 @@ class SimExecutor(Executor):
         self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, eos_token_ids, pp == 1, max(self.max_plans, pp), shape)
         self.clock = VirtualClock()
 
+    check = prepare  # it loads nothing, so all of it can be known before a sweep begins
+
     def kv_capacity(self, block_size: int) -> int:
         return self.roofline.kv_capacity(block_size, self.memory_utilization, self.activation_gb)
 

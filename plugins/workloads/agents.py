@@ -95,7 +95,7 @@ class Agents(Paced):
         id, turn = request.tags.session, request.tags.turn + 1
         goes_on = turn < len(self._sessions[id].calls) and request.state is RequestState.FINISHED
         if goes_on and self._length(id, turn) < self._max_model_len:
-            return [self._call(id, turn, now)]
+            return [self.dealt(self._call(id, turn, now))]
         return super().on_result(request, now)
 
 

@@ -13,17 +13,17 @@ from headway import (
     Arrival,
     SamplingParams,
     Tags,
-    Workload,
     WorkloadError,
     hookimpl,
     param,
 )
 
+from .mix import Mix
 from .pace import LONGEST, arrival_times, length_range, random_prompt
 
 
 @dataclass
-class Clients(Workload):
+class Clients(Mix):
     """Several clients, each with its own rate and lengths, for studies of fairness.
 
     The defaults are the overload of VTC's first experiment (Sheng et al., OSDI'24): 1.5 and 3 requests a second, evenly spaced, 256 tokens in
@@ -70,7 +70,7 @@ class Clients(Workload):
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
         streams = [self._client(i, seed, vocab_size, max_model_len) for i in range(len(self.rates))]
-        return merge(*streams, key=attrgetter("time"))
+        return self.mixed(merge(*streams, key=attrgetter("time")), seed)
 
     def _client(self, i: int, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         rng, name = Random(f"{seed}/client{i}"), f"client{i}"

@@ -65,7 +65,7 @@ class MultiTurn(Paced):
         if turn + 1 < turns and request.state is RequestState.FINISHED:
             following = self._turn(session, turn + 1, now, request.token_ids)
             if len(following.prompt_token_ids) < self._max_model_len:
-                return [following]
+                return [self.dealt(following)]
         return super().on_result(request, now)
 
 

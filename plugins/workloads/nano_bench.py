@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from headway import Arrival, SamplingParams, Workload, hookimpl, param
+from headway import Arrival, SamplingParams, hookimpl, param
+
+from .mix import Mix
 
 
 @dataclass
-class NanoBench(Workload):
+class NanoBench(Mix):
     """nano-vLLM's benchmark: 256 requests at once, lengths uniform 100-1024, its own seed 0, temperature 0.6, ignore_eos.
 
     142,827 prompt and 133,966 output tokens. As there, the lengths are declared as max_tokens. Token ids are below 10,001;
@@ -31,10 +33,11 @@ class NanoBench(Workload):
         lengths = [rng.randint(100, 1024) for _ in range(self.num_requests)]
         if self.repeat:
             prompts = [[(token + 17 * self.repeat) % 10000 for token in prompt] for prompt in prompts]
-        return [
+        made = [
             Arrival(0.0, [token % vocab_size for token in prompt], SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length))
             for prompt, length in zip(prompts, lengths, strict=True)
         ]
+        return list(self.mixed(made, seed))
 
 
 @hookimpl

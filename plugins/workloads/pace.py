@@ -9,9 +9,10 @@ from itertools import chain, count, islice
 from random import Random
 from typing import ClassVar
 
-from headway import Arrival, Request, SamplingParams, Workload, WorkloadError, param
+from headway import Arrival, Request, SamplingParams, WorkloadError, param
 
 from .content import only_its_length
+from .mix import Mix
 
 PROCESSES = ("all_at_once", "uniform", "poisson", "gamma", "closed")
 
@@ -73,7 +74,7 @@ def random_prompt(rng: Random, length: int, vocab_size: int, max_model_len: int)
 
 
 @dataclass
-class Paced(Workload):
+class Paced(Mix):
     """Base of the workloads whose requests come one by one, in an order that does not depend on when they come.
 
     A subclass gives `requests`; times are filled in here. What is asked and when draw from separate streams of the seed, so
@@ -113,7 +114,7 @@ class Paced(Workload):
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
         """In order of time. Raises WorkloadError for an empty workload."""
-        made = self.requests(seed, vocab_size, max_model_len)
+        made = self.mixed(self.requests(seed, vocab_size, max_model_len), seed)
         head = list(islice(made, self.lookahead))
         if not head:
             raise WorkloadError(f"workload {self.plugin_name or type(self).__name__} is empty: it has no request to run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import ClassVar
 
 from headway import Arrival, Tags, hookimpl, param
 
@@ -25,6 +26,8 @@ class RandomLengths(Paced):
         max=1_000_000,
         doc="priority classes, drawn uniformly; 0 is the most urgent",
     )
+
+    dealt_by_itself: ClassVar[tuple[str, ...]] = ("clients", "priorities")
 
     def __post_init__(self) -> None:
         self._input, self._output = length_range("input_len", self.input_len), length_range("output_len", self.output_len)

@@ -14,6 +14,7 @@ from headway import (
     Executor,
     ExecutorCaps,
     ModelConfig,
+    ModelShape,
     ParallelConfig,
     Request,
     StepPlan,
@@ -23,10 +24,14 @@ from headway import (
     param,
 )
 
+from .threads import wait_asleep
+
 if TYPE_CHECKING:
     from ...kernels.compose import KernelChoice
     from ...models.tokenizer import Tokenizer
     from .execution import Execution
+
+wait_asleep()  # before anything imports torch
 
 MAX_PLANS = 4  # steps that may be in flight
 
@@ -82,12 +87,24 @@ class TorchExecutor(Executor):
             from .execution import Execution
 
             self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
-        spec = self._execution.spec
-        shape = spec.shape
-        # A token that a later stage still samples is unknown to the first, so a pipeline cannot plan it.
-        self.caps = ExecutorCaps(
-            shape.max_position_embeddings, shape.vocab_size, spec.eos_token_ids, parallel.pp == 1, max(MAX_PLANS, 2 * parallel.pp), shape
-        )
+        self.caps = _caps(self._execution.spec.shape, self._execution.spec.eos_token_ids, parallel.pp)
+
+    def check(
+        self,
+        model: ModelConfig,
+        kernels: KernelChoice | None = None,
+        *,
+        engine: EngineConfig | None = None,
+        backends: Callable[[str], KernelChoice] | None = None,
+        parallel: ParallelConfig | None = None,
+    ) -> None:
+        """Raises ConfigError and ModelError for what can be known without weights, ranks or a download."""
+        from .foresight import foresee
+
+        parallel = parallel or ParallelConfig()
+        shape = foresee(self, model, kernels, engine=engine or EngineConfig(), backends=backends, parallel=parallel)
+        if shape is not None:
+            self.caps = _caps(shape, frozenset(), parallel.pp)  # until `prepare` has read the checkpoint
 
     def _before_weights(self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig) -> None:
         """Reads the tokenizer and sizes the KV cache: both may be wrong, and weights take minutes."""
@@ -134,6 +151,18 @@ class TorchExecutor(Executor):
     def close(self) -> None:
         if self._execution is not None:
             self._execution.close()
+
+
+def _caps(shape: ModelShape, eos_token_ids: frozenset[int], pp: int) -> ExecutorCaps:
+    # A token that a later stage still samples is unknown to the first, so a pipeline cannot plan it.
+    return ExecutorCaps(
+        shape.max_position_embeddings,
+        shape.vocab_size,
+        eos_token_ids,
+        placeholders=pp == 1,
+        max_inflight=max(MAX_PLANS, 2 * pp),
+        model=shape,
+    )
 
 
 @hookimpl

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from headway import ConfigError, EngineConfig, ModelConfig, StepPlan, StepResult, check_fits
+from headway import ConfigError, EngineConfig, ModelConfig, ModelShape, StepPlan, StepResult, check_fits
 
-from ...kernels.compose import KernelChoice, compose, lookup
+from ...kernels.compose import KernelChoice, Kernels, compose, lookup
 from ...kernels.torch import TorchKernels
 from ...models.loading import Share, Whole, build, load
 from ...models.spec import read_model
@@ -22,6 +22,7 @@ from .batch import NO_LOGPROBS, Batcher, StepInput
 from .graphs import DecodeGraphs
 from .memory import allocate_cache, bytes_per_token, kv_bytes_free
 from .runner import ModelRunner, Sampled
+from .threads import limit_threads
 
 if TYPE_CHECKING:
     from . import TorchExecutor
@@ -61,17 +62,12 @@ class Execution:
         backends: Callable[[str], KernelChoice] | None, seed: int,
     ) -> None:  # fmt: skip
         self.config, self.engine = config, engine
+        limit_threads()
         self.device = device_of(config.device)
         self.spec = read_model(model)
         shape = self.spec.shape
-        if self.device.type == "cpu":
-            weights = f"model.name_or_path={model.name_or_path}: {shape.num_parameters:,} weights in {shape.dtype}"
-            check_fits(shape.weight_bytes, weights, "choose a smaller model, or model.dtype=bfloat16")
-        self.kernels = compose(
-            kernels or TorchKernels(), backends or lookup({"torch": TorchKernels}), self.device.type, shape.dtype, shape.head_dim, engine.block_size
-        )
-        if self.kernels.cuda_graphs and self.device.type != "cuda":
-            raise ConfigError(f"kernels.cuda_graphs=true needs a GPU, the model runs on {self.device}: set kernels.cuda_graphs=false")
+        check_weights(self.device, model, shape)
+        self.kernels = kernels_for(self.device.type, shape, kernels, backends=backends, block_size=engine.block_size)
         self.model = build(self.spec, self.kernels)
         load(self.model, self.device, self._share(), seed=seed)
         self.runner: ModelRunner
@@ -88,11 +84,15 @@ class Execution:
         """Blocks that fit beside the weights and what a step needs; one more is reserved for padding."""
         if (asked := self.config.kv_cache_gb) is not None:
             free = int(asked * 2**30)
+            if self.device.type == "cpu":
+                check_fits(free, f"executor.kv_cache_gb={asked}: a KV cache of that size", "lower it")
         elif self.device.type == "cuda":
             free = kv_bytes_free(self.model, self.kernels, self.device, self.engine, self.config.gpu_memory_utilization)
         else:
             free = 2**30
         blocks = max(0, free // (bytes_per_token(self.model) * block_size) - 1)
+        if asked is not None and not blocks:
+            raise ConfigError(f"executor.kv_cache_gb={asked}: holds no KV block of {block_size} tokens; raise it")
         if self.device.type == "cuda":
             print(f"KV cache: {blocks:,} blocks of {block_size} tokens, {free / 2**30:.2f} GiB of {self.device}", file=sys.stderr)
         return blocks
@@ -214,6 +214,29 @@ def _logprobs(tokens: list[int], ticket: Ticket) -> list[TokenLogprobs | None]:
         None if wanted is None else TokenLogprobs(token, p, r, dict(zip(i[:wanted], b[:wanted], strict=True)))
         for token, p, r, b, i, wanted in zip(tokens, own, rank, best, ids, ticket.wanted, strict=True)
     ]
+
+
+def check_weights(device: torch.device, model: ModelConfig, shape: ModelShape) -> None:
+    """Raises ConfigError for weights that cannot fit into this machine; a GPU's memory is asked when they are loaded."""
+    if device.type == "cpu":
+        weights = f"model.name_or_path={model.name_or_path}: {shape.num_parameters:,} weights in {shape.dtype}"
+        check_fits(shape.weight_bytes, weights, "choose a smaller model, or model.dtype=bfloat16")
+
+
+def kernels_for(
+    device: str,
+    shape: ModelShape,
+    kernels: KernelChoice | None,
+    *,
+    backends: Callable[[str], KernelChoice] | None,
+    block_size: int,
+) -> Kernels:
+    """The composed kernels of a model on a kind of device. Raises ConfigError for what cannot run there."""
+    backends = backends or lookup({"torch": TorchKernels})
+    composed = compose(kernels or TorchKernels(), backends, device, shape.dtype, shape.head_dim, block_size)
+    if composed.cuda_graphs and device != "cuda":
+        raise ConfigError(f"kernels.cuda_graphs=true needs a GPU, the model runs on {device}: set kernels.cuda_graphs=false")
+    return composed
 
 
 def device_of(name: str) -> torch.device:
