@@ -4,7 +4,7 @@ types alone."""
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -24,9 +24,7 @@ def readable(arrival: Arrival) -> tuple[Arrival, str]:
             id = arrival.id if isinstance(arrival.id, str) else None
             return Arrival(arrival.time, [], id=id), f"{name}={_short(value)}: expected {expected}"
     prompt = arrival.prompt_token_ids
-    # A range holds ints alone, and may stand for a prompt that is longer than any context: it is not read.
-    plain = type(prompt) is range or (type(prompt) is list and set(map(type, prompt)) <= _INT)
-    if arrival.refusal or plain:
+    if arrival.refusal or (type(prompt) is list and set(map(type, prompt)) <= _INT):
         return arrival, arrival.refusal
     try:
         return replace(arrival, prompt_token_ids=token_ids(prompt)), ""
@@ -34,12 +32,15 @@ def readable(arrival: Arrival) -> tuple[Arrival, str]:
         return replace(arrival, prompt_token_ids=[]), str(error)
 
 
-def token_ids(prompt: Any) -> list[int]:
+def token_ids(prompt: Any) -> Sequence[int]:
     """A list, tuple, range or array of integers as Python ints. Raises ValueError that says what it holds
     instead."""
     if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview):  # NumPy, torch
         prompt = prompt.tolist()
-    if isinstance(prompt, _NO_LISTS) or not isinstance(prompt, Iterable):
+    # A range holds ints alone, and may stand for a prompt that is longer than any context: it is not read.
+    if isinstance(prompt, range) and _is_countable(prompt):
+        return prompt
+    if isinstance(prompt, (range, *_NO_LISTS)) or not isinstance(prompt, Collection):
         raise ValueError(f"prompt is {_short(prompt)}: expected a list of token ids")
     known = []
     for token in prompt:
@@ -49,6 +50,13 @@ def token_ids(prompt: Any) -> list[int]:
             raise ValueError(f"prompt holds {_short(token)}: expected a list of token ids")
         known.append(int(token))
     return known
+
+
+def _is_countable(prompt: range) -> bool:
+    try:
+        return len(prompt) >= 0
+    except OverflowError:
+        return False
 
 
 _INT = {int}

@@ -115,6 +115,7 @@ BAD_PROMPTS = {
     "a dict of None": ({"prompt": None}, "needs prompt or prompt_token_ids"),
     "a text that is none": ({"prompt": 5}, "expected texts"),
     "too long": ([1] * 5000, "does not fit"),
+    "a range beyond all memory": (range(10**13), "does not fit"),
     "far too long": ("word " * 2_000_000, "prompt of 10,000,000 characters does not fit the context of 4,096"),
 }
 

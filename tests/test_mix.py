@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from headway import SLO, Arrival, RequestState, Tags, load_registry
+from plugins.workloads.agents import Agents
 from plugins.workloads.demo import Demo
 from plugins.workloads.mix import Mix
 from plugins.workloads.multi_turn import MultiTurn
@@ -73,8 +76,19 @@ def test_one_choice_does_not_move_another():
     assert [a.slo for a in both] != [a.slo for a in arrivals(SharedPrefix(slo_tiers=TIERS), seed=2)]
 
 
-def test_a_session_is_dealt_once_for_all_its_turns():
-    workload = MultiTurn(num_sessions=6, turns=3, clients=4, client_skew=0.0, priorities=5, slo_tiers=TIERS)
+DEALT = {"clients": 4, "client_skew": 0.0, "priorities": 5, "slo_tiers": TIERS}
+
+
+def sessions(folder: Path) -> str:
+    call = {"type": "n", "in": 10, "out": 2, "hash_ids": [], "think_time": 0.5, "stop": "tool_use"}
+    lines = [json.dumps({"id": f"a{i}", "block_size": 64, "requests": [call, call]}) for i in range(6)]
+    (folder / "sessions.jsonl").write_text("\n".join(lines))
+    return str(folder / "sessions.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["multi_turn", "agents"])
+def test_a_session_is_dealt_once_for_all_its_turns(tmp_path, kind):
+    workload = MultiTurn(num_sessions=6, turns=3, **DEALT) if kind == "multi_turn" else Agents(path=sessions(tmp_path), **DEALT)
     for first in arrivals(workload):
         request = SimpleNamespace(tags=first.tags, state=RequestState.FINISHED, token_ids=[1, 2, 3])
         (second,) = workload.on_result(request, 9.0)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from core.build import Composition
+from core.build import Composition, check
 from core.build import build as compose
 from core.config import EngineConfig, Hardware, ModelShape, ParallelConfig
 from core.engine import Engine
-from core.errors import ConfigError
+from core.errors import ConfigError, ModelError
 from core.hooks import load_registry
 from core.request import SLO, Arrival, SamplingParams, Tags
 from core.testing import kit
@@ -253,6 +253,13 @@ def test_what_is_not_as_recorded_is_refused_by_name_before_the_first_step(pipeli
         composed(("replay", {"path": str(pipelined[0])}), **{"parallel": ParallelConfig(pp=2)} | otherwise)
 
 
+def test_a_sweep_hears_of_another_run_before_its_first_job(pipelined):
+    choices = {**COMPOSITION, "executor": ("replay", {"path": str(pipelined[0])})}
+    other = Composition(choices, EngineConfig(4, 64, 4, 16), kit.SHAPE, parallel=ParallelConfig(pp=2), seed=4)
+    with pytest.raises(ReplayError, match="seed=4, recorded with 3"):
+        check(load_registry(), other)
+
+
 def test_what_decides_nothing_may_differ(pipelined):
     limits = EngineConfig(4, None, 4, 16, check=True)  # the number of blocks is left to the executor, which takes the record's
     run = composed(("replay", {"path": str(pipelined[0])}), engine=limits, parallel=ParallelConfig(pp=2, timeout=99))
@@ -295,10 +302,12 @@ class Letters:
     has_chat_template = False
 
     def encode(self, text):
+        if "unspeakable" in text:
+            raise ModelError("there are no words for it")
         return [ord(letter) % 50 for letter in text]
 
-    def decode(self, token_ids, skip_special_tokens=True):
-        return " ".join(map(str, token_ids))
+    def answer(self, prompt_token_ids, output):
+        return " ".join(map(str, output.output_token_ids))
 
 
 @dataclass
@@ -309,15 +318,20 @@ class Talking(SimExecutor):
 
 
 def test_a_chat_replays_without_its_model_and_answers_as_it_did(tmp_path):
-    choices = {"workload": ("chat", {"num_requests": 3, "max_tokens": 4, "system": "Be brief."})}
+    (tmp_path / "prompts.txt").write_text("one\nthe unspeakable\nthree\n")
+    parameters = {"path": str(tmp_path / "prompts.txt"), "max_tokens": 4, "system": "Be brief."}
+    choices = {"workload": ("chat", parameters)}
     about = {"choices": choices, "engine": EngineConfig(16, 200, 4, 512)}
     original = composed(("talking", {}), directory=tmp_path, **about).execute()
     run = composed(("replay", {"path": str(tmp_path)}), **about)
     again = run.execute()
     assert again.decision_hash == original.decision_hash
-    assert [(o.prompt, o.output_token_ids) for o in again.outputs] == [(o.prompt, o.output_token_ids) for o in original.outputs]
-    tokens = original.outputs[0].output_token_ids
-    assert run.engine.executor.tokenizer.decode(tokens) == Letters().decode(tokens)
+    assert [o.output_token_ids for o in again.outputs] == [o.output_token_ids for o in original.outputs]
+    assert [(o.prompt, o.finish_reason) for o in again.outputs] == [(o.prompt, o.finish_reason) for o in original.outputs]
+    assert [o.state for o in again.outputs] == ["finished", "rejected", "finished"]
+    assert again.outputs[1].finish_reason == "there are no words for it"
+    output = original.outputs[0]
+    assert run.engine.executor.tokenizer.answer(output.prompt_token_ids, output) == Letters().answer([], output) != ""
     with pytest.raises(ReplayError, match="the prompt 'other' is not in"):
         run.engine.executor.tokenizer.encode("other")
 
@@ -329,6 +343,7 @@ def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
 
     def stops_at_three(request):
         request.stop_text = "as it was" if request.num_output_tokens == 3 else None
+        request.stop_reason = "anything" if request.num_output_tokens == 3 else None
         return request.num_output_tokens == 3
 
     sampling = SamplingParams(max_tokens=9, stop=("anything",))
@@ -340,10 +355,9 @@ def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
     again.prepare()
     repeated = engine(again, again.stop_text).run(arrivals)
     assert repeated.decision_hash == original.decision_hash
-    assert [(o.finish_reason, o.text, o.output_token_ids) for o in repeated.outputs] == [
-        (o.finish_reason, o.text, o.output_token_ids) for o in original.outputs
-    ]
-    assert {(o.finish_reason, o.text, len(o.output_token_ids)) for o in original.outputs} == {("stop", "as it was", 3)}
+    ends = [(o.finish_reason, o.stop_reason, o.text, o.output_token_ids) for o in original.outputs]
+    assert [(o.finish_reason, o.stop_reason, o.text, o.output_token_ids) for o in repeated.outputs] == ends
+    assert [end[:3] for end in ends] == [("stop", "anything", "as it was")] * 2
 
 
 # ---- engines built by hand: what they decide is compared, step by step -------------------------------------

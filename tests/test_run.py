@@ -189,7 +189,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path, arguments, message
 
 
 def test_a_plugin_that_raises_ends_the_run_with_its_name_and_what_was_done(tmp_path, strangers):
-    ended = run(tmp_path, *SIM, "workload=random", "order=raises", "order.after=3", path=strangers)
+    ended = run(tmp_path, *SIM, "workload.arrival=all_at_once", "order=raises", "order.after=3", path=strangers)
     assert ended.returncode == 1
     assert "plugin order=raises, step 3: raised ZeroDivisionError: planted" in ended.stderr
     assert "Traceback" not in ended.stderr

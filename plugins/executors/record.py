@@ -27,7 +27,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-from headway import Engine, HeadwayError, Observer, Request, RunResult, StepPlan, StepRecord, whole
+from headway import Engine, HeadwayError, Observer, Request, RequestOutput, RunResult, StepPlan, StepRecord, whole
 
 from .cost import Roofline
 
@@ -103,7 +103,16 @@ class Said(NamedTuple):
     prompt: str
     prompt_token_ids: list[int]
     answer: str
-    stopped: bool  # a stop string ended it
+    text: str | None  # the answer before the stop string that ended it; None where none did
+    stop_reason: int | str | None
+    refusal: str  # why its tokenizer made no tokens of it
+
+    @classmethod
+    def of(cls, output: RequestOutput, tokenizer: Any) -> Said:
+        tokens = output.prompt_token_ids
+        refusal = output.finish_reason if output.state == "rejected" and not tokens else ""
+        answer = tokenizer.answer(tokens, output) if output.output_token_ids else ""
+        return cls(output.id, output.prompt or "", tokens, answer, output.text, output.stop_reason, refusal)
 
 
 @dataclass(frozen=True)
@@ -198,26 +207,22 @@ class Recorder(Observer):
         self._steps: list[tuple[int, float, float]] = []
         self._plans = array("I")  # rows of PlanDigest: a step is 32 bytes
         self._prompts: dict[int, Prompt] = {}  # by index of the request
-        self._said: dict[int, Said] = {}
 
     def on_step(self, step: StepRecord) -> None:
         self._steps.append((step.step, step.start, step.end))
         self._plans.extend(PlanDigest.of(step.plan))
 
     def on_requests(self, requests: Sequence[Request]) -> None:
-        tokenizer = getattr(self._engine.executor, "tokenizer", None)
         for r in requests:
             self._prompts[r.index] = Prompt.of(r)
-            if r.prompt is not None and tokenizer is not None:
-                answer = r.stop_text if r.stop_text is not None else tokenizer.decode(r.output_token_ids)
-                stopped = r.stop_text is not None
-                self._said[r.index] = Said(r.id, r.prompt, r.prompt_token_ids, answer, stopped)
 
     def close(self, result: RunResult) -> None:
         import numpy as np
 
         file = self.path / FILE if self.path.is_dir() else self.path
         outputs = result.outputs
+        tokenizer = getattr(self._engine.executor, "tokenizer", None)
+        said = [Said.of(o, tokenizer) for o in outputs if o.prompt is not None and tokenizer is not None]
         offsets = np.cumsum([0, *(len(o.output_token_ids) for o in outputs)], dtype=np.int64)
         tokens = (token for o in outputs for token in o.output_token_ids)
         data = {
@@ -231,7 +236,7 @@ class Recorder(Observer):
             "ids": np.array([o.id for o in outputs], dtype=np.str_) if outputs else np.zeros(0, "U1"),
             "arrival": np.array([o.arrival_time for o in outputs], np.float64),
             "prompt": np.array([self._prompts[o.index] for o in outputs], np.int64).reshape(-1, 2),
-            "texts": np.array(json.dumps([self._said[o.index] for o in outputs if o.index in self._said])),
+            "texts": np.array(json.dumps(said)),
             "meta": np.array(json.dumps(_meta(self._engine, result) | {"facts": self.facts})),
         }
         with whole(file) as scratch, scratch.open("wb") as out:

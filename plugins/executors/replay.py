@@ -12,11 +12,13 @@ from headway import (
     Executor,
     ExecutorCaps,
     Hardware,
+    ModelError,
     ModelShape,
     Observer,
     ParallelConfig,
     ReplayClock,
     Request,
+    RequestOutput,
     RunResult,
     StepPlan,
     StepResult,
@@ -61,19 +63,21 @@ class RecordedTexts:
 
     def __init__(self, record: Record) -> None:
         self._path = record.path
-        self._prompts = {said.prompt: said.prompt_token_ids for said in record.said}
-        self._answers = {tuple(record.tokens[said.id]): said.answer for said in record.said}
+        self._said = {said.prompt: said for said in record.said}
+        self._answers = {said.id: said.answer for said in record.said}
 
     def encode(self, text: str) -> list[int]:
-        if text not in self._prompts:
+        if (said := self._said.get(text)) is None:
             raise ReplayError(f"the prompt {text[:60]!r} is not in {self._path}: {OWN_WORKLOAD}")
-        return self._prompts[text]
+        if said.refusal:
+            raise ModelError(said.refusal)
+        return said.prompt_token_ids
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return self.encode(messages[-1]["content"])
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._answers.get(tuple(token_ids), "")
+    def answer(self, prompt_token_ids: Sequence[int], output: RequestOutput) -> str:
+        return self._answers.get(output.id, "")
 
 
 @dataclass
@@ -195,11 +199,11 @@ class Replay(Executor):
         """What the engine asks about stop strings: whether one ended this request here in the recorded
         run."""
         said: Said | None = self._said.get(request.id)
-        if said is None or not said.stopped:
+        if said is None or said.text is None:
             return False
         if request.num_output_tokens < len(self.record.tokens[request.id]):
             return False
-        request.stop_text = said.answer
+        request.stop_text, request.stop_reason = said.text, said.stop_reason
         return True
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from headway import ModelError
 
 from . import template_worker as limits
-from .files import read_text
+from .files import is_there, read_text
 
 #: Names of a message's reasoning; the first is the one that templates read.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -94,7 +94,7 @@ class ChatTemplates:
 
 def _from_files(directory: Path) -> dict[str, ChatTemplate]:
     files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if (path := directory / "chat_template.jinja").exists():
+    if is_there(path := directory / "chat_template.jinja"):
         files["default"] = path
     return {name: ChatTemplate(read_text(path), path) for name, path in files.items()}
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Fast
 
 from headway import ModelError
 
-from .files import read_object, read_text
+from .files import is_there, read_object, read_text
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SETTINGS = "tokenizer_config.json"
@@ -69,7 +69,7 @@ class SpecialTokens:
         fields.setdefault("extra_special_tokens", fields.pop("additional_special_tokens", None))
         with_own = "added_tokens_decoder" not in fields
         other = directory / "special_tokens_map.json"
-        if with_own and other.exists():
+        if with_own and is_there(other):
             _merge(fields, read_object(other))
             named, extra = _special(f"{path} and {other.name}", fields)
         else:
@@ -145,7 +145,7 @@ def _by_id(path: Path, found: Any) -> dict[int, AddedToken]:
 
 def _added_before(path: Path, special: set[str]) -> dict[int, AddedToken]:
     """added_tokens.json, which checkpoints of before 2023 have."""
-    if not path.exists():
+    if not is_there(path):
         return {}
     found = read_object(path)
     if wrong := [token for token, index in found.items() if not isinstance(index, int)]:
@@ -161,10 +161,10 @@ def load_tokenizer(directory: Path) -> tuple[Fast, SpecialTokens]:
     """The tokenizer of tokenizer.json, and what the files beside it say. Raises ModelError for what is
     none."""
     path = directory / "tokenizer.json"
-    if not path.exists():
+    if not is_there(path):
         raise ModelError(f"{path} is missing: texts need it; without one give token ids")
     source = read_text(path, LARGEST)
-    settings = read_object(directory / SETTINGS) if (directory / SETTINGS).exists() else {}
+    settings = read_object(directory / SETTINGS) if is_there(directory / SETTINGS) else {}
     chosen = _class(directory, settings, byte_level=BYTE_LEVEL.search(source) is not None)
     special = SpecialTokens.read(directory, settings, DEFAULTS.get(chosen, {}))
     try:
@@ -208,7 +208,7 @@ def _class(directory: Path, settings: Mapping[str, Any], byte_level: bool) -> st
     """The class that transformers' AutoTokenizer chooses, where it is one that brings its own rules; "" for
     all others."""
     path = directory / "config.json"
-    config = read_object(path) if path.exists() else {}
+    config = read_object(path) if is_there(path) else {}
     named = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     declared = str(named).removesuffix("Fast")
     model_type = config.get("model_type")

@@ -26,8 +26,8 @@ class Mix(Workload):
 
     def mixed(self, arrivals: Iterable[Arrival], seed: int) -> Iterator[Arrival]:
         """Requests, in the order in which the workload makes them, with their tags and targets."""
-        self._mix = f"{seed}/mix"
-        self._sessions: dict[str, int] = {}
+        self._mix_seed = f"{seed}/mix"
+        self._dealt: dict[str, int] = {}
         weights = (k ** -(self.client_skew or 0.0) for k in range(1, (self.clients or 1) + 1))
         self._shares = list(accumulate(weights))
         return (self.dealt(arrival, i) for i, arrival in enumerate(arrivals))
@@ -39,8 +39,8 @@ class Mix(Workload):
         if not own:
             return arrival
         if session := arrival.tags.session:
-            number = self._sessions.setdefault(session, len(self._sessions))
-        rng = Random(f"{self._mix}/{session or number}")
+            number = self._dealt.setdefault(session, len(self._dealt))
+        rng = Random(f"{self._mix_seed}/{session or number}")
         client, priority, tier = rng.random(), rng.random(), rng.random()  # all drawn, so that none depends on another
         tags, slo = arrival.tags, arrival.slo
         if "clients" in own:

@@ -108,6 +108,7 @@ class TorchExecutor(Executor):
 
     def _before_weights(self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig) -> None:
         """Reads the tokenizer and sizes the KV cache: both may be wrong, and weights take minutes."""
+        from ...models.files import is_there
         from ...models.spec import read_model
         from ...models.tokenizer import Tokenizer
         from .execution import device_of
@@ -115,8 +116,8 @@ class TorchExecutor(Executor):
 
         spec = read_model(model)
         check_blocks(engine, spec.shape, parallel, device_of(self.device))
-        if (directory := spec.directory) is not None and (directory / "tokenizer.json").exists():
-            self.tokenizer = Tokenizer(directory, spec.shape.max_position_embeddings)
+        if spec.directory is not None and is_there(spec.directory / "tokenizer.json"):
+            self.tokenizer = Tokenizer(spec.directory, spec.shape.max_position_embeddings)
 
     @property
     def execution(self) -> Execution:

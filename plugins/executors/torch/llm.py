@@ -89,7 +89,7 @@ class _Question:
     """A prompt as it is asked, or what is wrong with it."""
 
     prompt: str | None = None
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: Sequence[int] = ()
     cache_salt: str = ""
     problem: str = ""
 
@@ -198,7 +198,8 @@ class LLM:
                 raise ValueError("prompt and cache_salt: expected texts")
             prompt = given.get("prompt_token_ids", text)
         if not isinstance(prompt, str):
-            return _Question(text, token_ids(prompt), salt)
+            known = token_ids(prompt)
+            return _Question(text, known if len(known) > self.engine.max_model_len else list(known), salt)
         if self.tokenizer is None:
             raise ModelError("this model has no tokenizer: give token ids")
         return _Question(prompt, self.tokenizer.encode(prompt), salt)
