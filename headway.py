@@ -58,6 +58,7 @@ from core.policy import (
 )
 from core.prompts import token_ids
 from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags
+from core.results import whole
 from core.step import Granted, NeedBlocks, NoBudget, NotReady, StepBuilder
 from core.testing.oracle import OracleExecutor
 from core.view import Match, View
@@ -71,7 +72,7 @@ __all__ = [
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
     "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
     "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
-    "param", "prefix_keys", "root_key", "token_ids",
+    "param", "prefix_keys", "root_key", "token_ids", "whole",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from core.errors import HeadwayError, near
 from core.hooks import Plugin, Registry
 
 from . import schema
+from .stored import hide
 
 TRACEBACK = "HEADWAY_TRACEBACK"  # =1 shows the traceback behind an `error:` line
 
@@ -25,12 +26,12 @@ def shows_traceback() -> bool:
 
 
 def describe(error: BaseException) -> str:
-    return str(error) if isinstance(error, HeadwayError) else f"{type(error).__name__}: {error}"
+    return hide(str(error) if isinstance(error, HeadwayError) else f"{type(error).__name__}: {error}")
 
 
 def complain(error: BaseException) -> None:
     if shows_traceback():
-        traceback.print_exception(error)
+        print(hide("".join(traceback.format_exception(error))), file=sys.stderr)
     hint = "" if isinstance(error, HeadwayError) or shows_traceback() else f" ({TRACEBACK}=1 shows where)"
     print(f"error: {describe(error)}{hint}", file=sys.stderr)
 

@@ -31,6 +31,7 @@ TOPICS = {
     "hardware": "one accelerator and its links, for executor=sim",
     "engine": "the engine's own limits",
     "slo": "latency targets of requests that bring none",
+    "results": "what does a run leave in its directory?",
 }
 EXAMPLES = """\
 Headway: LLM-inference scheduling and KV-caching policies, on a real engine and in a simulator.
@@ -107,7 +108,7 @@ def _options(group: str, registry: Registry) -> Iterator[Option]:
         yield Option(name, plugin.summary, plugin.config)
     if group in OPTIONAL:
         yield Option("none", "without one")
-    if group in ("parallel", "engine", "slo"):
+    if group in ("parallel", "engine", "slo", "results"):
         yield Option("", "", node)
     for file in sorted((FOLDER / group).glob("*.yaml")):
         yield Option(file.stem, _about(file))

@@ -20,14 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from core.build import Composition
-from core.config import EngineConfig, Hardware, ModelConfig, ParallelConfig
+from core.config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
 from core.errors import ConfigError, PluginError, near
 from core.hooks import OPTIONAL, Broken, Registry
 from core.policy import ROLES
 from core.request import SLO
 
 #: Root nodes that are no role, with their dataclasses.
-NODES = {"engine": EngineConfig, "slo": SLO, "model": ModelConfig, "hardware": Hardware, "parallel": ParallelConfig}
+NODES = {"engine": EngineConfig, "slo": SLO, "model": ModelConfig, "hardware": Hardware, "parallel": ParallelConfig, "results": ResultsConfig}
 GROUP_ROLES = tuple(role for role in ROLES if role not in NODES)
 
 

@@ -8,9 +8,9 @@ from dataclasses import MISSING, Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig
+from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
 from .engine import Engine, check_limits
-from .errors import ConfigError, HeadwayError, WorkloadError, near
+from .errors import ConfigError, HeadwayError, PluginError, WorkloadError, near
 from .facts import facts
 from .hooks import Plugin, Registry
 from .params import check as check_values
@@ -29,6 +29,8 @@ class Composition:
     hardware: Hardware = field(default_factory=Hardware)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     slo: SLO = field(default_factory=SLO)  # for requests that bring none
+    results: ResultsConfig = field(default_factory=ResultsConfig)
+    concealed: dict[str, str] = field(default_factory=dict)  # value that nothing may store -> how the config names it
     seed: int = param(0, min=-(2**63), max=2**63 - 1)
 
     def __post_init__(self) -> None:
@@ -53,6 +55,10 @@ class Run:
     @property
     def name(self) -> str:
         return " ".join(self.overrides) or "defaults"
+
+    def writes(self, file: str) -> bool:
+        """Whether the run leaves this one of the files that `results.files` names."""
+        return self.directory is not None and file in self.composition.results.files
 
     def execute(self) -> RunResult:
         """Runs the workload to its end, once. Interrupts give a partial result; errors are raised with it as `partial`."""
@@ -141,6 +147,9 @@ def _construct(plugin: Plugin, parameters: dict[str, Any]) -> Role:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{plugin.role}={plugin.name} refuses its parameters: {error}") from error
+    except SystemExit as error:
+        message = f"{plugin.role}={plugin.name} called sys.exit({error.code}) while it was built: raise an error instead"
+        raise PluginError(message) from error
     return built
 
 

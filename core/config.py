@@ -16,6 +16,7 @@ from .errors import ConfigError, ModelError
 from .hf_config import read_hf
 from .memory import check_fits
 from .params import check, param
+from .results import FILES
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1}
 GIB = 1 << 30
@@ -308,3 +309,13 @@ class EngineConfig:
             f"engine.num_blocks={self.num_blocks}: keeping count of so many KV blocks",
             "set a smaller engine.num_blocks, or a larger engine.block_size",
         )
+
+
+@dataclass(frozen=True)
+class ResultsConfig:
+    """What a run writes into its directory. result.json and the config are written always."""
+
+    files: list[str] = param(list(FILES), choices=FILES)
+
+    def __post_init__(self) -> None:
+        check(self, "results")

@@ -24,6 +24,7 @@ from .config import EngineConfig
 from .decisions import DecisionLog
 from .errors import ConfigError, NothingPlanned, near
 from .guard import CheckedPredictor, Guard
+from .interrupts import interrupts
 from .ledger import Ledger
 from .pins import Pins
 from .plan import StepPlan
@@ -609,13 +610,17 @@ class Engine:
         """
         status, problem = "finished", None
         try:
-            self._begin(arrivals, on_result)
-            while self.step():
-                pass
+            with interrupts.stepping():
+                self._begin(arrivals, on_result)
+                while self.step():
+                    interrupts.check()
         except KeyboardInterrupt:
             status = "interrupted"
         except BaseException as error:
-            status, problem = "failed", self.guard.named(error)
+            if interrupts.caused(error):
+                status = "interrupted"
+            else:
+                status, problem = "failed", self.guard.named(error)
         result = self.result(status, str(problem) if problem else "")
         done, self._done = self._done, []
         for observer in self.observers:  # each of them, also when another one fails: results must not depend on neighbours
@@ -623,7 +628,7 @@ class Engine:
                 if done:
                     self.guard.call(observer, observer.on_requests, done)
                 self.guard.call(observer, observer.close, result)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 problem = problem or error
         if problem is not None:
             problem.partial = result  # type: ignore[attr-defined]

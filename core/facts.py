@@ -27,7 +27,10 @@ def facts(registry: Registry, composition: Composition) -> Facts:
     for node in ("engine", "model", "hardware", "parallel", "slo"):
         found |= {f"{node}.{name}": value for name, value in asdict(getattr(composition, node)).items()}
     found["seed"] = composition.seed
-    plain: Facts = json.loads(json.dumps(found, default=str))
+    text = json.dumps(found, default=str)
+    for value, named in composition.concealed.items():
+        text = text.replace(json.dumps(value)[1:-1], named)
+    plain: Facts = json.loads(text)
     return plain
 
 

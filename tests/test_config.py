@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -11,15 +12,17 @@ from typing import Any, Literal
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
+from conf.arguments import arguments
 from conf.explain import explain
-from conf.launch import arguments
 from core.build import Composition, build, build_roles
-from core.config import EngineConfig, ModelConfig, ParallelConfig
+from core.config import EngineConfig, ModelConfig, ParallelConfig, ResultsConfig
+from core.errors import PluginError
 from core.hooks import OPTIONAL, Registry, load_registry
 from core.policy import ROLES
 from headway import SLO, Arrival, ConfigError, HeadwayError, Order, SamplingParams, Victim
@@ -357,9 +360,60 @@ def test_a_path_or_hub_id_becomes_a_model_of_ones_own(tmp_path):
     assert arguments(["model=qwen3_8b"], CONF)[0] == ["model=qwen3_8b"]
 
 
-def test_a_sweeps_folder_is_known_before_it_starts():
-    given, sweep = arguments(["-m", "seed=1,2"], CONF)
-    assert given[-1] == f"hydra.sweep.dir={sweep}"
+@pytest.mark.parametrize("path", ["it's/m", "a,b/m", "c=d/m", "sp ace/m", "par(en)s/m", "br[0]/m", "c's, d=e/m", "$x/m", "back\\slash/m", "ä#/m"])
+def test_a_path_means_itself_whatever_is_in_it(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).mkdir(parents=True)
+    for typed, key in (
+        (f"model={path}", "model.name_or_path"),
+        (f"workload.path={path}", "workload.path"),
+        (f"hydra.run.dir={path}", "hydra.run.dir"),
+    ):
+        override = OverridesParser.create().parse_override(arguments([typed], CONF)[0][-1])
+        assert (override.get_key_element(), override.value()) == (key, path)
+
+
+def test_a_list_of_paths_is_a_sweep_over_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert arguments(["-m", "model=a/m,b/m"], CONF)[0] == ["-m", "model=custom", "model.name_or_path='a/m','b/m'"]
+    (tmp_path / "x,y").mkdir()
+    (tmp_path / "z").mkdir()
+    assert arguments(["-m", "model=x,y,z"], CONF)[0] == ["-m", "model=custom", "model.name_or_path='x,y','z'"]
+    assert arguments(["-m", "model=qwen3_8b,tiny"], CONF)[0] == ["-m", "model=qwen3_8b,tiny"]
+    with pytest.raises(ConfigError, match="z are checkpoints and tiny are options"):
+        arguments(["-m", "model=tiny,z"], CONF)
+
+
+def test_what_hydra_cannot_read_is_left_for_hydra_to_refuse():
+    for typed in ("scheduler=[1,2", "seed=choice(1,2", "order.weights={a: 1"):
+        assert arguments([typed], CONF)[0] == [typed]
+
+
+@dataclass
+class Quits(Order):
+    """Calls sys.exit(0) while it is built."""
+
+    def __post_init__(self) -> None:
+        sys.exit(0)
+
+    def order(self, view):
+        return view.waiting
+
+
+def test_a_plugin_that_calls_exit_while_it_is_built_is_named():
+    registry = Registry()
+    registry.add("order", "quits", Quits)
+    with pytest.raises(PluginError, match=r"order=quits called sys.exit\(0\) while it was built"):
+        build_roles(registry, {"order": ("quits", {})})
+
+
+def test_the_files_of_a_run_are_named_as_they_are_on_disk():
+    with pytest.raises(ConfigError, match=r"results.files\[0\]='requests': expected .* Did you mean requests.parquet"):
+        ResultsConfig(["requests"])
+
+
+def test_a_sweeps_folder_is_known_before_it_starts_where_the_user_names_it():
+    assert arguments(["-m", "seed=1,2"], CONF) == (["-m", "seed=1,2"], None)
     given, sweep = arguments(["-m", "seed=1,2", "hydra.sweep.dir=mine"], CONF)
     assert sweep == Path("mine") and given[-1] == "hydra.sweep.dir=mine"
 

@@ -27,7 +27,7 @@ def sections(text: str) -> dict[str, str]:
 
 def test_every_option_of_every_group_is_there_with_its_one_line(registry):
     found = sections(manual([], registry))
-    assert set(found) == {*ROLES, "policy", "experiment", "model", "hardware", "engine", "slo"}
+    assert set(found) == {*ROLES, "policy", "experiment", "model", "hardware", "engine", "slo", "results"}
     for (role, name), plugin in registry.plugins.items():
         assert f"\n  {name:<17}{plugin.summary[:40]}" in found[role]
     for file in CONF.glob("*/*.yaml"):

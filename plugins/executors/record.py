@@ -27,7 +27,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-from headway import Engine, HeadwayError, Observer, Request, RequestOutput, RunResult, StepPlan, StepRecord
+from headway import Engine, HeadwayError, Observer, Request, RequestOutput, RunResult, StepPlan, StepRecord, whole
 
 from .cost import Roofline
 
@@ -239,10 +239,8 @@ class Recorder(Observer):
             "texts": np.array(json.dumps(said)),
             "meta": np.array(json.dumps(_meta(self._engine, result) | {"facts": self.facts})),
         }
-        scratch = file.with_name(f"{file.name}.part")
-        with scratch.open("wb") as whole:
-            np.savez_compressed(whole, allow_pickle=False, **data)
-        scratch.replace(file)
+        with whole(file) as scratch, scratch.open("wb") as out:
+            np.savez_compressed(out, allow_pickle=False, **data)
 
 
 def _roofline(cost: Roofline) -> dict[str, Any]:

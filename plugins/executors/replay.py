@@ -290,7 +290,7 @@ class RecordedTimes(Executor):
 def headway_observers(run):
     executor = run.roles["executor"]
     observers: list[Observer] = [Verifier(executor)] if isinstance(executor, Replay) else []
-    file = run.directory / FILE if run.directory else None
+    file = run.directory / FILE if run.writes(FILE) else None
     if file is None or (observers and file.resolve() == executor.record.path.resolve()):
         return observers  # a record is not written over by its own replay
     return [*observers, Recorder(file, composition_facts(run.registry, run.composition))]
