@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from core import metrics
+from core import checkpoint, hf_config, metrics
 from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
 from core.build import Composition, build
 from core.clock import ReplayClock, VirtualClock, WallClock
@@ -18,11 +18,14 @@ from core.errors import (
     PolicyError,
     RankError,
     WorkloadError,
-    check_parameters,
     near,
 )
+from core.facts import differences as fact_differences
+from core.facts import facts as composition_facts
 from core.hooks import hookimpl, load_registry
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
+from core.memory import check_fits
+from core.params import describe, param
 from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
     API_VERSION,
@@ -53,7 +56,9 @@ from core.policy import (
     Victim,
     Workload,
 )
+from core.prompts import token_ids
 from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags
+from core.results import whole
 from core.step import Granted, NeedBlocks, NoBudget, NotReady, StepBuilder
 from core.testing.oracle import OracleExecutor
 from core.view import Match, View
@@ -65,9 +70,9 @@ __all__ = [
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role",
     "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget", "Victim",
-    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_parameters", "hookimpl", "load_registry",
-    "metrics", "near",
-    "prefix_keys", "root_key",
+    "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
+    "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
+    "param", "prefix_keys", "root_key", "token_ids", "whole",
 ]  # fmt: skip
 
 

@@ -1,31 +1,39 @@
-"""`python run.py`: composes a run with Hydra, runs it, prints one table. `python run.py --help` shows what can be chosen."""
+"""`python run.py`: composes a run with Hydra, runs it, prints a table. `--help` shows what can be chosen."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from core.interrupts import interrupts
 
-from conf import schema
-from conf.launch import PORTABLE, Launch, arguments, ending
-from core.hooks import load_registry
+CONF = Path(__file__).resolve().parent / "conf"
 
 
 def main() -> int:
-    registry = load_registry()
-    schema.register(registry)
-    argv, sweep = arguments(sys.argv[1:], Path(__file__).parent / "conf")
-    sys.argv[1:] = argv
-    codes: list[int] = []
+    """Signals are heard before anything that takes a while to import."""
+    interrupts.install()
+    try:
+        import hydra
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import DictConfig
+
+        from conf import torchrun
+        from conf.launch import PORTABLE, Command, Job, ending
+    except BaseException as error:
+        if not interrupts.caused(error):
+            raise
+        return interrupts.over(interrupts.exit_code)
+    command = Command()
 
     @hydra.main(config_path="conf", config_name="config", **PORTABLE)
     def job(cfg: DictConfig) -> None:
-        codes.append(Launch(cfg, HydraConfig.get()).run())
+        torchrun.check(cfg, HydraConfig.get().mode, command.registry)
+        if torchrun.serves():
+            torchrun.serve(cfg, command.registry)
+        command.codes.append(Job(cfg, HydraConfig.get(), command).run())
 
-    return ending(job, registry, sweep, codes)
+    return ending(command, [*sys.argv[1:], *torchrun.overrides()], CONF, job)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,27 @@ value of the wrong type is refused when the config is composed.
 from __future__ import annotations
 
 import copy
+import re
+import types
 import typing
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from core.build import Composition
-from core.config import EngineConfig, Hardware, ModelConfig, ParallelConfig
-from core.errors import ConfigError, PluginError
+from core.config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
+from core.errors import ConfigError, PluginError, near
 from core.hooks import OPTIONAL, Broken, Registry
 from core.policy import ROLES
 from core.request import SLO
 
 #: Root nodes that are no role, with their dataclasses.
-NODES = {"engine": EngineConfig, "slo": SLO, "model": ModelConfig, "hardware": Hardware, "parallel": ParallelConfig}
+NODES = {"engine": EngineConfig, "slo": SLO, "model": ModelConfig, "hardware": Hardware, "parallel": ParallelConfig, "results": ResultsConfig}
 GROUP_ROLES = tuple(role for role in ROLES if role not in NODES)
 
 
@@ -63,8 +67,7 @@ def register(registry: Registry) -> None:
     store = ConfigStore.instance()
     for (role, name), plugin in list(registry.plugins.items()):
         try:
-            schema = node(plugin.config, name)
-            OmegaConf.structured(schema)
+            schema = closed_but_for_dicts(node(plugin.config, name))
         except (OmegaConfBaseException, PluginError, TypeError) as error:
             del registry.plugins[role, name]
             registry.broken.append(Broken(plugin.origin, f"its parameters are no config: {error}", role, name))
@@ -81,23 +84,104 @@ def register(registry: Registry) -> None:
     store.store(name="schema", node=make_dataclass("Schema", members), provider="headway")
 
 
+def closed_but_for_dicts(schema: type) -> DictConfig:
+    """A node whose dictionaries take keys that their defaults lack (order.weights={c0: 2}), though Hydra closes what it composes."""
+    made: DictConfig = OmegaConf.structured(schema)
+    _open_dicts(made)
+    return made
+
+
+def _open_dicts(config: DictConfig) -> None:
+    for key in config:
+        child = config._get_node(key)
+        if not isinstance(child, DictConfig):
+            continue
+        if OmegaConf.get_type(child) is dict:
+            OmegaConf.set_struct(child, False)
+        elif not (child._is_none() or child._is_missing()):
+            _open_dicts(child)
+
+
+def options(group: str) -> list[str]:
+    """What a group can be set to: the files of conf/, and what `register` has stored."""
+    files = {p.stem for p in (Path(__file__).parent / group).glob("*.yaml")}
+    stored = ConfigStore.instance().repo.get(group, {})
+    return sorted(files | {name.removesuffix(".yaml") for name in stored})
+
+
 def composition(cfg: DictConfig) -> Composition:
     """The run that a composed config describes. Raises ConfigError for values that a node refuses."""
     choices: dict[str, tuple[str, dict[str, Any]]] = {}
     for role in GROUP_ROLES:
-        chosen = cfg[role]
+        chosen = cfg.get(role)
+        if chosen is None and role not in OPTIONAL:
+            raise ConfigError(f"{role}: none is chosen, and a run needs one. Type {role}=NAME.{near('', options(role))}")
         if chosen is None or (chosen.name == "none" and role in OPTIONAL):
             continue
-        parameters = _values(chosen, ConfigStore.instance().load(f"{role}/{chosen.name}.yaml").node, f"{role}={chosen.name}")
+        if chosen.name not in (known := options(role)):
+            raise ConfigError(f"{role}.name={chosen.name}: there is no such {role}.{near(str(chosen.name), known)}")
+        schema = ConfigStore.instance().load(f"{role}/{chosen.name}.yaml").node
+        parameters = _values(chosen, schema, role, f"{role}={chosen.name}")
         choices[role] = parameters.pop("name"), parameters
     root = ConfigStore.instance().load("schema.yaml").node
-    nodes = {name: config(**_values(cfg[name], root[name], name)) for name, config in NODES.items()}
+    nodes = {name: config(**_values(cfg.get(name) or root[name], root[name], name, name)) for name, config in NODES.items()}
     return Composition(choices, seed=cfg.seed, **nodes)
 
 
-def _values(given: DictConfig, schema: DictConfig, where: str) -> dict[str, Any]:
+def _values(given: DictConfig, schema: DictConfig, node: str, owner: str) -> dict[str, Any]:
     """A node's values by name. The schema is merged in again because the config of an earlier run comes back as plain YAML."""
     try:
         return dict(vars(OmegaConf.to_object(OmegaConf.merge(schema, given))))
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        known = [str(name) for name in schema if name != "name"]
+        raise ConfigError(no_such_parameter(f"{node}.{key}", owner, key, known)) from error
+    except MissingMandatoryValue as error:
+        name = str(error).split("missing mandatory value: ")[-1].split()[0]
+        raise ConfigError(f"{node}.{name}: {owner} cannot do without it. Type {node}.{name}=VALUE") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+        key = str(error.full_key or error.key or "")
+        hint = typing.get_type_hints(OmegaConf.get_type(schema)).get(_root(key))
+        raise ConfigError(no_such_value(f"{node}.{key}", OmegaConf.select(given, key), hint)) from error
+
+
+# ---- what is wrong, in words ------------------------------------------------------------------------------------------
+
+#: A parameter's type -> what a person would type.
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list, like [1,2]",
+    tuple: "a list, like [1,2]",
+    dict: "entries, like {a: 1, b: 2}",
+}
+
+
+def kind(hint: Any) -> str:
+    """What a value of this type looks like on a command line; "" where nothing can be said."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (list, tuple, dict) and (each := kind(arguments[-1])):
+        return f"{KINDS[origin]}, each {each}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(filter(None, map(kind, arguments))))
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if hint is type(None):
+        return "null"
+    return KINDS.get(origin or hint, "")
+
+
+def no_such_parameter(key: str, owner: str, name: str, known: Iterable[str]) -> str:
+    return f"{key}: {owner} has no such parameter.{near(name, known)}"
+
+
+def no_such_value(key: str, value: Any, hint: Any) -> str:
+    """`scheduler.token_budget=abc: expected a whole number`."""
+    return f"{key}={value}: expected {kind(hint) or 'another kind of value'}"
+
+
+def _root(key: str) -> str:
+    """A parameter's name out of the key of one of its entries: weights.c0, rates[1]."""
+    return re.split(r"[.\[]", key, maxsplit=1)[0]

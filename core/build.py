@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig
-from .engine import Engine
-from .errors import ConfigError, HeadwayError
+from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
+from .engine import Engine, check_limits
+from .errors import ConfigError, HeadwayError, PluginError, WorkloadError, near
+from .facts import facts
 from .hooks import Plugin, Registry
+from .params import check as check_values
+from .params import checked, param
 from .policy import SERVICES, Observer, Role, Workload
 from .request import SLO, Arrival, RunResult
 
@@ -26,7 +29,12 @@ class Composition:
     hardware: Hardware = field(default_factory=Hardware)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     slo: SLO = field(default_factory=SLO)  # for requests that bring none
-    seed: int = 0
+    results: ResultsConfig = field(default_factory=ResultsConfig)
+    concealed: dict[str, str] = field(default_factory=dict)  # value that nothing may store -> how the config names it
+    seed: int = param(0, min=-(2**63), max=2**63 - 1)
+
+    def __post_init__(self) -> None:
+        self.seed = checked(type(self), {"seed": self.seed}, "")["seed"]
 
 
 @dataclass
@@ -42,28 +50,47 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)  # the whole composed config as plain data
     overrides: list[str] = field(default_factory=list)  # what the user typed
     group: str = ""  # name of the sweep, "" for a single run
+    _executed: bool = field(default=False, init=False, repr=False)
 
     @property
     def name(self) -> str:
         return " ".join(self.overrides) or "defaults"
 
+    def writes(self, file: str) -> bool:
+        """Whether the run leaves this one of the files that `results.files` names."""
+        return self.directory is not None and file in self.composition.results.files
+
     def execute(self) -> RunResult:
-        """Runs the workload to its end. Interrupts give a partial result; errors are raised with it as `partial`."""
+        """Runs the workload to its end, once. Interrupts give a partial result; errors are raised with it as `partial`."""
+        if self._executed:
+            raise ConfigError("this run was executed before, and its executor is closed: build another from the same composition")
+        self._executed = True
         engine, slo = self.engine, self.composition.slo
         workload: Any = self.roles["workload"]
-        hook = self.registry.manager.hook
         try:
-            arrivals = workload.arrivals(self.composition.seed, engine.executor.caps.vocab_size, engine.max_model_len)
-            hook.headway_run_start(run=self)
+            arrivals = engine.guard.call(workload, workload.arrivals, self.composition.seed, engine.executor.caps.vocab_size, engine.max_model_len)
+            if not hasattr(arrivals, "__iter__"):
+                raise WorkloadError(f"{workload.plugin_name}: arrivals() answered {arrivals!r}: expected an iterable of Arrivals")
+            self.registry.call("headway_run_start", run=self)
             result = engine.run(with_slo(arrivals, slo), lambda request, now: with_slo(workload.on_result(request, now), slo))
         except BaseException as error:
             if (partial := getattr(error, "partial", None)) is not None:
-                hook.headway_run_end(run=self, result=partial)
+                self._tell_end(partial, error)
             raise
         finally:
             engine.executor.close()
-        hook.headway_run_end(run=self, result=result)
+        self._tell_end(result)
         return result
+
+    def _tell_end(self, result: RunResult, error: BaseException | None = None) -> None:
+        """The hooks at the end. What one of them raises carries the result, and never takes the place of the run's own error."""
+        try:
+            self.registry.call("headway_run_end", run=self, result=result)
+        except HeadwayError as late:
+            if error is None:
+                late.partial = result  # type: ignore[attr-defined]
+                raise
+            error.add_note(str(late))
 
 
 def build_roles(registry: Registry, choices: dict[str, tuple[str, dict[str, Any]]]) -> tuple[dict[str, Role], dict[str, Plugin]]:
@@ -95,7 +122,7 @@ def _merge(plugins: dict[str, Plugin], choices: dict[str, tuple[str, dict[str, A
         known = {f.name: f for f in plugin.parameters()}
         for name, value in choices[role][1].items():
             if name not in known:
-                raise ConfigError(f"{role}={plugin.name} has no parameter {name!r}: it has {', '.join(known) or 'none'}")
+                raise ConfigError(f"{role}.{name}: {role}={plugin.name} has no such parameter.{near(name, known)}")
             if name not in given:
                 merged[name] = value
             if len(together) == 1 or value == _default(known[name]):
@@ -120,15 +147,34 @@ def _construct(plugin: Plugin, parameters: dict[str, Any]) -> Role:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{plugin.role}={plugin.name} refuses its parameters: {error}") from error
+    except SystemExit as error:
+        message = f"{plugin.role}={plugin.name} called sys.exit({error.code}) while it was built: raise an error instead"
+        raise PluginError(message) from error
     return built
 
 
-def prepare_executor(registry: Registry, executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
-    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, backends, parallel, tp, pp, engine, seed.
+def check_executor(registry: Registry, executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
+    """Lets an executor refuse what it can without weights or ranks: its `check`, which names what it needs as `prepare` does.
 
-    `shape` is worked out only for those that ask, since a checkpoint brings its own.
+    An executor that sets `caps` there is checked against the engine's limits as well.
     """
-    offered: dict[str, Callable[[], Any]] = {
+    offered = _offers(registry, composition, roles)
+    wanted = inspect.signature(getattr(executor, "prepare", _needs_nothing)).parameters
+    if composition.parallel.world_size > 1 and not {"parallel", "tp"} & set(wanted):
+        given = f"parallel.tp={composition.parallel.tp} parallel.pp={composition.parallel.pp}"
+        raise ConfigError(f"{given}: {executor.plugin_name} runs on one rank; more is not there yet. Set both to 1, or use executor=sim")
+    _call(executor, "check", offered)
+
+
+def prepare_executor(registry: Registry, executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
+    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, backends, parallel, tp, pp, engine,
+    seed, facts."""
+    _call(executor, "prepare", _offers(registry, composition, roles))
+
+
+def _offers(registry: Registry, composition: Composition, roles: dict[str, Role]) -> dict[str, Callable[[], Any]]:
+    """What a run offers its executor by name. `shape` is worked out only for those that ask, since a checkpoint brings its own."""
+    return {
         "model": lambda: composition.model,
         "shape": composition.model.shape,
         "hardware": lambda: composition.hardware,
@@ -139,34 +185,80 @@ def prepare_executor(registry: Registry, executor: Any, composition: Composition
         "pp": lambda: composition.parallel.pp,
         "engine": lambda: composition.engine,
         "seed": lambda: composition.seed,
+        "facts": lambda: facts(registry, composition),
     }
-    prepare = getattr(executor, "prepare", _needs_nothing)
-    wanted = inspect.signature(prepare).parameters
-    if composition.parallel.world_size > 1 and not {"parallel", "tp"} & set(wanted):
-        given = f"parallel.tp={composition.parallel.tp} parallel.pp={composition.parallel.pp}"
-        raise ConfigError(f"{given}: {executor.plugin_name} runs on one rank; more is not there yet. Set both to 1, or use executor=sim")
+
+
+def _call(executor: Any, method: str, offered: dict[str, Callable[[], Any]]) -> None:
+    function = getattr(executor, method, _needs_nothing)
+    wanted = inspect.signature(function).parameters
     unknown = [n for n, p in wanted.items() if n not in offered and p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if unknown:
-        raise ConfigError(f"{executor.plugin_name}.prepare asks for {', '.join(unknown)}: a run can offer {', '.join(offered)}")
-    prepare(**{name: offered[name]() for name in wanted if name in offered})
+        raise ConfigError(f"{executor.plugin_name}.{method} asks for {', '.join(unknown)}: a run can offer {', '.join(offered)}")
+    function(**{name: offered[name]() for name in wanted if name in offered})
 
 
 def _needs_nothing() -> None:
-    """An executor without a `prepare`."""
+    """An executor without this method."""
+
+
+def _inner_executor(registry: Registry, executor: Any) -> Any:
+    """executor=replay executor.inner=sim: another executor in the step times of a record. None where there is none."""
+    if not getattr(executor, "inner", ""):
+        return None
+    inner = _construct(registry.get("executor", executor.inner), {})
+    inner.plugin_name = f"executor={executor.inner}"
+    return inner
 
 
 def _ready_executor(registry: Registry, composition: Composition, roles: dict[str, Role]) -> Role:
     executor: Any = roles["executor"]
     prepare_executor(registry, executor, composition, roles)
-    if not getattr(executor, "inner", ""):
+    inner = _inner_executor(registry, executor)
+    if inner is None:
         return roles["executor"]
-    # executor=replay executor.inner=sim: another executor in the step times of a record.
-    within = _construct(registry.get("executor", executor.inner), {})
-    within.plugin_name = f"executor={executor.inner}"
-    prepare_executor(registry, within, composition, roles)
-    wrapped: Role = executor.over(within)
+    prepare_executor(registry, inner, composition, roles)
+    wrapped: Role = executor.over(inner)
     wrapped.plugin_name = f"{executor.plugin_name}({executor.inner})"
     return wrapped
+
+
+def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role], dict[str, Plugin]]:
+    """The roles of a run and their plugins, after everything that can be known without weights, ranks or a pool of blocks.
+
+    `build` begins with it, and a sweep asks it about every job before the first one runs. Raises HeadwayError for names,
+    parameters and their ranges, services that a role requires, files, and limits that the executor cannot keep.
+    """
+    for node in ("engine", "model", "hardware", "parallel", "slo"):
+        check_values(getattr(composition, node), node)  # whatever was set on them since they were made
+    roles, plugins = build_roles(registry, composition.choices)
+    for role in roles.values():
+        if "predictor" in role.requires and "predictor" not in roles:
+            raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: {SERVICES['predictor']}")
+    workload: Any = roles.get("workload")
+    if isinstance(workload, Workload):
+        workload.check()
+    executor: Any = roles["executor"]
+    check_executor(registry, executor, composition, roles)
+    if (inner := _inner_executor(registry, executor)) is not None:
+        check_executor(registry, inner, composition, roles)
+        executor = inner
+    if getattr(executor, "caps", None) is not None:
+        _check_limits(executor, composition, roles)
+    return roles, plugins
+
+
+def _check_limits(executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
+    limits = _limits(composition)
+    check_limits(limits, executor.caps, executor.plugin_name)
+    for role in roles.values():
+        if "step_time" in role.requires and executor.cost_model is None:
+            raise ConfigError(f"{role.plugin_name} needs step_time, and none is chosen: {SERVICES['step_time']}")
+
+
+def _limits(composition: Composition) -> EngineConfig:
+    """A stage without a plan of its own idles, so a pipeline has at least as many in flight as it has stages."""
+    return replace(composition.engine, max_inflight=max(composition.engine.max_inflight, composition.parallel.pp))
 
 
 def build(registry: Registry, composition: Composition, observers: Iterable[Observer] = (), **about: Any) -> Run:
@@ -174,22 +266,16 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
 
     Errors come in the order of their cost: names and parameters first, the checkpoint last.
     """
-    roles, plugins = build_roles(registry, composition.choices)
+    roles, plugins = check(registry, composition)
     tracking = roles.pop("tracking", None)
-    for role in roles.values():
-        if "predictor" in role.requires and "predictor" not in roles:
-            raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: {SERVICES['predictor']}")
-    workload: Any = roles.get("workload")
-    if isinstance(workload, Workload):
-        workload.check()
     executor: Any = _ready_executor(registry, composition, roles)
     roles["executor"] = executor
     try:
+        workload: Any = roles.get("workload")
         if hasattr(workload, "tokenizer"):
             workload.tokenizer = getattr(executor, "tokenizer", None)  # for real texts
-        # A stage without a plan of its own idles, so a pipeline has at least as many in flight as it has stages.
-        limits = replace(composition.engine, max_inflight=max(composition.engine.max_inflight, composition.parallel.pp))
-        engine = Engine(roles, limits, seed=composition.seed, stop_text=getattr(executor, "stop_text", None))
+        stop_text = getattr(executor, "stop_text", None)
+        engine = Engine(roles, _limits(composition), seed=composition.seed, stop_text=stop_text)
         run = Run(composition, roles, plugins, engine, registry, **about)
         engine.observers.extend([*observers, *registry.observers(run)])
     except BaseException:
@@ -201,7 +287,8 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     return run
 
 
-def with_slo(arrivals: Iterable[Arrival], slo: SLO) -> Iterator[Arrival]:
-    """Gives the run's latency targets to requests that bring none."""
+def with_slo(arrivals: Iterable[Arrival], slo: SLO) -> Iterable[Arrival]:
+    """Gives the run's latency targets to requests that bring none. A list stays one: the engine sorts it by time."""
     none = SLO()
-    return (replace(a, slo=slo) if a.slo == none and slo != none else a for a in arrivals)
+    given = (replace(a, slo=slo) if isinstance(a, Arrival) and a.slo == none and slo != none else a for a in arrivals)
+    return list(given) if isinstance(arrivals, (list, tuple)) else given

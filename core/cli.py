@@ -13,16 +13,15 @@ from typing import Any
 
 from .errors import HeadwayError, near
 from .hooks import Plugin, Registry, load_registry
-from .metrics import percentile
+from .params import describe, limits_of
 from .policy import ROLES
-from .request import Arrival
 
 #: Verb -> (module, its function of argv that answers the exit code, one line). Imported only when it is asked for.
 VERBS = {
     "plugins": ("core.cli", "plugins", "list every available plugin, its parameters and where it comes from"),
     "check": ("core.testing.check", "main", "run the conformance kit on a composition: check scheduler=chunked order=mypaper"),
     "new": ("core.scaffold", "main", "write an installable plugin package: new order mypaper"),
-    "trace": ("core.cli", "trace", "count and measure a trace file, or convert it to JSON lines"),
+    "trace": ("core.tracing", "trace", "count and measure a trace file, or convert it to JSON lines"),
 }
 
 
@@ -69,7 +68,7 @@ def _as_json(chosen: list[Plugin], registry: Registry) -> str:
     found = [
         {
             "role": p.role, "name": p.name, "summary": p.summary, "origin": p.origin.source, "dist": p.origin.dist, "version": p.origin.version,
-            "parameters": [{"name": f.name, "type": _type(f), "default": _default(f)} for f in p.parameters()],
+            "parameters": [_parameter(f) for f in p.parameters()],
         }
         for p in chosen
     ]  # fmt: skip
@@ -85,13 +84,23 @@ def _as_text(chosen: list[Plugin], registry: Registry) -> str:
             role = p.role
             lines.append(f"\n{role}: {ROLES[role]}")
         lines.append(f"  {p.name:<14} {p.summary}")
-        if given := ", ".join(f"{f.name}: {_type(f)} = {_default(f)!r}" for f in p.parameters()):
-            lines.append(f"  {'':<14} {given}")
+        lines += [f"  {'':<14} {f.name}: {_type(f)} = {_default(f)!r}{_range(f)}" for f in p.parameters()]
         lines.append(f"  {'':<14} from {p.origin}")
     if registry.broken:
         lines.append("\nbroken:")
         lines += [f"  {b.origin.name} ({b.origin})\n    {b.reason}" for b in registry.broken]
     return "\n".join(lines).lstrip("\n")
+
+
+def _parameter(parameter: Field[Any]) -> dict[str, Any]:
+    known = {"name": parameter.name, "type": _type(parameter), "default": _default(parameter)}
+    said = {"range": describe(parameter), "doc": limits_of(parameter).doc}
+    return known | {key: text for key, text in said.items() if text}
+
+
+def _range(parameter: Field[Any]) -> str:
+    text = describe(parameter)
+    return f" ({text})" if text else ""
 
 
 def _type(parameter: Field[Any]) -> str:
@@ -102,48 +111,3 @@ def _default(parameter: Field[Any]) -> Any:
     if parameter.default_factory is not MISSING:
         return parameter.default_factory()
     return "required" if parameter.default is MISSING else parameter.default
-
-
-# ---- trace -----------------------------------------------------------------------------------------------------------
-
-
-def trace(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m headway trace", description="Requests, lengths and arrivals of a trace file.")
-    parser.add_argument("path")
-    parser.add_argument("--format", default="mooncake", help="azure, mooncake, burstgpt")
-    parser.add_argument("--limit", type=int, help="only the first so many requests")
-    parser.add_argument("--out", help="also write the requests as JSON lines: time, input_len, output_len, session")
-    options = parser.parse_args(argv)
-    workload = load_registry().get("workload", "trace").build(path=options.path, format=options.format, limit=options.limit)
-    arrivals = list(workload.arrivals(0, 32_000, 1 << 40))
-    print(_measure(arrivals))
-    if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
-            for a in arrivals:
-                row = {"time": a.time, "input_len": len(a.prompt_token_ids), "output_len": a.output_len, "session": a.tags.session}
-                file.write(json.dumps(row) + "\n")
-    return 0
-
-
-def _measure(arrivals: list[Arrival]) -> str:
-    times = [a.time for a in arrivals]
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
-    span = times[-1] - times[0] if times else 0.0
-    mean = sum(gaps) / len(gaps) if gaps else 0.0
-    spread = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5 if gaps else 0.0
-    lines = [
-        f"requests       {len(arrivals):,} over {span:,.1f} s" + (f", {len(arrivals) / span:,.2f} a second" if span else ""),
-        f"between them   mean {mean:.4f} s, coefficient of variation {spread / mean if mean else 0:.2f} (1 is Poisson)",
-        _lengths("input tokens", [len(a.prompt_token_ids) for a in arrivals]),
-        _lengths("output tokens", [a.output_len for a in arrivals if a.output_len is not None]),
-    ]
-    sessions = {a.tags.session for a in arrivals if a.tags.session}
-    return "\n".join([*lines, f"sessions       {len(sessions):,}"] if sessions else lines)
-
-
-def _lengths(name: str, values: list[int]) -> str:
-    ordered = sorted(map(float, values))
-    if not ordered:
-        return f"{name:<14} not given"
-    shown = ", ".join(f"P{p} {percentile(ordered, p):,.0f}" for p in (50, 90, 99))
-    return f"{name:<14} {sum(values):,} in all, mean {sum(values) / len(values):,.1f}, {shown}, most {max(values):,}"

@@ -5,16 +5,24 @@ A shape and a machine are enough to size a KV cache and to predict a step, with 
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, near
+from . import checkpoint
+from .errors import ConfigError, ModelError
+from .hf_config import read_hf
+from .memory import check_fits
+from .params import check, param
+from .results import FILES
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1}
 GIB = 1 << 30
+BLOCK_BYTES = 340  # of host memory for one KV block, measured; what indexes and evictions keep of it comes on top
+#: What no model comes near: larger numbers are mistakes, and would be found only when memory is gone.
+WIDEST, MOST_LAYERS, MOST_HEADS, LONGEST, MOST_RANKS = 2**24, 1000, 2**16, 2**24, 4096
 
 
 @dataclass(frozen=True)
@@ -22,26 +30,21 @@ class ModelShape:
     """A decoder-only transformer with grouped-query attention and a gated MLP (Llama, Qwen2, Qwen3). Names are Hugging Face's."""
 
     architecture: str  # as in config.json: Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    tie_word_embeddings: bool
-    max_position_embeddings: int  # tokens
-    dtype: str = "bfloat16"
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
+    hidden_size: int = param(min=1, max=WIDEST)
+    num_hidden_layers: int = param(min=1, max=MOST_LAYERS)
+    num_attention_heads: int = param(min=1, max=MOST_HEADS)
+    num_key_value_heads: int = param(min=1, max=MOST_HEADS)
+    head_dim: int = param(min=1, max=MOST_HEADS)
+    intermediate_size: int = param(min=1, max=WIDEST)
+    vocab_size: int = param(min=1, max=WIDEST)
+    tie_word_embeddings: bool = param()
+    max_position_embeddings: int = param(min=1, max=LONGEST, unit="tokens")
+    dtype: str = param("bfloat16", choices=tuple(DTYPE_BYTES))
+    rope_theta: float = param(10000.0, above=0, max=1e12)
+    rms_norm_eps: float = param(1e-6, min=0, max=1)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_BYTES:
-            raise ConfigError(f"model.dtype={self.dtype!r} is not known.{near(self.dtype, DTYPE_BYTES)}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ConfigError(f"model.{field.name}={value}: expected at least 1")
+        check(self, "model")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"model.num_attention_heads={self.num_attention_heads} is no multiple of model.num_key_value_heads={self.num_key_value_heads}"
@@ -49,29 +52,13 @@ class ModelShape:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], dtype: str | None = None) -> ModelShape:
-        """From the contents of a checkpoint's config.json. `dtype=None` takes the checkpoint's own. Raises ConfigError for a missing field."""
-        architecture = (config.get("architectures") or ["?"])[0]
-        needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-        missing = [name for name in needed if name not in config]
-        if missing:
-            raise ConfigError(f"config.json of {architecture} lacks {', '.join(missing)}: expected a decoder-only Hugging Face config")
-        heads = config["num_attention_heads"]
-        rope = config.get("rope_parameters") or {}
-        return cls(
-            architecture=architecture,
-            hidden_size=config["hidden_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            intermediate_size=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=config.get("max_position_embeddings") or 2048,
-            dtype=dtype or config.get("dtype") or config.get("torch_dtype") or "bfloat16",
-            rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            rms_norm_eps=float(config.get("rms_norm_eps") or 1e-6),
-        )
+        """From the contents of config.json; `dtype` goes before its own. ConfigError names a wrong field."""
+        return cls.from_fields(read_hf(config).shape, dtype)
+
+    @classmethod
+    def from_fields(cls, given: Mapping[str, Any], dtype: str | None = None) -> ModelShape:
+        """From what a checkpoint says (`HFConfig.shape`); without any dtype it is bfloat16."""
+        return cls(**{**given, "dtype": dtype or given["dtype"] or "bfloat16"})
 
     @property
     def dtype_bytes(self) -> int:
@@ -137,24 +124,27 @@ class ModelConfig:
     """The `model` node. Shape fields are optional: a checkpoint has its own; `executor=sim` and `load_format=dummy` need them."""
 
     name_or_path: str = "tiny"
-    load_format: str = "auto"  # auto: read the checkpoint; dummy: random weights of this shape
-    dtype: str | None = None  # None: the checkpoint's, else bfloat16
+    load_format: str = param(
+        "auto",
+        choices=("auto", "dummy"),
+        doc="auto: read the checkpoint; dummy: random weights of this shape",
+    )
+    dtype: str | None = param(None, choices=tuple(DTYPE_BYTES), doc="None: the checkpoint's, else bfloat16")
     architecture: str | None = None
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    vocab_size: int | None = None
+    hidden_size: int | None = param(None, min=1, max=WIDEST)
+    num_hidden_layers: int | None = param(None, min=1, max=MOST_LAYERS)
+    num_attention_heads: int | None = param(None, min=1, max=MOST_HEADS)
+    num_key_value_heads: int | None = param(None, min=1, max=MOST_HEADS)
+    head_dim: int | None = param(None, min=1, max=MOST_HEADS)
+    intermediate_size: int | None = param(None, min=1, max=WIDEST)
+    vocab_size: int | None = param(None, min=1, max=WIDEST)
     tie_word_embeddings: bool | None = None
-    max_position_embeddings: int | None = None
-    rope_theta: float | None = None
-    rms_norm_eps: float | None = None
+    max_position_embeddings: int | None = param(None, min=1, max=LONGEST, unit="tokens")
+    rope_theta: float | None = param(None, above=0, max=1e12)
+    rms_norm_eps: float | None = param(None, min=0, max=1)
 
     def __post_init__(self) -> None:
-        if self.load_format not in ("auto", "dummy"):
-            raise ConfigError(f"model.load_format={self.load_format!r}: expected auto or dummy")
+        check(self, "model")
 
     @property
     def has_shape(self) -> bool:
@@ -162,12 +152,14 @@ class ModelConfig:
 
     def shape(self) -> ModelShape:
         """The shape of the checkpoint in a local directory, else what these fields describe. Raises ConfigError that names the missing ones."""
-        checkpoint = Path(self.name_or_path).expanduser() / "config.json"
-        if self.load_format == "auto" and checkpoint.is_file():
+        directory = Path(os.path.expanduser(self.name_or_path))
+        if self.load_format == "auto" and os.path.lexists(directory / "config.json"):
             try:
-                return ModelShape.from_hf(json.loads(checkpoint.read_text(encoding="utf-8")), self.dtype)
-            except (OSError, ValueError, AttributeError) as error:
-                raise ConfigError(f"{checkpoint} cannot be read ({error}): expected a Hugging Face config") from error
+                found = checkpoint.read(directory)
+                found = checkpoint.as_stored(found, directory) if checkpoint.has_weights(directory) else found
+            except ModelError as error:
+                raise ConfigError(str(error)) from None
+            return ModelShape.from_fields(found.shape, self.dtype)
         given = {f.name: getattr(self, f.name) for f in fields(ModelShape) if getattr(self, f.name) is not None}
         if "num_key_value_heads" not in given and self.num_attention_heads is not None:
             given["num_key_value_heads"] = self.num_attention_heads
@@ -188,27 +180,43 @@ class Hardware:
     """One accelerator and its link to its neighbours. Peaks are the vendor's; the fractions say what kernels reach of them."""
 
     name: str = "h200"
-    memory_gb: float = 139.8  # GiB that the driver reports as usable
-    memory_bandwidth: float = 4.8e12  # bytes/s
-    peak_flops: float = 989e12  # dense bf16 FLOP/s
-    link_bandwidth: float = 450e9  # bytes/s to the neighbours, one direction
-    link_latency: float = 8e-6  # seconds a collective or send takes at size zero
-    bandwidth_fraction: float = 0.87  # achieved share of memory_bandwidth
-    flops_fraction: float = 0.63  # achieved share of peak_flops
-    link_fraction: float = 0.8  # achieved share of link_bandwidth
-    step_overhead: float = 1e-4  # seconds of a step that neither bytes nor FLOPs explain: launches, sampling, synchronisation
-    layer_overhead: float = 2.6e-5  # seconds of a layer that they do not explain: kernels that wait for each other
+    memory_gb: float = param(139.8, above=0, max=16384, unit="GiB", doc="that the driver reports as usable")
+    memory_bandwidth: float = param(4.8e12, min=1, max=1e30, unit="bytes/s")
+    peak_flops: float = param(989e12, min=1, max=1e30, unit="FLOP/s", doc="dense bf16")
+    link_bandwidth: float = param(
+        450e9,
+        min=1,
+        max=1e30,
+        unit="bytes/s",
+        doc="to the neighbours, one direction",
+    )
+    link_latency: float = param(
+        8e-6,
+        min=0,
+        max=1000,
+        unit="seconds",
+        doc="of a collective or send at size zero",
+    )
+    bandwidth_fraction: float = param(0.87, min=1e-6, max=1, doc="achieved share of memory_bandwidth")
+    flops_fraction: float = param(0.63, min=1e-6, max=1, doc="achieved share of peak_flops")
+    link_fraction: float = param(0.8, min=1e-6, max=1, doc="achieved share of link_bandwidth")
+    step_overhead: float = param(
+        1e-4,
+        min=0,
+        max=1000,
+        unit="seconds",
+        doc="of a step that neither bytes nor FLOPs explain: launches, sampling, synchronisation",
+    )
+    layer_overhead: float = param(
+        2.6e-5,
+        min=0,
+        max=1000,
+        unit="seconds",
+        doc="of a layer that they do not explain: kernels that wait for each other",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("memory_gb", "memory_bandwidth", "peak_flops", "link_bandwidth"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"hardware.{name}={getattr(self, name)}: expected a positive number")
-        for name in ("bandwidth_fraction", "flops_fraction", "link_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"hardware.{name}={getattr(self, name)}: expected 0 < fraction <= 1")
-        for name in ("link_latency", "step_overhead", "layer_overhead"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"hardware.{name}={getattr(self, name)}: expected seconds >= 0")
+        check(self, "hardware")
 
     @property
     def memory_bytes(self) -> int:
@@ -219,26 +227,47 @@ class Hardware:
 class ParallelConfig:
     """The `parallel` node: how many ranks share one model."""
 
-    tp: int = 1  # tensor parallel: ranks that split every layer
-    pp: int = 1  # pipeline parallel: stages of consecutive layers; as many plans are kept in flight
-    layers: list[int] | None = None  # layers of each stage; None: as evenly as can be
-    all_reduce: str = "library"  # NCCL or gloo; or symmetric: GPUs of one host read each other's memory
-    overlap_tokens: int = 2048  # in steps of at least so many tokens, ranks share them between products; 0: never
-    timeout: float = 15.0  # seconds without progress of a step after which a rank is taken to hang
-    port: int = 0  # where ranks of one host meet; 0: any free one. torchrun has its own
+    tp: int = param(1, min=1, max=MOST_RANKS, doc="tensor parallel: ranks that split every layer")
+    pp: int = param(
+        1,
+        min=1,
+        max=MOST_RANKS,
+        doc="pipeline parallel: stages of consecutive layers; as many plans are kept in flight",
+    )
+    layers: list[int] | None = param(
+        None,
+        min=1,
+        max=MOST_LAYERS,
+        doc="of each stage; None: as evenly as can be",
+    )
+    all_reduce: str = param(
+        "library",
+        choices=("library", "symmetric"),
+        doc="NCCL or gloo; or symmetric: GPUs of one host read each other's memory",
+    )
+    overlap_tokens: int = param(
+        2048,
+        min=0,
+        max=2**31 - 1,
+        unit="tokens",
+        doc="in steps of at least so many, ranks share them between products; 0: never",
+    )
+    timeout: float = param(
+        15.0,
+        above=0,
+        max=1e6,
+        unit="seconds",
+        doc="without progress of a step after which a rank is taken to hang",
+    )
+    port: int = param(
+        0,
+        min=0,
+        max=65535,
+        doc="where ranks of torchrun's reach rank 0; 0: any free one. Ranks that one command starts need none",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"parallel.{name}={getattr(self, name)}: expected at least 1")
-        if self.all_reduce not in ("library", "symmetric"):
-            raise ConfigError(f"parallel.all_reduce={self.all_reduce!r}: expected library or symmetric")
-        if self.overlap_tokens < 0:
-            raise ConfigError(f"parallel.overlap_tokens={self.overlap_tokens}: expected at least 0")
-        if not self.timeout > 0:
-            raise ConfigError(f"parallel.timeout={self.timeout}: expected seconds > 0")
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"parallel.port={self.port}: expected 0 to 65535")
+        check(self, "parallel")
 
     @property
     def world_size(self) -> int:
@@ -249,16 +278,44 @@ class ParallelConfig:
 class EngineConfig:
     """The engine's own limits; everything else belongs to a role."""
 
-    block_size: int = 16  # tokens a KV block
-    num_blocks: int | None = None  # None: as many as the executor's memory holds
-    max_num_seqs: int = 256  # requests that may run at once
-    max_num_batched_tokens: int = 8192  # tokens a step
-    max_inflight: int = 1  # steps launched and not collected; 1 is synchronous
-    max_model_len: int | None = None  # None: the model's own context
+    block_size: int = param(16, min=1, max=2**16, unit="tokens", doc="of a KV block")
+    num_blocks: int | None = param(
+        None,
+        min=1,
+        max=2**31 - 1,
+        doc="None: as many as the executor's memory holds",
+    )
+    max_num_seqs: int = param(256, min=1, max=2**20, unit="requests", doc="that may run at once")
+    max_num_batched_tokens: int = param(8192, min=1, max=2**24, unit="tokens", doc="of a step")
+    max_inflight: int = param(
+        1,
+        min=1,
+        max=MOST_RANKS,
+        doc="steps launched and not collected; 1 is synchronous",
+    )
+    max_model_len: int | None = param(
+        None,
+        min=1,
+        max=LONGEST,
+        unit="tokens",
+        doc="None: the model's own context",
+    )
     check: bool = False  # verify the whole pool after every step (slow)
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_inflight", "max_model_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"engine.{name}={value}: expected at least 1")
+        check(self, "engine")
+        check_fits(
+            BLOCK_BYTES * (self.num_blocks or 0),
+            f"engine.num_blocks={self.num_blocks}: keeping count of so many KV blocks",
+            "set a smaller engine.num_blocks, or a larger engine.block_size",
+        )
+
+
+@dataclass(frozen=True)
+class ResultsConfig:
+    """What a run writes into its directory. result.json and the config are written always."""
+
+    files: list[str] = param(list(FILES), choices=FILES)
+
+    def __post_init__(self) -> None:
+        check(self, "results")

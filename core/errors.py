@@ -57,10 +57,3 @@ def near(name: str, options: Iterable[str]) -> str:
     if close:
         return f" Did you mean {', '.join(close)}?"
     return f" Available: {', '.join(options) or '(none)'}."
-
-
-def check_parameters(node: str, owner: object, *checks: tuple[str, bool, str]) -> None:
-    """Raises ConfigError for the first (parameter, is it right, what was expected) that is not right; `node` is the config node."""
-    for name, ok, expected in checks:
-        if not ok:
-            raise ConfigError(f"{node}.{name}={getattr(owner, name)}: expected {expected}")

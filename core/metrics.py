@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .fairness import fairness
 from .request import RequestOutput, RunResult
 
 PERCENTILES = (50, 90, 99)
@@ -40,7 +41,7 @@ def itl(o: RequestOutput) -> list[float]:
 
 def percentile(ordered: Sequence[float], p: float) -> float:
     """Of sorted values, interpolated linearly between the two nearest ranks (numpy's default); nan for none."""
-    if not ordered:
+    if not len(ordered):
         return math.nan
     at = (len(ordered) - 1) * p / 100
     low = math.floor(at)
@@ -136,41 +137,3 @@ def _distribution(name: str, seconds: list[float]) -> dict[str, float]:
 
 def _over(value: float, by: float) -> float:
     return value / by if by > 0 else 0.0
-
-
-# ---- fairness between clients ---------------------------------------------------------------------------------------
-
-PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # a token's service, as in VTC (OSDI'24): w_p and w_q
-
-
-def fairness(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
-    """Service difference and Jain's index over clients, inside the window in which all of them have work in the system.
-
-    Service is PROMPT_WEIGHT a prompt token, credited with the first token, and OUTPUT_WEIGHT a generated token, credited
-    when it comes. Empty for fewer than two clients.
-    """
-    by_client: dict[str, list[RequestOutput]] = {}
-    for o in outputs:
-        if o.tags.client and o.token_times:
-            by_client.setdefault(o.tags.client, []).append(o)
-    if len(by_client) < 2:
-        return {}
-    begin = max(min(o.arrival_time for o in own) for own in by_client.values())
-    end = min(max(o.token_times[-1] for o in own) for own in by_client.values())
-    service = [sum(_service(o, begin, end) for o in own) for own in by_client.values()]
-    return {
-        "num_clients": len(by_client),
-        "service_difference": max(service) - min(service),
-        "jain_index": jain(service),
-    }
-
-
-def _service(o: RequestOutput, begin: float, end: float) -> float:
-    prompt = o.num_prompt_tokens * PROMPT_WEIGHT if begin <= o.token_times[0] <= end else 0.0
-    return prompt + OUTPUT_WEIGHT * sum(begin <= t <= end for t in o.token_times)
-
-
-def jain(values: Sequence[float]) -> float:
-    """(sum x)^2 / (n sum x^2): 1 when all are equal, 1/n when one has everything; nan where nobody has anything."""
-    squares = math.fsum(v * v for v in values)
-    return math.fsum(values) ** 2 / (len(values) * squares) if squares else math.nan

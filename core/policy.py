@@ -6,7 +6,7 @@ what `python -m headway plugins` shows. State is made in `setup`, never in field
     @dataclass
     class ShortestFirst(Order):
         '''Shortest prompt first.'''
-        max_age: float = 10.0
+        max_age: float = param(10.0, above=0, unit="seconds")
         def order(self, view):
             return sorted(view.waiting, key=lambda r: r.num_prompt_tokens)
 
@@ -16,13 +16,15 @@ from `self.rng`; requests and blocks are read, never written. `python -m headway
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from functools import wraps
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
-from .errors import ConfigError, near
+from .errors import ConfigError
+from .params import check
 from .request import Request
 
 if TYPE_CHECKING:
@@ -90,6 +92,15 @@ class Role:
     plugin_name: str = ""
     rng: Random
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A plugin's own `__post_init__` finds parameters that are right already."""
+        super().__init_subclass__(**options)
+        if (own := vars(cls).get("__post_init__")) is not None:
+            setattr(cls, "__post_init__", _after_check(own))  # noqa: B010 - mypy takes no assignment to a method
+
+    def __post_init__(self) -> None:
+        _check_parameters(self)
+
     def setup(self, ctx: Context) -> None:
         """Once, after every role is built and before the first request. Make state here; call super().setup(ctx)."""
 
@@ -107,6 +118,20 @@ class Role:
 
     def on_finish(self, request: Request, now: float) -> None:
         """It has ended: finished, or rejected by a policy (`request.state`)."""
+
+
+def _check_parameters(role: Role) -> None:
+    if is_dataclass(role):
+        check(role, "tracking" if isinstance(role, Observer) else role.role)
+
+
+def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
+    @wraps(own)
+    def checks_first(self: Role) -> None:
+        _check_parameters(self)
+        own(self)
+
+    return checks_first
 
 
 CALLBACKS = ("on_arrival", "on_admit", "on_step_end", "on_preempt", "on_finish")
@@ -161,13 +186,14 @@ class Scheduler(Role):
         self._order: Order = ctx.roles["order"]  # type: ignore[assignment]
 
     def order(self, view: View) -> Iterator[Request]:
-        """Waiting requests, as the `order` role ranks them; at most `window` of them."""
-        from itertools import islice
-
-        return islice(iter(self._order.order(view)), self.window)
+        """Waiting requests, as the `order` role ranks them; at most `window` of them, not counting those that admission turns away."""
+        return view.candidates(self._order, self.window)
 
     def plan(self, step: StepBuilder, view: View) -> None:
-        """Fills the step with `step.add`, whose answer says what was granted. An empty step needs a reason: see `step.wake_at`."""
+        """Fills the step with `step.add`, whose answer says what was granted. An empty step needs a reason: see `step.wake_at`.
+
+        A walk over `self.order(view)` ends when the answer is NoBudget or NeedBlocks, which holds for everybody behind as well, and
+        goes on after NotReady, which is about this request alone."""
         raise NotImplementedError
 
 
@@ -200,8 +226,8 @@ class Victim(Role):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if self.mode not in PREEMPTION_MODES:
-            raise ConfigError(f"victim.mode={self.mode!r}: expected one of {', '.join(PREEMPTION_MODES)}.{near(str(self.mode), PREEMPTION_MODES)}")
+        if self.mode not in PREEMPTION_MODES:  # a victim without the parameter sets it by hand
+            raise ConfigError(f"victim.mode={self.mode!r}: expected one of {', '.join(PREEMPTION_MODES)}")
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         """Requests of `view.running`, first to go first; preempted one by one until `need` is met."""
@@ -225,7 +251,8 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Defer:
-    """Not yet. `until` (seconds on the run's clock) wakes the engine when it would otherwise idle."""
+    """Not yet. `until` (seconds on the run's clock) wakes the engine when it would otherwise idle; a time that has passed asks again at
+    once, but not for ever: who does nothing else is stopped."""
 
     until: float | None = None
 

@@ -6,11 +6,12 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .build import Run
 from .metrics import LATENCIES, PERCENTILES
-from .results import comparison
+from .results import comparison, same_decisions, varied
 
 #: Columns of the comparison: summary key, heading, format.
 COMPARED = (
@@ -26,6 +27,8 @@ COMPARED = (
     ("prefix_hit_rate", "hits", ".1%"),
     ("preemptions", "preempt", "d"),
     ("kv_peak_use", "KV peak", ".1%"),
+    ("jain_index", "Jain", ".3f"),
+    ("service_difference", "service diff", ".0f"),
     ("policy_time_per_step_us", "us/step", ".1f"),
 )
 
@@ -64,7 +67,7 @@ def table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
 
 
 def number(value: Any, form: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if not _known(value):
         return "-"
     return format(value, "," + form if form[-1] in "df" else form)
 
@@ -85,9 +88,9 @@ def run_table(s: dict[str, Any]) -> str:
     facts[1:1] = [("rejected", f"{kind['count']:,}: {kind['reason']}") for kind in s.get("rejections", ())]
     if "slo_attainment" in s:
         facts.append(("goodput", f"{s['request_goodput']:.2f} requests/s, SLO attainment {s['slo_attainment']:.1%}"))
-    if "jain_index" in s:
+    if "num_clients" in s:
         facts.append(
-            ("fairness", f"{s['num_clients']} clients, Jain {number(s['jain_index'], '.3f')}, service difference {s['service_difference']:,.0f}")
+            ("fairness", f"{s['num_clients']} clients, Jain {number(s.get('jain_index'), '.3f')}, service difference {s['service_difference']:,.0f}")
         )
     if "oracles" in s:
         facts.append(("oracle", f"{s['oracles']} saw what no deployed policy can see"))
@@ -99,12 +102,29 @@ def run_table(s: dict[str, Any]) -> str:
 
 
 def comparison_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """The comparison as cells: what was varied, then the main metrics, then how it ended."""
+    """The comparison as cells: what was varied, then the main metrics that any of the runs has, then how it ended."""
     rows = comparison(results)
-    metrics = [c for c in COMPARED if any(c[0] in row for row in rows)]
-    keys = [k for k in rows[0] if k not in {"status", "error"} and not any(k in r["summary"] for r in results)]
+    metrics = [(key, heading, form) for key, heading, form in COMPARED if any(_known(row.get(key)) for row in rows)]
+    keys = ["job", *varied(results)]
     heading = [*keys, *(h for _, h, _ in metrics), "status"]
     return [heading] + [[str(r[k]) for k in keys] + [number(r.get(k), f) for k, _, f in metrics] + [r["status"]] for r in rows]
+
+
+def _known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def notes(results: list[dict[str, Any]]) -> list[str]:
+    """What a reader of the comparison should know: which choices made no difference."""
+    said = []
+    for group in same_decisions(results):
+        jobs = [Path(results[i]["directory"]).name for i in group]
+        given = [dict(o.partition("=")[::2] for o in results[i]["overrides"]) for i in group]
+        values = {key: list(dict.fromkeys(own.get(key, "") for own in given)) for key in varied(results)}
+        differ = " ".join(f"{key}={','.join(each)}" for key, each in values.items() if len(each) > 1)
+        what = f"{differ} made no difference to them" if differ else "they are the same run"
+        said.append(f"note: jobs {', '.join(jobs[:-1])} and {jobs[-1]} took the same decisions, step for step: {what}")
+    return said
 
 
 def comparison_csv(results: list[dict[str, Any]]) -> str:

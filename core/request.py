@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import attrgetter
 from typing import Any
 
+from .params import check, param
+
 _SORT_KEY = attrgetter("sort_key")
+GREEDY = 1e-5  # temperatures below it pick the most likely token, as in vLLM
 NO_STOP = 1 << 60  # "no hidden output length": larger than any context
 
 
@@ -26,42 +29,46 @@ class RequestState(Enum):
 class SamplingParams:
     """Names and meanings are vLLM's. `temperature=0` is greedy. `max_tokens=None` means up to the model's context."""
 
-    temperature: float = 1.0
-    top_k: int = 0  # 0 or -1: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int | None = 16
+    temperature: float = param(1.0, min=0, max=1e6, doc="below 1e-5 is greedy")
+    top_k: int = param(0, min=-1, doc="0 or -1: off")
+    top_p: float = param(1.0, above=0, max=1)
+    min_p: float = param(0.0, min=0, max=1)
+    max_tokens: int | None = param(16, min=1)
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = param((), min=0)
     ignore_eos: bool = False
     seed: int | None = None  # None: the run's seed
-    logprobs: int | None = None  # number of top alternatives reported beside the sampled token
+    logprobs: int | None = param(
+        None,
+        min=0,
+        max=2**31 - 1,
+        doc="number of top alternatives reported beside the sampled token",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        checks = (
-            (self.temperature >= 0, f"temperature={self.temperature}: expected >= 0 (0 is greedy)"),
-            (self.top_k >= -1, f"top_k={self.top_k}: expected -1, 0 (off) or a positive count"),
-            (0 < self.top_p <= 1, f"top_p={self.top_p}: expected 0 < top_p <= 1"),
-            (0 <= self.min_p <= 1, f"min_p={self.min_p}: expected 0 <= min_p <= 1"),
-            (self.max_tokens is None or self.max_tokens >= 1, f"max_tokens={self.max_tokens}: expected at least 1"),
-            (self.logprobs is None or self.logprobs >= 0, f"logprobs={self.logprobs}: expected None or >= 0"),
-        )
-        for ok, message in checks:
-            if not ok:
-                raise ValueError(message)
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            if given is None or isinstance(given, (list, set, frozenset)):
+                object.__setattr__(self, name, tuple(given or ()))
+        check(self, "", ValueError)
+        if "" in self.stop:
+            raise ValueError("stop='': expected texts of at least one character, or none")
+        if self.temperature < GREEDY:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class SLO:
     """Latency targets in seconds; None means no target. Used by deadline policies and by goodput."""
 
-    ttft: float | None = None
-    tpot: float | None = None
-    e2el: float | None = None
+    ttft: float | None = param(None, above=0, max=1e9, unit="seconds")
+    tpot: float | None = param(None, above=0, max=1e9, unit="seconds")
+    e2el: float | None = param(None, above=0, max=1e9, unit="seconds")
+
+    def __post_init__(self) -> None:
+        check(self, "slo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ class Arrival:
     """One request as a workload states it. `output_len` is the true length: only the engine and oracle roles see it."""
 
     time: float  # seconds on the run's clock
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     sampling: SamplingParams = SamplingParams()
     output_len: int | None = None  # emulated end of sequence after so many tokens; None: the model decides
     id: str | None = None
@@ -89,6 +96,7 @@ class Arrival:
     slo: SLO = SLO()
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     prompt: str | None = None  # the text, where there was one
+    refusal: str = ""  # why its source made no tokens of it: it is counted, and rejected with this reason
 
 
 class Request:
@@ -106,9 +114,9 @@ class Request:
         "id", "index", "arrival_time", "sort_key", "sampling", "tags", "slo", "cache_salt", "prompt",
         "token_ids", "num_prompt_tokens", "num_tokens", "num_computed_tokens", "num_scheduled_tokens",
         "block_table", "state", "finish_reason", "num_cached_tokens", "num_preemptions", "num_recomputed_tokens",
-        "first_scheduled_time", "finish_time", "token_times", "logprobs", "stop_text",
+        "first_scheduled_time", "finish_time", "token_times", "logprobs", "stop_text", "stop_reason",
         "_limit", "_stop_at", "_stop_tokens", "_planned", "_in_flight",
-        "_published", "_parent", "_shadow", "_match", "_high_water",
+        "_published", "_parent", "_shadow", "_match", "_past", "_since",
     )  # fmt: skip
 
     def __init__(self, arrival: Arrival, index: int, *, max_model_len: int, eos_token_ids: frozenset[int]) -> None:
@@ -118,9 +126,11 @@ class Request:
         self.sort_key = (arrival.time, index)
         self.sampling, self.tags, self.slo = arrival.sampling, arrival.tags, arrival.slo
         self.cache_salt, self.prompt = arrival.cache_salt, arrival.prompt
-        self.token_ids: list[int] = list(arrival.prompt_token_ids)  # prompt, then generated tokens that have come back
-        self.num_prompt_tokens = len(self.token_ids)
-        self.num_tokens = len(self.token_ids)
+        prompt = arrival.prompt_token_ids
+        self.num_prompt_tokens = self.num_tokens = len(prompt)
+        # Prompt, then generated tokens that have come back. A prompt that does not fit is rejected unread, by
+        # its length.
+        self.token_ids: list[int] = list(prompt) if len(prompt) < max_model_len else []
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
         self.block_table: list[int] = []  # block ids, append-only while the request runs
@@ -133,7 +143,8 @@ class Request:
         self.finish_time = -1.0
         self.token_times: list[float] = []  # when each generated token came back, seconds
         self.logprobs: list[Any] = []
-        self.stop_text: str | None = None
+        self.stop_text: str | None = None  # the answer before a stop string
+        self.stop_reason: int | str | None = None  # the token or the stop string that ended it
         declared = arrival.sampling.max_tokens
         longest = max_model_len if declared is None else min(max_model_len, self.num_prompt_tokens + declared)
         self._limit = longest  # num_tokens never exceeds this
@@ -147,7 +158,8 @@ class Request:
         self._parent = -1  # canonical cached block that the next published block hangs under
         self._shadow: dict[int, int] = {}  # table index -> canonical twin of a published duplicate, kept referenced
         self._match: Any = None  # memo of the last prefix match
-        self._high_water = 0  # tokens ever computed: what is below it is a recomputation
+        self._past: tuple[tuple[int, int], ...] = ()  # spans of positions that were planned before its preemptions
+        self._since = 0  # first position that is planned since it was last admitted; cached ones lie before
 
     @property
     def num_output_tokens(self) -> int:
@@ -223,15 +235,18 @@ class RequestOutput:
     tags: Tags
     slo: SLO
     prompt: str | None = None
-    text: str | None = None
+    text: str | None = None  # the answer before a stop string; without one, the tokens are the answer
     logprobs: list[Any] = field(default_factory=list)
+    stop_reason: int | str | None = None  # the token (of the end of sequence, too) or the stop string that ended it
+    prompt_token_ids: list[int] = field(default_factory=list)  # of a text, whose answer reads on from it
 
     @classmethod
     def of(cls, r: Request) -> RequestOutput:
         return cls(
             r.id, r.index, r.state.value, r.finish_reason, r.arrival_time, r.first_scheduled_time, r.finish_time,
             r.num_prompt_tokens, r.num_cached_tokens, r.num_preemptions, r.num_recomputed_tokens,
-            r.output_token_ids, r.token_times, r.tags, r.slo, r.prompt, r.stop_text, r.logprobs,
+            r.output_token_ids, r.token_times, r.tags, r.slo, r.prompt, r.stop_text, r.logprobs, r.stop_reason,
+            [] if r.prompt is None else r.prompt_token_ids,
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ def write_package(role: str, name: str, into: Path) -> list[Path]:
     if root.exists():
         raise ConfigError(f"{root} is there already: nothing was written. Choose another name, or remove it")
     values = {
+        "a_role": _with_article(role),
         "role": role, "name": name, "dist": name.replace("_", "-"), "Class": "".join(part.capitalize() for part in name.split("_")),
         "question": ROLES[role], "check": f"python -m headway check {role}={name}" if role in POLICIES else "",
         "kit": ";\n`check` runs the conformance kit" if role in POLICIES else "",
@@ -51,6 +52,12 @@ def write_package(role: str, name: str, into: Path) -> list[Path]:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text, encoding="utf-8")
     return [root / path for path in files]
+
+
+def _with_article(role: str) -> str:
+    if role in ("kernels", "tracking"):
+        return role.capitalize()
+    return f"{'An' if role[0] in 'aeiou' else 'A'} {role}"
 
 
 def _fill(template: str, values: dict[str, str]) -> str:

@@ -23,11 +23,14 @@ import json
 import math
 import os
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -38,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.parallel_profile import Profile, Window  # noqa: E402
-from headway import Arrival, Engine, EngineConfig, ModelConfig, ParallelConfig, SamplingParams  # noqa: E402
+from headway import Arrival, Engine, EngineConfig, ModelConfig, ParallelConfig, SamplingParams, hookimpl  # noqa: E402
 from plugins.kernels.torch import TorchKernels  # noqa: E402
 from plugins.kernels.triton import TritonKernels  # noqa: E402
 
@@ -69,6 +72,7 @@ MODES = {
 class FewGraphs(TritonKernels):
     """Triton kernels with decode graphs of the measured batch sizes only: capturing the rest would take most of the time here."""
 
+    plugin_name = "few_graphs"
     sizes: str = ""
     prompts: str = "computed"
     cuda_graphs: bool = True
@@ -82,6 +86,23 @@ class FewGraphs(TritonKernels):
         sizes = [int(size) for size in self.sizes.split(",") if size != "0"]
         graphs.batch_sizes = lambda largest: sorted({min(size, largest) for size in [*sizes, largest]}, reverse=True)
         return super().operations(device)
+
+
+@hookimpl
+def headway_register(registry: Any) -> None:
+    registry.add("kernels", FewGraphs.plugin_name, FewGraphs)
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """This module is a plugin of an installed package, here and in the processes that are started meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "bench_parallel-1.dist-info"
+        package.mkdir()
+        (package / "METADATA").write_text("Name: bench_parallel\nVersion: 1\n")
+        (package / "entry_points.txt").write_text("[headway]\nbench_parallel = experiments.bench_parallel\n")
+        sys.path.append(folder)
+        yield
 
 
 class RandomPrompts:
@@ -141,7 +162,6 @@ class Bench:
         shares = sorted({-(-batch // (depth if args.pp > 1 else 1)) for batch in args.batches})
         if args.device == "cuda":
             kernels: Any = FewGraphs(sizes=",".join(map(str, [*shares, args.requests])), prompts=args.prompts)
-            kernels.plugin_name = "triton"
         else:
             kernels = TorchKernels()
         parallel = ParallelConfig(tp=args.tp, pp=args.pp, all_reduce=args.all_reduce, overlap_tokens=args.overlap_tokens, timeout=60)
@@ -279,33 +299,34 @@ def plan(args: argparse.Namespace) -> None:
 
     from plugins.executors.torch.batch import StepInput
     from plugins.parallel import channel as wire
+    from plugins.parallel.messages import pack_step
 
     script = (
-        "import os, sys; sys.path.insert(0, sys.argv[3]); from plugins.parallel import channel as w\n"
-        "c = w.Channel.connect('127.0.0.1', int(sys.argv[1]), bytes.fromhex(sys.argv[2]))\n"
+        "import sys, socket; from plugins.parallel import channel as w; from plugins.parallel.messages import unpack_step\n"
+        "c = w.Channel(socket.socket(fileno=int(sys.argv[1])))\n"
+        "c.send(w.ANSWER)\n"
         "while True:\n"
         "    kind, body = c.receive()\n"
         "    if kind == w.QUIT: break\n"
-        "    w.unpack_step(body); c.send(w.ANSWER)\n"
+        "    unpack_step(body); c.send(w.ANSWER)\n"
     )
-    import socket
-
     for ranks in (1, 3, 7):
-        key = os.urandom(32)
-        channels = []
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            server.settimeout(30)
-            others = [subprocess.Popen([sys.executable, "-c", script, str(server.getsockname()[1]), key.hex(), str(ROOT)]) for _ in range(ranks)]
-            while len(channels) < ranks:
-                if (channel := wire.Channel.accept(server, key)) is not None:
-                    channels.append(channel)
+        channels, others = [], []
+        for _ in range(ranks):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                command = [sys.executable, "-c", script, str(theirs.fileno())]
+                others.append(subprocess.Popen(command, cwd=ROOT, pass_fds=(theirs.fileno(),)))
+            channels.append(wire.Channel(ours))
+        for channel in channels:
+            channel.receive()
         # A steady decode step of 256: 16 new blocks. The largest: all 256 rows and tokens of a pipeline, and those blocks.
         for name, words in (("decode, same rows", 48), ("decode, new rows and tokens", 48 + 512), ("mixed, 8192 tokens", 17_500)):
             step = StepInput(np.arange(words, dtype=np.int32), True, True, 256, 256, 256, 16, 0, 1, 1024, 0, -1, None)
             sent, received = [], []
             for _ in range(args.rounds):
                 began = time.perf_counter()
-                body = wire.pack_step(step)
+                body = pack_step(step)
                 for channel in channels:
                     channel.send(wire.STEP, body)
                 sent.append(time.perf_counter() - began)
@@ -419,7 +440,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Ranks import what they are sent by name, so it must not live in __main__.
+    # Ranks build kernels from their registry, so this module must be one that is imported by name.
     sys.modules["experiments.bench_parallel"] = sys.modules["__main__"]
     FewGraphs.__module__ = "experiments.bench_parallel"
-    main()
+    with installed():
+        main()

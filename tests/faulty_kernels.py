@@ -1,4 +1,4 @@
-"""Kernels that misbehave on one rank after some calls of attention. A module of its own, so that ranks can import it."""
+"""Kernels that misbehave on one rank after some calls of attention, as a plugin's module."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from headway import hookimpl
 from plugins.kernels.torch import TorchKernels
 
 
 @dataclass
 class FaultyKernels(TorchKernels):
+    plugin_name = "faulty"
+    attention: str = "faulty"
     fault: str = "raise"  # or "hang"
     rank: int = 1
     calls: int = 30
@@ -33,3 +36,8 @@ class FaultyKernels(TorchKernels):
             return ops.attention(*args)
 
         return SimpleNamespace(**{name: getattr(ops, name) for name in self.caps.ops} | {"attention": attention})
+
+
+@hookimpl
+def headway_register(registry):
+    registry.add("kernels", "faulty", FaultyKernels)

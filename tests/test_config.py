@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -10,15 +11,18 @@ from typing import Any, Literal
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
+from conf.arguments import arguments
 from conf.explain import explain
-from conf.launch import arguments
 from core.build import Composition, build, build_roles
-from core.config import EngineConfig, ModelConfig, ParallelConfig
+from core.config import EngineConfig, ModelConfig, ParallelConfig, ResultsConfig
+from core.errors import PluginError
 from core.hooks import OPTIONAL, Registry, load_registry
 from core.policy import ROLES
 from headway import SLO, Arrival, ConfigError, HeadwayError, Order, SamplingParams, Victim
@@ -42,7 +46,7 @@ def refusal(registry: Registry, *overrides: str) -> str:
     """What a user reads after typing these."""
     with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
         cfg(*overrides)
-    return explain(caught.value, registry)
+    return explain(caught.value, registry, overrides)
 
 
 def presets() -> list[tuple[str, str]]:
@@ -107,12 +111,22 @@ def test_parameters_of_the_command_line_reach_the_plugin(registry):
         ("schedulr=fcfs", "schedulr: there is no such key. Did you mean scheduler"),
         ("scheduler=chunkd", "scheduler=chunkd: there is no such scheduler. Did you mean chunked?"),
         ("model=qwen3_8", "model=qwen3_8: there is no such model. Did you mean qwen3_8b"),
-        ("scheduler.tokn_budget=4", "scheduler.tokn_budget: the chosen scheduler has no such parameter. Did you mean token_budget?"),
+        ("scheduler.tokn_budget=4", "scheduler.tokn_budget: scheduler=chunked has no such parameter. Did you mean token_budget?"),
         ("engine.blok_size=3", "engine.blok_size: engine has no such parameter. Did you mean block_size"),
         ("hardware.memory=3", "hardware.memory: hardware has no such parameter. Did you mean memory_gb"),
-        ("scheduler.token_budget=abc", "Value 'abc' of type 'str' could not be converted to Integer full_key: scheduler.token_budget"),
-        ("seed=abc", "Value 'abc' of type 'str' could not be converted to Integer full_key: seed"),
+        ("scheduler.token_budget=abc", "scheduler.token_budget=abc: expected a whole number or null"),
+        ("seed=abc", "seed=abc: expected a whole number"),
         ("parallel.tpp=2", "parallel.tpp: parallel has no such parameter. Did you mean tp"),
+        ("order.wp=1", "order.wp: order=fcfs has no such parameter. It is one of order=dlpm, order=vtc."),
+        ("parallel=mash", "parallel=mash: there is no such parallel. Did you mean mesh?"),
+        ("engine.block_size=[1]", "engine.block_size=[1]: expected a whole number"),
+        ("kernels.cuda_graphs=maybe", "kernels.cuda_graphs=maybe: expected true or false"),
+        ("tracking.project=[a]", "tracking.project=[a]: expected a text"),
+        ("workload.slo_tiers=[{tft: 1}]", "workload.slo_tiers: the chosen workload's slo_tiers has no 'tft'. Did you mean ttft"),
+        ("engine=3", "engine=3: expected a parameter, engine.NAME=VALUE"),
+        ("~engine.block_size", "~engine.block_size: parameters cannot be removed"),
+        ("model.name_or_path=it's", "model.name_or_path=it's: the value cannot be read. Quote what holds spaces"),
+        ("scheduler", "scheduler: expected KEY=VALUE"),
     ],
 )
 def test_a_wrong_name_or_type_is_refused_with_the_near_names(registry, override, answer):
@@ -124,8 +138,8 @@ def test_a_wrong_name_or_type_is_refused_with_the_near_names(registry, override,
     [
         ("engine.block_size=0", "engine.block_size=0: expected at least 1"),
         ("parallel.tp=0", "parallel.tp=0: expected at least 1"),
-        ("model.load_format=gguf", "model.load_format='gguf': expected auto or dummy"),
-        ("hardware.memory_gb=-1", "hardware.memory_gb=-1.0: expected a positive number"),
+        ("model.load_format=gguf", "model.load_format='gguf': expected one of auto, dummy"),
+        ("hardware.memory_gb=-1", "hardware.memory_gb=-1.0: expected a finite number > 0"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_before_anything_is_built(registry, override, answer):
@@ -145,9 +159,48 @@ def test_a_parameter_without_a_default_must_be_given():
             return view.waiting
 
     node = OmegaConf.structured(schema.node(Strict, "strict"))
-    with pytest.raises(ConfigError, match="order=strict: .*missing mandatory value: alpha"):
-        schema._values(node, node, "order=strict")
-    assert schema._values(OmegaConf.create({"name": "strict", "alpha": 2}), node, "order=strict") == {"name": "strict", "alpha": 2.0}
+    with pytest.raises(ConfigError, match="order.alpha: order=strict cannot do without it. Type order.alpha=VALUE"):
+        schema._values(node, node, "order", "order=strict")
+    assert schema._values(OmegaConf.create({"name": "strict", "alpha": 2}), node, "order", "order=strict") == {"name": "strict", "alpha": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights"),
+    [
+        (("order.weights={c0:2}",), {"c0": 2.0}),
+        (("order.weights.c0=2", "order.weights.c1=3"), {"c0": 2.0, "c1": 3.0}),
+        (("+order.weights.c0=2",), {"c0": 2.0}),
+    ],
+)
+def test_a_parameter_that_is_a_dictionary_takes_new_entries(registry, overrides, weights):
+    composed = cfg("order=vtc", *overrides)
+    assert schema.composition(composed).choices["order"][1]["weights"] == weights
+    assert "order.weights.c0=x: expected entries" in refusal(registry, "order=vtc", "order.weights.c0=x")
+    assert "order.wieghts: order=vtc has no such parameter" in refusal(registry, "order=vtc", "order.wieghts={c0:2}")
+
+
+def test_every_dictionary_of_every_plugin_and_node_takes_new_entries(registry):
+    roots = [OmegaConf.structured(schema.node(c)) for c in schema.NODES.values()]
+    roots += [ConfigStore.instance().load(f"{role}/{name}.yaml").node for role, name in registry.plugins]
+    dictionaries = [d for root in roots for d in root.values() if OmegaConf.is_dict(d) and OmegaConf.get_type(d) is dict]
+    assert dictionaries and not any(OmegaConf.is_struct(d) for d in dictionaries)
+
+
+def test_a_config_that_is_composed_already_explains_itself(registry):
+    """What `-cp DIR/.hydra -cn config` runs: plain YAML, which knows no types and no choices."""
+    plain = OmegaConf.create(OmegaConf.to_yaml(cfg("order=vtc", "order.weights={c0:2}")))
+    assert schema.composition(plain).choices["order"][1]["weights"] == {"c0": 2.0}
+    for change, answer in [
+        ("scheduler.token_budget=abc", "scheduler.token_budget=abc: expected a whole number or null"),
+        ("order.wx=1", "order.wx: order=vtc has no such parameter. Did you mean"),
+        ("order.weights.c0=x", "order.weights.c0=x: expected entries, like {a: 1, b: 2}, each a number"),
+        ("order.name=vct", "order.name=vct: there is no such order. Did you mean vtc"),
+        ("engine.blok_size=1", "engine.blok_size: engine has no such parameter. Did you mean block_size"),
+        ("scheduler=null", "scheduler: none is chosen, and a run needs one"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            schema.composition(OmegaConf.merge(plain, OmegaConf.from_dotlist([change])))
+        assert answer in str(caught.value)
 
 
 def test_a_broken_plugin_that_is_asked_for_says_why(registry):
@@ -245,7 +298,7 @@ def test_a_shared_object_given_two_values_is_refused():
 
 
 def test_an_unknown_parameter_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match="order=counter has no parameter 'wait': it has weight"):
+    with pytest.raises(ConfigError, match="order.wait: order=counter has no such parameter. Did you mean weight"):
         two_roles({"wait": 2.0}, {})
 
 
@@ -276,7 +329,7 @@ def test_a_model_without_a_known_shape_is_refused_by_the_simulator(registry):
     [
         (("order=sjf",), "order=sjf needs a predictor, and none is chosen: set predictor=history"),
         (("workload=mooncake", "workload.path=/no/such/trace"), "workload.path=/no/such/trace: there is no such file"),
-        (("workload=chat", "workload.path=/no/such/texts"), "workload.path=/no/such/texts: cannot be read"),
+        (("workload=chat", "workload.path=/no/such/texts"), "workload.path=/no/such/texts: there is no such file"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(registry, monkeypatch, overrides, answer):
@@ -307,9 +360,60 @@ def test_a_path_or_hub_id_becomes_a_model_of_ones_own(tmp_path):
     assert arguments(["model=qwen3_8b"], CONF)[0] == ["model=qwen3_8b"]
 
 
-def test_a_sweeps_folder_is_known_before_it_starts():
-    given, sweep = arguments(["-m", "seed=1,2"], CONF)
-    assert given[-1] == f"hydra.sweep.dir={sweep}"
+@pytest.mark.parametrize("path", ["it's/m", "a,b/m", "c=d/m", "sp ace/m", "par(en)s/m", "br[0]/m", "c's, d=e/m", "$x/m", "back\\slash/m", "ä#/m"])
+def test_a_path_means_itself_whatever_is_in_it(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).mkdir(parents=True)
+    for typed, key in (
+        (f"model={path}", "model.name_or_path"),
+        (f"workload.path={path}", "workload.path"),
+        (f"hydra.run.dir={path}", "hydra.run.dir"),
+    ):
+        override = OverridesParser.create().parse_override(arguments([typed], CONF)[0][-1])
+        assert (override.get_key_element(), override.value()) == (key, path)
+
+
+def test_a_list_of_paths_is_a_sweep_over_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert arguments(["-m", "model=a/m,b/m"], CONF)[0] == ["-m", "model=custom", "model.name_or_path='a/m','b/m'"]
+    (tmp_path / "x,y").mkdir()
+    (tmp_path / "z").mkdir()
+    assert arguments(["-m", "model=x,y,z"], CONF)[0] == ["-m", "model=custom", "model.name_or_path='x,y','z'"]
+    assert arguments(["-m", "model=qwen3_8b,tiny"], CONF)[0] == ["-m", "model=qwen3_8b,tiny"]
+    with pytest.raises(ConfigError, match="z are checkpoints and tiny are options"):
+        arguments(["-m", "model=tiny,z"], CONF)
+
+
+def test_what_hydra_cannot_read_is_left_for_hydra_to_refuse():
+    for typed in ("scheduler=[1,2", "seed=choice(1,2", "order.weights={a: 1"):
+        assert arguments([typed], CONF)[0] == [typed]
+
+
+@dataclass
+class Quits(Order):
+    """Calls sys.exit(0) while it is built."""
+
+    def __post_init__(self) -> None:
+        sys.exit(0)
+
+    def order(self, view):
+        return view.waiting
+
+
+def test_a_plugin_that_calls_exit_while_it_is_built_is_named():
+    registry = Registry()
+    registry.add("order", "quits", Quits)
+    with pytest.raises(PluginError, match=r"order=quits called sys.exit\(0\) while it was built"):
+        build_roles(registry, {"order": ("quits", {})})
+
+
+def test_the_files_of_a_run_are_named_as_they_are_on_disk():
+    with pytest.raises(ConfigError, match=r"results.files\[0\]='requests': expected .* Did you mean requests.parquet"):
+        ResultsConfig(["requests"])
+
+
+def test_a_sweeps_folder_is_known_before_it_starts_where_the_user_names_it():
+    assert arguments(["-m", "seed=1,2"], CONF) == (["-m", "seed=1,2"], None)
     given, sweep = arguments(["-m", "seed=1,2", "hydra.sweep.dir=mine"], CONF)
     assert sweep == Path("mine") and given[-1] == "hydra.sweep.dir=mine"
 

@@ -7,10 +7,12 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from core.metrics import PROMPT_WEIGHT, fairness, itl, jain, meets_slo, percentile, summarize, tpot, ttft
+from core.fairness import by_client, fairness, jain, service_difference
+from core.metrics import itl, meets_slo, percentile, summarize, tpot, ttft
 from core.report import comparison_rows, run_table, table
 from headway import SLO, RequestOutput, RunResult, Tags
 
@@ -112,18 +114,110 @@ def test_percentiles_interpolate_as_the_standard_library_does(values):
     assert percentile(ordered, 0) == ordered[0] and percentile(ordered, 100) == ordered[-1]
 
 
-def test_fairness_looks_at_the_window_in_which_every_client_has_work():
-    a, b = Tags(client="a"), Tags(client="b")
+def asked(index: int, client: str, arrival: float, start: float, *times: float, state: str = "finished", end: float = 10.0) -> RequestOutput:
+    """A request of 10 prompt tokens that waits from `arrival` to `start` (-1: never started), and whose
+    tokens come at `times`."""
+    fields = {"tags": Tags(client=client), "first_scheduled_time": start, "finish_time": times[-1] if times else end}
+    return output(index, times, arrival=arrival, state=state, **fields)
+
+
+def test_jains_index_looks_at_the_window_from_the_last_first_arrival_to_the_first_last_token():
     outputs = [
-        output(0, (1.0, 2.0), arrival=0.0, tags=a),  # its first token comes before b has arrived
-        output(1, (2.5, 3.0), arrival=1.5, tags=b),
-        output(2, (2.6, 9.0), arrival=1.0, tags=a),
+        asked(0, "a", 0.0, 0.5, 1.0, 2.0),  # its first token, and its prompt, come before b has arrived
+        asked(1, "b", 1.5, 2.0, 2.5, 3.0),
+        asked(2, "a", 1.0, 2.0, 2.6, 9.0),  # its last token comes when b has left
     ]
-    # The window is [1.5, 3.0]: b's arrival to b's last token. a: one token of 0, prompt and one token of 2. b: prompt and two tokens.
-    f = fairness(outputs)
-    assert f["service_difference"] == pytest.approx((2 + PROMPT_WEIGHT * 10 + 2) - (PROMPT_WEIGHT * 10 + 4))
-    assert f["jain_index"] == pytest.approx(1.0)
-    assert f["num_clients"] == 2
+    assert fairness(outputs)["jain_index"] == pytest.approx(jain([2 + 10 + 2, 10 + 2 + 2]))
+    assert fairness(outputs)["num_clients"] == 2
+
+
+def test_service_difference_is_over_intervals_in_which_both_clients_wait():
+    outputs = [
+        asked(0, "a", 0.0, 0.0, 1.0, 2.0, 3.0),
+        asked(1, "a", 0.0, 2.5, 3.5),  # a waits in (0, 2.5]
+        asked(2, "b", 1.0, 4.0, 4.5),  # b waits in (1, 4]: both in (1, 2.5], in which a gets its token of 2.0, and b nothing
+    ]
+    assert fairness(outputs)["service_difference"] == 2.0
+    alone = [asked(0, "a", 0.0, 1.0, 2.0), asked(1, "b", 1.5, 3.0, 4.0)]  # a has stopped waiting when b begins to
+    assert fairness(alone)["service_difference"] == 0.0
+
+
+def test_the_largest_difference_may_lie_between_two_times_in_the_middle():
+    outputs = [asked(0, "a", 0.0, 9.0, 9.5), asked(1, "b", 0.0, 9.0, 9.5)]  # both wait all along
+    outputs += [asked(2, "a", 0.0, 0.0, 1.0), asked(3, "b", 0.0, 0.0, 2.0), asked(4, "b", 0.0, 0.0, 3.0), asked(5, "a", 0.0, 0.0, 4.0)]
+    # a leads by 12, 0, -12, 0: the lead falls by 24 from 1 to 3, though it is never larger than 12.
+    assert fairness(outputs)["service_difference"] == 24.0
+
+
+@pytest.mark.parametrize("state, start, end", [("aborted", -1.0, 10.0), ("rejected", -1.0, 0.0), ("rejected", -1.0, 4.0), ("aborted", 9.0, 10.0)])
+def test_a_client_that_was_never_served_counts_as_the_one_who_got_nothing(state, start, end):
+    served = [asked(i, client, 0.0, i + 0.5, i + 1.0, 10.0) for i, client in enumerate("abab")]
+    starved = asked(9, "c", 0.0, start, state=state, end=end)
+    f = fairness([*served, starved])
+    assert f["num_clients"] == 3
+    assert f["jain_index"] == pytest.approx(2 / 3, abs=1e-3), "two of three have it all"
+    assert f["service_difference"] >= 12.0
+    only = fairness([o for o in served if o.tags.client == "a"] + [starved])
+    assert (only["num_clients"], only["jain_index"]) == (2, 0.5)
+
+
+@st.composite
+def runs_of_clients(draw):
+    outputs = []
+    for i in range(draw(st.integers(2, 12))):
+        arrival = draw(st.integers(0, 8))
+        start = draw(st.one_of(st.just(-1), st.integers(arrival, 12)))
+        times = [] if start < 0 else sorted(draw(st.lists(st.integers(start + 1, 16), max_size=4)))
+        outputs.append(asked(i, draw(st.sampled_from("abcd")), arrival, start, *times, end=draw(st.integers(arrival, 17))))
+    return outputs
+
+
+@settings(deadline=None)  # it is about answers, on machines of any speed
+@given(runs_of_clients())
+def test_service_difference_is_that_of_every_pair_and_every_interval(outputs):
+    clients = by_client(outputs)
+    run_end = max(o.finish_time for o in outputs)
+
+    def waits(client, begin, end):  # all of (begin, end]
+        own = [o for o in outputs if o.tags.client == client]
+        if not any(o.token_times for o in own):
+            return begin >= min(o.arrival_time for o in own) and end <= run_end
+        spans = [(o.arrival_time, o.first_scheduled_time if o.first_scheduled_time >= 0 else o.finish_time) for o in own]
+        return all(any(a <= t and t + 1 <= b for a, b in spans) for t in range(begin, end))
+
+    def service(client, begin, end):
+        own = [o for o in outputs if o.tags.client == client and o.token_times]
+        return sum(10 * (begin < o.token_times[0] <= end) + 2 * sum(begin < t <= end for t in o.token_times) for o in own)
+
+    worst = 0.0
+    for begin in range(18):
+        for end in range(begin + 1, 18):
+            both = [service(c, begin, end) for c in clients if waits(c, begin, end)]
+            worst = max(worst, max(both) - min(both)) if both else worst
+    assert service_difference(list(clients.values())) == worst
+
+
+def test_vtcs_own_experiment_measures_what_a_run_of_it_prints():
+    from experiments import vtc_fairness
+
+    preset = OmegaConf.load(vtc_fairness.CONF / "experiment" / "vtc_fairness.yaml")
+    assert preset.workload.duration == 360
+    for order, within in (("vtc", True), ("fcfs", False)):
+        clients, bound = vtc_fairness.served(order, 60)
+        summary = fairness([o for c in clients for o in c.outputs])
+        assert bound == 40_000 and (summary["service_difference"] <= bound) is within
+        assert summary["service_difference"] == service_difference(clients)
+        assert max(d for _, d in vtc_fairness.differences(clients)) <= summary["service_difference"]
+
+
+def test_fairness_is_in_the_tables_of_a_run_and_of_a_comparison():
+    s = summarize(RunResult([asked(0, "a", 0.0, 1.0, 2.0), asked(1, "b", 3.0, 3.0, 4.0)], duration=5.0))
+    assert "2 clients, Jain -, service difference 0" in run_table(s), "their windows do not meet"
+    together = [asked(i, client, 0.0, 1.0, 2.0) for i, client in enumerate("ab")]
+    s = summarize(RunResult(together, duration=5.0))
+    run = {"directory": "s/0", "status": "finished", "error": "", "overrides": [], "summary": s}
+    heading = comparison_rows([run])[0]
+    assert {"Jain", "service diff"} <= set(heading)
 
 
 def test_fairness_of_one_client_is_left_out():

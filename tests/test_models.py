@@ -157,9 +157,12 @@ def test_unknown_architecture(broken):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn': expected one of default, linear, llama3"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            "rope scaling 'longrope': expected one of default, linear, dynamic, llama3, yarn",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"use_sliding_window": True}, "sliding-window"),
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, "sliding-window"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_key_value_heads": 3}, "num_attention_heads=8"),
     ],
@@ -228,7 +231,8 @@ def test_tiny_is_written_once_and_whole(monkeypatch, tmp_path):
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     again = tmp_path / "again"
     tiny.write_qwen3(again)
-    assert all((again / p.name).read_bytes() == p.read_bytes() for p in first.iterdir())
+    written = [p for p in first.iterdir() if p.name != checkpoints.MANIFEST]
+    assert all((again / p.name).read_bytes() == p.read_bytes() for p in written) and len(written) == 4
 
 
 def test_an_interrupted_conversion_leaves_nothing(monkeypatch, tmp_path):

@@ -78,7 +78,7 @@ def test_the_oracle_knows_hidden_lengths_caps_and_the_context():
 
 def test_only_those_who_see_the_truth_are_stamped():
     asked = [ask(0.0, 1, 3)]
-    stamps = {p: run(asked, predictor=p).oracles for p in ("oracle", "noisy", "history", "constant")}
+    stamps = {p: run(asked, predictor=p, order="sjf").oracles for p in ("oracle", "noisy", "history", "constant")}
     assert stamps == {"oracle": ["predictor=oracle"], "noisy": ["predictor=noisy"], "history": [], "constant": []}
 
 
@@ -147,7 +147,7 @@ def test_history_starts_from_a_guess_and_learns_nothing_from_refusals():
     [
         (("history", {"by": "categry"}), "Did you mean category"),
         (("history", {"quantile": 0.0}), "quantile"),
-        (("noisy", {"tau": 0.0}), "tau=0.0: expected 0 < tau <= 1"),
+        (("noisy", {"tau": 0.0}), "predictor.tau=0.0: expected a finite number > 0 and <= 1"),
         (("constant", {"length": 0.0}), "length"),
     ],
 )

@@ -55,6 +55,12 @@ def test_a_package_holds_what_an_author_needs(packages: Path) -> None:
         assert "$" not in (packages / "my_order" / file).read_text()
 
 
+def test_a_package_says_what_it_is_in_english(packages: Path) -> None:
+    said = {role: (packages / f"my_{role}" / "pyproject.toml").read_text().partition('description = "')[2].partition(" for")[0] for role in WRITTEN}
+    assert said["order"] == "An order" and said["scheduler"] == "A scheduler" and said["kernels"] == "Kernels"
+    assert not [text for text in said.values() if re.match("A [aeiou]", text)]
+
+
 @pytest.mark.parametrize(
     ("role", "name", "says"),
     [
@@ -120,14 +126,15 @@ def test_a_stranger_s_package_works_with_no_edit_anywhere(stranger, tmp_path: Pa
     assert found["broken"] == []
     (mine,) = [p for p in found["plugins"] if p["name"] == "mypaper"]
     assert (mine["dist"], mine["version"], mine["origin"]) == ("headway-mypaper", "0.1.0", "headway_mypaper")
-    assert mine["parameters"] == [{"name": "patience", "type": "float", "default": 100.0}]
+    patience = {"name": "patience", "type": "float", "default": 100.0, "range": "0 to 1e+09, tokens a second"}
+    assert mine["parameters"] == [patience]
 
     # It runs, and its parameters are in the help.
     sim = ["executor=sim", "model=qwen3_0_6b", "tracking=none", "workload.num_requests=8", f"hydra.run.dir={tmp_path}"]
     assert "order=mypaper" in stranger(str(ROOT / "run.py"), "order=mypaper", "order.patience=3", *sim)
     assert json.loads((tmp_path / "summary.json").read_text())["completed"] == 8
     help = stranger(str(ROOT / "run.py"), "order=mypaper", "--help")
-    assert "mypaper" in help and "patience: 100.0" in help
+    assert "mypaper" in help and "order.patience=100.0" in help and "0 to 1e+09, tokens a second" in help
 
     # The kit checks it, here as pytest knows it.
     answer = stranger("-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "core.testing", "--policy", "order=mypaper", "--policy-seeds", "5")
@@ -136,18 +143,11 @@ def test_a_stranger_s_package_works_with_no_edit_anywhere(stranger, tmp_path: Pa
 
 # ---- docs/writing-a-plugin.md --------------------------------------------------------------------------------------
 
-HEADER = """
-from __future__ import annotations
-from collections.abc import Iterator
-from dataclasses import dataclass
-from headway import Context, Order, Request, StepRecord, View, hookimpl
-"""
-
 
 def test_the_page_on_writing_a_plugin_holds_code_that_works(tmp_path: Path, monkeypatch) -> None:
     plugin, test = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "writing-a-plugin.md").read_text(), re.DOTALL)
     file = tmp_path / "headway_myvtc.py"
-    file.write_text(HEADER + plugin)
+    file.write_text(plugin)
     monkeypatch.syspath_prepend(tmp_path)
     for verdict in kit.check_runs(Subject(("order=myvtc",), (str(file),)), range(20)):
         assert not verdict.failed, check.explain(verdict)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import pytest
 
 from headway import ConfigError, RunResult
-from plugins.observers.wandb import SERIES, Buckets, Wandb, logged_in
+from plugins.observers.wandb import SERIES, Buckets, Wandb, logged_in, unreachable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,6 +88,160 @@ def test_without_the_package_a_run_goes_on_with_one_warning(monkeypatch, capsys)
     tracker.close(RunResult())
     warning = capsys.readouterr().err
     assert warning.startswith("warning: wandb cannot be imported") and "tracking=none" in warning and warning.count("\n") == 1
+
+
+# ---- when W&B fails ---------------------------------------------------------------------------------------------------
+
+
+class FakeRun:
+    """What a Wandb observer calls of a run, each call written down; `fails`: method -> what it does instead."""
+
+    def __init__(self, mode: str, calls: list[tuple], fails: dict) -> None:
+        self.mode, self.calls, self.fails = mode, calls, fails
+        self.summary = SimpleNamespace(update=lambda values: self._call("summary", values))
+
+    def _call(self, name: str, *given: object) -> None:
+        self.calls.append((self.mode, name))
+        if (self.mode, name) in self.fails:
+            self.fails[self.mode, name]()
+
+    def log(self, point: dict) -> None:
+        self._call("table" if "requests" in point else "log", point)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._call("finish")
+
+    def define_metric(self, *about: object, **more: object) -> None: ...
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A wandb that answers `calls`, in order, and fails where `fails` says so."""
+    calls, fails, left = [], {}, Event()
+
+    def init(mode: str, **about: object) -> FakeRun:
+        made = FakeRun(mode, calls, fails)
+        made._call("init")
+        return made
+
+    class Settings:
+        model_fields = ("init_timeout", "finish_timeout")
+
+        def __init__(self, **settings: object) -> None: ...
+
+    module = SimpleNamespace(init=init, Settings=Settings, Table=lambda **about: "table", teardown=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr("plugins.observers.wandb.unreachable", lambda url, timeout: "")
+    yield SimpleNamespace(calls=calls, fails=fails, hang=left.wait)
+    left.set()
+
+
+def tracked(folder: Path, **parameters: object) -> None:
+    """A run of one step under a tracker that is logged in."""
+    tracker = Wandb(**{"mode": "online", "timeout": 0.2, "finish_timeout": 0.5} | parameters)
+    composition = SimpleNamespace(choices={"order": ("fcfs", {})})
+    tracker.run = SimpleNamespace(directory=folder, config={}, name="x", group="", composition=composition)
+    tracker.on_start(None)
+    tracker.on_step(Step(end=1.0, num_running=1))
+    tracker.close(RunResult())
+
+
+def raising() -> None:
+    raise RuntimeError("planted\nand more")
+
+
+SENT = ["init", "log", "summary", "table", "finish"]
+
+
+def test_nothing_is_said_when_nothing_fails(fake, tmp_path, capsys):
+    tracked(tmp_path)
+    assert fake.calls == [("online", name) for name in SENT]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("where", "then", "words"),
+    [
+        ("init", [("offline", name) for name in SENT], "W&B does not take the run (planted)"),
+        ("log", [("offline", name) for name in ("init", "log", "summary", "finish")], "wandb failed (planted)"),
+        ("summary", [("offline", name) for name in ("init", "log", "summary", "finish")], "wandb failed (planted)"),
+        ("table", [], "W&B did not take everything (planted)"),
+        ("finish", [], "W&B did not take everything (planted)"),
+    ],
+)
+def test_what_wandb_refuses_is_kept_offline_with_one_line_that_says_how_to_send_it(fake, tmp_path, capsys, where, then, words):
+    fake.fails["online", where] = raising
+    tracked(tmp_path)
+    assert fake.calls == [("online", name) for name in SENT[: SENT.index(where) + 1]] + then
+    warning = capsys.readouterr().err
+    assert words in warning and f"wandb sync {tmp_path}/wandb/" in warning and warning.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["log", "table", "finish"])
+def test_a_wandb_that_hangs_holds_nobody_up(fake, tmp_path, capsys, where):
+    fake.fails["online", where] = fake.hang
+    began = time.monotonic()
+    tracked(tmp_path)
+    assert time.monotonic() - began < 10
+    assert "no answer in" in capsys.readouterr().err
+
+
+def test_a_wandb_that_fails_offline_too_stops_no_run(fake, tmp_path, capsys):
+    fake.fails |= {("online", "log"): raising, ("offline", "init"): raising}
+    tracked(tmp_path)
+    assert "wandb cannot be started (planted)" in capsys.readouterr().err
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The URL of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_server_is_reached_when_it_answers_at_all(server, silent, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert unreachable(server.url, 5.0) == ""
+    assert unreachable(silent, 0.2) in ("no answer in 0.2 s", "timed out")
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+    assert "refused" in unreachable(url, 5.0)
+    assert "unknown url type" in unreachable("what://is.this", 5.0)
+
+
+def test_with_a_key_and_no_network_the_run_is_kept_offline_after_seconds(tmp_path, server, silent):
+    environment = environment_of(tmp_path, server) | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": silent, "no_proxy": "127.0.0.1"}
+    command = [*RUN, "tracking.timeout=0.5"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=80)
+    assert ended.returncode == 0, ended.stderr
+    (said,) = [line for line in ended.stderr.splitlines() if line.startswith("warning")]
+    assert said.startswith(f"warning: W&B cannot be reached at {silent}") and "wandb sync" in said
+    assert list(tmp_path.glob("outputs/*/*/wandb/offline-run-*/*.wandb"))
+
+
+def wandb_processes() -> list[int]:
+    """W&B's own among the children of this process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent == str(os.getpid()) and "wandb" in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds wandb's process in /proc")
+def test_the_numbers_outlive_wandbs_own_process(tmp_path, capsys):
+    tracker = Wandb(mode="offline")
+    tracker.run = SimpleNamespace(directory=tmp_path, config={}, name="x", group="", composition=SimpleNamespace(choices={}))
+    tracker.on_start(None)
+    (process,) = wandb_processes()
+    os.kill(process, signal.SIGKILL)
+    tracker.on_step(Step(end=1.0, num_running=1))
+    tracker.close(RunResult())
+    assert "wandb failed" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
 
 
 RUN = [sys.executable, str(ROOT / "run.py"), "executor=sim", "workload.num_requests=8"]

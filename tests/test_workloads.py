@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import os
 import random
 import statistics
-from itertools import pairwise
+import tracemalloc
+from dataclasses import dataclass
+from itertools import islice, pairwise
 
 import pytest
 
+from core import cli
 from core.config import EngineConfig, Hardware, ModelShape
 from core.engine import Engine
-from core.errors import WorkloadError
+from core.errors import ConfigError, WorkloadError
 from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks
 from plugins.executors.sim import SimExecutor
@@ -22,9 +27,10 @@ from plugins.schedulers.victim.newest import Newest
 from plugins.workloads.agents import Agents
 from plugins.workloads.chat import PROMPTS, Chat
 from plugins.workloads.clients import Clients
-from plugins.workloads.content import Content
+from plugins.workloads.content import Content, only_its_length
 from plugins.workloads.multi_turn import MultiTurn
 from plugins.workloads.nano_bench import NanoBench
+from plugins.workloads.pace import LONGEST, arrival_times, finite
 from plugins.workloads.random_lengths import RandomLengths
 from plugins.workloads.shared_prefix import SharedPrefix
 from plugins.workloads.trace import Azure, BurstGPT, Mooncake, Trace
@@ -107,12 +113,16 @@ def test_declared_caps_do_not_reveal_the_true_length(workload_of):
 
 def test_an_empty_workload_is_an_error():
     for build in (lambda: RandomLengths(num_requests=0), lambda: SharedPrefix(num_requests=0), lambda: MultiTurn(num_sessions=0)):
-        with pytest.raises(WorkloadError, match="expected at least 1"):
-            made(build())
-    chat = Chat(num_requests=0)
-    chat.tokenizer = Words()
+        with pytest.raises(ConfigError, match="expected at least 1"):
+            build()
+
+    @dataclass
+    class Nothing(RandomLengths):
+        def requests(self, seed, vocab_size, max_model_len):
+            return iter(())
+
     with pytest.raises(WorkloadError, match="is empty"):
-        made(chat)
+        made(Nothing())
 
 
 # ---- arrival processes ---------------------------------------------------------------------------------------------------
@@ -168,15 +178,46 @@ def test_a_refused_request_does_not_cost_a_closed_loop_its_client():
         ({"concurrency": 0}, "concurrency=0"),
         ({"input_len": 0}, "input_len=0"),
         ({"output_len": -3}, "output_len=-3"),
-        ({"input_len": [9, 3]}, r"input_len=\[9, 3\]"),
-        ({"input_len": "long"}, "input_len=long"),
+        ({"input_len": "long"}, "input_len='long'"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"temperature": -1}, "temperature=-1"),
     ],
 )
 def test_parameters_out_of_range_are_named(parameters, match):
-    with pytest.raises(WorkloadError, match=match):
+    with pytest.raises(ConfigError, match=match):
         RandomLengths(**parameters)
+
+
+def test_a_range_that_ends_before_it_begins_is_named():
+    with pytest.raises(WorkloadError, match=r"input_len=\[9, 3\]"):
+        RandomLengths(input_len=[9, 3])
+
+
+@pytest.mark.parametrize(
+    "parameters, named",
+    [
+        ({"arrival": "gamma", "burstiness": 1e308}, "burstiness=1e\\+308"),
+        ({"arrival": "gamma", "burstiness": float("nan")}, "burstiness=nan"),
+        ({"arrival": "gamma", "burstiness": 1e-300}, "burstiness=1e-300"),
+        ({"arrival": "poisson", "rate": float("inf")}, "rate=inf"),
+        ({"arrival": "uniform", "rate": 1e-320}, "rate="),
+    ],
+)
+def test_arrival_processes_refuse_what_gives_no_finite_times(parameters, named):
+    with pytest.raises(ConfigError, match=f"workload.{named}"):
+        RandomLengths(**parameters)
+    with pytest.raises(WorkloadError, match=f"workload.{named}"):
+        next(arrival_times(**{"arrival": "", "rate": 1.0, "burstiness": 1.0, "rng": random.Random(0)} | parameters))
+
+
+def test_a_time_that_is_not_finite_names_what_it_follows_from():
+    with pytest.raises(WorkloadError, match=r"workload.rate=0.5: a request would arrive at inf seconds"):
+        finite(float("inf"), rate=0.5)
+    for process in ("uniform", "poisson", "gamma"):
+        ends = (1e-6, 1e6) if process != "gamma" else (1e-3, 1e6)  # of the ranges that workloads declare
+        for end in ends:
+            times = list(islice(arrival_times(process, 1.0 / end, end, random.Random(0)), 200))
+            assert times == sorted(times) and all(map(math.isfinite, times))
 
 
 # ---- synthetic requests ----------------------------------------------------------------------------------------------------
@@ -237,7 +278,7 @@ def test_clients_come_at_their_own_rates_evenly_spaced():
 
 
 def test_clients_need_one_length_each_or_one_for_all():
-    with pytest.raises(WorkloadError, match="input_lens has 3 entries for 2 clients"):
+    with pytest.raises(WorkloadError, match="expected one entry, or one for each of the 2 clients"):
         Clients(input_lens=[1, 2, 3])
     arrivals = made(Clients(rates=[1, 1, 1], duration=3, input_lens=[[5, 6], 7, 8], output_lens=[2]))
     assert {(a.tags.client, len(a.prompt_token_ids) in (5, 6)) for a in arrivals} == {("client0", True), ("client1", False), ("client2", False)}
@@ -326,7 +367,7 @@ def test_agent_sessions_are_scaled_and_end_with_the_context(tmp_path):
     [
         ("{", "no agent session"),
         ('{"id": "a"}', "lacks 'requests'"),
-        ('{"id": "a", "block_size": 64, "requests": [{"type": "n", "in": -1, "out": 1, "hash_ids": []}]}', "negative"),
+        ('{"id": "a", "block_size": 64, "requests": [{"type": "n", "in": -1, "out": 1, "hash_ids": []}]}', "in -1 is negative"),
     ],
 )
 def test_a_broken_agent_session_is_named_by_file_and_line(tmp_path, line, match):
@@ -335,6 +376,12 @@ def test_a_broken_agent_session_is_named_by_file_and_line(tmp_path, line, match)
         file.write("\n" + line)
     with pytest.raises(WorkloadError, match=rf"agents\.jsonl:2: .*{match}"):
         made(Agents(path=path))
+
+
+def test_a_session_id_given_twice_is_refused(tmp_path):
+    line = json.dumps({"id": "a", "block_size": 64, "requests": [{"type": "n", "in": 70, "out": 8, "hash_ids": [1]}]})
+    with pytest.raises(WorkloadError, match=r"twice\.jsonl:3: session id 'a' is that of line 1 too"):
+        made(Agents(path=file_of(tmp_path, f"{line}\n\n{line}\n", "twice.jsonl")))
 
 
 # ---- chat ---------------------------------------------------------------------------------------------------------------------
@@ -390,7 +437,7 @@ def test_chat_says_what_it_lacks(tmp_path):
         made(chat(path=str(tmp_path / "bad.jsonl")))
     with pytest.raises(WorkloadError, match=r"empty\.txt: holds no prompt"):
         made(chat(path=str(tmp_path / "empty.txt")))
-    with pytest.raises(WorkloadError, match="cannot be read"):
+    with pytest.raises(WorkloadError, match="no such file"):
         made(chat(path=str(tmp_path / "none.txt")))
 
 
@@ -481,14 +528,14 @@ def test_zero_lengths_cost_only_their_own_request(tmp_path):
         (Azure, "time,in,out\n", r":1: the header lacks TIMESTAMP"),
         (Azure, "TIMESTAMP,ContextTokens,GeneratedTokens\n", r"holds no request"),
         (Azure, "", r"holds no request"),
-        (BurstGPT, BURST + "nan,ChatGPT,1,1,2,x\n", r":4: Timestamp nan"),
+        (BurstGPT, BURST + "nan,ChatGPT,1,1,2,x\n", r":4: Timestamp 'nan'"),
         (Mooncake, '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1]}\n{"timestamp"\n', r":2: no JSON"),
         (Mooncake, '{"timestamp": 0, "input_length": 5, "hash_ids": [1]}\n', r":1: lacks 'output_length'"),
         (Mooncake, '{"timestamp": 0, "input_length": 513, "output_length": 1, "hash_ids": [1]}\n', r":1: 1 hash_ids .* do not cover"),
         (Mooncake, '{"timestamp": 0, "input_length": -5, "output_length": 1, "hash_ids": [1]}\n', r":1: input_length -5"),
         (Mooncake, '{"timestamp": 0, "input_length": 5, "output_length": -1, "hash_ids": [1]}\n', r":1: output_length -1"),
         (Mooncake, '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": ["a"]}\n', r":1: hash_ids"),
-        (Mooncake, "[1, 2]\n", r":1: lacks"),
+        (Mooncake, "[1, 2]\n", r":1: expected one JSON object a line"),
     ],
 )
 def test_a_malformed_line_is_named_by_file_and_line(tmp_path, workload, text, match):
@@ -500,15 +547,203 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path, workload, text, ma
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "broken.csv.gz").write_bytes(b"no gzip")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    for name in ("broken.csv.gz", "binary.csv"):
-        with pytest.raises(WorkloadError, match=rf"{name}: cannot be read after 0 requests"):
+    for name, problem in (("broken.csv.gz", "cannot be read on"), ("binary.csv", "no UTF-8")):
+        with pytest.raises(WorkloadError, match=rf"{name}:1: {problem}"):
             made(Azure(path=str(tmp_path / name)))
     with pytest.raises(WorkloadError, match="no such file"):
         made(Azure(path=str(tmp_path / "none.csv")))
     with pytest.raises(WorkloadError, match="workload.path is not set"):
         made(Mooncake())
-    with pytest.raises(WorkloadError, match="Did you mean mooncake"):
+    with pytest.raises(ConfigError, match="Did you mean mooncake"):
         Trace(format="moncake")
+
+
+# Lines as public files really have them. Each is read as its writer meant it, or refused with file and line;
+# none is guessed at.
+AZURE_HEAD, BURST_HEAD = AZURE.partition("\n")[0] + "\n", BURST.partition("\n")[0] + "\n"
+NOON = "2024-05-10 12:00:00"
+
+
+def moon(time="0", input_len="600", output_len="5", ids="[1, 2]") -> str:
+    return f'{{"timestamp": {time}, "input_length": {input_len}, "output_length": {output_len}, "hash_ids": {ids}}}\n'
+
+
+READ = {
+    "byte-order mark and CRLF": (Azure, "\ufeff" + (AZURE_HEAD + f"{NOON},7,3\n").replace("\n", "\r\n"), [(0, 7, 3)]),
+    "CR alone": (Azure, (AZURE_HEAD + f"{NOON},7,3\n").replace("\n", "\r"), [(0, 7, 3)]),
+    "UTC as Z": (Azure, AZURE_HEAD + "2024-05-10T12:00:00Z,7,3\n2024-05-10T12:00:00.25Z,7,3\n", [(0, 7, 3), (0.25, 7, 3)]),
+    "two zones": (Azure, AZURE_HEAD + f"{NOON}+00:00,7,3\n2024-05-10 05:00:01.5-07:00,8,3\n", [(0, 7, 3), (1.5, 8, 3)]),
+    "100 ns": (Azure, AZURE_HEAD + f"{NOON}.0000001,7,3\n{NOON}.5000002,7,3\n", [(0, 7, 3), (0.5000001, 7, 3)]),
+    "counts as floats": (Azure, AZURE_HEAD + f"{NOON},7.0,3.0\n", [(0, 7, 3)]),
+    "quoted cells": (Azure, AZURE_HEAD + f'"{NOON}","7","3"\n', [(0, 7, 3)]),
+    "more columns": (Azure, f"NumImages,{AZURE_HEAD}1,{NOON},7,3\n", [(0, 7, 3)]),
+    "blank lines at the end": (Azure, AZURE_HEAD + f"{NOON},7,3\n\n  \n", [(0, 7, 3)]),
+    "spaces after commas": (BurstGPT, (BURST_HEAD + "5,GPT-4,7,3,10,API log\n").replace(",", ", "), [(0, 7, 3)]),
+    "a session column": (BurstGPT, f"Session ID,{BURST_HEAD},5.0,GPT-4,7.0,3.0,10.0,API log\n", [(0, 7, 3)]),
+    "a failed request": (BurstGPT, BURST_HEAD + "5,GPT-4,7,0,7,API log\n6,GPT-4,8,3,11,API log\n", [(0, 7, 0), (1, 8, 3)]),
+    "equal times keep their order": (Mooncake, moon() + moon(input_len="601"), [(0, 600, 5), (0, 601, 5)]),
+    "numbers as text and as floats": (Mooncake, moon('"1000"', "600.0", "5e0"), [(0, 600, 5)]),
+    "times before zero": (Mooncake, moon("-3000") + moon(), [(0, 600, 5), (3, 600, 5)]),
+    "no tokens": (Mooncake, moon(input_len="0", ids="[]"), [(0, 0, 5)]),
+    "ids of 64 bits and more": (Mooncake, moon(ids=f"[{2**64 - 1}, {2**90}]"), [(0, 600, 5)]),
+}
+REFUSED = {
+    "a zone on some lines only": (Azure, AZURE_HEAD + f"{NOON},7,3\n{NOON}Z,7,3\n", ":3: .* has a time zone, unlike"),
+    "a day without a time": (Azure, AZURE_HEAD + "2024-05-10,7,3\n", ":2: TIMESTAMP"),
+    "seconds since 1970": (Azure, AZURE_HEAD + "1700158623.98,7,3\n", ":2: TIMESTAMP"),
+    "a 30th of February": (Azure, AZURE_HEAD + "2024-02-30 12:00:00,7,3\n", ":2: TIMESTAMP"),
+    "a fraction with an exponent": (Azure, AZURE_HEAD + f"{NOON}.1e5,7,3\n", ":2: TIMESTAMP"),
+    "underscores": (Azure, AZURE_HEAD + f"{NOON},1_0,3\n", ":2: ContextTokens '1_0'"),
+    "thousands": (Azure, AZURE_HEAD + f'{NOON},"1,472",3\n', ":2: ContextTokens '1,472'"),
+    "an empty cell": (Azure, AZURE_HEAD + f"{NOON},,3\n", ":2: ContextTokens ''"),
+    "a comma too many": (Azure, AZURE_HEAD + f"{NOON},7,3,\n", ":2: 4 cells"),
+    "semicolons": (Azure, AZURE_HEAD.replace(",", ";"), ":1: the header lacks"),
+    "a column twice": (Azure, f"ContextTokens,{AZURE_HEAD}", ":1: the header has ContextTokens more than once"),
+    "an open quote": (Azure, AZURE_HEAD + f'"{NOON},7,3\n', ":2: no line of a CSV file"),
+    "a cell beyond all bounds": (Azure, AZURE_HEAD + f"{NOON},{'9' * 200_000},3\n", ":2: "),
+    "more tokens than can be": (Azure, AZURE_HEAD + f"{NOON},{10**13},3\n", ":2: ContextTokens .*at most"),
+    "a NUL byte": (Azure, AZURE_HEAD + f"{NOON},7\0,3\n", ":2: a NUL byte at column 22"),
+    "nanoseconds": (BurstGPT, BURST_HEAD + f"{10**18},GPT-4,7,3,10,x\n", ":2: Timestamp"),
+    "infinity": (BurstGPT, BURST_HEAD + "inf,GPT-4,7,3,10,x\n", ":2: Timestamp 'inf'"),
+    "one array of all": (Mooncake, f"[{moon().strip()}]\n", ":1: expected one JSON object a line"),
+    "true for a number": (Mooncake, moon(output_len="true"), ":1: output_length True"),
+    "true for an id": (Mooncake, moon(ids="[true, false]"), ":1: hash_ids"),
+    "an id that is no whole number": (Mooncake, moon(ids="[1.0, 2.0]"), ":1: hash_ids"),
+    "ids of other blocks": (Mooncake, moon(ids="[1, 2, 3]"), ":1: 3 hash_ids .* are too many for input_length 600: expected 2"),
+    "a time that is NaN": (Mooncake, moon("NaN"), ":1: timestamp nan"),
+    "a time that is null": (Mooncake, moon("null"), ":1: timestamp None"),
+    "a length beyond floats": (Mooncake, moon(input_len="1e400"), ":1: input_length inf"),
+    "a number of thousands of digits": (Mooncake, moon(input_len="1" * 5000), ":1: no JSON that can be read"),
+    "half a letter": (Mooncake, moon(ids='"\\ud800"'), r":1: no text: \\ud800 is one half of a letter"),
+    "brackets without end": (Mooncake, "[" * 200_000, ":1: no JSON that can be read"),
+}
+
+
+@pytest.mark.parametrize("workload, text, expected", READ.values(), ids=READ)
+def test_lines_of_public_files_are_read_as_they_were_meant(tmp_path, workload, text, expected):
+    (tmp_path / "trace").write_bytes(text.encode())
+    arrivals = made(workload(path=str(tmp_path / "trace")))
+    assert [(len(a.prompt_token_ids), a.output_len) for a in arrivals] == [row[1:] for row in expected]
+    assert [a.time for a in arrivals] == pytest.approx([row[0] for row in expected], abs=2e-7)
+
+
+@pytest.mark.parametrize("workload, text, match", REFUSED.values(), ids=REFUSED)
+def test_lines_that_could_be_misread_are_refused_by_file_and_line(tmp_path, workload, text, match):
+    (tmp_path / "trace").write_bytes(text.encode())
+    with pytest.raises(WorkloadError, match=f"trace{match}"):
+        made(workload(path=str(tmp_path / "trace")))
+
+
+@pytest.mark.parametrize("vocab", [2, 512, 32_768, 151_936])
+def test_distinct_ids_give_distinct_prompts_however_wide_they_are(tmp_path, vocab):
+    ids = [[(group << shift) + 1, (group << shift) + 2] for shift in (0, 32, 40, 45, 56, 70) for group in (1, 2, vocab, vocab + 1)]
+    path = file_of(tmp_path, "".join(moon(input_len="600", ids=str(pair)) for pair in ids))
+    prompts = {tuple(a.prompt_token_ids) for a in made(Mooncake(path=path), vocab=vocab)}
+    assert len(prompts) == len({tuple(pair) for pair in ids})
+
+
+READERS = {"trace": Mooncake, "agents": Agents, "chat": chat}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, reader):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(WorkloadError, match="is no regular file"):
+            made(READERS[reader](path=str(path)))
+    for path in ("a" * 5000, "no\0name", "~nobody-of-this-name/x"):
+        with pytest.raises(WorkloadError, match="workload.path="):
+            made(READERS[reader](path=path))
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_line_that_never_ends_is_refused_before_it_is_in_memory(tmp_path, monkeypatch, reader, packed):
+    monkeypatch.setattr("plugins.workloads.lines.LONGEST", 1000)
+    monkeypatch.setattr("plugins.workloads.trace.LONGEST_ROW", 1000)
+    data = b"\n" + b"0" * 5000
+    (tmp_path / "long").write_bytes(gzip.compress(data) if packed else data)
+    with pytest.raises(WorkloadError, match=r"long:2: the line is longer than"):
+        made(READERS[reader](path=str(tmp_path / "long")))
+
+
+def test_a_compressed_file_is_known_by_its_contents_and_named_where_it_breaks(tmp_path):
+    packed = gzip.compress("".join(moon(str(i)) for i in range(5000)).encode())
+    (tmp_path / "whole").write_bytes(packed)
+    (tmp_path / "cut").write_bytes(packed[: len(packed) // 2])
+    assert len(made(Mooncake(path=str(tmp_path / "whole")))) == 5000
+    with pytest.raises(WorkloadError, match=r"cut:\d+: cannot be read on"):
+        made(Mooncake(path=str(tmp_path / "cut")))
+
+
+# ---- prompts that fit no context ---------------------------------------------------------------------------
+
+HUGE = 10**11  # tokens in a file
+MOST = LONGEST  # tokens that a parameter may ask for
+
+
+@pytest.fixture(params=["random", "clients", "shared_prefix", "multi_turn", "azure", "mooncake", "agents"])
+def too_long(request, tmp_path):
+    azure, ids = file_of(tmp_path, AZURE_HEAD + f"{NOON},{HUGE},3\n"), str(list(range(200_000)))
+    call = {"in": HUGE, "out": 1, "hash_ids": [1]}
+    agents = file_of(tmp_path, json.dumps({"id": "a", "block_size": 64, "requests": [call]}), "agents.jsonl")
+    mooncake = file_of(tmp_path, moon(input_len=str(200_000 * 512), ids=ids), "mooncake.jsonl")
+    return {
+        "random": lambda: RandomLengths(input_len=MOST, num_requests=2),
+        "clients": lambda: Clients(input_lens=[MOST], duration=1),
+        "shared_prefix": lambda: SharedPrefix(input_len=MOST, num_requests=2),
+        "multi_turn": lambda: MultiTurn(system_len=MOST, num_sessions=2),
+        "azure": lambda: Azure(path=azure),
+        "mooncake": lambda: Mooncake(path=mooncake),
+        "agents": lambda: Agents(path=agents),
+    }[request.param]()
+
+
+def test_a_prompt_longer_than_the_context_is_rejected_by_its_length_and_never_made(too_long):
+    tracemalloc.start()
+    outputs = run(too_long).outputs
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert outputs and {o.state for o in outputs} == {"rejected"}
+    assert all(f"prompt of {o.num_prompt_tokens} tokens does not fit" in o.finish_reason for o in outputs)
+    assert min(o.num_prompt_tokens for o in outputs) >= MOST and peak < 40e6, "8 bytes a token would be 80 MB at least"
+
+
+@pytest.mark.parametrize("tokens", [10**13, 10**30])
+def test_a_length_beyond_all_measure_is_refused(tokens):
+    with pytest.raises(WorkloadError, match="expected at most 1,000,000,000,000"):
+        only_its_length(tokens)
+
+
+# ---- python -m headway trace -------------------------------------------------------------------------------
+
+
+def test_a_trace_is_measured_in_one_pass_without_its_tokens(tmp_path, capsys):
+    count, tokens = 1000, 100 * 512
+    rows = (moon(str(1000 * (count - i)), str(tokens), "7", str(list(range(i, i + 100)))) for i in range(count))
+    path, out = file_of(tmp_path, "".join(rows), "trace.jsonl"), tmp_path / "lengths.jsonl"
+    tracemalloc.start()
+    assert cli.main(["trace", path, "--out", str(out)]) == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    text = capsys.readouterr().out
+    assert "1,000 over 999.0 s, 1.00 a second" in text and f"{count * tokens:,} in all" in text and "variation 0.00" in text
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(written) == count and written[1] == {"time": 1.0, "input_len": tokens, "output_len": 7}
+    assert peak < 10e6, "51,200,000 tokens would be 400 MB"
+
+
+def test_measuring_a_trace_names_what_is_wrong(tmp_path, capsys):
+    path = file_of(tmp_path, moon() + "{", "trace.jsonl")
+    for argv, problem in (
+        ([path], "trace.jsonl:2: no JSON"),
+        ([str(tmp_path / "none")], "no such file"),
+        ([path, "--limit", "0"], "limit=0"),
+        ([path, "--limit", "1", "--out", path], "is the trace itself"),
+        ([path, "--limit", "1", "--out", str(tmp_path / "no" / "folder")], "cannot be written"),
+    ):
+        assert cli.main(["trace", *argv]) == 2
+        assert problem in capsys.readouterr().err
 
 
 # ---- tokens of ids ---------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 from ..blocks import ROOT, BlockPool
 from ..clock import VirtualClock
 from ..errors import InvariantError
+from ..params import param
 from ..plan import StepPlan
 from ..policy import Executor, ExecutorCaps, StepResult
 from ..request import Request
@@ -68,13 +69,13 @@ class _Flight:
 class OracleExecutor(Executor):
     """Checks every read and write of every plan; emits tokens that are a function of (seed, request, position)."""
 
-    vocab_size: int = 5
-    max_model_len: int = 64
-    num_blocks: int = 16
-    step_seconds: float = 0.01
-    token_seconds: float = 0.0  # added for each token of the plan
+    vocab_size: int = param(5, min=1, max=2**24)
+    max_model_len: int = param(64, min=1, max=2**24, unit="tokens")
+    num_blocks: int = param(16, min=0, max=2**31 - 1)
+    step_seconds: float = param(0.01, min=0, max=1e6, unit="seconds")
+    token_seconds: float = param(0.0, min=0, max=1e6, unit="seconds", doc="added for each token of the plan")
     eos: bool = False  # token 0 ends a sequence
-    max_plans: int = 4
+    max_plans: int = param(4, min=1, max=1024)
     placeholders: bool = True
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from ..policy import Role
 from ..request import SLO, Arrival, Request, RequestState, SamplingParams, Tags
 from .oracle import OracleExecutor
 
-BACKLOG = 12  # requests in the system at any time; four of them fit
+BACKLOG = 12  # requests in the system at any time; four of them run at once
 PATIENCE = 1000  # later arrivals that may end before the odd one does
 TIGHT = SLO(0.5, 0.05, 1.0)
 SHARED = [1, 2, 3, 4, 1, 2, 3, 4]
@@ -23,8 +23,9 @@ class Scene:
 
     name: str
     odd: Arrival
-    other: Arrival
+    others: tuple[Arrival, ...]  # the stream: one after another, again and again
     before: int = 0  # requests like the odd one that are served before the stream begins
+    backlog: int = BACKLOG  # requests in the system when the odd one comes, and from then on
 
 
 def _arrival(prompt: int = 10, answer: int = 4, *, client: str = "a", session: str = "", turn: int = 0, priority: int = 0,
@@ -33,19 +34,36 @@ def _arrival(prompt: int = 10, answer: int = 4, *, client: str = "a", session: s
     return Arrival(0.0, tokens, SamplingParams(max_tokens=answer), None, None, Tags(client, session, turn, category, priority), slo)
 
 
-_USUAL = _arrival()
+_USUAL, _OLD, _CHAT = _arrival(), _arrival(session="old", turn=3), _arrival(category="chat")
+
+
+def _both_ways(name: str, one: Arrival, mirrored: str, other: Arrival = _USUAL) -> tuple[Scene, Scene]:
+    """One among the others' kind, and one of the others' kind among its own: a policy may favour either."""
+    return Scene(name, one, (other,)), Scene(mirrored, other, (one,))
+
+
+def _clients(names: str) -> tuple[Arrival, ...]:
+    return tuple(_arrival(client=name) for name in names)
+
+
 SCENES = (
-    Scene("nothing", _USUAL, _USUAL),
-    Scene("another client", _arrival(client="b"), _USUAL),
-    Scene("a client that was served a lot before", _arrival(client="b", session="b"), _USUAL, before=40),
-    Scene("a long prompt", _arrival(prompt=40), _USUAL),
-    Scene("a long answer", _arrival(answer=24), _USUAL),
-    Scene("no shared prefix", _arrival(shared=False), _USUAL),
-    Scene("the lowest priority", _arrival(priority=9), _USUAL),
-    Scene("a far deadline", _arrival(slo=SLO(5.0, 0.5, 10.0)), _USUAL),
-    Scene("no deadline", _arrival(slo=SLO()), _USUAL),
-    Scene("a new session among old ones", _arrival(session="new"), _arrival(session="old", turn=3)),
-    Scene("another category", _arrival(category="batch"), _arrival(category="chat")),
+    Scene("nothing that sets it apart", _USUAL, (_USUAL,)),
+    Scene("a late arrival behind a long queue", _USUAL, (_USUAL,), backlog=40),
+    *_both_ways("another client", _arrival(client="b"), "another client, of the lesser name"),
+    Scene("a client that was served a lot before", _arrival(client="b", session="b"), (_USUAL,), before=40),
+    Scene("a client among many small ones", _arrival(client="d"), _clients("abcefg")),
+    Scene("a client that was served a lot before, among many", _arrival(client="d"), _clients("abcefg"), before=40),
+    Scene("a client among one that asks a lot and one that does not", _arrival(client="b"), _clients("aaaaac")),
+    *_both_ways("a long prompt", _arrival(prompt=40), "a short prompt among long ones"),
+    Scene("a prompt between shorter and longer ones", _arrival(prompt=24), (_USUAL, _arrival(prompt=40))),
+    *_both_ways("a long answer", _arrival(answer=24), "a short answer among long ones"),
+    Scene("an answer between shorter and longer ones", _arrival(answer=12), (_USUAL, _arrival(answer=24))),
+    *_both_ways("no shared prefix", _arrival(shared=False), "another prefix than the rest"),
+    *_both_ways("the lowest priority", _arrival(priority=9), "the highest priority among low ones"),
+    *_both_ways("a far deadline", _arrival(slo=SLO(5.0, 0.5, 10.0)), "a near deadline among far ones"),
+    *_both_ways("no deadline", _arrival(slo=SLO()), "a deadline among requests without"),
+    *_both_ways("a new session among old ones", _arrival(session="new"), "an old session among new ones", _OLD),
+    *_both_ways("another category", _arrival(category="batch"), "another category, of the greater name", _CHAT),
 )  # fmt: skip
 
 
@@ -67,12 +85,13 @@ def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
     engine = Engine({**roles, "executor": executor}, EngineConfig(4, 48, 4, 32), seed=0)
     made = 0
 
-    def more(count: int, like: Arrival, now: float) -> Iterable[Arrival]:
+    def more(count: int, kinds: tuple[Arrival, ...], now: float) -> Iterable[Arrival]:
         nonlocal made
         for _ in range(count):
+            like = kinds[made % len(kinds)]
             made += 1
-            like = replace(like, time=now, id=f"n{made}", prompt_token_ids=like.prompt_token_ids[:-1] + [made % 5])
-            yield like
+            prompt = [*like.prompt_token_ids[:-1], made % 5]
+            yield replace(like, time=now, id=f"n{made}", prompt_token_ids=prompt)
 
     ended = {"odd": False}
     others = 0
@@ -83,20 +102,20 @@ def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
             ended["odd"] = True
             return ()
         if len(engine.finished) < scene.before:
-            return more(1, scene.odd, now)
+            return more(1, (scene.odd,), now)
         if request.arrival_time >= start:
             others += request.state is RequestState.FINISHED
-        return more(1, scene.other, now) if others < PATIENCE and not ended["odd"] else ()
+        return more(1, scene.others, now) if others < PATIENCE and not ended["odd"] else ()
 
     start = float("inf")
     engine.on_result = follow
-    for arrival in more(BACKLOG, scene.odd if scene.before else scene.other, 0.0):
+    for arrival in more(scene.backlog, (scene.odd,) if scene.before else scene.others, 0.0):
         engine.add(arrival)
-    while len(engine.finished) < max(scene.before, BACKLOG) and engine.step():
+    while len(engine.finished) < max(scene.before, scene.backlog) and engine.step():
         pass
     start = engine.clock.inner.now()
     engine.add(replace(scene.odd, time=start, id="odd"))
-    for arrival in more(4, scene.other, start):
+    for arrival in more(4, scene.others, start):
         engine.add(arrival)
     while not ended["odd"] and others < PATIENCE and engine.step():
         pass

@@ -86,8 +86,8 @@ class Roofline:
         blocks = int(left // (block_size * self.kv_bytes_per_token))
         if blocks < 1:
             raise ConfigError(
-                f"{self.weight_bytes / GIB:.1f} GiB of weights and {activation_gb:g} GiB of activations a rank leave no room for KV in "
-                f"{self.hardware.memory_gb:g} GiB x {memory_utilization:g} of {self.hardware.name}: raise parallel.tp or parallel.pp, "
-                "or choose a smaller model or larger hardware"
+                f"{self.weight_bytes / GIB:.1f} GiB of weights and executor.activation_gb={activation_gb} for each rank leave no room "
+                f"for KV in hardware.memory_gb={self.hardware.memory_gb} x executor.memory_utilization={memory_utilization} of "
+                f"{self.hardware.name}: raise parallel.tp or parallel.pp, or choose a smaller model or larger hardware"
             )
         return blocks

@@ -1,213 +1,251 @@
-"""Repeating a recorded run: its tokens, its step times, and what its clock said.
-
-A record is one `replay.npz`:
-    readings  float64 [n]      what the run's clock answered, once a turn of the loop and once a completed step, in order; seconds
-    step      int64 [steps]    number of the step; those that only preempted or rejected ran nothing and are left out
-    start     float64 [steps]  the executor began the step; seconds
-    end       float64 [steps]  its tokens were on the host; seconds
-    tokens    int64 [total]    every request's generated tokens, request after request in order of arrival
-    offsets   int64 [requests + 1]  request i's tokens are tokens[offsets[i] : offsets[i + 1]]
-    ids       str [requests]   request ids, in order of arrival
-    meta      str []           JSON: format, decision_hash, status, limits of the engine, and what the executor's caps said
-"""
+"""Repeating a recorded run: its tokens, its step times, its clock. Whatever differs from the record is an
+error."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from headway import (
     ConfigError,
-    Engine,
     Executor,
     ExecutorCaps,
     Hardware,
-    HeadwayError,
+    ModelError,
     ModelShape,
     Observer,
+    ParallelConfig,
     ReplayClock,
+    Request,
+    RequestOutput,
+    RunResult,
     StepPlan,
-    StepRecord,
     StepResult,
     VirtualClock,
+    composition_facts,
+    fact_differences,
     hookimpl,
 )
 
 from .cost import Roofline
+from .record import FILE, PlanDigest, Prompt, Record, Recorder, ReplayError, Said
 
-FORMAT = 1
-FILE = "replay.npz"
+__all__ = ["Record", "RecordedTimes", "Recorder", "Replay", "ReplayError"]
 
-
-class ReplayError(HeadwayError):
-    """The run went another way than the record, or the record cannot be read."""
+OWN_WORKLOAD = "replay the record's own workload and seed"
+#: Facts that decide nothing: who runs the plans, who watches, and what is checked or waited for meanwhile.
+NO_MATTER = ("executor", "tracking", "engine.check", "parallel.timeout", "parallel.port")
 
 
 class RecordedClock(ReplayClock):
     """The record's readings. A run that needs more of them has left the record, and would else wait for ever."""
 
+    def __init__(self, record: Record) -> None:
+        super().__init__(record.readings or [0.0])
+        self._status = record.meta["status"]
+
     def now(self) -> float:
         if self._next == len(self._readings) + 1:  # the one past the end dates the result
             self._next += 1
-            raise ReplayError(f"the record's clock ends at {self._readings[-1]:.6f} s and this run goes on: it differs from the record's")
+            cause = f"the recorded run was {self._status} there"
+            if self._status == "finished":
+                cause = "it differs from the record's"
+            end = self._readings[-1]
+            raise ReplayError(f"the record's clock ends at {end:.6f} s and this run goes on: {cause}")
         return super().now()
 
 
-@dataclass(frozen=True)
-class Record:
-    """A recorded run, read into memory."""
+class RecordedTexts:
+    """Stands in for the tokenizer of the recorded run: knows the texts that were said in it, and no other."""
 
-    path: Path
-    readings: list[float]
-    steps: dict[int, tuple[float, float]]  # number of the step -> its start and end, seconds
-    tokens: dict[str, list[int]]  # request id -> generated tokens
-    meta: dict[str, Any]
+    has_chat_template = True
 
-    @property
-    def durations(self) -> list[float]:
-        """Seconds of each step that ran, in order."""
-        return [end - start for start, end in self.steps.values()]
+    def __init__(self, record: Record) -> None:
+        self._path = record.path
+        self._said = {said.prompt: said for said in record.said}
+        self._answers = {said.id: said.answer for said in record.said}
 
-    @classmethod
-    def load(cls, path: str | Path) -> Record:
-        """`path` is a record or the run directory that holds one."""
-        import numpy as np
+    def encode(self, text: str) -> list[int]:
+        if (said := self._said.get(text)) is None:
+            raise ReplayError(f"the prompt {text[:60]!r} is not in {self._path}: {OWN_WORKLOAD}")
+        if said.refusal:
+            raise ModelError(said.refusal)
+        return said.prompt_token_ids
 
-        file = Path(path)
-        file = file / FILE if file.is_dir() else file
-        if not str(path) or not file.is_file():
-            raise ReplayError(f"executor.path={str(path)!r}: expected a run directory with {FILE}, or such a file")
-        try:
-            with np.load(file, allow_pickle=False) as data:
-                meta = json.loads(str(data["meta"]))
-                offsets, tokens = data["offsets"].tolist(), data["tokens"].tolist()
-                steps = dict(zip(data["step"].tolist(), zip(data["start"].tolist(), data["end"].tolist(), strict=True), strict=True))
-                ids, readings = data["ids"].tolist(), data["readings"].tolist()
-        except (OSError, ValueError, KeyError) as error:
-            raise ReplayError(f"{file}: is no record of a run ({error}): record the run again") from error
-        if meta.get("format") != FORMAT:
-            raise ReplayError(f"{file}: format {meta.get('format')}, expected {FORMAT}: record the run again with this version")
-        by_id = {id: tokens[a:b] for id, a, b in zip(ids, offsets, offsets[1:], strict=False)}
-        return cls(file, readings, steps, by_id, meta)
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.encode(messages[-1]["content"])
 
-
-def record(engine: Engine, steps: Sequence[tuple[int, float, float]], path: str | Path, status: str = "finished") -> Path:
-    """Writes the record of a run that has ended. `steps` holds (number, start, end) of every completed step, in order; seconds."""
-    import numpy as np
-
-    file = Path(path)
-    file = file / FILE if file.is_dir() else file
-    outputs = sorted(engine.finished, key=lambda o: o.index)
-    caps, config, cost = engine.executor.caps, engine.config, engine.cost_model
-    meta = {
-        "format": FORMAT,
-        "status": status,
-        "decision_hash": engine.decisions.hexdigest,
-        "seed": engine.seed,
-        "limits": {
-            "num_blocks": engine.pool.num_blocks,
-            "block_size": engine.pool.block_size,
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
-        },
-        "max_inflight": config.max_inflight,
-        "caps": {
-            "max_model_len": caps.max_model_len,
-            "vocab_size": caps.vocab_size,
-            "eos_token_ids": sorted(caps.eos_token_ids),
-            "placeholders": caps.placeholders,
-            "max_inflight": caps.max_inflight,
-        },
-        "model": asdict(caps.model) if is_dataclass(caps.model) else None,
-        "roofline": {"hardware": asdict(cost.hardware), "tp": cost.tp, "pp": cost.pp} if isinstance(cost, Roofline) else None,
-    }
-    offsets = np.cumsum([0, *(len(o.output_token_ids) for o in outputs)], dtype=np.int64)
-    np.savez_compressed(
-        file,
-        readings=np.array(engine.clock.readings, np.float64),
-        step=np.array([n for n, _, _ in steps], np.int64),
-        start=np.array([s for _, s, _ in steps], np.float64),
-        end=np.array([e for _, _, e in steps], np.float64),
-        tokens=np.fromiter((t for o in outputs for t in o.output_token_ids), np.int64, int(offsets[-1])),
-        offsets=offsets,
-        ids=np.array([o.id for o in outputs], dtype=np.str_) if outputs else np.zeros(0, "U1"),
-        meta=np.array(json.dumps(meta)),
-    )
-    return file
-
-
-class Recorder(Observer):
-    """Writes `replay.npz` when the run ends."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def on_start(self, run: Engine) -> None:
-        self._engine = run
-        self._steps: list[tuple[int, float, float]] = []
-
-    def on_step(self, step: StepRecord) -> None:
-        self._steps.append((step.step, step.start, step.end))
-
-    def close(self, result: Any) -> None:
-        record(self._engine, self._steps, self.path, getattr(result, "status", "finished"))
+    def answer(self, prompt_token_ids: Sequence[int], output: RequestOutput) -> str:
+        return self._answers.get(output.id, "")
 
 
 @dataclass
 class Replay(Executor):
-    """A recorded run again: its tokens and its clock, so that the same policies must take the same decisions."""
+    """A recorded run again: its tokens and its clock. Whatever differs from the record, decisions among it,
+    is an error."""
 
     path: str = ""  # run directory, or its replay.npz
-    inner: str = ""  # "": tokens come from the record; or an executor's name: it runs, in the record's step times (see `over`)
+    inner: str = ""  # "": tokens are the record's; or an executor: another run, in the record's step times
 
-    def prepare(self) -> None:
-        """Before the engine is built. Raises ReplayError for a record that cannot be read."""
-        self.record = Record.load(self.path)
-        meta = self.record.meta
-        shape = ModelShape(**meta["model"]) if meta["model"] else None
-        self.caps = ExecutorCaps(**{**meta["caps"], "eos_token_ids": frozenset(meta["caps"]["eos_token_ids"]), "model": shape})
-        if shape and (roofline := meta["roofline"]):
-            self.cost_model = Roofline(shape, Hardware(**roofline["hardware"]), roofline["tp"], roofline["pp"])
-        self.clock = RecordedClock(self.record.readings or [0.0])
+    def prepare(self, parallel: ParallelConfig | None = None, facts: dict[str, Any] | None = None) -> None:
+        """Before the engine is built. Raises ReplayError for what is no record, and for a composition that is
+        not the record's.
+
+        parallel: nothing is split here, so any layout that was recorded will do. facts: the composition; None
+        for an engine
+        that was built by hand, which is compared by its limits, its seed and its decisions.
+        """
+        record = self.record = Record.load(self.path)
+        self.told = self._compared(facts)
+        meta, caps = record.meta, record.meta["caps"]
+        try:
+            shape = ModelShape(**meta["model"]) if meta["model"] else None
+            eos = frozenset(caps["eos_token_ids"])
+            self.caps = ExecutorCaps(**{**caps, "eos_token_ids": eos, "model": shape})
+            if shape and (cost := meta["roofline"]):
+                self.cost_model = Roofline(shape, Hardware(**cost["hardware"]), cost["tp"], cost["pp"])
+        except (TypeError, KeyError) as error:
+            problem = f"is no record of this version ({error})"
+            raise ReplayError(f"{record.path}: {problem}: record the run again") from error
+        self.clock = RecordedClock(record)
+        self._said = {said.id: said for said in record.said}
+        self.tokenizer = RecordedTexts(record) if record.said else None
+
+    def _compared(self, facts: dict[str, Any] | None) -> str:
+        """What was found, for the reader of the run's output."""
+        if facts is None:
+            return ""
+        record = self.record
+        if (recorded := record.meta["facts"]) is None:
+            raise ReplayError(f"{record.path}: does not hold its run's composition: record one with run.py")
+        limits = record.meta["limits"]
+        then, now = _that_matter(recorded, limits), _that_matter(facts, limits)
+        differing = fact_differences(then, now)
+        lines = "".join(f"\n  {line}" for line in differing)
+        if self.inner:
+            others = f" Differences:{lines}" if differing else ""
+            return f"executor={self.inner} in the step times of {record.path}: a run of its own, no replay.{others}"
+        if differing:
+            raise ReplayError(
+                f"executor.path={self.path}: this run is not the recorded one:{lines}\n"
+                f"Give executor=replay and its own overrides ({record.path.parent}/.hydra/overrides.yaml). "
+                "For another run in the step times of this one, set executor.inner (executor.inner=sim)"
+            )
+        return f"replay of {record.path}: {len(then)} facts compared, all as recorded"
+
+    check = prepare  # a record is read quickly, so a wrong one is refused before anything runs
 
     def over(self, inner: Executor) -> RecordedTimes:
         """`inner`, which is prepared, in the step times of this record."""
-        return RecordedTimes(inner, Record.load(self.path).durations)
+        return RecordedTimes(inner, self.record.durations, self.told)
 
     def kv_capacity(self, block_size: int) -> int:
         return self.record.meta["limits"]["num_blocks"]
 
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
-        given = {"num_blocks": num_blocks, "block_size": block_size, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
-        for name, recorded in self.record.meta["limits"].items():
-            if given[name] != recorded:
-                raise ConfigError(f"engine.{name}={given[name]}, but {self.record.path} was recorded with {recorded}: set engine.{name}={recorded}")
+        meta, path = self.record.meta, self.record.path
+        given = {
+            "engine.num_blocks": num_blocks,
+            "engine.block_size": block_size,
+            "engine.max_num_seqs": max_num_seqs,
+            "engine.max_num_batched_tokens": max_num_batched_tokens,
+            "seed": seed,
+        }
+        for name, value in given.items():
+            recorded = meta["seed"] if name == "seed" else meta["limits"][name.removeprefix("engine.")]
+            if value != recorded:
+                then = f"{path} was recorded with {recorded}"
+                raise ConfigError(f"{name}={value}, but {then}: set {name}={recorded}")
 
     def launch(self, plan: StepPlan) -> StepPlan:
-        if plan.step not in self.record.steps:
-            raise ReplayError(
-                f"step {plan.step} is not among the {len(self.record.steps)} steps of {self.record.path} (its run {self.record.meta['status']}). "
-                "Replay with the policies, limits, seed and workload of the record; for others set executor.inner=sim"
-            )
+        record = self.record
+        for request in plan.admitted:
+            self._check_request(plan.step, request)
+        if plan.step not in record.steps:
+            status = record.meta["status"]
+            among = f"is not among the {len(record.steps)} steps of {record.path} (its run {status})"
+            raise ReplayError(f"step {plan.step} {among}: {OWN_WORKLOAD}")
+        if difference := PlanDigest.of(plan).differs(record.plan(plan.step)):
+            found = f"{difference}. Planned here: {_shown(plan)}"
+            raise ReplayError(f"step {plan.step} is not that of {record.path}: {found}")
         return plan
+
+    def _check_request(self, step: int, request: Request) -> None:
+        """The workload is the recorded one, as far as it has come."""
+        record, id = self.record, request.id
+        if id not in record.tokens:
+            raise ReplayError(f"step {step}: request {id} is not in {record.path}: {OWN_WORKLOAD}")
+        prompt, recorded = Prompt.of(request), record.prompts[id]
+        if prompt != recorded:
+            how = "as long, but other tokens"
+            if prompt.length != recorded.length:
+                how = f"{prompt.length} tokens, recorded with {recorded.length}"
+            raise ReplayError(f"step {step}: the prompt of request {id} is not that of {record.path}: {how}")
+        if request.arrival_time != record.arrivals[id]:
+            times = f"{request.arrival_time:.6f} s, recorded at {record.arrivals[id]:.6f} s"
+            raise ReplayError(f"step {step}: request {id} does not arrive as in {record.path}: at {times}")
 
     def collect(self, ticket: StepPlan) -> StepResult:
         plan = ticket
         tokens = []
         for request, start, length, sample in plan.chunks:
-            if not sample:
-                tokens.append(-1)
-                continue
-            known = self.record.tokens.get(request.id)
-            if known is None:
-                raise ReplayError(f"step {plan.step}: request {request.id} is not in {self.record.path}: replay the record's own workload and seed")
-            position = start + length - request.num_prompt_tokens
+            known, position = self.record.tokens[request.id], start + length - request.num_prompt_tokens
             # Past the recorded end lies only a token that a step in flight sampled for a request that had ended by then.
-            tokens.append(known[position] if 0 <= position < len(known) else 0)
+            tokens.append(-1 if not sample else known[position] if 0 <= position < len(known) else 0)
         return StepResult(tokens, *self.record.steps[plan.step])
+
+    def stop_text(self, request: Request) -> bool:
+        """What the engine asks about stop strings: whether one ended this request here in the recorded
+        run."""
+        said: Said | None = self._said.get(request.id)
+        if said is None or said.text is None:
+            return False
+        if request.num_output_tokens < len(self.record.tokens[request.id]):
+            return False
+        request.stop_text, request.stop_reason = said.text, said.stop_reason
+        return True
+
+
+def _shown(plan: StepPlan) -> str:
+    chunks = [f"{c.request.id}[{c.start}:{c.start + c.length}]" for c in plan.chunks]
+    return " ".join(chunks[:8]) + (" ..." if len(chunks) > 8 else "")
+
+
+def _shown(plan: StepPlan) -> str:
+    chunks = [f"{c.request.id}[{c.start}:{c.start + c.length}]" for c in plan.chunks]
+    return " ".join(chunks[:8]) + (" ..." if len(chunks) > 8 else "")
+
+
+def _that_matter(facts: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
+    """The facts that decide something. A limit that was left open is what the recorded executor made of
+    it."""
+    found = {name: value for name, value in facts.items() if not name.startswith(NO_MATTER)}
+    for name, recorded in limits.items():
+        if found.get(f"engine.{name}") is None:
+            found[f"engine.{name}"] = recorded
+    found["engine.max_inflight"] = max(found["engine.max_inflight"], found.get("parallel.pp", 1))
+    return found
+
+
+class Verifier(Observer):
+    """After the last step: the run had the record's requests and took all of its decisions."""
+
+    def __init__(self, replay: Replay) -> None:
+        self.replay = replay
+
+    def close(self, result: RunResult) -> None:
+        record = self.replay.record
+        if result.status != "finished":  # an error or Ctrl-C: it has its own message
+            return
+        ids = {o.id for o in result.outputs}
+        missing, new = sorted(record.tokens.keys() - ids), sorted(ids - record.tokens.keys())
+        if missing or new:
+            counts = f"{len(ids)} requests here, {len(record.tokens)} in {record.path}"
+            raise ReplayError(f"{counts}; {(missing or new)[0]} is in one of them only: {OWN_WORKLOAD}")
+        if result.decision_hash != (recorded := record.meta["decision_hash"]):
+            hashes = f"decision hash {result.decision_hash}, recorded in {record.path} with {recorded}"
+            raise ReplayError(f"{hashes}: evictions or refusals differ")
 
 
 class RecordedTimes(Executor):
@@ -216,10 +254,11 @@ class RecordedTimes(Executor):
     Two executors under the same step times must give the same decision log. A run longer than the record begins it again.
     """
 
-    def __init__(self, inner: Executor, durations: Sequence[float]) -> None:
+    def __init__(self, inner: Executor, durations: Sequence[float], told: str = "") -> None:
+        """told: how the run differs from the record, for its reader."""
         if not durations:
             raise ReplayError("the record holds no step, so no step times can be taken from it")
-        self.inner, self.durations = inner, durations
+        self.inner, self.durations, self.told = inner, durations, told
         self.caps, self.cost_model = inner.caps, inner.cost_model
         self.tokenizer, self.stop_text = getattr(inner, "tokenizer", None), getattr(inner, "stop_text", None)
         self.clock = VirtualClock()
@@ -249,7 +288,26 @@ class RecordedTimes(Executor):
 
 @hookimpl
 def headway_observers(run):
-    return [Recorder(run.directory / FILE)] if run.directory else []
+    executor = run.roles["executor"]
+    observers: list[Observer] = [Verifier(executor)] if isinstance(executor, Replay) else []
+    file = run.directory / FILE if run.writes(FILE) else None
+    if file is None or (observers and file.resolve() == executor.record.path.resolve()):
+        return observers  # a record is not written over by its own replay
+    return [*observers, Recorder(file, composition_facts(run.registry, run.composition))]
+
+
+@hookimpl
+def headway_run_start(run):
+    executor = run.roles["executor"]
+    if run.directory and isinstance(executor, (Replay, RecordedTimes)):
+        print(executor.told, flush=True)
+
+
+@hookimpl
+def headway_run_end(run, result):
+    if run.directory and isinstance(run.roles["executor"], Replay) and result.status == "finished":
+        decided = f"{result.num_steps:,} steps, decision hash {result.decision_hash}"
+        print(f"replayed: {decided}, as recorded", flush=True)
 
 
 @hookimpl

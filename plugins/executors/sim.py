@@ -16,8 +16,8 @@ from headway import (
     StepPlan,
     StepResult,
     VirtualClock,
-    check_parameters,
     hookimpl,
+    param,
 )
 
 from .cost import Roofline
@@ -27,26 +27,35 @@ from .cost import Roofline
 class SimExecutor(Executor):
     """Discrete-event simulation: step times from a roofline of model, hardware and plan."""
 
-    memory_utilization: float = 0.9  # share of the device's memory that weights, activations and KV may take
-    activation_gb: float = 1.0  # GiB a rank, set aside for activations
-    charge_policy_time: float = 0.0  # host seconds charged for each planned request, before the device can start
-    max_plans: int = 8  # most plans in flight
-
-    def __post_init__(self) -> None:
-        check_parameters(
-            "executor",
-            self,
-            ("memory_utilization", 0 < self.memory_utilization <= 1, "0 < share <= 1"),
-            ("activation_gb", self.activation_gb >= 0, "GiB >= 0"),
-            ("charge_policy_time", self.charge_policy_time >= 0, "seconds >= 0"),
-            ("max_plans", self.max_plans >= 1, "at least 1"),
-        )
+    memory_utilization: float = param(
+        0.9,
+        above=0,
+        max=1,
+        doc="share of the device's memory that weights, activations and KV may take",
+    )
+    activation_gb: float = param(
+        1.0,
+        min=0,
+        max=1e6,
+        unit="GiB",
+        doc="of each rank, set aside for activations",
+    )
+    charge_policy_time: float = param(
+        0.0,
+        min=0,
+        max=1e6,
+        unit="seconds",
+        doc="of the host for each planned request, before the device can start",
+    )
+    max_plans: int = param(8, min=1, max=1024, doc="most plans in flight")
 
     def prepare(self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """Before the engine is built: what runs, and on what. The clock starts at 0."""
         self.cost_model = self.roofline = Roofline(shape, hardware, tp, pp)
         self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, eos_token_ids, pp == 1, max(self.max_plans, pp), shape)
         self.clock = VirtualClock()
+
+    check = prepare  # it loads nothing, so all of it can be known before a sweep begins
 
     def kv_capacity(self, block_size: int) -> int:
         return self.roofline.kv_capacity(block_size, self.memory_utilization, self.activation_gb)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from headway import ModelShape, hf_config
+
     from ..kernels.compose import Kernels
     from ..kernels.ops import BatchMetadata
     from .spec import ModelSpec
@@ -165,20 +167,49 @@ class CausalLM(nn.Module):
 
 def rotary_table(spec: ModelSpec) -> Tensor:
     """float32 [max_position, D] on the CPU: cosines, then sines, of every position."""
-    shape, scaling = spec.shape, spec.rope_scaling
-    frequency = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim)
-    kind = scaling.get("rope_type", "default")
-    if kind == "linear":
-        frequency = frequency / scaling["factor"]
-    elif kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        frequency = _llama3(frequency, *(scaling[name] for name in names))
-    angle = torch.outer(torch.arange(shape.max_position_embeddings).float(), frequency)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+    positions = torch.arange(spec.shape.max_position_embeddings).float()
+    angle = torch.outer(positions, _frequencies(spec.shape, spec.rope))
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).mul_(spec.rope.attention_factor)
 
 
-def _llama3(frequency: Tensor, factor: float, low: float, high: float, context: int) -> Tensor:
+def _frequencies(shape: ModelShape, rope: hf_config.Rope) -> Tensor:
+    """float32 [D / 2]. Operations are in transformers' order: at position 100,000 a frequency's last bit
+    moves an angle by 0.006."""
+    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
+    powers = shape.rope_theta**exponent
+    frequency = 1.0 / powers
+    match rope.rope_type:
+        case "linear":
+            return frequency / rope.factor
+        case "llama3":
+            return _llama3(frequency, rope)
+        case "yarn":
+            return _yarn(frequency, 1.0 / (rope.factor * powers), shape, rope)
+    return frequency
+
+
+def _llama3(frequency: Tensor, rope: hf_config.Rope) -> Tensor:
     """Llama 3.1's context extension: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    context, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
     wavelength = 2 * math.pi / frequency
-    keep = ((context / wavelength - low) / (high - low)).clamp(0, 1)  # 1: short against the original context
-    return frequency / factor * (1 - keep) + frequency * keep
+    keep = (context / wavelength - low) / (high - low)
+    between = (1 - keep) * frequency / rope.factor + keep * frequency
+    stretched = torch.where(wavelength > context / low, frequency / rope.factor, between)
+    return torch.where(wavelength < context / high, frequency, stretched)
+
+
+def _yarn(frequency: Tensor, stretched: Tensor, shape: ModelShape, rope: hf_config.Rope) -> Tensor:
+    """YaRN (arXiv 2309.00071): frequencies that turn often within the original context are kept."""
+
+    def dimension(turns: float) -> float:
+        """Of the frequency that turns so often within the original context."""
+        original = rope.original_max_position_embeddings
+        return shape.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
+
+    first, last = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, shape.head_dim - 1)
+    span = last - first or 0.001
+    keep = 1 - ((torch.arange(shape.head_dim // 2, dtype=torch.float32) - first) / span).clamp(0, 1)
+    return stretched * (1 - keep) + frequency * keep

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -10,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from headway import ConfigError, ModelError
+from headway import ConfigError, ModelError, check_fits, checkpoint
 
 from . import architecture
 from .layers import CausalLM, PackedLinear, RMSNorm
@@ -19,7 +18,9 @@ from .spec import ModelSpec
 if TYPE_CHECKING:
     from ..kernels.compose import Kernels
 
-IGNORED = (".rotary_emb.inv_freq",)  # endings of tensors that old checkpoints carry and nobody needs
+IGNORED = ("rotary_emb.inv_freq",)  # endings of tensors that old checkpoints carry and nobody needs
+FLOATS = ("F64", "F32", "F16", "BF16")  # what is converted to the model's dtype
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor when tied, under either name
 
 
 class Target(NamedTuple):
@@ -58,15 +59,21 @@ class Whole:
 
 def build(spec: ModelSpec, kernels: Kernels) -> CausalLM:
     """The model without memory (on torch's meta device): to be cut or sharded by name, then loaded."""
+    if spec.shape.dtype.startswith("float8"):
+        raise ModelError(f"model.dtype={spec.shape.dtype} is the simulator's: expected bfloat16, float16 or float32")
     with torch.device("meta"):
         model = architecture(spec.shape.architecture)(spec, kernels)
     return model.to(getattr(torch, spec.shape.dtype)).eval().requires_grad_(False)
 
 
 def load(model: CausalLM, device: torch.device, share: Share | None = None, seed: int = 0) -> None:
-    """Materialises the parameters on `device` and fills them. Raises ModelError before any memory is taken."""
+    """Materialises the parameters on `device` and fills them.
+
+    Raises ModelError before any memory is taken, but for values that are no numbers.
+    """
     spec, share = model.spec, share or Whole()
-    files = {} if spec.random_weights else open_checkpoint(spec.directory or Path())
+    tied = spec.shape.tie_word_embeddings
+    files = {} if spec.random_weights else open_checkpoint(spec.directory or Path(), tied)
     wanted = targets(model)
     if not spec.random_weights:
         check(wanted, files, share, spec)
@@ -76,8 +83,12 @@ def load(model: CausalLM, device: torch.device, share: Share | None = None, seed
     if spec.random_weights:
         _fill_random(model, device, seed)
     for name, target in wanted.items() if files else ():
-        tensor = share.take(name, files[name].get_slice(name))
-        parameters[target.parameter][target.first : target.first + target.shape[0]].copy_(tensor)
+        place = parameters[target.parameter][target.first : target.first + target.shape[0]]
+        try:
+            place.copy_(share.take(name, files[name].slice))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ModelError(f"tensor {name!r} cannot be read from {files[name].path}: {error}") from None
+        _check_finite(place, name, files[name].path)
     model.bind(device)
 
 
@@ -100,44 +111,45 @@ def targets(model: nn.Module) -> dict[str, Target]:
     return found
 
 
-def open_checkpoint(directory: Path) -> dict[str, Any]:
-    """Tensor name -> its open safetensors file."""
-    index = directory / "model.safetensors.index.json"
-    listed: dict[str, str] = {}
-    if index.is_file():
+class Stored(NamedTuple):
+    """A tensor of an open safetensors file."""
+
+    path: Path
+    slice: Any  # `slice[a:b]` reads only that
+    dtype: str
+
+
+def open_checkpoint(directory: Path, tied: bool = False) -> dict[str, Stored]:
+    """By the model's names, what the files hold. A tied checkpoint may hold its table as the head alone."""
+    found, opened = {}, {}
+    for name, tensor in checkpoint.find_tensors(directory).items():
         try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ModelError(f"{index} is broken ({error!r}): expected an object with a weight_map") from None
-        paths = [directory / name for name in sorted(set(listed.values()))]
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise ModelError(f"no *.safetensors in {directory}: expected a checkpoint, or model.load_format=dummy for random weights")
-    found: dict[str, Any] = {}
-    for path in paths:
-        try:
-            file = safe_open(path, framework="pt", device="cpu")
+            if tensor.path not in opened:
+                opened[tensor.path] = safe_open(tensor.path, framework="pt", device="cpu")
+            found[name] = Stored(tensor.path, opened[tensor.path].get_slice(tensor.name), tensor.dtype)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read: {error}") from None
-        found.update(dict.fromkeys(file.keys(), file))
-    if lost := sorted(set(listed) - set(found)):
-        raise ModelError(f"tensor {lost[0]!r} is listed in {index} for {listed[lost[0]]}, which does not hold it ({len(lost)} such tensors)")
+            raise ModelError(f"{tensor.path} cannot be read: {error}") from None
+    if tied and HEAD in found:
+        found.setdefault(EMBEDDING, found[HEAD])
     return found
 
 
-def check(wanted: dict[str, Target], files: dict[str, Any], share: Share, spec: ModelSpec) -> None:
-    """Every tensor is there, has the right shape, and none is left over."""
+def check(wanted: dict[str, Target], files: dict[str, Stored], share: Share, spec: ModelSpec) -> None:
+    """Every tensor is there, has the right shape and holds floating-point numbers, and none is left over."""
     where = f"checkpoint {spec.directory}"
     for name, target in wanted.items():
         expected = share.full_shape(name, target.shape)
         if name not in files:
             missing = [n for n in wanted if n not in files]
             raise ModelError(f"{where}: tensor {name!r} is missing, expected shape {list(expected)} ({len(missing)} missing of {len(wanted)})")
-        found = tuple(files[name].get_slice(name).get_shape())
+        if files[name].dtype not in FLOATS:
+            held = f"{files[name].path}: tensor {name!r} holds {files[name].dtype}"
+            raise ModelError(f"{held}: quantized weights are not supported, expected {', '.join(FLOATS)}")
+        found = tuple(files[name].slice.get_shape())
         if found != expected:
             raise ModelError(f"{where}: tensor {name!r} has shape {list(found)}, config.json asks for {list(expected)}")
-    left = [n for n in files if n not in wanted and n != "lm_head.weight" and not n.endswith(IGNORED) and share.owns(n)]
+    extra = files.keys() - wanted.keys() - {EMBEDDING, HEAD}
+    left = sorted(name for name in extra if not name.endswith(IGNORED) and share.owns(name))
     if left:
         raise ModelError(
             f"{where}: tensor {left[0]!r} has no place in {spec.shape.architecture} as config.json describes it ({len(left)} such tensors): "
@@ -145,13 +157,28 @@ def check(wanted: dict[str, Target], files: dict[str, Any], share: Share, spec: 
         )
 
 
-def _check_memory(model: nn.Module, device: torch.device) -> None:
+def _check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    """One pass: a sum is finite unless a value is not, or the sum overflows, and then the extremes tell."""
+    if torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+        return
+    if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        held = str(tensor.dtype).removeprefix("torch.")
+        text = f"tensor {name!r} in {path} has values that are NaN or infinite as {held}"
+        raise ModelError(f"{text}: the checkpoint is damaged, or too wide for model.dtype={held}")
+
+
+def _check_memory(model: CausalLM, device: torch.device) -> None:
+    shape = model.spec.shape
     need = sum(p.numel() * p.element_size() for p in model.parameters())
-    if device.type == "cuda" and need > (free := torch.cuda.mem_get_info(device)[0]):
-        raise ConfigError(
-            f"the weights take {need / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: "
-            "set a smaller model, model.dtype=bfloat16, or more GPUs with parallel.tp"
-        )
+    context = f"model.max_position_embeddings={shape.max_position_embeddings}: the table of rotary embeddings"
+    table = 4 * shape.max_position_embeddings * shape.head_dim
+    check_fits(2 * table, context, "set a shorter context")  # twice while it is made
+    need += table
+    mend = "set a smaller model, model.dtype=bfloat16, or more GPUs with parallel.tp"
+    if device.type != "cuda":
+        check_fits(need, "the model's weights", mend)
+    elif need > (free := torch.cuda.mem_get_info(device)[0]):
+        raise ConfigError(f"the weights take {need / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: {mend}")
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:

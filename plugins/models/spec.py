@@ -1,19 +1,33 @@
-"""What a model is, read from its config.json: the shape that the core knows, and what only the model code needs."""
+"""What a model is, read from its checkpoint: the shape that the core knows, and what the model code needs.
+
+| fact | read as transformers 5 does | refused |
+|---|---|---|
+| architecture | `model_type`, else `architectures`: Llama, Qwen2, Qwen3 | others; contradictions; `text_config` |
+| files | `model.safetensors`, else the shards of its index | pickles; names outside the folder; a tensor twice |
+| names | with or without `model.`, one too many | tensors that are missing or left over |
+| head | tied, unless the file holds a head with other values | untied without a head |
+| sizes | defaults of the architecture where a field is absent | text, fractions, zero, what no model has |
+| rotary | default, linear, llama3, yarn, dynamic within the context | others by name; one for each kind of layer |
+| its numbers | `rope_scaling` before `rope_parameters`, theta inside before theta beside | absurd ones |
+| attention | full; a window that spans the context | windows in any layer, chunks, `is_causal: false` |
+| biases | `attention_bias` (Llama, Qwen3), q, k and v (Qwen2), `mlp_bias` (Llama) | - |
+| dtype | `model.dtype`, `dtype`, `torch_dtype`, the first weight's | integers, fp8, `quantization_config` |
+| weights | floats of any width, converted | NaN, infinity, another shape |
+| ends | `generation_config.json` alone where there is one, else `config.json` | ids that are no whole numbers |
+
+Scales and caps of logits, which other architectures have, are refused too. The rules are in `core/hf_config.py`
+and `core/checkpoint.py`, with which the simulator reads a checkpoint's shape as well.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from headway import ConfigError, ModelConfig, ModelError, ModelShape
+from headway import ConfigError, ModelConfig, ModelError, ModelShape, checkpoint, hf_config
 
 from . import ARCHITECTURES, architecture
 from .checkpoints import find_checkpoint
-
-ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,7 @@ class ModelSpec:
 
     shape: ModelShape
     directory: Path | None = None  # of the checkpoint and tokenizer; None: random weights, no tokenizer
-    rope_scaling: Mapping[str, Any] = field(default_factory=dict)  # Hugging Face's fields; empty: plain rotary embedding
+    rope: hf_config.Rope = field(default_factory=hf_config.Rope)
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -31,57 +45,38 @@ class ModelSpec:
 
 
 def read_model(config: ModelConfig) -> ModelSpec:
-    """The model that a `model` node names. Reads no weights. Raises ModelError or ConfigError, before anything is loaded."""
+    """The model that a `model` node names. Raises ModelError or ConfigError, before anything is loaded."""
     if config.load_format == "dummy" and config.has_shape:
         shape = config.shape()
         if shape.architecture not in ARCHITECTURES:
             architecture(shape.architecture)
         return ModelSpec(shape, qkv_bias=shape.architecture == "Qwen2ForCausalLM", random_weights=True)
     directory = find_checkpoint(config.name_or_path)
-    spec = read_config(directory, config.dtype)
     if config.load_format == "dummy":
-        spec = replace(spec, random_weights=True)
-    return spec
+        return replace(_spec(directory, checkpoint.read(directory), config.dtype), random_weights=True)
+    return read_config(directory, config.dtype)
 
 
 def read_config(directory: Path, dtype: str | None = None) -> ModelSpec:
-    """From a checkpoint directory's config.json and generation_config.json."""
-    config = _read_json(directory / "config.json")
-    architecture((config.get("architectures") or ["none named"])[0])
+    """From a checkpoint directory's config.json, generation_config.json and the headers of its weights."""
+    return _spec(directory, checkpoint.as_stored(checkpoint.read(directory), directory), dtype)
+
+
+def _spec(directory: Path, found: hf_config.HFConfig, dtype: str | None) -> ModelSpec:
     try:
-        shape = ModelShape.from_hf(config, dtype)
-    except ConfigError as error:
+        architecture(found.shape["architecture"])
+    except ModelError as error:
         raise ModelError(f"{directory / 'config.json'}: {error}") from None
-    if (act := config.get("hidden_act", "silu")) != "silu":
-        raise ModelError(f"{directory / 'config.json'}: hidden_act={act!r}: expected silu, the only one these architectures use")
-    if config.get("use_sliding_window"):
-        raise ModelError(f"{directory / 'config.json'}: use_sliding_window=true: sliding-window attention is not supported")
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise ModelError(f"{directory / 'config.json'}: rope scaling {kind!r}: expected one of {', '.join(ROPE_TYPES)}")
-    qwen2 = shape.architecture == "Qwen2ForCausalLM"
-    bias = bool(config.get("attention_bias", False))
-    generation = directory / "generation_config.json"
-    eos = (_read_json(generation) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    try:
+        shape = ModelShape.from_fields(found.shape, dtype)
+    except ConfigError as error:
+        raise ModelError(f"checkpoint {directory}: {error}") from None
     return ModelSpec(
         shape,
         directory,
-        rope_scaling={**scaling, "rope_type": kind},
-        qkv_bias=bias or qwen2,
-        o_bias=bias and not qwen2,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        eos_token_ids=frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,)),
+        rope=found.rope,
+        qkv_bias=found.qkv_bias,
+        o_bias=found.o_bias,
+        mlp_bias=found.mlp_bias,
+        eos_token_ids=found.eos_token_ids,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ModelError(f"{path} cannot be read: expected a checkpoint in Hugging Face format (config.json, *.safetensors)") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found

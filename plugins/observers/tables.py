@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from headway import Engine, Observer, RequestOutput, RunResult, StepRecord, hookimpl, metrics
+from headway import Engine, Observer, RequestOutput, RunResult, StepRecord, hookimpl, metrics, whole
 
+NAMES = ("requests.parquet", "steps.parquet", "decisions.parquet")
 ROWS = 4096  # steps held before they are written: a step only appends a reference, and most runs write when they have ended
 
 
 class Tables(Observer):
     """One row a request, one row a step, one row a decision. See docs/metrics.md for the columns."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    plugin_name = "tables"
+
+    def __init__(self, directory: Path, names: Collection[str] = NAMES) -> None:
+        self.directory, self.names = directory, names
 
     def on_start(self, engine: Engine) -> None:
         self._records: list[StepRecord] = []
+        self._files = ExitStack()
         self._writers: dict[str, Any] = {}
+        self._problem: OSError | None = None  # a full disk ends no run, whose other files are written
 
     def on_step(self, record: StepRecord) -> None:
-        self._records.append(record)
-        if len(self._records) >= ROWS:
-            self._flush()
+        if self._problem is None:
+            self._records.append(record)
+            if len(self._records) >= ROWS:
+                self._flush()
 
     def _flush(self) -> None:
         records, self._records = self._records, []
-        self._write("steps.parquet", _steps(records))
-        self._write("decisions.parquet", _decisions(records))
+        for name, rows in (("steps.parquet", _steps), ("decisions.parquet", _decisions)):
+            if name in self.names:
+                self._write(name, rows(records))
 
     def _write(self, name: str, table: Any) -> None:
         import pyarrow.parquet as pq
 
-        if name not in self._writers:
-            self._writers[name] = pq.ParquetWriter(self.directory / name, table.schema, compression="zstd")
-        self._writers[name].write_table(table)
+        try:
+            if name not in self._writers:
+                scratch = self._files.enter_context(whole(self.directory / name))
+                writer = pq.ParquetWriter(scratch, table.schema, **_encoding(table.schema))
+                self._writers[name] = self._files.enter_context(writer)
+            self._writers[name].write_table(table)
+        except OSError as error:
+            self._problem = self._problem or error
 
     def close(self, result: RunResult) -> None:
-        self._flush()
-        self._write("requests.parquet", _requests(result.outputs))
-        for writer in self._writers.values():
-            writer.close()
+        """Where one table could not be written, none of them stays: they would be of different lengths."""
+        with self._files:
+            self._flush()
+            if "requests.parquet" in self.names:
+                self._write("requests.parquet", _requests(result.outputs))
+            if self._problem is not None:
+                raise self._problem
+
+
+def _encoding(schema: Any) -> dict[str, Any]:
+    """Times all differ, so no dictionary holds them; split by byte, their leading bytes compress well."""
+    times = [field.name for field in schema if str(field.type) == "double"]
+    times += [f"{field.name}.list.element" for field in schema if str(field.type) == "list<item: double>"]
+    others = [field.name for field in schema if field.name not in times and "double" not in str(field.type)]
+    return {"compression": "zstd", "use_byte_stream_split": times, "use_dictionary": others}
 
 
 def _steps(records: list[StepRecord]) -> Any:
@@ -111,4 +136,5 @@ def _requests(outputs: list[RequestOutput]) -> Any:
 
 @hookimpl
 def headway_observers(run):
-    return [Tables(run.directory)] if run.directory else []
+    names = [name for name in NAMES if run.writes(name)]
+    return [Tables(run.directory, names)] if names else []

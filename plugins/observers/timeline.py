@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headway import Engine, Observer, RequestOutput, RunResult, StepRecord, hookimpl
+from headway import Engine, Observer, RequestOutput, RunResult, StepRecord, hookimpl, whole
 
-MAX_STEPS = 20_000  # the first steps of a run; with the requests below, about 15 MB
+FILE = "timeline.json"
+MAX_STEPS = 20_000  # the first steps of a run; with the requests below, about 10 MB at most
 MAX_REQUESTS = 5_000
 STEPS, REQUESTS = 1, 2  # the two processes of the picture
 
@@ -31,14 +32,15 @@ class Timeline(Observer):
 
     def close(self, result: RunResult) -> None:
         events = [_name(STEPS, "engine"), _name(REQUESTS, "requests")]
+        shown: dict[str, dict[str, int]] = {}
         for step in self._steps:
-            events += _step(*step)
+            events += _step(shown, *step)
         for output in result.outputs[:MAX_REQUESTS]:
             events += _request(output)
         cut = [f"the first {MAX_STEPS:,} of {result.num_steps:,} steps"] if result.num_steps > MAX_STEPS else []
         cut += [f"the first {MAX_REQUESTS:,} of {len(result.outputs):,} requests"] if len(result.outputs) > MAX_REQUESTS else []
         other = {"status": result.status, "shown": "; ".join(cut) or "everything", "decision_hash": result.decision_hash}
-        with (self.directory / "timeline.json").open("w") as file:
+        with whole(self.directory / FILE) as scratch, scratch.open("w", encoding="utf-8") as file:
             json.dump({"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}, file, separators=(",", ":"))
 
 
@@ -46,19 +48,33 @@ def _name(pid: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
 
 
-def _span(pid: int, tid: int, name: str, start: float, end: float, **args: Any) -> dict[str, Any]:
+def _span(pid: int, tid: int, name: str, start: float, end: float, **about: Any) -> dict[str, Any]:
     """Seconds become microseconds, the format's unit."""
-    return {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": round(start * 1e6, 3), "dur": round((end - start) * 1e6, 3), "args": args}
+    ts, dur = round(start * 1e6, 3), round((end - start) * 1e6, 3)
+    return {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": ts, "dur": dur, "args": about}
 
 
 def _step(
-    step: int, start: float, end: float, tokens: int, seqs: int, running: int, waiting: int, kv_used: int, preempted: int
+    shown: dict[str, dict[str, int]],
+    step: int,
+    start: float,
+    end: float,
+    tokens: int,
+    seqs: int,
+    running: int,
+    waiting: int,
+    kv_used: int,
+    preempted: int,
 ) -> list[dict[str, Any]]:
+    """A span, and the counters that differ from what is `shown`: a viewer draws each until its next event."""
     at = round(end * 1e6, 3)
     counters = {"queue": {"running": running, "waiting": waiting}, "KV blocks": {"used": kv_used}, "tokens": {"step": tokens}}
-    events = [{"ph": "C", "pid": STEPS, "name": name, "ts": at, "args": values} for name, values in counters.items()]
+    changed = {name: values for name, values in counters.items() if shown.get(name) != values}
+    shown |= changed
+    events = [{"ph": "C", "pid": STEPS, "name": name, "ts": at, "args": values} for name, values in changed.items()]
     kind = "decode" if tokens == seqs else "mixed"
-    return [_span(STEPS, 0, f"{kind} {seqs}", start, end, step=step, tokens=tokens, preempted=preempted), *events]
+    about = {"step": step, "tokens": tokens} | ({"preempted": preempted} if preempted else {})
+    return [_span(STEPS, 0, f"{kind} {seqs}", start, end, **about), *events]
 
 
 def _request(o: RequestOutput) -> list[dict[str, Any]]:
@@ -68,12 +84,14 @@ def _request(o: RequestOutput) -> list[dict[str, Any]]:
         phases += [("prefill", started, o.token_times[0]), ("decode", o.token_times[0], o.token_times[-1])]
     elif o.first_scheduled_time >= 0:
         phases += [("prefill", started, o.finish_time)]
-    about = {"id": o.id, "prompt": o.num_prompt_tokens, "cached": o.num_cached_tokens, "output": len(o.token_times), "state": o.state}
+    about = {"prompt": o.num_prompt_tokens, "cached": o.num_cached_tokens, "output": len(o.token_times), "state": o.state}
     about |= {"preemptions": o.num_preemptions, "reason": o.finish_reason}
     title = {"ph": "M", "name": "thread_name", "pid": REQUESTS, "tid": o.index + 1, "args": {"name": o.id}}
-    return [title, *(_span(REQUESTS, o.index + 1, name, start, end, **about) for name, start, end in phases if end > start)]
+    lasting = [phase for phase in phases if phase[2] > phase[1]]
+    spans = [_span(REQUESTS, o.index + 1, *phase, **(about if phase is lasting[-1] else {})) for phase in lasting]
+    return [title, *spans]
 
 
 @hookimpl
 def headway_observers(run):
-    return [Timeline(run.directory)] if run.directory else []
+    return [Timeline(run.directory)] if run.writes(FILE) else []

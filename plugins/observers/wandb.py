@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 import netrc
 import os
+import ssl
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
+from urllib.request import urlopen
 
-from headway import ConfigError, Engine, Observer, RunResult, StepRecord, hookimpl, metrics, near
+from headway import Engine, Observer, RunResult, StepRecord, hookimpl, metrics, param
 
+STARTING = 20.0  # seconds that wandb's own process may take to start on a busy machine, beside what a server takes
 MODES = ("auto", "online", "offline", "disabled")
 #: Step series: name -> how a bucket of steps is drawn from its records.
 SERIES = {
@@ -61,43 +70,84 @@ class Wandb(Observer):
     mode: auto (online with a login, else offline), online, offline or disabled; WANDB_MODE overrides auto.
     max_points: points of a step series; steps between two points are averaged.
     max_rows: rows of the request table, the first ones to arrive.
+    timeout: seconds to reach the server when the run starts; after that the run is kept offline.
+    finish_timeout: seconds to send what is left when the run ends; what is not sent then stays on disk.
     """
 
     project: str = "headway"
     entity: str | None = None
-    mode: str = "auto"
-    max_points: int = 500
-    max_rows: int = 1000
+    mode: str = param("auto", choices=MODES)
+    max_points: int = param(500, min=2, max=1_000_000)
+    max_rows: int = param(1000, min=0, max=1_000_000)
+    timeout: float = param(5.0, above=0, max=3600, unit="seconds", doc="to reach the server at the start")
+    finish_timeout: float = param(30.0, above=0, max=86_400, unit="seconds", doc="to send what is left at the end")
 
     run: ClassVar[Any] = None  # the Run, set on the object by the composition
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"tracking.mode={self.mode!r}: expected one of {', '.join(MODES)}.{near(self.mode, MODES)}")
 
     def on_start(self, engine: Engine) -> None:
         """Before the run's clock starts: importing and starting W&B takes seconds. A tracker that fails stops no run."""
         self._buckets = Buckets(self.max_points)
         self._wandb: Any = None
-        run, mode = self.run, self._mode()
+        mode, left = self._mode(), self.timeout
+        if mode == "online":
+            began = time.monotonic()
+            if problem := unreachable(base_url(), self.timeout):
+                mode = self._offline(f"W&B cannot be reached at {base_url()} ({problem})")
+            left = max(1.0, self.timeout - (time.monotonic() - began))
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            _warn(f"wandb cannot be imported ({error}); nothing is tracked. Set tracking=none to silence this")
+            return
+        self._wandb = self._started(mode, left)
+
+    def _started(self, mode: str, timeout: float) -> Any:
+        """A run of W&B, offline where the server does not take one within so many seconds; None where that fails as well."""
+        import wandb
+
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its crash reports would ask the network
-        try:
-            import wandb
-        except ImportError as error:
-            _warn(f"wandb cannot be imported ({error})")
-            return
+        run = self.run
         choices = run.composition.choices
         tags = [f"{role}={choices[role][0]}" for role in ("scheduler", "order", "cache", "executor", "workload") if role in choices]
+        limits = {"init_timeout": timeout, "finish_timeout": self.finish_timeout, "finish_timeout_raises": True}
+        known = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}  # the versions differ
+        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True, **known)
+        made: list[Any] = []
+
+        def start() -> None:
+            made.append(
+                wandb.init(
+                    project=self.project,
+                    entity=self.entity,
+                    mode=mode,
+                    dir=str(run.directory or Path()),
+                    config=run.config,
+                    name=run.name[:120],
+                    group=run.group or None,
+                    job_type="sweep" if run.group else "run",
+                    tags=[t[:64] for t in tags],
+                    reinit="finish_previous",
+                    settings=settings,
+                )
+            )
+            made[0].define_metric("engine/*", step_metric="time_s")
+
         try:
-            self._wandb = wandb.init(
-                project=self.project, entity=self.entity, mode=mode, dir=str(run.directory or Path()), config=run.config, name=run.name[:120],
-                group=run.group or None, job_type="sweep" if run.group else "run", tags=[t[:64] for t in tags], reinit="finish_previous",
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True),
-            )  # fmt: skip
-            self._wandb.define_metric("engine/*", step_metric="time_s")
-        except Exception as error:  # no account, no network, a full disk
-            _warn(f"wandb cannot be started ({error})")
+            _bounded(start, timeout + STARTING)
+        except Exception as error:  # a key that is refused, no account, a server that does not answer, a full disk
+            if mode == "online":
+                return self._started(self._offline(f"W&B does not take the run ({_line(error)})"), timeout)
+            _warn(f"wandb cannot be started ({_line(error)}); nothing is tracked. Set tracking=none to silence this")
+            return None
+        return made[0]
+
+    def _offline(self, problem: str) -> str:
+        _warn(f"{problem}; the run is kept offline, and `wandb sync {self._folder()}/offline-run-*` sends it")
+        return "offline"
+
+    def _folder(self) -> Path:
+        return Path(self.run.directory or "") / "wandb"
 
     def _mode(self) -> str:
         if self.mode != "auto":
@@ -109,19 +159,43 @@ class Wandb(Observer):
             self._buckets.add(record)
 
     def close(self, result: RunResult) -> None:
-        if (tracker := self._wandb) is None:
+        """Numbers first, which W&B writes to a log on disk; then what may need the server, for so many seconds and no longer."""
+        tracker, self._wandb = self._wandb, None
+        if tracker is None:
             return
-        self._wandb = None
-        summary = {k: v for k, v in metrics.summarize(result).items() if not (isinstance(v, float) and math.isnan(v))}
+        deadline = time.monotonic() + self.finish_timeout
+        exit_code = 0 if result.status == "finished" else 1
         try:
-            for point in self._buckets.points():
-                tracker.log(point)
-            tracker.summary.update(summary)
-            tracker.log({"requests": self._table(result)})
+            _bounded(lambda: self._numbers(tracker, result), self.finish_timeout)
         except Exception as error:
-            _warn(f"wandb failed ({error})")
-        finally:
-            tracker.finish(exit_code=0 if result.status == "finished" else 1)
+            self._send_again(result, error)
+            return
+        try:
+            _bounded(lambda: tracker.log({"requests": self._table(result)}), deadline - time.monotonic())
+            left = max(1.0, deadline - time.monotonic()) + 1  # wandb's own limit comes first
+            _bounded(lambda: tracker.finish(exit_code=exit_code), left)
+        except Exception as error:
+            _warn(f"W&B did not take everything ({_line(error)}); `wandb sync {self._folder()}/*run-*` sends what is missing")
+
+    def _numbers(self, tracker: Any, result: RunResult) -> None:
+        for point in self._buckets.points():
+            tracker.log(point)
+        tracker.summary.update({k: v for k, v in metrics.summarize(result).items() if not (isinstance(v, float) and math.isnan(v))})
+
+    def _send_again(self, result: RunResult, error: Exception) -> None:
+        """W&B failed before it had the numbers: another run holds them, offline."""
+        import wandb
+
+        self._offline(f"wandb failed ({_line(error)})")
+        with suppress(Exception):
+            _bounded(wandb.teardown, self.timeout)  # its process may be what failed; the next run starts another
+        if (again := self._started("offline", self.timeout)) is None:
+            return
+        try:
+            _bounded(lambda: self._numbers(again, result), self.finish_timeout)
+            _bounded(again.finish, self.finish_timeout)
+        except Exception as second:
+            _warn(f"wandb failed again ({_line(second)}); the numbers are in {self.run.directory}, not in W&B")
 
     def _table(self, result: RunResult) -> Any:
         import wandb
@@ -137,14 +211,63 @@ class Wandb(Observer):
 
 
 def _warn(problem: str) -> None:
-    print(f"warning: {problem}; nothing is tracked. Set tracking=none to silence this", file=sys.stderr)
+    print(f"warning: {problem}", file=sys.stderr)
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _bounded(function: Callable[[], Any], seconds: float) -> None:
+    """Calls what may hang. Raises what it raises, and TimeoutError when it has not come back; its thread is left behind."""
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {seconds:g} s")
+    if raised:
+        raise raised[0]
+
+
+# ---- the server -------------------------------------------------------------------------------------------------------
+
+
+def base_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def unreachable(url: str, timeout: float) -> str:
+    """Why nobody answers there, through the proxies of the environment; "" where somebody does, whatever the answer is."""
+
+    def ask() -> None:
+        try:
+            urlopen(url, timeout=timeout).close()
+        except HTTPError:
+            pass  # an answer
+        except URLError as error:
+            if not isinstance(error.reason, ssl.SSLError):  # wandb may know other certificates
+                raise
+
+    try:
+        _bounded(ask, timeout)  # a name that nobody resolves takes longer than urlopen's own limit
+    except (OSError, ValueError, HTTPException) as error:
+        return _line(error)
+    return ""
 
 
 def logged_in() -> bool:
     """Whether W&B would find a key: in the environment, or in netrc for its host."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(base_url()).hostname or ""
     try:
         return host in netrc.netrc(os.environ.get("NETRC") or None).hosts
     except (OSError, netrc.NetrcParseError):

@@ -1,67 +1,51 @@
-"""What the driver and a rank say to each other: length-prefixed messages over one TCP connection a rank.
+"""One connection between the driver and a rank. A message is a kind (one byte), a size (four) and a body;
+`messages.py` says what bodies hold.
 
-Activations and weights never pass here, those are collectives' business. The plan of a step does: a few integers and the int32
-buffer that the batcher made, sent once to each rank.
+Activations and weights never pass here, those are collectives' business. The plan of a step does: a few
+integers and the int32 buffer that the batcher made, sent once to each rank.
 """
 
 from __future__ import annotations
 
-import hmac
-import pickle
 import socket
 import struct
-from dataclasses import fields
 from threading import Lock
-from typing import Any
-
-import numpy as np
-
-from ..executors.torch.batch import StepInput
+from time import monotonic
 
 # driver -> rank
-STEP, CALL, QUIT, REFUSED = b"S", b"C", b"Q", b"X"
+JOB, STEP, CALL, QUIT, REFUSED, FOUND = b"J", b"S", b"C", b"Q", b"X", b"F"
 # rank -> driver
-HELLO, ANSWER, RESULT, RAISED, BEAT = b"H", b"A", b"R", b"E", b"B"
+HELLO, ANSWER, RESULT, RAISED, BEAT, ASK = b"H", b"A", b"R", b"E", b"B", b"K"
 
-_HEAD = struct.Struct("=cI")
-_NUMBERS = [f.name for f in fields(StepInput) if f.name not in ("data", "sampled")]  # ints and bools, in the order of the class
-_STEP = struct.Struct(f"={len(_NUMBERS)}i")
+#: The largest body of each kind, in bytes. A step's buffer and results grow with the engine's limits.
+LARGEST = {
+    JOB: 1 << 20, STEP: 1 << 28, CALL: 1 << 16, QUIT: 0, REFUSED: 1 << 20, FOUND: 1 << 24,
+    HELLO: 1 << 16, ANSWER: 1 << 16, RESULT: 1 << 28, RAISED: 1 << 20, BEAT: 16, ASK: 1 << 24,
+}  # fmt: skip
+
+_HEAD = struct.Struct("<cI")
+_AT_ONCE = 1 << 20  # bytes of a body for which memory is taken before they arrive
+
+
+class Malformed(ValueError):
+    """What the other end sent is no message. Says what is wrong with it; who receives it adds who sent it."""
 
 
 class Channel:
-    """One connection. Any thread may send; one thread receives. A closed connection is an EOFError or OSError."""
+    """Any thread may send; one thread receives. A closed connection is an EOFError or OSError."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
         self._socket, self._lock = connection, Lock()
-
-    @classmethod
-    def connect(cls, host: str, port: int, key: bytes) -> Channel:
-        connection = socket.create_connection((host, port), timeout=30)
-        connection.sendall(key)
-        return cls(connection)
-
-    @classmethod
-    def accept(cls, server: socket.socket, key: bytes) -> Channel | None:
-        """The next rank that knows the key; None when none came within the server's timeout."""
-        try:
-            connection, _ = server.accept()
-        except TimeoutError:
-            return None
-        connection.settimeout(10)
-        if hmac.compare_digest(_exactly(connection, len(key)), key):
-            return cls(connection)
-        connection.close()
-        return None
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
         with self._lock:
             self._socket.sendall(_HEAD.pack(kind, len(body)) + body)
 
     def receive(self) -> tuple[bytes, bytes]:
-        kind, size = _HEAD.unpack(_exactly(self._socket, _HEAD.size))
-        return kind, _exactly(self._socket, size)
+        return receive(self._socket)
 
     def close(self) -> None:
         try:
@@ -71,28 +55,27 @@ class Channel:
         self._socket.close()
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
+def receive(connection: socket.socket, limit: float | None = None) -> tuple[bytes, bytes]:
+    """(kind, body) of the next message, until `limit` (time.monotonic). Raises Malformed before it takes
+    memory for a body."""
+    kind, size = _HEAD.unpack(exactly(connection, _HEAD.size, limit))
+    if kind not in LARGEST:
+        raise Malformed(f"a message of kind {kind!r}: expected one of {b' '.join(LARGEST).decode()}")
+    if size > LARGEST[kind]:
+        raise Malformed(f"a message of kind {kind!r} and {size:,} bytes: expected at most {LARGEST[kind]:,}")
+    return kind, exactly(connection, size, limit)
+
+
+def exactly(connection: socket.socket, size: int, limit: float | None = None) -> bytes:
+    """So many bytes. Raises TimeoutError at `limit`, however slowly they come, and EOFError at the end."""
     found = bytearray()
     while len(found) < size:
-        part = connection.recv(size - len(found))
+        if limit is not None:
+            if (left := limit - monotonic()) <= 0:
+                raise TimeoutError("the other end says nothing")
+            connection.settimeout(left)
+        part = connection.recv(min(size - len(found), _AT_ONCE))
         if not part:
             raise EOFError("the connection was closed")
         found += part
     return bytes(found)
-
-
-def pack(thing: Any) -> bytes:
-    return pickle.dumps(thing, protocol=pickle.HIGHEST_PROTOCOL)
-
-
-unpack = pickle.loads
-
-
-def pack_step(step: StepInput) -> bytes:
-    """44 bytes and the buffer. Which plan indices sample stays with the driver: only it tells requests apart."""
-    return _STEP.pack(*[getattr(step, name) for name in _NUMBERS]) + step.data.tobytes()
-
-
-def unpack_step(body: bytes) -> StepInput:
-    numbers = dict(zip(_NUMBERS, _STEP.unpack_from(body), strict=True))
-    return StepInput(data=np.frombuffer(body, dtype=np.int32, offset=_STEP.size), sampled=None, **numbers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +16,11 @@ from headway import EngineConfig, ModelConfig, ParallelConfig
 from ..executors.torch import TorchExecutor
 from ..executors.torch.execution import Execution, Ticket
 from ..executors.torch.runner import Sampled
-from .launch import Ranks, under_torchrun
+from .launch import Ranks
 from .pipeline import Stage, StageBatcher, StageRunner, cut
+from .start import end
 from .tensor import Sharding, shard
+from .torchrun import under_torchrun
 
 if TYPE_CHECKING:
     from ..executors.torch.batch import StepInput
@@ -47,7 +48,7 @@ def drive(job: Job, backends: Callable[[str], KernelChoice] | None) -> DriverExe
     if under_torchrun() and os.environ["RANK"] != "0":
         from .worker import serve_torchrun
 
-        sys.exit(serve_torchrun(job))
+        end(serve_torchrun(job))
     ranks = Ranks(job)
     try:
         with ranks.blaming():

@@ -43,11 +43,21 @@ class Mesh:
         on_gpu = device.type == "cuda"
         if on_gpu:  # the driver decides when a run has failed and ends it; NCCL's watchdog would end this process first
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            # Nor does a thread of NCCL's ask the store every second whether anybody wants a dump.
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         # Captured collectives are no business of NCCL's own watchdog, so the driver's clock ends a step that hangs on a GPU.
         limit = timedelta(seconds=STARTUP if on_gpu else parallel.timeout)
         self._guarded(
             dist.init_process_group, "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=parallel.world_size, timeout=limit,
         )  # fmt: skip
+        try:
+            self._connect()
+        except BaseException:
+            self.close(failed=True)
+            raise
+
+    def _connect(self) -> None:
+        parallel, device = self.parallel, self.device
         mesh = init_device_mesh(device.type, (parallel.pp, parallel.tp), mesh_dim_names=("pp", "tp"))
         self.tp_group, self.pp_group = mesh.get_group("tp"), mesh.get_group("pp")
         # How long steps communicate, "split" over the ranks or "whole" as short ones do, and through what: only measurements change these.

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import ConfigError, Context, LengthPrediction, Predictor, Request, hookimpl
+from headway import LengthPrediction, Predictor, Request, hookimpl, param
 
 
 @dataclass
 class Constant(Predictor):
     """Predicts `length` output tokens for every request, capped by what the request may generate."""
 
-    length: float = 128.0
-
-    def setup(self, ctx: Context) -> None:
-        super().setup(ctx)
-        if not self.length > 0:
-            raise ConfigError(f"predictor.length={self.length}: expected more than 0 tokens")
+    length: float = param(128.0, above=0, max=1e9, unit="tokens")
 
     def predict(self, request: Request) -> LengthPrediction:
         cap = request.sampling.max_tokens

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from dataclasses import dataclass
 
-from headway import ConfigError, Context, LengthPrediction, Predictor, Request, RequestState, hookimpl, near
+from headway import Context, LengthPrediction, Predictor, Request, RequestState, hookimpl, param
 
 KINDS = ("client", "category", "all")
 
@@ -24,20 +24,13 @@ class History(Predictor):
     request that outlives them all is given one token more. Refused requests teach nothing.
     """
 
-    by: str = "category"
-    window: int = 256
-    quantile: float = 0.9
-    initial: float = 256.0
+    by: str = param("category", choices=KINDS)
+    window: int = param(256, min=1, max=1_000_000, unit="requests")
+    quantile: float = param(0.9, above=0, max=1)
+    initial: float = param(256.0, above=0, max=1e9, unit="tokens")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if self.by not in KINDS:
-            raise ConfigError(f"predictor.by={self.by!r}: expected one of {', '.join(KINDS)}.{near(self.by, KINDS)}")
-        if self.window < 1 or not 0 < self.quantile <= 1 or not self.initial > 0:
-            raise ConfigError(
-                f"predictor.window={self.window}, quantile={self.quantile}, initial={self.initial}: "
-                "expected a window of at least 1, 0 < quantile <= 1 and initial > 0"
-            )
         self._recent: dict[str, deque[int]] = {}  # in order of finishing
         self._sorted: dict[str, list[int]] = {}  # the same lengths
 

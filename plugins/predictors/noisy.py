@@ -7,9 +7,10 @@ from itertools import combinations
 from math import erf, exp, log
 from random import Random
 
-from headway import ConfigError, Context, LengthPrediction, Predictor, Request, hookimpl
+from headway import Context, LengthPrediction, Predictor, Request, hookimpl, param
 
 SAMPLE = 64  # lengths from which the noise is tuned
+MOST = 100.0  # logarithm of the largest factor: a tau near 0 asks for more than a float holds
 
 
 @dataclass
@@ -25,14 +26,12 @@ class NoisyLength(Predictor):
     ask when a request arrives see the same errors.
     """
 
-    tau: float = 0.5
-    z_upper: float = 1.0
+    tau: float = param(0.5, above=0, max=1)
+    z_upper: float = param(1.0, min=0, max=10)
     oracle = True
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if not 0 < self.tau <= 1:
-            raise ConfigError(f"predictor.tau={self.tau}: expected 0 < tau <= 1")
         self._truth, self._seed = ctx.oracle, ctx.seed
         self.sigma = 0.0 if self.tau == 1 else spread([0.0, 1.0], self.tau)  # until lengths are known: two that differ by a factor of e
         self._logs: list[float] = []
@@ -42,8 +41,8 @@ class NoisyLength(Predictor):
         if (z := self._noise.get(request.index)) is None:
             z = self._noise[request.index] = Random(f"{self._seed}/length/{request.id}").gauss(0.0, 1.0)
             self._learn(request)
-        mean = self._truth.output_len(request) * exp(self.sigma * z)
-        return LengthPrediction(mean, mean * exp(self.z_upper * self.sigma))
+        mean = self._truth.output_len(request) * exp(min(self.sigma * z, MOST))
+        return LengthPrediction(mean, mean * exp(min(self.z_upper * self.sigma, MOST)))
 
     def on_finish(self, request: Request, now: float) -> None:
         self._noise.pop(request.index, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Request, Scheduler, StepBuilder, View, hookimpl
+from headway import NeedBlocks, NoBudget, Request, Scheduler, StepBuilder, View, hookimpl, param
 
 
 @dataclass
@@ -16,8 +16,8 @@ class ChunkedPrefill(Scheduler):
     chunk_size: most tokens of one prompt in a step; None is what the budget leaves.
     """
 
-    token_budget: int | None = 512
-    chunk_size: int | None = None
+    token_budget: int | None = param(512, min=1, max=2**31 - 1, unit="tokens")
+    chunk_size: int | None = param(None, min=1, max=2**31 - 1, unit="tokens")
 
     def plan(self, step: StepBuilder, view: View) -> None:
         self.fill(step, view.running, self.order(view))
@@ -33,7 +33,7 @@ class ChunkedPrefill(Scheduler):
         for request in prefills:
             step.add(request, self.chunk_size)
         for request in waiting:
-            if not step.add(request, self.chunk_size):
+            if isinstance(step.add(request, self.chunk_size), NoBudget | NeedBlocks):
                 break
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import ConfigError, Context, Scheduler, StepBuilder, View, hookimpl
+from headway import NeedBlocks, NoBudget, Scheduler, StepBuilder, View, hookimpl, param
 
 
 @dataclass
@@ -15,15 +15,10 @@ class TwoPhase(Scheduler):
     prefill_seqs, prefill_tokens, decode_seqs: limits of one step of that phase; None is the engine's.
     """
 
-    switch_waiting: int = 1
-    prefill_seqs: int | None = None
-    prefill_tokens: int | None = None
-    decode_seqs: int | None = None
-
-    def setup(self, ctx: Context) -> None:
-        super().setup(ctx)
-        if self.switch_waiting < 1:
-            raise ConfigError(f"scheduler.switch_waiting={self.switch_waiting}: expected at least 1")
+    switch_waiting: int = param(1, min=1, max=2**31 - 1, unit="requests")
+    prefill_seqs: int | None = param(None, min=1, max=2**31 - 1, unit="requests")
+    prefill_tokens: int | None = param(None, min=1, max=2**31 - 1, unit="tokens")
+    decode_seqs: int | None = param(None, min=1, max=2**31 - 1, unit="requests")
 
     def plan(self, step: StepBuilder, view: View) -> None:
         unfinished = [r for r in view.running if r.num_new_tokens > 1]
@@ -42,9 +37,14 @@ class TwoPhase(Scheduler):
             if tokens > 0 and seqs > 0 and (granted := step.add(request, tokens)):
                 tokens, seqs = tokens - granted.n, seqs - 1
         for request in self.order(view):
-            if tokens <= 0 or seqs <= 0 or not step.fits(request) or not (granted := step.add(request, tokens)):
+            if tokens <= 0 or seqs <= 0:
                 break
-            tokens, seqs = tokens - granted.n, seqs - 1
+            if not step.admits(request):
+                continue
+            if not step.fits(request) or isinstance(granted := step.add(request, tokens), NoBudget | NeedBlocks):
+                break
+            if granted:
+                tokens, seqs = tokens - granted.n, seqs - 1
 
 
 @hookimpl

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any, NamedTuple
 
-from headway import Arrival, Request, RequestState, Tags, WorkloadError, hookimpl
+from headway import Arrival, Request, RequestState, Tags, hookimpl, param
 
-from .content import Content
+from .content import Content, Numbering, only_its_length
+from .lines import Lines, Malformed, json_object, parsed, regular_file
+from .numbers import count, seconds
 from .pace import Paced
 
 
 class Call(NamedTuple):
-    """One request of a program. Lengths in tokens; block ids mean something within their own session only."""
+    """One request of a program. Lengths in tokens; ids are those of Content, equal within one session
+    only."""
 
     input_len: int
     output_len: int
     block_ids: array[int]
+    tail_id: int  # of the tokens after the last whole block
     think_time: float  # seconds between the answer before it and this call
     tool: str  # what follows its answer: "tool", or "" at the end of a turn
+
+
+class Session(NamedTuple):
+    id: str
+    block_size: int
+    calls: list[Call]
+
+
+EXPECTED = "a file with agent sessions, one JSON object a line"
 
 
 @dataclass
@@ -37,73 +47,104 @@ class Agents(Paced):
     """
 
     path: str = ""
-    limit: int | None = None  # first so many sessions
-    scale: float = 1.0  # prompts, answers and blocks are scaled by it: 0.125 makes 64-token blocks 8
-    think_scale: float = 1.0  # think and tool times are multiplied by it
+    limit: int | None = param(None, min=1, max=2**31 - 1, doc="first so many sessions")
+    scale: float = param(
+        1.0,
+        min=1e-6,
+        max=1000,
+        doc="prompts, answers and blocks are scaled by it: 0.125 makes 64-token blocks 8",
+    )
+    think_scale: float = param(1.0, min=0, max=1e6, doc="think and tool times are multiplied by it")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.scale > 0 or self.think_scale < 0:
-            raise WorkloadError(f"workload.scale={self.scale}, workload.think_scale={self.think_scale}: expected more than 0 and at least 0")
-        if self.limit is not None and self.limit < 1:
-            raise WorkloadError(f"workload.limit={self.limit}: expected at least 1")
+    def check(self) -> None:
+        regular_file(self.path, EXPECTED)
 
-    def sessions(self) -> Iterator[tuple[str, int, list[Call]]]:
-        """(id, block size, calls) of each line. Raises WorkloadError with file and line for what cannot be read."""
-        if not self.path or not (file := Path(self.path).expanduser()).is_file():
-            raise WorkloadError(f"workload.path={self.path}: expected the path of a file with agent sessions")
-        number = 0
-        try:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if self.limit is not None and number > self.limit:
-                        break
-                    session = json.loads(line)
-                    calls = list(_calls(session["requests"]))
-                    if any(call.input_len < 0 or call.output_len < 0 or call.think_time < 0 for call in calls):
-                        raise ValueError("a negative length or time")
-                    yield str(session["id"]), int(session["block_size"]), calls
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, OverflowError) as error:
-            reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise WorkloadError(f"{self.path}:{max(number, 1)}: no agent session ({reason})") from error
+    def sessions(self) -> Iterator[Session]:
+        """Those of the file, one a line. Raises WorkloadError with file and line for what cannot be read."""
+        yield from islice(parsed(self.path, EXPECTED, _sessions), self.limit)
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         self._content, self._max_model_len = Content(seed, vocab_size), max_model_len
-        self._sessions: dict[str, tuple[int, int, list[Call]]] = {}
-        for serial, (id, block_size, calls) in enumerate(list(self.sessions())):
-            if calls:
-                self._sessions[id] = (serial, max(1, round(block_size * self.scale)), calls)
-                yield self._call(id, 0, 0.0)
+        self._sessions = {session.id: session for session in self.sessions() if session.calls}
+        for id in self._sessions:
+            yield self._call(id, 0, 0.0)
 
     def _call(self, id: str, turn: int, now: float) -> Arrival:
-        serial, block, calls = self._sessions[id]
-        call, content = calls[turn], self._content
-        length = max(1, round(call.input_len * self.scale)) if call.input_len else 0
-        prompt: list[int] = []
-        for local in call.block_ids[: length // block]:
-            prompt += content.tokens((serial << 24) + local, block)
-        prompt += content.tokens((1 << 39) + (serial << 16) + turn, length - len(prompt))  # the last, partial block
-        output = max(1, round(call.output_len * self.scale)) if call.output_len else 0
+        calls = self._sessions[id].calls
+        call, length = calls[turn], self._length(id, turn)
+        prompt = self._prompt(id, turn) if length < self._max_model_len else only_its_length(length)
         tags = Tags(client=id, session=id, turn=turn, category="agent", tool=call.tool)
         time = now + call.think_time * self.think_scale if turn else now
-        return Arrival(time, prompt, self.sampling(), output, f"{id}.{turn}", tags)
+        return Arrival(time, prompt, self.sampling(), self._scaled(call.output_len), f"{id}.{turn}", tags)
+
+    def _scaled(self, tokens: int) -> int:
+        return max(1, round(tokens * self.scale)) if tokens else 0
+
+    def _length(self, id: str, turn: int) -> int:
+        return self._scaled(self._sessions[id].calls[turn].input_len)
+
+    def _prompt(self, id: str, turn: int) -> list[int]:
+        session, length, content = self._sessions[id], self._length(id, turn), self._content
+        block = max(1, round(session.block_size * self.scale))
+        prompt: list[int] = []
+        for block_id in session.calls[turn].block_ids[: length // block]:
+            prompt += content.tokens(block_id, block)
+        return prompt + content.tokens(session.calls[turn].tail_id, length - len(prompt))
 
     def on_result(self, request: Request, now: float) -> Iterable[Arrival]:
         id, turn = request.tags.session, request.tags.turn + 1
-        if turn < len(self._sessions[id][2]) and request.state is RequestState.FINISHED:
-            following = self._call(id, turn, now)
-            if len(following.prompt_token_ids) < self._max_model_len:
-                return [following]
+        goes_on = turn < len(self._sessions[id].calls) and request.state is RequestState.FINISHED
+        if goes_on and self._length(id, turn) < self._max_model_len:
+            return [self.dealt(self._call(id, turn, now))]
         return super().on_result(request, now)
 
 
-def _calls(requests: list[dict[str, Any]]) -> Iterator[Call]:
+def _sessions(lines: Lines) -> Iterator[Session]:
+    seen: dict[str, int] = {}
+    number = Numbering()
+    for line, text in lines:
+        try:
+            session = json_object(line, text)
+        except Malformed as error:
+            raise Malformed(line, f"no agent session: {error}") from None
+        if missing := [key for key in ("requests", "id", "block_size") if key not in session]:
+            raise Malformed(line, f"no agent session: lacks {', '.join(map(repr, missing))}")
+        id = str(session["id"])
+        if id in seen:
+            expected = "ids must be unique, a session is one line"
+            raise Malformed(line, f"session id {id!r} is that of line {seen[id]} too: {expected}")
+        seen[id] = line
+        block_size = count(line, "block_size", session["block_size"])
+        number = Numbering(number.end)  # ids mean nothing in another session
+        calls = [_call(line, entry, number) for entry in _entries(line, session["requests"])]
+        yield Session(id, block_size, calls)
+
+
+def _entries(line: int, requests: Any) -> Iterator[dict[str, Any]]:
+    """The calls in their order; those of a sub-agent come where it was started."""
+    if not isinstance(requests, list) or not all(isinstance(entry, dict) for entry in requests):
+        shown = repr(str(requests)[:60])
+        raise Malformed(line, f"no agent session: requests are {shown}: expected a list of objects")
     for entry in requests:
-        if entry["type"] == "subagent":
-            yield from _calls(entry["requests"])
+        if entry.get("type") == "subagent":
+            yield from _entries(line, entry.get("requests"))
         else:
-            tool = "tool" if entry.get("stop") == "tool_use" else ""
-            yield Call(int(entry["in"]), int(entry["out"]), array("L", entry["hash_ids"]), float(entry.get("think_time", 0.0)), tool)
+            yield entry
+
+
+def _call(line: int, entry: dict[str, Any], number: Numbering) -> Call:
+    if missing := [key for key in ("in", "out", "hash_ids") if key not in entry]:
+        raise Malformed(line, f"no agent session: a request lacks {', '.join(map(repr, missing))}")
+    ids = entry["hash_ids"]
+    if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids):
+        raise Malformed(line, f"hash_ids {str(ids)[:60]}: expected a list of whole numbers from 0")
+    think = seconds(line, "think_time", entry.get("think_time", 0.0))
+    if think < 0:
+        raise Malformed(line, f"think_time {think}: a negative time")
+    blocks = array("q", (number(id) for id in ids))
+    tail = number(object())  # shared with nobody
+    tool = "tool" if entry.get("stop") == "tool_use" else ""
+    return Call(count(line, "in", entry["in"]), count(line, "out", entry["out"]), blocks, tail, think, tool)
 
 
 @hookimpl

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any, ClassVar
 
-from headway import Arrival, Tags, WorkloadError, hookimpl
+from headway import Arrival, ModelError, SamplingParams, Tags, WorkloadError, hookimpl, param
 
+from .lines import Lines, Malformed, json_object, parsed
 from .pace import Paced
 
 PROMPTS = (
@@ -41,9 +40,14 @@ class Chat(Paced):
     """
 
     path: str = ""  # "": the built-in prompts
-    num_requests: int | None = None  # None: each prompt once; more than there are begins again
+    num_requests: int | None = param(
+        None,
+        min=1,
+        max=10_000_000,
+        doc="None: each prompt once; more than there are begins again",
+    )
     system: str = ""  # a system message for every conversation
-    max_tokens: int | None = 64
+    max_tokens: int | None = param(64, min=1, max=2**31 - 1, unit="tokens")
 
     tokenizer: ClassVar[Any] = None  # set on the object by the composition: encode(text), has_chat_template, encode_chat(messages)
 
@@ -54,21 +58,7 @@ class Chat(Paced):
         """The prompts. Raises WorkloadError with file and line for what cannot be read."""
         if not self.path:
             return list(PROMPTS)
-        try:
-            lines = Path(self.path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise WorkloadError(f"workload.path={self.path}: cannot be read ({error})") from error
-        texts = []
-        for number, line in enumerate(lines, 1):
-            if self.path.endswith(".jsonl") and line.strip():
-                try:
-                    line = json.loads(line)["prompt"]
-                except (ValueError, KeyError, TypeError):
-                    line = None
-                if not isinstance(line, str):
-                    raise WorkloadError(f'{self.path}:{number}: expected a JSON object with "prompt", a text')
-            if line.strip():
-                texts.append(line)
+        texts = list(parsed(self.path, EXPECTED, _prompts if self.path.endswith(".jsonl") else _plain))
         if not texts:
             raise WorkloadError(f"{self.path}: holds no prompt")
         return texts
@@ -78,7 +68,16 @@ class Chat(Paced):
             raise WorkloadError("workload=chat needs the model's tokenizer, and this executor has none: use executor=torch")
         texts, sampling = self.texts(), self.sampling()
         for text in islice(cycle(texts), len(texts) if self.num_requests is None else self.num_requests):
-            yield Arrival(0.0, self._encode(text), sampling, tags=Tags(category="chat"), prompt=text)
+            yield self._arrival(text, sampling)
+
+    def _arrival(self, text: str, sampling: SamplingParams) -> Arrival:
+        """A text that the tokenizer or its template refuses is a request that is refused; the others are asked."""
+        refusal, tokens = "", []
+        try:
+            tokens = self._encode(text)
+        except ModelError as error:
+            refusal = str(error)
+        return Arrival(0.0, tokens, sampling, tags=Tags(category="chat"), prompt=text, refusal=refusal)
 
     def _encode(self, text: str) -> list[int]:
         tokenizer = self.tokenizer
@@ -87,6 +86,23 @@ class Chat(Paced):
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": text})
         return list(tokenizer.encode_chat(messages))
+
+
+EXPECTED = "a file of prompts, one a line"
+
+
+def _plain(lines: Lines) -> Iterator[str]:
+    for _, text in lines:
+        yield text
+
+
+def _prompts(lines: Lines) -> Iterator[str]:
+    for number, text in lines:
+        prompt = json_object(number, text).get("prompt")
+        if not isinstance(prompt, str):
+            raise Malformed(number, 'expected a JSON object with "prompt", a text')
+        if prompt.strip():
+            yield prompt
 
 
 @hookimpl

@@ -6,23 +6,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from headway import Arrival, SamplingParams, Workload, WorkloadError, hookimpl
+from headway import Arrival, SamplingParams, hookimpl, param
+
+from .mix import Mix
 
 
 @dataclass
-class NanoBench(Workload):
+class NanoBench(Mix):
     """nano-vLLM's benchmark: 256 requests at once, lengths uniform 100-1024, its own seed 0, temperature 0.6, ignore_eos.
 
     142,827 prompt and 133,966 output tokens. As there, the lengths are declared as max_tokens. Token ids are below 10,001;
     a smaller vocabulary takes them modulo its size.
     """
 
-    num_requests: int = 256
-    repeat: int = 0  # shifts every token by 17 * repeat modulo 10,000, so that no prefix cache helps a second round
-
-    def __post_init__(self) -> None:
-        if self.num_requests < 1 or self.repeat < 0:
-            raise WorkloadError(f"workload.num_requests={self.num_requests}, workload.repeat={self.repeat}: expected at least 1 and 0")
+    num_requests: int = param(256, min=1, max=16384, doc="all of them are made before the first runs")
+    repeat: int = param(
+        0,
+        min=0,
+        max=2**31 - 1,
+        doc="shifts every token by 17 * repeat modulo 10,000, so that no prefix cache helps a second round",
+    )
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
         rng = Random(0)  # the benchmark's, whatever the run's seed
@@ -30,10 +33,11 @@ class NanoBench(Workload):
         lengths = [rng.randint(100, 1024) for _ in range(self.num_requests)]
         if self.repeat:
             prompts = [[(token + 17 * self.repeat) % 10000 for token in prompt] for prompt in prompts]
-        return [
+        made = [
             Arrival(0.0, [token % vocab_size for token in prompt], SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length))
             for prompt, length in zip(prompts, lengths, strict=True)
         ]
+        return list(self.mixed(made, seed))
 
 
 @hookimpl

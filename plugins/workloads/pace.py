@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from random import Random
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from headway import Arrival, Request, SamplingParams, Workload, WorkloadError, near
+from headway import Arrival, Request, SamplingParams, WorkloadError, param
+
+from .content import only_its_length
+from .mix import Mix
+
+PROCESSES = ("all_at_once", "uniform", "poisson", "gamma", "closed")
 
 
 def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
     """Seconds at which requests arrive, without end.
 
     uniform: i / rate. poisson: exponential gaps. gamma: gaps of shape `burstiness` and mean 1 / rate, as in `vllm bench
-    serve`: 1 is Poisson, less is burstier (coefficient of variation burstiness ** -0.5).
+    serve`: 1 is Poisson, less is burstier (coefficient of variation burstiness ** -0.5). Raises WorkloadError
+    for what is no time.
     """
+    given = {"rate": rate} if arrival != "gamma" else {"rate": rate, "burstiness": burstiness}
+    for name, value in given.items():
+        if not LEAST <= value <= 1 / LEAST:
+            raise WorkloadError(f"workload.{name}={value}: expected {LEAST:g} to {1 / LEAST:g}")
+    for time in _times(arrival, rate, burstiness, rng):
+        yield finite(time, **given)
+
+
+LEAST = 1e-9  # of a rate and of a burstiness; beyond it, or its inverse, times stand still or are infinite
+
+
+def _times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
     if arrival == "uniform":
         yield from (i / rate for i in count())
     now = 0.0
@@ -25,60 +44,77 @@ def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> 
         yield now
 
 
-def length_range(name: str, value: Any) -> tuple[int, int]:
-    """A fixed length, or [low, high] with both ends included, as (low, high). Raises WorkloadError for anything else."""
-    try:
-        low, high = (value, value) if isinstance(value, int) else value
-    except (TypeError, ValueError):
-        low, high = 0, 0
-    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high):
-        raise WorkloadError(f"workload.{name}={value}: expected a length of at least 1, or [low, high] with 1 <= low <= high")
-    return low, high
+def finite(time: float, **given: float) -> float:
+    """`time`, which follows from the parameters `given`. Raises WorkloadError that names them where it is not
+    finite."""
+    if not math.isfinite(time):
+        named = ", ".join(f"workload.{name}={value}" for name, value in given.items())
+        raise WorkloadError(f"{named}: a request would arrive at {time} seconds; expected finite times")
+    return time
+
+
+LONGEST = 10_000_000  # tokens; more than any model's context
+
+
+def length_range(name: str, value: int | list[int]) -> tuple[int, int]:
+    """A length, or [low, high] with both ends, as (low, high). Raises WorkloadError for a list that is no range."""
+    ends = (value, value) if isinstance(value, int) else tuple(value)
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise WorkloadError(f"workload.{name}={value}: expected a length, or [low, high] with low <= high")
+    return ends
 
 
 def random_tokens(rng: Random, length: int, vocab_size: int) -> list[int]:
     return rng.choices(range(vocab_size), k=length)
 
 
+def random_prompt(rng: Random, length: int, vocab_size: int, max_model_len: int) -> Sequence[int]:
+    """Tokens at random; of a prompt that does not fit the context, only its length."""
+    return random_tokens(rng, length, vocab_size) if length < max_model_len else only_its_length(length)
+
+
 @dataclass
-class Paced(Workload):
+class Paced(Mix):
     """Base of the workloads whose requests come one by one, in an order that does not depend on when they come.
 
     A subclass gives `requests`; times are filled in here. What is asked and when draw from separate streams of the seed, so
     that the same requests come at every rate.
     """
 
-    arrival: str = "all_at_once"  # all_at_once, uniform, poisson, gamma, or closed: `concurrency` clients that wait for each answer
-    rate: float = 1.0  # requests a second; uniform, poisson and gamma
-    burstiness: float = 1.0  # shape of gamma, as in `vllm bench serve`: below 1 is burstier than Poisson
-    concurrency: int = 16  # requests in the system; closed
-    temperature: float = 0.0
-    max_tokens: int | None = None  # declared cap, which does not reveal the true length; None: up to the context
+    arrival: str = param(
+        "all_at_once",
+        choices=PROCESSES,
+        doc="closed: `concurrency` clients that wait for each answer",
+    )
+    rate: float = param(1.0, min=1e-6, max=1e6, unit="requests a second", doc="uniform, poisson and gamma")
+    burstiness: float = param(
+        1.0,
+        min=1e-3,
+        max=1e6,
+        doc="shape of gamma, as in `vllm bench serve`: below 1 is burstier than Poisson",
+    )
+    concurrency: int = param(16, min=1, max=1_000_000, unit="requests", doc="in the system; closed")
+    temperature: float = param(0.0, min=0, max=1e6)
+    max_tokens: int | None = param(
+        None,
+        min=1,
+        max=2**31 - 1,
+        unit="tokens",
+        doc="declared cap, which does not reveal the true length; None: up to the context",
+    )
 
-    processes: ClassVar[tuple[str, ...]] = ("all_at_once", "uniform", "poisson", "gamma", "closed")
     lookahead: ClassVar[int] = 4096  # requests made before the run begins, so that making them costs the run no time
-
-    def __post_init__(self) -> None:
-        if self.arrival not in self.processes:
-            raise WorkloadError(f"workload.arrival={self.arrival!r} is not known.{near(self.arrival, self.processes)}")
-        for name in ("rate", "burstiness", "concurrency"):
-            if not getattr(self, name) > 0:
-                raise WorkloadError(f"workload.{name}={getattr(self, name)}: expected a positive number")
-        self.sampling()
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         """The requests in order. Their times count only for a process that replays recorded ones."""
         raise NotImplementedError
 
     def sampling(self) -> SamplingParams:
-        try:
-            return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
-        except ValueError as error:
-            raise WorkloadError(f"workload.{error}") from None
+        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
         """In order of time. Raises WorkloadError for an empty workload."""
-        made = self.requests(seed, vocab_size, max_model_len)
+        made = self.mixed(self.requests(seed, vocab_size, max_model_len), seed)
         head = list(islice(made, self.lookahead))
         if not head:
             raise WorkloadError(f"workload {self.plugin_name or type(self).__name__} is empty: it has no request to run")

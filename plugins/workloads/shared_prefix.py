@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from random import Random
-from typing import Any
 
-from headway import Arrival, Tags, WorkloadError, hookimpl
+from headway import Arrival, Tags, WorkloadError, hookimpl, param
 
-from .pace import Paced, length_range, random_tokens
+from .content import only_its_length
+from .pace import LONGEST, Paced, length_range, random_tokens
 
 
 @dataclass
@@ -21,33 +21,37 @@ class SharedPrefix(Paced):
     group computes its prefix, so at most (70 - 1) * 410 of 51,200 prompt tokens can be hits.
     """
 
-    num_requests: int = 100
-    input_len: Any = 512  # tokens: a number, or [low, high] with both ends
-    output_len: Any = 32  # tokens: a number, or [low, high] with both ends
-    groups: int = 1  # distinct prefixes
-    share_requests: float = 0.7  # share of the requests that belong to a group
-    share_prompt: float = 0.8  # share of a prompt that is its group's prefix, rounded up to a token
+    num_requests: int = param(100, min=1, max=10_000_000)
+    input_len: int | list[int] = param(512, min=1, max=LONGEST, unit="tokens")
+    output_len: int | list[int] = param(32, min=1, max=LONGEST, unit="tokens")
+    groups: int = param(1, min=1, max=10_000_000, doc="distinct prefixes")
+    share_requests: float = param(0.7, min=0, max=1, doc="share of the requests that belong to a group")
+    share_prompt: float = param(
+        0.8,
+        min=0,
+        max=1,
+        doc="share of a prompt that is its group's prefix, rounded up to a token",
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self._input, self._output = length_range("input_len", self.input_len), length_range("output_len", self.output_len)
-        for name in ("num_requests", "groups"):
-            if getattr(self, name) < 1:
-                raise WorkloadError(f"workload.{name}={getattr(self, name)}: expected at least 1")
-        for name in ("share_requests", "share_prompt"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise WorkloadError(f"workload.{name}={getattr(self, name)}: expected a share from 0 to 1")
+        if self.groups > self.num_requests:
+            most = f"at most workload.num_requests={self.num_requests}"
+            raise WorkloadError(f"workload.groups={self.groups}: expected {most}")
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         rng, sampling = Random(f"{seed}/requests"), self.sampling()
         sharing = round(self.share_requests * self.num_requests)
         group_of = [i % self.groups if i < sharing else -1 for i in range(self.num_requests)]
         rng.shuffle(group_of)
-        prefixes = [random_tokens(rng, ceil(self.share_prompt * self._input[1]), vocab_size) for _ in range(self.groups)]
+        shared = min(ceil(self.share_prompt * self._input[1]), max_model_len)  # longer prompts are never made
+        prefixes = [random_tokens(rng, shared, vocab_size) for _ in range(self.groups)]
         for group in group_of:
             length, output = rng.randint(*self._input), rng.randint(*self._output)
-            prompt = prefixes[group][: ceil(self.share_prompt * length)] if group >= 0 else []
-            prompt = prompt + random_tokens(rng, length - len(prompt), vocab_size)
+            prompt: Sequence[int] = only_its_length(length)
+            if length < max_model_len:
+                head = prefixes[group][: ceil(self.share_prompt * length)] if group >= 0 else []
+                prompt = head + random_tokens(rng, length - len(head), vocab_size)
             yield Arrival(0.0, prompt, sampling, output, tags=Tags(category=f"group{group}" if group >= 0 else "alone"))
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import ClassVar
 
-from headway import Arrival, Tags, WorkloadError, hookimpl, near
+from headway import Arrival, Tags, WorkloadError, hookimpl, param
 
-from .content import Content
-from .pace import Paced
-from .trace_formats import FORMATS, Malformed, Row
+from .content import Content, Numbering, only_its_length
+from .lines import parsed, regular_file
+from .pace import LONGEST, PROCESSES, Paced
+from .trace_formats import FORMATS, Row
+
+LONGEST_ROW = 4 << 20  # bytes; the block ids of a million tokens are 20 thousand
 
 
 @dataclass
@@ -24,51 +26,53 @@ class Trace(Paced):
     Requests that do not fit the context are left for the engine to reject, unless `max_input_len` cuts them.
     """
 
-    arrival: str = "replay"  # replay the trace's own times, or all_at_once, uniform, poisson, gamma, closed with its lengths
+    arrival: str = param(
+        "replay",
+        choices=("replay", *PROCESSES),
+        doc="replay the trace's own times, or another process with its lengths",
+    )
     path: str = ""
-    format: str = "mooncake"
-    time_scale: float = 1.0  # times are multiplied by it: 0.5 doubles the load
-    limit: int | None = None  # first so many requests
-    max_input_len: int | None = None  # longer prompts lose their tail; None: they stay as they are
-    max_output_len: int | None = None  # longer answers end there; None: they stay as they are
+    format: str = param("mooncake", choices=tuple(FORMATS))
+    time_scale: float = param(1.0, min=1e-9, max=1e6, doc="times are multiplied by it: 0.5 doubles the load")
+    limit: int | None = param(None, min=1, max=2**31 - 1, doc="first so many requests")
+    max_input_len: int | None = param(
+        None,
+        min=1,
+        max=LONGEST,
+        unit="tokens",
+        doc="longer prompts lose their tail; None: they stay as they are",
+    )
+    max_output_len: int | None = param(
+        None,
+        min=1,
+        max=LONGEST,
+        unit="tokens",
+        doc="longer answers end there; None: they stay as they are",
+    )
 
-    processes: ClassVar[tuple[str, ...]] = ("replay", *Paced.processes)
     lookahead: ClassVar[int] = 32  # prompts are long and cheap to make
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.format not in FORMATS:
-            raise WorkloadError(f"workload.format={self.format!r} is not known.{near(self.format, FORMATS)}")
-        if not self.time_scale > 0:
-            raise WorkloadError(f"workload.time_scale={self.time_scale}: expected a positive number")
-        for name in ("limit", "max_input_len", "max_output_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WorkloadError(f"workload.{name}={value}: expected at least 1")
-
     def check(self) -> None:
-        if not self.path:
-            raise WorkloadError(f"workload.path is not set: give a file in the format {self.format} (workload.path=FILE)")
-        if not Path(self.path).expanduser().is_file():
-            raise WorkloadError(f"workload.path={self.path}: there is no such file")
+        regular_file(self.path, self._expected)
+
+    @property
+    def _expected(self) -> str:
+        return f"a file in the format {self.format}"
+
+    def read(self) -> Iterator[Row]:
+        """The rows in the file's order. Raises WorkloadError with file and line for what cannot be read."""
+        rows = parsed(self.path, self._expected, FORMATS[self.format], LONGEST_ROW)
+        yield from islice(rows, self.limit)
 
     def rows(self) -> list[Row]:
-        """The whole file, in order of time, checked. Raises WorkloadError with file and line for what cannot be read."""
-        self.check()
-        file = Path(self.path).expanduser()
-        opened = gzip.open if file.suffix == ".gz" else open
-        rows: list[Row] = []
-        try:
-            with opened(file, "rt", encoding="utf-8") as lines:
-                numbered = ((i, line.rstrip("\r\n")) for i, line in enumerate(lines, 1) if not line.isspace())
-                for row in FORMATS[self.format](numbered):
-                    if self.limit is not None and len(rows) >= self.limit:
-                        break
-                    rows.append(row)
-        except Malformed as error:
-            raise WorkloadError(f"{self.path}:{error.line}: {error}") from None
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise WorkloadError(f"{self.path}: cannot be read after {len(rows)} requests ({error})") from error
+        """The whole file in order of time, block ids as numbers from 0."""
+        number = Numbering()
+
+        def numbered(row: Row) -> Row:
+            ids = row.block_ids
+            return row if ids is None else row._replace(block_ids=array("q", map(number, ids)))
+
+        rows = [numbered(row) for row in self.read()]
         if not rows:
             raise WorkloadError(f"{self.path}: holds no request")
         return sorted(rows, key=lambda row: row.time)
@@ -79,35 +83,41 @@ class Trace(Paced):
         for i, row in enumerate(rows):
             length = min(row.input_len, self.max_input_len or row.input_len)
             output = min(row.output_len, self.max_output_len or row.output_len)
-            prompt: list[int] = []
-            if row.block_ids is None:
-                prompt = content.tokens(i, length)
-            else:
-                for id in row.block_ids[: -(-length // row.block_size)]:
-                    prompt += content.tokens(id, row.block_size)
-                del prompt[length:]
-            yield Arrival((row.time - origin) * self.time_scale, prompt, sampling, output, tags=Tags(category=self.format))
+            prompt = _prompt(row, i, length, content) if length < max_model_len else only_its_length(length)
+            time = (row.time - origin) * self.time_scale
+            yield Arrival(time, prompt, sampling, output, tags=Tags(category=self.format))
+
+
+def _prompt(row: Row, serial: int, length: int, content: Content) -> Sequence[int]:
+    """Tokens of the row's blocks, or, where it names none, of a sequence that no other row has."""
+    if row.block_ids is None:
+        return content.tokens(serial, length)
+    prompt: list[int] = []
+    for id in row.block_ids[: -(-length // row.block_size)]:
+        prompt += content.tokens(id, row.block_size)
+    del prompt[length:]
+    return prompt
 
 
 @dataclass
 class Azure(Trace):
     """Azure's LLM inference trace (Patel et al., Splitwise, ISCA'24): arrival times and lengths, no shared prefixes."""
 
-    format: str = "azure"
+    format: str = param("azure", choices=tuple(FORMATS))
 
 
 @dataclass
 class Mooncake(Trace):
     """Mooncake's traces (Qin et al., FAST'25): arrival times, lengths, and prefixes shared in blocks of 512 tokens."""
 
-    format: str = "mooncake"
+    format: str = param("mooncake", choices=tuple(FORMATS))
 
 
 @dataclass
 class BurstGPT(Trace):
     """BurstGPT (Wang et al., 2024): arrival times and lengths of ChatGPT and GPT-4 use, no shared prefixes."""
 
-    format: str = "burstgpt"
+    format: str = param("burstgpt", choices=tuple(FORMATS))
 
 
 @hookimpl

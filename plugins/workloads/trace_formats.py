@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from .lines import Lines, Malformed, json_object
+from .numbers import count, seconds
 
 MOONCAKE_BLOCK = 512  # tokens a hash id stands for
+MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
 class Row(NamedTuple):
@@ -17,55 +21,53 @@ class Row(NamedTuple):
     time: float  # seconds, from any origin
     input_len: int
     output_len: int
-    block_ids: list[int] | None = None
+    block_ids: Sequence[int] | None = None
     block_size: int = 0
 
 
-Lines = Iterable[tuple[int, str]]  # (line number, text without its end)
-
-
-class Malformed(ValueError):
-    """A line that is not what its format says. The reader adds file and line number."""
-
-    def __init__(self, line: int, reason: str) -> None:
-        super().__init__(reason)
-        self.line = line
-
-
 def azure(lines: Lines) -> Iterator[Row]:
-    """Azure LLM inference trace: TIMESTAMP, ContextTokens, GeneratedTokens. No identity of prompts, so no reuse."""
-    for number, cells in _table(lines, "TIMESTAMP", "ContextTokens", "GeneratedTokens"):
-        when, _, fraction = cells[0].removesuffix("+00:00").partition(".")
-        try:
-            time = (datetime.fromisoformat(when) - datetime(2000, 1, 1)).total_seconds() + (float(f"0.{fraction}") if fraction else 0.0)
-        except ValueError:
-            raise Malformed(number, f"TIMESTAMP {cells[0]!r}: expected a date and time like 2023-11-16 18:15:46.6805900") from None
-        yield Row(time, _count(number, "ContextTokens", cells[1]), _count(number, "GeneratedTokens", cells[2]))
+    """Azure LLM inference trace: TIMESTAMP, ContextTokens, GeneratedTokens. No identity of prompts, so no
+    reuse.
+
+    Times are those of 2023 (no zone) or of 2024 (a zone each); a file has one kind or the other.
+    """
+    zoned: bool | None = None
+    for number, (when, context, generated) in _table(lines, "TIMESTAMP", "ContextTokens", "GeneratedTokens"):
+        time, zone = _moment(number, when)
+        zoned = zone if zoned is None else zoned
+        if zone != zoned:
+            has = "a" if zone else "no"
+            raise Malformed(number, f"TIMESTAMP {when!r} has {has} time zone, unlike the lines before it")
+        yield Row(time, count(number, "ContextTokens", context), count(number, "GeneratedTokens", generated))
 
 
 def burstgpt(lines: Lines) -> Iterator[Row]:
-    """BurstGPT: Timestamp (seconds), Request tokens, Response tokens, among other columns. No identity of prompts."""
-    for number, cells in _table(lines, "Timestamp", "Request tokens", "Response tokens"):
-        time = _seconds(number, "Timestamp", cells[0])
-        yield Row(time, _count(number, "Request tokens", cells[1]), _count(number, "Response tokens", cells[2]))
+    """BurstGPT: Timestamp (seconds), Request tokens, Response tokens, among other columns. No identity of
+    prompts.
+
+    A request that failed there has 0 response tokens; the engine rejects it.
+    """
+    for number, (time, request, response) in _table(lines, "Timestamp", "Request tokens", "Response tokens"):
+        lengths = count(number, "Request tokens", request), count(number, "Response tokens", response)
+        yield Row(seconds(number, "Timestamp", time), *lengths)
 
 
 def mooncake(lines: Lines) -> Iterator[Row]:
     """Mooncake JSONL: timestamp (ms), input_length, output_length, hash_ids of 512-token prefix blocks, the last one partial."""
     for number, text in lines:
-        try:
-            entry: dict[str, Any] = json.loads(text)
-            time, length, output, ids = entry["timestamp"], entry["input_length"], entry["output_length"], entry["hash_ids"]
-        except json.JSONDecodeError as error:
-            raise Malformed(number, f"no JSON ({error.msg} at column {error.colno})") from None
-        except (KeyError, TypeError) as error:
-            raise Malformed(number, f"lacks {error}: expected an object with timestamp, input_length, output_length and hash_ids") from None
-        if not isinstance(ids, list) or not all(isinstance(id, int) and id >= 0 for id in ids):
-            raise Malformed(number, f"hash_ids {str(ids)[:60]}: expected a list of numbers from 0")
-        row = Row(_seconds(number, "timestamp", time) / 1000, _count(number, "input_length", length), _count(number, "output_length", output), ids)
-        if len(ids) * MOONCAKE_BLOCK < row.input_len:
-            raise Malformed(number, f"{len(ids)} hash_ids of {MOONCAKE_BLOCK} tokens do not cover input_length {row.input_len}")
-        yield row._replace(block_size=MOONCAKE_BLOCK)
+        entry = json_object(number, text)
+        if missing := [key for key in MOONCAKE_KEYS if key not in entry]:
+            lacks = ", ".join(map(repr, missing))
+            raise Malformed(number, f"lacks {lacks}: expected {', '.join(MOONCAKE_KEYS)}")
+        length, ids = count(number, "input_length", entry["input_length"]), entry["hash_ids"]
+        if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids):
+            raise Malformed(number, f"hash_ids {str(ids)[:60]}: expected a list of whole numbers from 0")
+        if len(ids) != (needed := -(-length // MOONCAKE_BLOCK)):
+            problem = "do not cover" if len(ids) < needed else "are too many for"
+            these = f"{len(ids)} hash_ids of {MOONCAKE_BLOCK} tokens"
+            raise Malformed(number, f"{these} {problem} input_length {length}: expected {needed}")
+        time = seconds(number, "timestamp", entry["timestamp"], 1000)
+        yield Row(time, length, count(number, "output_length", entry["output_length"]), ids, MOONCAKE_BLOCK)
 
 
 FORMATS: dict[str, Callable[[Lines], Iterator[Row]]] = {"azure": azure, "burstgpt": burstgpt, "mooncake": mooncake}
@@ -76,35 +78,35 @@ def _table(lines: Lines, *columns: str) -> Iterator[tuple[int, list[str]]]:
     at: list[int] = []
     width = 0
     for number, text in lines:
-        cells = next(csv.reader([text]))
+        try:
+            cells = [cell.strip() for cell in next(csv.reader([text], strict=True, skipinitialspace=True))]
+        except csv.Error as error:
+            raise Malformed(number, f"no line of a CSV file ({error})") from None
         if not at:
-            names = [cell.strip().lstrip("\ufeff") for cell in cells]
-            missing = [column for column in columns if column not in names]
-            if missing:
-                raise Malformed(number, f"the header lacks {', '.join(missing)}: it has {', '.join(names)}")
-            at, width = [names.index(column) for column in columns], len(cells)
+            if missing := [column for column in columns if column not in cells]:
+                lacks, has = ", ".join(missing), ", ".join(cells)[:200]
+                raise Malformed(number, f"the header lacks {lacks}: it has {has}")
+            if twice := [column for column in columns if cells.count(column) > 1]:
+                raise Malformed(number, f"the header has {', '.join(twice)} more than once")
+            at, width = [cells.index(column) for column in columns], len(cells)
             continue
         if len(cells) != width:
             raise Malformed(number, f"{len(cells)} cells, the header has {width}")
-        yield number, [cells[i].strip() for i in at]
+        yield number, [cells[i] for i in at]
 
 
-def _count(line: int, name: str, value: Any) -> int:
-    """A number of tokens, at least 0. (Zero is the engine's to refuse: that request alone is rejected.)"""
+_TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(\.\d{1,12})?\s?(Z|[+-]\d\d:?\d\d)?", re.ASCII)
+_ORIGIN = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def _moment(line: int, text: str) -> tuple[float, bool]:
+    """Seconds from some origin, and whether the text names its time zone; without one it is taken as UTC."""
+    found = _TIMESTAMP.fullmatch(text)
     try:
-        count = int(value)
-    except (TypeError, ValueError):
-        raise Malformed(line, f"{name} {value!r}: expected a number of tokens") from None
-    if count < 0 or count != float(value):
-        raise Malformed(line, f"{name} {value}: expected a whole number of tokens, at least 0")
-    return count
-
-
-def _seconds(line: int, name: str, value: Any) -> float:
-    try:
-        time = float(value)
-    except (TypeError, ValueError):
-        raise Malformed(line, f"{name} {value!r}: expected a number") from None
-    if not -1e18 < time < 1e18:  # neither infinite nor NaN
-        raise Malformed(line, f"{name} {value}: expected a finite number")
-    return time
+        if found is None:
+            raise ValueError
+        whole = datetime.fromisoformat(found[1] + (found[3] or "+00:00"))
+    except ValueError:
+        expected = "expected a date and time like 2023-11-16 18:15:46.6805900, with a zone (Z) or none"
+        raise Malformed(line, f"TIMESTAMP {text[:60]!r}: {expected}") from None
+    return (whole - _ORIGIN).total_seconds() + float(found[2] or 0), found[3] is not None

@@ -23,7 +23,7 @@ class Belady(KeyEviction):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        self._oracle, self._size = ctx.oracle, ctx.block_size
+        self._oracle, self._size, self._context = ctx.oracle, ctx.block_size, ctx.max_model_len
         self._uses: dict[int, deque[int]] | None = None  # content key -> indices of the arrivals that ask for it
         self._admitted = bytearray()  # by arrival index
 
@@ -32,6 +32,8 @@ class Belady(KeyEviction):
             raise ConfigError("eviction=belady needs to know all arrivals beforehand: take a trace or an open-loop workload")
         uses: dict[int, deque[int]] = {}
         for index, arrival in enumerate(self._oracle.future):
+            if len(arrival.prompt_token_ids) >= self._context:  # to be rejected: its tokens were not made
+                continue
             for key in prefix_keys(arrival.prompt_token_ids, self._size, arrival.cache_salt):
                 uses.setdefault(key, deque()).append(index)
         self._admitted = bytearray(len(self._oracle.future))

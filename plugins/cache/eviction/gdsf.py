@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Block, ConfigError, Context, hookimpl
+from headway import Block, Context, hookimpl, param
 
 from .aging import Aging
 
@@ -17,12 +17,10 @@ class GreedyDual(Aging):
     where `attention_tokens` is the context at which attention costs as much as all else (about 32k for Llama-3.1-8B).
     """
 
-    attention_tokens: int = 32768
+    attention_tokens: int = param(32768, min=1, max=2**62, unit="tokens")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if self.attention_tokens < 1:
-            raise ConfigError(f"eviction.attention_tokens={self.attention_tokens}: expected at least 1")
         self._slope = ctx.block_size / self.attention_tokens
 
     def worth(self, block: Block) -> float:

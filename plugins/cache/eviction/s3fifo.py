@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import Block, ConfigError, Context, Eviction, hookimpl
+from headway import Block, Context, Eviction, hookimpl, param
 
 from .queues import Ghosts, Queue
 
@@ -18,17 +18,12 @@ class S3FIFO(Eviction):
     overflows for the first time. Blocks in use are passed over: they keep their place and their count.
     """
 
-    small_size_ratio: float = 0.1
-    ghost_size_ratio: float = 0.9
-    move_to_main_threshold: int = 2  # hits in the small queue
+    small_size_ratio: float = param(0.1, min=0, max=1)
+    ghost_size_ratio: float = param(0.9, min=0, max=100)
+    move_to_main_threshold: int = param(2, min=1, max=1_000_000, doc="hits in the small queue")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if not 0 <= self.small_size_ratio <= 1 or self.ghost_size_ratio < 0 or self.move_to_main_threshold < 1:
-            raise ConfigError(
-                f"eviction.small_size_ratio={self.small_size_ratio}, ghost_size_ratio={self.ghost_size_ratio}, "
-                f"move_to_main_threshold={self.move_to_main_threshold}: expected 0 to 1, at least 0, at least 1"
-            )
         self._small_size = int(ctx.num_blocks * self.small_size_ratio)
         self._main_size = ctx.num_blocks - self._small_size
         self._ghost_size = int(ctx.num_blocks * self.ghost_size_ratio)

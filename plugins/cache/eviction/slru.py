@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import Block, ConfigError, Context, Eviction, hookimpl
+from headway import Block, Context, Eviction, hookimpl, param
 
 from .queues import Queue
 
@@ -18,12 +18,10 @@ class SegmentedLRU(Eviction):
     of the probationary one. SGLang's "slru" is protected_ratio=1: it never goes back.
     """
 
-    protected_ratio: float = 0.8
+    protected_ratio: float = param(0.8, min=0, max=1)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if not 0 <= self.protected_ratio <= 1:
-            raise ConfigError(f"eviction.protected_ratio={self.protected_ratio}: expected 0 to 1")
         self._limit = int(ctx.num_blocks * self.protected_ratio)
         self._probation, self._protected = Queue(), Queue()
 

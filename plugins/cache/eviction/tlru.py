@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import ROOT, Block, ConfigError, Context, KeyEviction, hookimpl
+from headway import ROOT, Block, Context, KeyEviction, hookimpl, param
 
 
 @dataclass
@@ -15,13 +15,23 @@ class TailOptimizedLRU(KeyEviction):
     xi tokens. L is where the conversation's last cached block ends; a block whose tail was evicted remembers it.
     """
 
-    xi: int = 1024  # tokens that a prefill may compute within the TTFT target
-    Q_hat: int = 256  # tokens that the next prompt is expected to add
+    xi: int = param(
+        1024,
+        min=0,
+        max=2**31 - 1,
+        unit="tokens",
+        doc="tokens that a prefill may compute within the TTFT target",
+    )
+    Q_hat: int = param(
+        256,
+        min=0,
+        max=2**31 - 1,
+        unit="tokens",
+        doc="tokens that the next prompt is expected to add",
+    )
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if self.xi < 0 or self.Q_hat < 0:
-            raise ConfigError(f"eviction.xi={self.xi}, Q_hat={self.Q_hat}: expected token counts, 0 or more")
         self._size = ctx.block_size
         self._lengths: dict[int, int] = {}  # block id -> L, where the blocks behind it are gone
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import Block, ConfigError, Context, Eviction, hookimpl
+from headway import Block, Context, Eviction, hookimpl, param
 
 from .queues import Ghosts, Queue
 
@@ -17,13 +17,11 @@ class TwoQueues(Eviction):
     `kin` and `kout` are the paper's Kin and Kout as shares of the pool. Agrees with libCacheSim's TwoQ hit for hit on flat streams.
     """
 
-    kin: float = 0.25
-    kout: float = 0.5
+    kin: float = param(0.25, min=0, max=1)
+    kout: float = param(0.5, min=0, max=100)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if not 0 <= self.kin <= 1 or self.kout < 0:
-            raise ConfigError(f"eviction.kin={self.kin}, eviction.kout={self.kout}: expected 0 <= kin <= 1 and kout >= 0")
         self._kin, self._kout = int(ctx.num_blocks * self.kin), int(ctx.num_blocks * self.kout)
         self._a1in, self._am, self._a1out = Queue(), Queue(), Ghosts()
 

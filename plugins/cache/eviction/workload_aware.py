@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import expm1, log
 
-from headway import Block, BlockHeap, ConfigError, Context, Eviction, Request, hookimpl
+from headway import Block, BlockHeap, Context, Eviction, Request, hookimpl, param
 
 Category = tuple[str, int]
 
@@ -33,13 +33,11 @@ class WorkloadAware(Eviction):
     compares one block a category; ties go to the deeper block.
     """
 
-    max_turns: int = 4  # later turns are one category
-    smoothing: float = 0.05  # weight of the newest sample in `life`
+    max_turns: int = param(4, min=1, max=1_000_000, doc="later turns are one category")
+    smoothing: float = param(0.05, above=0, max=1, doc="weight of the newest sample in `life`")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if self.max_turns < 1 or not 0 < self.smoothing <= 1:
-            raise ConfigError(f"eviction.max_turns={self.max_turns}, smoothing={self.smoothing}: expected at least 1, and a weight in (0, 1]")
         self._capacity = ctx.num_blocks
         self._categories: dict[Category, Reuse] = {}
         self._used: dict[int, tuple[float, Category]] = {}  # block id -> when and by which category it was used last

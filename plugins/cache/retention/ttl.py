@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from math import log
 
-from headway import ConfigError, Context, KVControl, Request, Retention, hookimpl
+from headway import ConfigError, Context, KVControl, Request, Retention, hookimpl, param
 
 
 @dataclass
@@ -19,18 +19,24 @@ class TimeToLive(Retention):
     with mean `prior`. The session's next turn, the end of tau, or a lack of memory ends the pin.
     """
 
-    prior: float = 1.0  # seconds
-    min_calls: int = 4
-    history: int = 64  # calls remembered a tool
-    prefill_rate: float = 10000.0  # tokens a second, where the executor has no cost model
+    prior: float = param(1.0, min=1e-6, max=1e6, unit="seconds")
+    min_calls: int = param(4, min=1, max=1_000_000)
+    history: int = param(64, min=1, max=1_000_000, doc="calls remembered for each tool")
+    prefill_rate: float = param(
+        10000.0,
+        min=1e-3,
+        max=1e12,
+        unit="tokens a second",
+        doc="where the executor has no cost model",
+    )
+
+    def __post_init__(self) -> None:
+        if self.history < self.min_calls:
+            least = f"at least retention.min_calls={self.min_calls}"
+            raise ConfigError(f"retention.history={self.history}: expected {least}")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if self.prior <= 0 or self.prefill_rate <= 0 or self.min_calls < 1 or self.history < self.min_calls:
-            raise ConfigError(
-                f"retention.prior={self.prior}, prefill_rate={self.prefill_rate}, min_calls={self.min_calls}, history={self.history}: "
-                "expected positive values and a history of at least min_calls"
-            )
         self._cost_model, self._num_blocks = ctx.cost_model, ctx.num_blocks
         self._durations: dict[str, deque[float]] = {}  # tool -> seconds of its last calls
         self._calls: dict[str, tuple[str, float]] = {}  # session -> its tool call in progress, and since when

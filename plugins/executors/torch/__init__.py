@@ -14,17 +14,24 @@ from headway import (
     Executor,
     ExecutorCaps,
     ModelConfig,
+    ModelShape,
     ParallelConfig,
     Request,
     StepPlan,
     StepResult,
     WallClock,
     hookimpl,
+    param,
 )
+
+from .threads import wait_asleep
 
 if TYPE_CHECKING:
     from ...kernels.compose import KernelChoice
+    from ...models.tokenizer import Tokenizer
     from .execution import Execution
+
+wait_asleep()  # before anything imports torch
 
 MAX_PLANS = 4  # steps that may be in flight
 
@@ -43,16 +50,13 @@ class TorchExecutor(Executor):
     """
 
     device: str = "auto"
-    gpu_memory_utilization: float = 0.9
-    kv_cache_gb: float | None = None
+    gpu_memory_utilization: float = param(0.9, above=0, max=1)
+    kv_cache_gb: float | None = param(None, above=0, max=16384, unit="GiB")
     profile: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"executor.gpu_memory_utilization={self.gpu_memory_utilization}: expected 0 < share <= 1")
-        if self.kv_cache_gb is not None and self.kv_cache_gb <= 0:
-            raise ConfigError(f"executor.kv_cache_gb={self.kv_cache_gb}: expected GiB > 0")
         self.clock = WallClock()
+        self.tokenizer: Tokenizer | None = None  # None for random weights without a checkpoint
         self._execution: Execution | None = None
         self._max_model_len: int | None = None
 
@@ -73,6 +77,7 @@ class TorchExecutor(Executor):
         Raises ConfigError and ModelError before weights are read, and RankError when another rank fails.
         """
         parallel = parallel or ParallelConfig()
+        self._before_weights(model, engine or EngineConfig(), parallel)
         if parallel.world_size > 1:
             from ...parallel.execution import Job, drive
 
@@ -82,23 +87,43 @@ class TorchExecutor(Executor):
             from .execution import Execution
 
             self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
-        spec = self._execution.spec
-        shape = spec.shape
-        # A token that a later stage still samples is unknown to the first, so a pipeline cannot plan it.
-        self.caps = ExecutorCaps(
-            shape.max_position_embeddings, shape.vocab_size, spec.eos_token_ids, parallel.pp == 1, max(MAX_PLANS, 2 * parallel.pp), shape
-        )
+        self.caps = _caps(self._execution.spec.shape, self._execution.spec.eos_token_ids, parallel.pp)
+
+    def check(
+        self,
+        model: ModelConfig,
+        kernels: KernelChoice | None = None,
+        *,
+        engine: EngineConfig | None = None,
+        backends: Callable[[str], KernelChoice] | None = None,
+        parallel: ParallelConfig | None = None,
+    ) -> None:
+        """Raises ConfigError and ModelError for what can be known without weights, ranks or a download."""
+        from .foresight import foresee
+
+        parallel = parallel or ParallelConfig()
+        shape = foresee(self, model, kernels, engine=engine or EngineConfig(), backends=backends, parallel=parallel)
+        if shape is not None:
+            self.caps = _caps(shape, frozenset(), parallel.pp)  # until `prepare` has read the checkpoint
+
+    def _before_weights(self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig) -> None:
+        """Reads the tokenizer and sizes the KV cache: both may be wrong, and weights take minutes."""
+        from ...models.files import is_there
+        from ...models.spec import read_model
+        from ...models.tokenizer import Tokenizer
+        from .execution import device_of
+        from .memory import check_blocks
+
+        spec = read_model(model)
+        check_blocks(engine, spec.shape, parallel, device_of(self.device))
+        if spec.directory is not None and is_there(spec.directory / "tokenizer.json"):
+            self.tokenizer = Tokenizer(spec.directory, spec.shape.max_position_embeddings)
 
     @property
     def execution(self) -> Execution:
         if self._execution is None:
             raise ConfigError("executor=torch has no model: call prepare(model, kernels) before the engine is built")
         return self._execution
-
-    @property
-    def tokenizer(self) -> Any:
-        """The checkpoint's Tokenizer; None for random weights without a checkpoint."""
-        return self.execution.tokenizer
 
     @property
     def stop_text(self) -> Callable[[Request], bool] | None:
@@ -127,6 +152,18 @@ class TorchExecutor(Executor):
     def close(self) -> None:
         if self._execution is not None:
             self._execution.close()
+
+
+def _caps(shape: ModelShape, eos_token_ids: frozenset[int], pp: int) -> ExecutorCaps:
+    # A token that a later stage still samples is unknown to the first, so a pipeline cannot plan it.
+    return ExecutorCaps(
+        shape.max_position_embeddings,
+        shape.vocab_size,
+        eos_token_ids,
+        placeholders=pp == 1,
+        max_inflight=max(MAX_PLANS, 2 * pp),
+        model=shape,
+    )
 
 
 @hookimpl

@@ -7,23 +7,22 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from headway import ConfigError, EngineConfig, ModelConfig, StepPlan, StepResult
+from headway import ConfigError, EngineConfig, ModelConfig, ModelShape, StepPlan, StepResult, check_fits
 
-from ...kernels.compose import KernelChoice, compose, lookup
+from ...kernels.compose import KernelChoice, Kernels, compose, lookup
 from ...kernels.torch import TorchKernels
 from ...models.loading import Share, Whole, build, load
 from ...models.spec import read_model
-from ...models.tokenizer import Tokenizer
 from .batch import NO_LOGPROBS, Batcher, StepInput
 from .graphs import DecodeGraphs, MixedGraphs, batch_sizes, longest_mixed, token_sizes
 from .memory import allocate_cache, bytes_per_token, kv_bytes_free
 from .runner import ModelRunner, Sampled
+from .threads import limit_threads
 from .warmup import PREPARATIONS, warm_up
 
 if TYPE_CHECKING:
@@ -64,14 +63,12 @@ class Execution:
         backends: Callable[[str], KernelChoice] | None, seed: int,
     ) -> None:  # fmt: skip
         self.config, self.engine = config, engine
+        limit_threads()
         self.device = device_of(config.device)
         self.spec = read_model(model)
         shape = self.spec.shape
-        self.kernels = compose(
-            kernels or TorchKernels(), backends or lookup({"torch": TorchKernels}), self.device.type, shape.dtype, shape.head_dim, engine.block_size
-        )
-        if self.kernels.cuda_graphs and self.device.type != "cuda":
-            raise ConfigError(f"kernels.cuda_graphs=true needs a GPU, the model runs on {self.device}: set kernels.cuda_graphs=false")
+        check_weights(self.device, model, shape)
+        self.kernels = kernels_for(self.device.type, shape, kernels, backends=backends, block_size=engine.block_size)
         if self.device.type == "cuda":
             print(f"kernels: {self.kernels}", file=sys.stderr)
         self.model = build(self.spec, self.kernels)
@@ -86,22 +83,21 @@ class Execution:
         """Our part of the weights; may make the model smaller."""
         return Whole()
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        directory = self.spec.directory
-        return Tokenizer(directory) if directory is not None and (directory / "tokenizer.json").is_file() else None
-
     # ---- memory --------------------------------------------------------------------------------------------------
 
     def kv_capacity(self, block_size: int) -> int:
         """Blocks that fit beside the weights and what a step needs; one more is reserved for padding."""
         if (asked := self.config.kv_cache_gb) is not None:
             free = int(asked * 2**30)
+            if self.device.type == "cpu":
+                check_fits(free, f"executor.kv_cache_gb={asked}: a KV cache of that size", "lower it")
         elif self.device.type == "cuda":
             free = kv_bytes_free(self.model, self.kernels, self.device, self.engine, self.config.gpu_memory_utilization)
         else:
             free = 2**30
         blocks = max(0, free // (bytes_per_token(self.model) * block_size) - 1)
+        if asked is not None and not blocks:
+            raise ConfigError(f"executor.kv_cache_gb={asked}: holds no KV block of {block_size} tokens; raise it")
         if self.device.type == "cuda":
             print(f"KV cache: {blocks:,} blocks of {block_size} tokens, {free / 2**30:.2f} GiB of {self.device}", file=sys.stderr)
         return blocks
@@ -109,6 +105,11 @@ class Execution:
     def start(
         self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int, seed: int
     ) -> None:
+        check_fits(
+            4 * (max_num_seqs + 1) * -(-max_model_len // block_size),
+            f"engine.max_num_seqs={max_num_seqs}: block tables of {max_model_len} tokens each",
+            "lower engine.max_num_seqs or engine.max_model_len",
+        )
         caches = allocate_cache(self.model, num_blocks + 1, block_size, self.device)
         self.batcher = self.batcher_class(max_num_seqs, -(-max_model_len // block_size), seed)
         self.runner = self.runner_class(
@@ -262,6 +263,29 @@ def _logprobs(tokens: list[int], ticket: Ticket) -> list[TokenLogprobs | None]:
         None if wanted is None else TokenLogprobs(token, p, r, dict(zip(i[:wanted], b[:wanted], strict=True)))
         for token, p, r, b, i, wanted in zip(tokens, own, rank, best, ids, ticket.wanted, strict=True)
     ]
+
+
+def check_weights(device: torch.device, model: ModelConfig, shape: ModelShape) -> None:
+    """Raises ConfigError for weights that cannot fit into this machine; a GPU's memory is asked when they are loaded."""
+    if device.type == "cpu":
+        weights = f"model.name_or_path={model.name_or_path}: {shape.num_parameters:,} weights in {shape.dtype}"
+        check_fits(shape.weight_bytes, weights, "choose a smaller model, or model.dtype=bfloat16")
+
+
+def kernels_for(
+    device: str,
+    shape: ModelShape,
+    kernels: KernelChoice | None,
+    *,
+    backends: Callable[[str], KernelChoice] | None,
+    block_size: int,
+) -> Kernels:
+    """The composed kernels of a model on a kind of device. Raises ConfigError for what cannot run there."""
+    backends = backends or lookup({"torch": TorchKernels})
+    composed = compose(kernels or TorchKernels(), backends, device, shape.dtype, shape.head_dim, block_size)
+    if composed.cuda_graphs and device != "cuda":
+        raise ConfigError(f"kernels.cuda_graphs=true needs a GPU, the model runs on {device}: set kernels.cuda_graphs=false")
+    return composed
 
 
 def device_of(name: str) -> torch.device:

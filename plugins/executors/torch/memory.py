@@ -6,13 +6,33 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headway import ConfigError, EngineConfig
+from headway import ConfigError, EngineConfig, ModelShape, ParallelConfig, check_fits
 
 from ...kernels.ops import BatchMetadata
 
 if TYPE_CHECKING:
     from ...kernels.compose import Kernels
     from ...models.layers import Attention, CausalLM, KVCache
+
+
+def check_blocks(
+    engine: EngineConfig,
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    device: torch.device,
+) -> None:
+    """Raises ConfigError for more KV blocks than the device has memory for, were it empty."""
+    if engine.num_blocks is None:
+        return
+    need = engine.num_blocks * engine.block_size * shape.kv_bytes_per_token
+    asked = f"engine.num_blocks={engine.num_blocks}: a KV cache of so many blocks of {engine.block_size} tokens"
+    if device.type == "cpu":  # ranks share its memory
+        check_fits(need, asked, "lower it, or leave it unset to take what fits")
+        return
+    need, total = need // parallel.world_size, torch.cuda.get_device_properties(device).total_memory
+    if need > total:
+        sizes = f"takes {need / 2**30:,.1f} GiB, {device} has {total / 2**30:,.1f} GiB"
+        raise ConfigError(f"{asked} {sizes}: lower it, or leave it unset to take what fits")
 
 
 def bytes_per_token(model: CausalLM) -> int:
@@ -23,6 +43,12 @@ def bytes_per_token(model: CausalLM) -> int:
 
 def allocate_cache(model: CausalLM, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
     """Keys and values of each layer, [num_blocks, block_size, K, D] in the model's dtype. `num_blocks` includes the reserved one."""
+    if device.type == "cpu":
+        check_fits(
+            num_blocks * block_size * bytes_per_token(model),
+            f"a KV cache of {num_blocks - 1} blocks of {block_size} tokens",
+            "lower engine.num_blocks or executor.kv_cache_gb",
+        )
     try:
         return [_layer_cache(layer.self_attn, num_blocks, block_size, device) for layer in model.model.layers]
     except torch.OutOfMemoryError:

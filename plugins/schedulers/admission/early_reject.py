@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Admission, Admit, ConfigError, Context, Reject, Request, View, hookimpl
+from headway import Admission, Admit, Context, Reject, Request, View, hookimpl, param
 
 
 @dataclass
@@ -19,15 +19,13 @@ class EarlyReject(Admission):
     the executor's cost model. The paper's forecast of the decode load at the end of the prefill is not here.
     """
 
-    ttft: float | None = None
-    tbt: float | None = None
-    chunk_size: int = 512
+    ttft: float | None = param(None, min=0, max=1e9, unit="seconds")
+    tbt: float | None = param(None, min=0, max=1e9, unit="seconds")
+    chunk_size: int = param(512, min=1, max=2**31 - 1, unit="tokens")
     requires = ("step_time",)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if self.chunk_size < 1:
-            raise ConfigError(f"admission.chunk_size={self.chunk_size}: expected at least 1 token")
         self._waiting: dict[int, int] = {}  # waiting request index -> its tokens
         self._queued = 0  # their sum
         self._new = -1  # index of the request that is arriving

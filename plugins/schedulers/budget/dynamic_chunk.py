@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import ConfigError, Context, Request, TokenBudget, View, hookimpl
+from headway import Context, Request, TokenBudget, View, hookimpl, param
 
 
 @dataclass
@@ -19,14 +19,12 @@ class DynamicChunk(TokenBudget):
     is shared with them. A decode that is late already stops prefill until it has caught up or ended.
     """
 
-    tbt: float = 0.1
-    tile: int = 16
+    tbt: float = param(0.1, above=0, max=1e9, unit="seconds")
+    tile: int = param(16, min=1, max=2**31 - 1, unit="tokens")
     requires = ("step_time",)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if not self.tbt > 0 or self.tile < 1:
-            raise ConfigError(f"budget.tbt={self.tbt}, budget.tile={self.tile}: expected tbt > 0 seconds and a tile of at least 1 token")
         self._moment: tuple[int, float, int] = (-1, 0.0, 0)  # step, now and lag for which the next two hold
         self._slack = 0.0
         self._used_up = False  # no room for another tile

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from headway import Order, Request, View, hookimpl
+from headway import Order, Request, View, hookimpl, param
 
 Path = tuple[Sequence[int], int, Request]  # cached blocks of the prefix, place in the queue, the request
 
@@ -21,7 +21,7 @@ class DepthFirstWeight(Order):
     """
 
     may_starve = "requests that share a hot prefix may keep coming"
-    window: int = 256
+    window: int = param(256, min=1, max=1_000_000, unit="requests")
 
     def order(self, view: View) -> Iterable[Request]:
         paths = [(view.match(request).blocks, i, request) for i, request in enumerate(islice(view.waiting, self.window))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import ConfigError, Context, Request, StepRecord, View, hookimpl
+from headway import ConfigError, Context, Request, StepRecord, View, hookimpl, param
 
 from .clients import ClientOrder
 
@@ -22,15 +22,17 @@ class DeficitLongestPrefix(ClientOrder):
     """
 
     may_starve = "fair among clients; within one, requests with longer cached prefixes may keep coming"
-    quantum: float = 1024.0
-    wp: float = 1.0
-    wq: float = 2.0
-    window: int = 128
+    quantum: float = param(1024.0, min=1, max=1e12)
+    wp: float = param(1.0, min=0, max=1e6)
+    wq: float = param(2.0, min=0, max=1e6)
+    window: int = param(128, min=1, max=1_000_000, unit="requests")
+
+    def __post_init__(self) -> None:
+        if self.wp == self.wq == 0:
+            raise ConfigError("order.wp=0, order.wq=0: expected one of them above 0, or nobody is charged")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if not self.quantum > 0 or self.window < 1:
-            raise ConfigError(f"order.quantum={self.quantum}, order.window={self.window}: expected a quantum > 0 and a window of at least 1")
         self.deficits: dict[str, float] = {}
 
     def order(self, view: View) -> Iterator[Request]:

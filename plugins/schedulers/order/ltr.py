@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headway import Context, KeyOrder, Request, StepRecord, View, check_parameters, hookimpl
+from headway import Context, KeyOrder, Request, StepRecord, View, hookimpl, param
 
 from .alarms import Alarms
 
@@ -21,18 +21,12 @@ class LearningToRank(KeyOrder):
     with a Kendall tau stands for a ranker of that quality. The paper ranks running requests too: that is scheduler=preemptive.
     """
 
-    starvation_threshold: int = 256
-    priority_quantum: int = 32
+    starvation_threshold: int = param(256, min=1, max=2**31 - 1, unit="steps")
+    priority_quantum: int = param(32, min=1, max=2**31 - 1, unit="steps")
     requires = ("predictor",)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        check_parameters(
-            "order",
-            self,
-            ("starvation_threshold", self.starvation_threshold >= 1, "at least 1 step"),
-            ("priority_quantum", self.priority_quantum >= 1, "at least 1 step"),
-        )
         self._predictor = ctx.roles["predictor"]
         self._rank: dict[int, float] = {}
         self._promoted: dict[int, int] = {}  # request index -> steps of service left at high priority

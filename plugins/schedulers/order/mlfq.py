@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headway import Context, KeyOrder, Request, StepRecord, View, check_parameters, hookimpl
+from headway import Context, KeyOrder, Request, StepRecord, View, hookimpl, param
 
 from .alarms import Alarms
 
@@ -30,22 +30,14 @@ class SkipJoinMLFQ(KeyOrder):
     Not here: proactive swapping. A preempted request recomputes its KV, and that time counts as service.
     """
 
-    num_queues: int = 8
-    quantum: float = 0.01
-    ratio: float = 2.0
-    starve_limit: float = 3.0
-    seconds_per_token: float = 0.0
+    num_queues: int = param(8, min=1, max=64)
+    quantum: float = param(0.01, min=1e-9, max=1e9, unit="seconds")
+    ratio: float = param(2.0, min=1, max=1000)
+    starve_limit: float = param(3.0, above=0, max=1e9, unit="seconds")
+    seconds_per_token: float = param(0.0, min=0, max=1e6, unit="seconds")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        check_parameters(
-            "order",
-            self,
-            ("num_queues", self.num_queues >= 1, "at least 1"),
-            ("quantum", self.quantum > 0, "seconds > 0"),
-            ("ratio", self.ratio >= 1, "at least 1"),
-            ("starve_limit", self.starve_limit > 0, "seconds > 0"),
-        )
         self._quanta = [self.quantum * self.ratio**i for i in range(self.num_queues - 1)]
         self._quanta.append(float("inf"))
         self._cost = ctx.cost_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headway import Context, KeyOrder, Request, StepRecord, View, check_parameters, hookimpl
+from headway import Context, KeyOrder, Request, StepRecord, View, hookimpl, param
 
 from .alarms import Alarms
 
@@ -31,21 +31,13 @@ class ProgramService(KeyOrder):
     Programs are never forgotten: state grows by a few words a session.
     """
 
-    num_queues: int = 8
-    quantum: float = 0.1
-    ratio: float = 2.0
-    beta: float = 10.0
+    num_queues: int = param(8, min=1, max=64)
+    quantum: float = param(0.1, min=1e-9, max=1e9, unit="seconds")
+    ratio: float = param(2.0, min=1, max=1000)
+    beta: float = param(10.0, above=0, max=1e9)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        check_parameters(
-            "order",
-            self,
-            ("num_queues", self.num_queues >= 1, "at least 1"),
-            ("quantum", self.quantum > 0, "seconds > 0"),
-            ("ratio", self.ratio >= 1, "at least 1"),
-            ("beta", self.beta > 0, "more than 0"),
-        )
         self._limits: list[float] = []  # service at which a program leaves level i
         total = 0.0
         for i in range(self.num_queues - 1):

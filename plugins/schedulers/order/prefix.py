@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from headway import Context, Order, Request, View
+from headway import Context, Order, Request, View, param
 
 HEAD = 32  # tokens; SGLang's IN_BATCH_PREFIX_CACHING_CHECK_THRESHOLD and _DEPRIORITIZE_THRESHOLD
 
@@ -16,7 +16,13 @@ HEAD = 32  # tokens; SGLang's IN_BATCH_PREFIX_CACHING_CHECK_THRESHOLD and _DEPRI
 class PrefixOrder(Order):
     """Base of orders that look at the prefix match of every waiting request; first come first served above `fcfs_above` of them."""
 
-    fcfs_above: int = 128  # beyond that SGLang turns prefix matching off
+    fcfs_above: int = param(
+        128,
+        min=0,
+        max=1_000_000,
+        unit="requests",
+        doc="beyond that SGLang turns prefix matching off",
+    )
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from headway import ConfigError, Context, Request, StepRecord, View, hookimpl
+from headway import ConfigError, Context, Request, StepRecord, View, hookimpl, param
 
 from .clients import ClientOrder
 
@@ -23,14 +23,16 @@ class VirtualTokenCounter(ClientOrder):
     The paper never preempts; here a preempted request waits again in its client's queue and is not charged a second time.
     """
 
-    wp: float = 1.0
-    wq: float = 2.0
-    weights: dict[str, float] = field(default_factory=dict)
+    wp: float = param(1.0, min=0, max=1e6)
+    wq: float = param(2.0, min=0, max=1e6)
+    weights: dict[str, float] = param({}, min=1e-6, max=1e6)
+
+    def __post_init__(self) -> None:
+        if self.wp == self.wq == 0:
+            raise ConfigError("order.wp=0, order.wq=0: expected one of them above 0, or nobody is charged")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if self.wp < 0 or self.wq < 0 or any(not weight > 0 for weight in self.weights.values()):
-            raise ConfigError(f"order.wp={self.wp}, order.wq={self.wq}, order.weights={dict(self.weights)}: expected wp, wq >= 0 and weights > 0")
         self.counters: dict[str, float] = {}
         self._heap: list[tuple[float, str]] = []  # counters only grow, so a stale entry is a lower bound and is renewed at the top
         self._listed: set[str] = set()  # clients that have an entry in _heap, or that are aside

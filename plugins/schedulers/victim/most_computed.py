@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Need, Request, Victim, View, hookimpl
+from headway import PREEMPTION_MODES, Need, Request, Victim, View, hookimpl, param
 
 
 @dataclass
@@ -15,7 +15,7 @@ class MostComputed(Victim):
     Among equals the newest. Tokens in flight count as computed.
     """
 
-    mode: str = "recompute"
+    mode: str = param("recompute", choices=PREEMPTION_MODES)
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         return sorted(view.running, key=lambda request: (-request.num_computed_tokens - request.num_scheduled_tokens, -request.index))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Need, Request, Victim, View, hookimpl
+from headway import PREEMPTION_MODES, Need, Request, Victim, View, hookimpl, param
 
 
 @dataclass
 class Newest(Victim):
     """The running request that arrived last goes first (vLLM, SOSP'23, section 4.5)."""
 
-    mode: str = "recompute"
+    mode: str = param("recompute", choices=PREEMPTION_MODES)
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         return reversed(view.running)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Need, Request, Victim, View, hookimpl
+from headway import PREEMPTION_MODES, Need, Request, Victim, View, hookimpl, param
 
 
 @dataclass
 class Oldest(Victim):
     """The running request that arrived first goes first: a baseline that loses the most finished work."""
 
-    mode: str = "recompute"
+    mode: str = param("recompute", choices=PREEMPTION_MODES)
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         return view.running

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Need, Request, Victim, View, hookimpl
+from headway import PREEMPTION_MODES, Need, Request, Victim, View, hookimpl, param
 
 
 @dataclass
 class RandomVictim(Victim):
     """Uniformly random among the running requests, a baseline."""
 
-    mode: str = "recompute"
+    mode: str = param("recompute", choices=PREEMPTION_MODES)
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         return self.rng.sample(view.running, len(view.running))

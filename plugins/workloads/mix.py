@@ -1,0 +1,57 @@
+"""Who asks, how urgently and with which targets: parameters that every workload has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from random import Random
+from typing import ClassVar
+
+from headway import SLO, Arrival, Workload, param
+
+MOST = 1_000_000
+
+
+@dataclass
+class Mix(Workload):
+    """Deals requests to clients, priorities and SLO tiers. All requests of a session are dealt alike; null leaves what the workload says."""
+
+    clients: int | None = param(None, min=1, max=MOST, doc="requests are dealt to so many clients, in turn")
+    client_skew: float | None = param(None, min=0, max=100, doc="dealt at random instead: the k-th client has a share of 1 / k ** skew")
+    priorities: int | None = param(None, min=1, max=MOST, doc="priority classes, drawn uniformly; 0 is the most urgent")
+    slo_tiers: list[SLO] | None = param(None, doc="latency targets, drawn uniformly: [{ttft: 0.5}, {ttft: 5, tpot: 0.2}]; slo.* is for the rest")
+
+    dealt_by_itself: ClassVar[tuple[str, ...]] = ()  # parameters of these that a workload takes care of
+
+    def mixed(self, arrivals: Iterable[Arrival], seed: int) -> Iterator[Arrival]:
+        """Requests, in the order in which the workload makes them, with their tags and targets."""
+        self._mix_seed = f"{seed}/mix"
+        self._dealt: dict[str, int] = {}
+        weights = (k ** -(self.client_skew or 0.0) for k in range(1, (self.clients or 1) + 1))
+        self._shares = list(accumulate(weights))
+        return (self.dealt(arrival, i) for i, arrival in enumerate(arrivals))
+
+    def dealt(self, arrival: Arrival, number: int = 0) -> Arrival:
+        """`number` is the request's place in the order; the first request of a session decides for the others."""
+        own = [n for n in ("clients", "priorities", "slo_tiers") if getattr(self, n) is not None]
+        own = [n for n in own if n not in self.dealt_by_itself]
+        if not own:
+            return arrival
+        if session := arrival.tags.session:
+            number = self._dealt.setdefault(session, len(self._dealt))
+        rng = Random(f"{self._mix_seed}/{session or number}")
+        client, priority, tier = rng.random(), rng.random(), rng.random()  # all drawn, so that none depends on another
+        tags, slo = arrival.tags, arrival.slo
+        if "clients" in own:
+            tags = replace(tags, client=f"c{self._dealt_client(number, client)}")
+        if "priorities" in own:
+            tags = replace(tags, priority=int(priority * (self.priorities or 1)))
+        if "slo_tiers" in own and slo == SLO() and self.slo_tiers:
+            slo = self.slo_tiers[int(tier * len(self.slo_tiers))]
+        return replace(arrival, tags=tags, slo=slo)
+
+    def _dealt_client(self, number: int, drawn: float) -> int:
+        if self.client_skew is None:
+            return number % len(self._shares)
+        return next(k for k, upto in enumerate(self._shares) if drawn * self._shares[-1] < upto)
