@@ -44,7 +44,7 @@ def headway_online(llm: Any, rates: Sequence[float], repeats: int, report: Calla
     """llm: a headway.LLM with the limits above."""
     for rate in rates:
         for repeat in range(repeats + 1):
-            begin = llm.engine.executor.clock.now() + 0.2
+            begin = 0.2  # seconds after the run begins
             arrivals = [replace(a, time=begin + a.time, id=f"{rate}/{repeat}/{i}") for i, a in enumerate(load(rate, repeat))]
             outputs = [o for o in llm.engine.run(arrivals).outputs if o.id.startswith(f"{rate}/{repeat}/")]
             report(engine="headway", rate=rate, repeat=repeat, **figures([(o.arrival_time, o.token_times) for o in outputs]))
@@ -87,7 +87,7 @@ def mixed_steps(llm: Any, repeat: int) -> None:
 
     rng = Random(repeat)
     draw = lambda n: [rng.randint(0, 10_000) for _ in range(n)]  # noqa: E731
-    begin = llm.engine.executor.clock.now() + 0.05
+    begin = 0.05  # seconds after the run begins
     answer = lambda n: SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n)  # noqa: E731
     arrivals = [Arrival(begin, draw(PROMPT), answer(200)) for _ in range(DECODES)]
     arrivals += [Arrival(begin + 0.5, draw(8 * CHUNK), answer(1)) for _ in range(4)]
