@@ -7,8 +7,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
-from typing import Any, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from hydra.errors import OverrideParseException
 
@@ -83,6 +83,9 @@ class Told:
             return self._value_for_group(head)
         owner, known = self._parameters(head)
         name = rest.partition(".")[0]
+        entry = re.search(r"Key '(\w+)'", self.text)
+        if name in known and entry and (parts := _parts(self._hint(head, name))):
+            return f"{key}: {owner}'s {name} has no {entry[1]!r}.{near(entry[1], parts)}"
         if name in known:
             return f"{key}: {owner}'s {name} has no such entry. To add it, type +{key}={self.given.get(key, 'VALUE')}"
         others = [f"{head}={p.name}" for p in self._plugins(head) if any(f.name == name for f in p.parameters())]
@@ -166,6 +169,13 @@ class Told:
 
     def no_config(self, name: str) -> str:
         return f"-cn {name}: there is no {name}.yaml in the folder of -cp (conf/ where none is given)"
+
+
+def _parts(hint: Any) -> list[str]:
+    """Names of the fields of a dataclass that a type is made of; none for other types."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return [f.name for f in fields(hint)]
+    return [name for argument in get_args(hint) for name in _parts(argument)]
 
 
 #: How Hydra or OmegaConf says it -> what we say. The first that matches is used.

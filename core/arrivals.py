@@ -4,8 +4,37 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
 
+from .clock import is_finite
+from .errors import WorkloadError
 from .request import Arrival
+
+_END = object()
+_TIME = attrgetter("time")
+
+
+def checked(arrival: Any, source: str, earliest: float = 0.0) -> Arrival:
+    """The arrival, if its time is one. Raises WorkloadError, which names `source`: who made it, and which of its arrivals it is."""
+    if not isinstance(arrival, Arrival):
+        raise WorkloadError(f"{source} is {arrival!r}: expected an Arrival")
+    if not is_finite(arrival.time) or arrival.time < earliest:
+        name = f" (id {arrival.id!r})" if arrival.id is not None else ""
+        raise WorkloadError(f"{source}{name} is at {arrival.time} s: expected a finite time of at least {earliest} s")
+    return arrival
+
+
+def in_order(arrivals: Iterable[Arrival], workload: str) -> Iterable[Arrival]:
+    """A finite list checked and sorted by time, equal times as they stand in it; a stream as it is, since it is checked when it is read."""
+    if not isinstance(arrivals, (list, tuple)):
+        return arrivals
+    return sorted((checked(arrival, _place(workload, i)) for i, arrival in enumerate(arrivals)), key=_TIME)
+
+
+def _place(workload: str, index: int) -> str:
+    return f"{workload}: arrival {index}"
 
 
 class Coming:
@@ -16,6 +45,10 @@ class Coming:
         self._serial = 0
         self._stream: Iterator[Arrival] = iter(())
         self._stream_serial: int | None = None  # of the stream's arrival that is in the heap
+        self._workload = ""
+        self._began = 0.0
+        self._num_read = 0  # of the stream
+        self._last_time = 0.0  # of the stream, as the workload says it
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -24,9 +57,11 @@ class Coming:
         heapq.heappush(self._heap, (arrival.time, self._serial, arrival))
         self._serial += 1
 
-    def stream(self, arrivals: Iterable[Arrival]) -> None:
-        """The workload, in order of time; may be endless."""
-        self._stream = iter(arrivals)
+    def stream(self, arrivals: Iterable[Arrival], workload: str = "the workload", began: float = 0.0) -> None:
+        """The workload, in order of time; may be endless. Its times are seconds since `began` on the run's clock."""
+        self._stream, self._stream_serial = iter(arrivals), None
+        self._workload, self._began = workload, began
+        self._num_read, self._last_time = 0, 0.0
 
     def until(self, now: float) -> Iterator[Arrival]:
         """Takes out what has arrived. The stream is read on only when the caller is done with an arrival: one that raises
@@ -45,6 +80,14 @@ class Coming:
         return self._heap[0][0] if self._heap else None
 
     def _read_ahead(self) -> None:
-        if self._stream_serial is None and (arrival := next(self._stream, None)) is not None:
-            self._stream_serial = self._serial
-            self.add(arrival)
+        if self._stream_serial is not None or (arrival := next(self._stream, _END)) is _END:
+            return
+        arrival = checked(arrival, _place(self._workload, self._num_read))
+        if arrival.time < self._last_time:
+            raise WorkloadError(
+                f"{_place(self._workload, self._num_read)} is at {arrival.time} s, after one at {self._last_time} s: "
+                "a stream yields its arrivals in order of time; sort them, or answer a list, which is sorted here"
+            )
+        self._num_read, self._last_time = self._num_read + 1, arrival.time
+        self._stream_serial = self._serial
+        self.add(replace(arrival, time=self._began + arrival.time) if self._began else arrival)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import InvariantError, PolicyError
 from .request import Request, Tags
@@ -99,6 +99,16 @@ class BlockPool:
         self._touch = 0
         self._evicting = False
 
+    def clear(self) -> None:
+        """Forgets every block, as if nothing had ever run. Index and eviction order must be made anew with it (`Role.setup`)."""
+        self.blocks.clear()
+        self._free.clear()
+        self._pins.clear()
+        self.evicted.clear()
+        self.num_cached = self.num_evictable = self.num_pinned = self.num_evictions = self._touch = 0
+        self.root_version += 1
+        self._evicting = False
+
     # ---- counts -------------------------------------------------------------------------------------------------
 
     @property
@@ -115,6 +125,10 @@ class BlockPool:
     def num_used(self) -> int:
         """Blocks that a request or a pin holds."""
         return self.num_blocks - self.num_available
+
+    def is_cached(self, id: Any) -> bool:
+        """Whether this is the number of a block that is in the prefix index."""
+        return isinstance(id, int) and 0 <= id < len(self.blocks) and self.blocks[id].cached
 
     # ---- allocation ---------------------------------------------------------------------------------------------
 
@@ -189,10 +203,9 @@ class BlockPool:
             else:
                 # Another request published the same content first. The table keeps its own copy (no table is ever
                 # rewritten under a running kernel), and a reference on the twin keeps the prefix closed.
-                twin = self.blocks[canonical]
-                if not twin.cached or twin.parent != parent:
+                if not self.is_cached(canonical) or self.blocks[canonical].parent != parent:
                     raise PolicyError(
-                        f"insert() named block {canonical} as the twin of {id}, but {twin} is not cached under {parent}",
+                        f"insert() named block {canonical} as the twin of {id}, but no such block is cached under {parent}",
                         plugin=_name(self.cache),
                         request=request.id,
                     )
@@ -225,12 +238,14 @@ class BlockPool:
             raise InvariantError("eviction called from inside an eviction")
         self._evicting = True
         try:
-            for block in self.eviction.candidates(1):
-                return self._evict_block(block)
+            candidates = self.eviction.candidates(1)
+            if hasattr(candidates, "__iter__"):
+                for block in candidates:
+                    return self._evict_block(block)
         finally:
             self._evicting = False
         raise PolicyError(
-            f"candidates() yielded nothing although {self.num_evictable} blocks are evictable: "
+            f"candidates() yielded nothing although {self.num_evictable} blocks are evictable, it answered {candidates!r}: "
             "track on_evictable and on_in_use, and yield every block between the two",
             plugin=_name(self.eviction),
         )
@@ -277,7 +292,7 @@ class BlockPool:
         self.release(held, tags)
 
     def drop(self, block_ids: Sequence[int]) -> int:
-        """Forgets cached, unreferenced leaves among these at once (Retention "drop"); returns how many."""
+        """Forgets cached, unreferenced leaves among these, which lie along one prefix, at once (Retention "drop"); returns how many."""
         dropped = 0
         for id in reversed(block_ids):
             block = self.blocks[id]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
 from .engine import Engine, check_limits
-from .errors import ConfigError, HeadwayError, PluginError, near
+from .errors import ConfigError, HeadwayError, PluginError, WorkloadError, near
 from .facts import facts
 from .hooks import Plugin, Registry
 from .params import check as check_values
@@ -50,6 +50,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)  # the whole composed config as plain data
     overrides: list[str] = field(default_factory=list)  # what the user typed
     group: str = ""  # name of the sweep, "" for a single run
+    _executed: bool = field(default=False, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -60,22 +61,36 @@ class Run:
         return self.directory is not None and file in self.composition.results.files
 
     def execute(self) -> RunResult:
-        """Runs the workload to its end. Interrupts give a partial result; errors are raised with it as `partial`."""
+        """Runs the workload to its end, once. Interrupts give a partial result; errors are raised with it as `partial`."""
+        if self._executed:
+            raise ConfigError("this run was executed before, and its executor is closed: build another from the same composition")
+        self._executed = True
         engine, slo = self.engine, self.composition.slo
         workload: Any = self.roles["workload"]
-        hook = self.registry.manager.hook
         try:
-            arrivals = workload.arrivals(self.composition.seed, engine.executor.caps.vocab_size, engine.max_model_len)
-            hook.headway_run_start(run=self)
+            arrivals = engine.guard.call(workload, workload.arrivals, self.composition.seed, engine.executor.caps.vocab_size, engine.max_model_len)
+            if not hasattr(arrivals, "__iter__"):
+                raise WorkloadError(f"{workload.plugin_name}: arrivals() answered {arrivals!r}: expected an iterable of Arrivals")
+            self.registry.call("headway_run_start", run=self)
             result = engine.run(with_slo(arrivals, slo), lambda request, now: with_slo(workload.on_result(request, now), slo))
         except BaseException as error:
             if (partial := getattr(error, "partial", None)) is not None:
-                hook.headway_run_end(run=self, result=partial)
+                self._tell_end(partial, error)
             raise
         finally:
             engine.executor.close()
-        hook.headway_run_end(run=self, result=result)
+        self._tell_end(result)
         return result
+
+    def _tell_end(self, result: RunResult, error: BaseException | None = None) -> None:
+        """The hooks at the end. What one of them raises carries the result, and never takes the place of the run's own error."""
+        try:
+            self.registry.call("headway_run_end", run=self, result=result)
+        except HeadwayError as late:
+            if error is None:
+                late.partial = result  # type: ignore[attr-defined]
+                raise
+            error.add_note(str(late))
 
 
 def build_roles(registry: Registry, choices: dict[str, tuple[str, dict[str, Any]]]) -> tuple[dict[str, Role], dict[str, Plugin]]:
@@ -272,7 +287,8 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     return run
 
 
-def with_slo(arrivals: Iterable[Arrival], slo: SLO) -> Iterator[Arrival]:
-    """Gives the run's latency targets to requests that bring none."""
+def with_slo(arrivals: Iterable[Arrival], slo: SLO) -> Iterable[Arrival]:
+    """Gives the run's latency targets to requests that bring none. A list stays one: the engine sorts it by time."""
     none = SLO()
-    return (replace(a, slo=slo) if a.slo == none and slo != none else a for a in arrivals)
+    given = (replace(a, slo=slo) if isinstance(a, Arrival) and a.slo == none and slo != none else a for a in arrivals)
+    return list(given) if isinstance(arrivals, (list, tuple)) else given

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from numbers import Real
+from typing import Any, Protocol
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that a time or a prediction can be: neither NaN nor infinite."""
+    return isinstance(value, (float, int, Real)) and math.isfinite(value)
 
 
 class Clock(Protocol):

@@ -18,6 +18,10 @@ class DecisionLog:
     """Chains every plan into one digest: who, from where, how many tokens, into which blocks, at whose expense."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A new run: nothing is decided yet."""
         self._hash = blake2b(digest_size=16)
         self.num_steps = 0
 

@@ -2,32 +2,62 @@
 
 `max_inflight` is the whole of overlap and pipelining: 1 is synchronous and the reference, 2 hides the host behind the
 device, `pp` keeps a pipeline full. The engine is the only writer of requests; the pool, of reference counts.
+
+An engine serves any number of runs, one after the other. Counts, ids and outputs are those of one run. What policies have learned and
+what is cached goes on from a run that finished; after one that was cut off, the next begins with new state in everything but the executor.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
-from .arrivals import Coming
+from . import spans
+from .arrivals import Coming, checked, in_order
 from .blocks import ROOT, BlockPool
-from .clock import RecordingClock
+from .clock import RecordingClock, is_finite
 from .config import EngineConfig
 from .decisions import DecisionLog
-from .errors import ConfigError, HeadwayError, NothingPlanned, PolicyError, near
+from .errors import ConfigError, NothingPlanned, near
+from .guard import CheckedPredictor, Guard
 from .interrupts import interrupts
+from .ledger import Ledger
 from .pins import Pins
 from .plan import StepPlan
-from .policy import CALLBACKS, SERVICES, Context, Executor, ExecutorCaps, Observer, Oracle, Reject, Role, StepRecord
+from .policy import (
+    CALLBACKS,
+    SERVICES,
+    Admit,
+    Context,
+    Defer,
+    Executor,
+    ExecutorCaps,
+    Observer,
+    Oracle,
+    Reject,
+    Role,
+    StepRecord,
+    StepResult,
+)
 from .prompts import readable
 from .request import Arrival, Request, RequestList, RequestOutput, RequestState, RunResult
 from .step import StepBuilder
 from .view import View
 
 _RUNNING = RequestState.RUNNING
+MOST_TURNS_AT_ONCE = 50  # that may begin and end at one time with nothing done, because a policy asks to be woken at once
+MOST_IDLE_TURNS = 1_000_000  # with nothing done, woken by policies at later times
+FIRST_NAP = 1e-9  # seconds until the next turn for who wants one at once, doubled each time, so that virtual time moves
+
+
+class _Given(Role):
+    """Who is named for arrivals that are handed to `run` where no role makes them."""
+
+    plugin_name = "the given arrivals"
 
 
 def check_limits(config: EngineConfig, caps: ExecutorCaps, executor: str) -> None:
@@ -40,6 +70,14 @@ def check_limits(config: EngineConfig, caps: ExecutorCaps, executor: str) -> Non
 
 class Engine:
     """Composes one object a role into a running system. `roles` maps a config node to its object; see `policy.ROLES`."""
+
+    # Counts of the run in progress, or of the last one.
+    num_steps: int
+    num_preemptions: int
+    planned_tokens: int
+    kv_peak: int
+    policy_time: float  # CPU seconds of planning and book-keeping, in this thread
+    busy_time: float
 
     def __init__(
         self,
@@ -59,10 +97,11 @@ class Engine:
         self.victim: Any = roles["victim"]
         self.budget: Any = roles.get("budget")
         self.admission: Any = roles.get("admission")
-        self.predictor: Any = roles.get("predictor")
+        self.predictor: Any = None  # made below: what policies ask instead of the role itself
         self.retention: Any = roles.get("retention")
         self.cache: Any = roles["cache"]
         self.executor: Executor = roles["executor"]  # type: ignore[assignment]
+        self._workload: Role = roles.get("workload") or _Given()
         self.stop_text = stop_text  # decides stop strings; needs a tokenizer, so it comes from outside
 
         caps = self.executor.caps
@@ -82,22 +121,25 @@ class Engine:
         self.clock = RecordingClock(self.executor.clock)
         self.waiting, self.running = RequestList(), RequestList()
         self.view = View(self)
+        self.guard = Guard(self.view)
+        if (predictor := roles.get("predictor")) is not None:
+            self.predictor = CheckedPredictor(predictor, self.guard)
         self.builder = StepBuilder(self)
         self.decisions = DecisionLog()
         self.oracle = Oracle()
-        self.finished: list[RequestOutput] = []  # in order of finishing
-        self.num_steps = 0
-        self.num_preemptions = 0
+        self.finished: list[RequestOutput] = []  # in order of finishing, of the run in progress or the last one
         self.preemptions_since_token = 0
-        self.planned_tokens = 0
-        self.policy_time = 0.0
-        self.busy_time = 0.0
+        self._count_anew()
         self._last_end = 0.0
-        self.kv_peak = 0
+        self._num_runs = 0
+        self._began = 0.0  # of the run in progress, on the clock
         self._inflight: deque[tuple[StepPlan, Any, float, int]] = deque()
         self.coming = Coming()
         self._next_index = 0
         self._ids: set[str] = set()
+        self._brought: set[str] = set()  # ids of requests that are known to come
+        self._idle_turns = 0  # since something was done
+        self._turns_at_once = 0  # of those, that a policy asked for without a time to wait for
         self._left: list[Request] = []
         self._rejected: list[Request] = []  # by a policy since the last plan; the decision log takes them
         self._done: list[Request] = []  # ended since observers last heard
@@ -105,64 +147,64 @@ class Engine:
         self.owed: dict[int, int] = {}  # running request index -> blocks it was promised from those in flight
         self._releasing: dict[int, Request] = {}  # preempted or ended, with blocks still in flight
         self._pins = Pins(self.pool)
+        self._ledger = Ledger(self) if config.check else None
         self.on_result: Callable[[Request, float], Iterable[Arrival]] | None = None
 
-        self._setup_roles(num_blocks)
+        self._name_roles()
+        self._setup_roles()
         self.executor.start(num_blocks, config.block_size, config.max_num_seqs, config.max_num_batched_tokens, seed)
 
-    def _setup_roles(self, num_blocks: int) -> None:
-        config, caps = self.config, self.executor.caps
+    def _name_roles(self) -> None:
         objects = {id(role): (name, role) for name, role in reversed(self.roles.items())}  # one object may fill several roles
+        self._objects = [role for _, role in objects.values()]
         for name, role in objects.values():
             role.plugin_name = role.plugin_name or f"{name}={type(role).__name__}"
-            role.rng = Random(f"{self.seed}/{role.plugin_name}")
             for service in role.requires:
                 if service not in SERVICES:
                     raise ConfigError(f"{role.plugin_name} requires {service!r}, which is no service.{near(service, SERVICES)}")
                 if (service == "predictor" and self.predictor is None) or (service == "step_time" and self.cost_model is None):
                     raise ConfigError(f"{role.plugin_name} needs {service}, and none is chosen: {SERVICES[service]}")
-        for _, role in objects.values():
-            context = Context(
-                self.seed, config.block_size, num_blocks, self.max_model_len, config.max_num_seqs, config.max_num_batched_tokens,
-                dict(self.roles), self.cost_model, caps.model, self.oracle if role.oracle else None,
-            )  # fmt: skip
-            self._guard(role, role.setup, context)
         self.callbacks: dict[str, list[tuple[Role, Callable[..., None]]]] = {
-            name: [(role, getattr(role, name)) for _, role in objects.values() if getattr(type(role), name) is not getattr(Role, name)]
+            name: [(role, getattr(role, name)) for role in self._objects if getattr(type(role), name) is not getattr(Role, name)]
             for name in CALLBACKS
         }
-        self.oracles = sorted({role.plugin_name for _, role in objects.values() if role.oracle})
+        if self.predictor is not None:
+            self.predictor.plugin_name = self.predictor.inner.plugin_name
+
+    def _setup_roles(self) -> None:
+        config, caps = self.config, self.executor.caps
+        handed = dict(self.roles) | ({} if self.predictor is None else {"predictor": self.predictor})
+        for role in self._objects:
+            role.rng = Random(f"{self.seed}/{role.plugin_name}")
+        for role in self._objects:
+            context = Context(
+                self.seed, config.block_size, self.pool.num_blocks, self.max_model_len, config.max_num_seqs, config.max_num_batched_tokens,
+                handed, self.cost_model, caps.model, self.oracle if role.oracle else None,
+            )  # fmt: skip
+            self.guard.call(role, role.setup, context)
+
+    @property
+    def oracles(self) -> list[str]:
+        """Names of the roles that saw what no deployed policy can see, and had a say in this run: a predictor has one when it was asked
+        or a policy requires it, an eviction policy when it chose a block. Every other role has one always."""
+        silent: set[str] = set()
+        if self.predictor is not None and not self.predictor.asked and not any("predictor" in role.requires for role in self._objects):
+            silent.add("predictor")
+        if not self.pool.num_evictions:
+            silent.add("eviction")
+        return sorted({role.plugin_name for name, role in self.roles.items() if role.oracle and name not in silent})
 
     # ---- plugins are called here ---------------------------------------------------------------------------------
 
-    def _guard(self, role: Role, function: Callable[..., Any], *args: Any) -> Any:
-        """Calls into a plugin; whatever it raises ends the run with its name, the step and the view."""
-        try:
-            return function(*args)
-        except HeadwayError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise self._named(error, role) from error
-
-    def _named(self, error: BaseException, role: Role | None = None) -> BaseException:
-        """The error of a plugin with the plugin's name, the step and the view; what already says them, or no plugin raised, as it is."""
-        culprit = _culprit(error) or role
-        if culprit is None or isinstance(error, HeadwayError) or not isinstance(error, (Exception, SystemExit)):
-            return error
-        what = f"raised {type(error).__name__}: {error}"
-        named = PolicyError(what, plugin=culprit.plugin_name, step=self.view.step, view=self.view.describe())
-        named.__cause__ = error
-        return named
-
     def _notify(self, event: str, *args: Any) -> None:
         for role, function in self.callbacks[event]:
-            self._guard(role, function, *args)
+            self.guard.call(role, function, *args)
 
     # ---- arrivals ------------------------------------------------------------------------------------------------
 
     def add(self, arrival: Arrival) -> None:
-        """One more request, at its own time (or now, if that has passed)."""
-        self.coming.add(arrival)
+        """One more request, at its own time on the clock (or now, if that has passed)."""
+        self.coming.add(checked(arrival, "Engine.add: the arrival"))
 
     def _ingest(self, now: float) -> None:
         for arrival in self.coming.until(now):
@@ -171,7 +213,10 @@ class Engine:
     def _arrive(self, arrival: Arrival, now: float) -> None:
         arrival, wrong = readable(arrival)
         request = Request(arrival, self._next_index, max_model_len=self.max_model_len, eos_token_ids=self.eos_token_ids)
+        if arrival.id is None:
+            request.id = self._automatic_id()
         self._next_index += 1
+        self._idle_turns = self._turns_at_once = 0
         problem = wrong or self._problem(request, arrival)
         self._ids.add(request.id)
         if problem:
@@ -179,12 +224,23 @@ class Engine:
             self._follow(request, now)
             return
         self.waiting.add(request)
+        if self._ledger is not None:
+            self._ledger.arrived(request)
         self._notify("on_arrival", request, now)
         if self.admission is not None:
             self.view._refresh(self.num_steps, now, len(self._inflight))
-            answer = self._guard(self.admission, self.admission.admit, request, self.view)
+            answer = self.guard.call(self.admission, self.admission.admit, request, self.view)
             if isinstance(answer, Reject):
                 self._reject(request, answer.reason)
+            elif not isinstance(answer, (Admit, Defer)):
+                raise self.guard.refusal(self.admission, f"admit() answered {answer!r}: expected Admit, Defer or Reject", request)
+
+    def _automatic_id(self) -> str:
+        """For a request that brings none: r and its index, or the next number that no other request has or is known to bring."""
+        number = self._next_index
+        while (id := f"r{number}") in self._ids or id in self._brought:
+            number += 1
+        return id
 
     def _problem(self, request: Request, arrival: Arrival) -> str:
         """Why a request can never run; "" if it can."""
@@ -220,6 +276,7 @@ class Engine:
             request._published = len(matched)
             request._parent = matched[-1] if matched else ROOT
             request.num_computed_tokens = cached
+        request._since = cached
         if first:
             request.num_cached_tokens = cached
             request.first_scheduled_time = self.view.now
@@ -233,7 +290,7 @@ class Engine:
         request.state = RequestState.PREEMPTED
         self.owed.pop(request.index, None)
         request.num_preemptions += 1
-        request._high_water = max(request._high_water, request.num_computed_tokens)
+        request._past = spans.union(request._past, request._since, request.num_computed_tokens + request.num_scheduled_tokens)
         self.num_preemptions += 1
         self.preemptions_since_token += 1
         self.running.remove(request)
@@ -292,7 +349,8 @@ class Engine:
         request._match = None
         if request.index in self._pins.dropped:  # its retention policy said so
             self._pins.dropped.remove(request.index)
-            self.pool.drop(table)
+            if self.cache.enabled:
+                self.pool.drop(self._cached_content(request))
 
     # ---- one turn of the loop --------------------------------------------------------------------------------------
 
@@ -302,20 +360,22 @@ class Engine:
         self.pool.now = now
         self._ingest(now)
         self._pins.expire(now)
-        wake: float | None = None
+        planned = False
         if len(self._inflight) < self.config.max_inflight and (self.running.items or self.waiting.items):
-            moved, wake = self._plan(now)
-            if moved:
+            planned = True
+            if self._plan(now):
+                self._idle_turns = self._turns_at_once = 0
                 if len(self._inflight) >= self.config.max_inflight:
                     self._collect()
                 return True
         if self._inflight:
             self._collect()
             return True
-        return self._idle(now, wake)
+        return self._idle(now, self.builder._wake if planned else None)
 
-    def _plan(self, now: float) -> tuple[bool, float | None]:
-        began = time.perf_counter()
+    def _plan(self, now: float) -> bool:
+        """One plan and its launch. False if nothing was decided."""
+        began = time.thread_time()
         builder, step = self.builder, self.num_steps
         self.view._refresh(step, now, len(self._inflight))
         seqs = self.max_num_seqs
@@ -323,51 +383,92 @@ class Engine:
             # A request in flight can't be planned again, so each plan takes its share and leaves the rest to the next.
             seqs = max(1, -(-(len(self.running) + len(self.waiting)) // self.config.max_inflight))
         builder._reset(step, now, self.max_num_batched_tokens, min(seqs, self.max_num_seqs))
-        self._guard(self.scheduler, self.scheduler.plan, builder, self.view)
+        self.guard.call(self.scheduler, self.scheduler.plan, builder, self.view)
+        if self._ledger is not None:
+            self._ledger.planned(builder)
         evicted, self.pool.evicted = self.pool.evicted, []
         rejected, self._rejected = self._rejected, []
-        if not builder._requests:
-            decided = bool(builder._preempted or rejected)
-            if decided:  # nothing to run, but the state moved: plan again. The executor hears of it with the next plan.
-                self.decisions.record(builder._build([]), evicted, rejected)
-                self.num_steps += 1
-            return decided, builder._wake
-        left, self._left = self._left, []
+        launching = bool(builder._requests)
+        left: list[Request] = []
+        if launching:
+            left, self._left = self._left, left
         plan = builder._build(left)
-        self.decisions.record(plan, evicted, rejected)
-        self.num_steps += 1
-        self.planned_tokens += plan.num_tokens
-        self.kv_peak = max(self.kv_peak, self.pool.num_used)
-        spent = time.perf_counter() - began
-        self._inflight.append((plan, self.executor.launch(plan), spent, len(evicted)))
-        return True, None
+        decided = launching or bool(builder._preempted or rejected)
+        if decided:  # with nothing to run the state moved all the same: plan again. The executor hears of it with the next plan.
+            self.decisions.record(plan, evicted, rejected)
+            self.num_steps += 1
+        spent = time.thread_time() - began
+        self.policy_time += spent
+        if launching:
+            self.planned_tokens += plan.num_tokens
+            self.kv_peak = max(self.kv_peak, self.pool.num_used)
+            self._launch(plan, spent, len(evicted))
+        return decided
+
+    def _launch(self, plan: StepPlan, spent: float, num_evicted: int) -> None:
+        try:
+            ticket = self.guard.call(self.executor, self.executor.launch, plan)
+        except BaseException:
+            self._left = plan.left + self._left  # the executor may not have heard of them
+            raise
+        self._inflight.append((plan, ticket, spent, num_evicted))
 
     def _collect(self) -> None:
-        plan, ticket, spent, num_evicted = self._inflight.popleft()
-        result = self.executor.collect(ticket)
+        plan, ticket, spent, num_evicted = self._inflight[0]
+        try:
+            result = self.guard.call(self.executor, self.executor.collect, ticket)
+        except Exception:
+            self._inflight.clear()  # an executor that has failed is not asked for the steps behind
+            raise
+        self._inflight.popleft()
+        self._check_result(plan, result)
         self.clock.advance_to(result.end)
         now = self.clock.now()
-        began = time.perf_counter()
+        began = time.thread_time()
         self.pool.now = now
         tokens, emitted = self._update(plan, result.tokens, now, result.logprobs)
-        spent += time.perf_counter() - began
-        self.policy_time += spent
+        updating = time.thread_time() - began
+        self.policy_time += updating
         self.busy_time += max(0.0, result.end - max(result.start, self._last_end))  # steps of a pipeline overlap
         self._last_end = max(self._last_end, result.end)
-        if self.config.check:
-            self.pool.check()
         pool = self.pool
         record = StepRecord(
-            plan.step, plan, result.start, now, tokens, emitted, spent, len(self.running), len(self.waiting), pool.num_used,
+            plan.step, plan, result.start, now, tokens, emitted, spent + updating, len(self.running), len(self.waiting), pool.num_used,
             pool.num_cached, len(plan.preempted), num_evicted, result.timings,
         )  # fmt: skip
         self._notify("on_step_end", record)
-        for observer in self.observers:
-            observer.on_step(record)
+        if self._ledger is not None:
+            self._ledger.collected(plan, tokens)
+            pool.check()
+        self._observe("on_step", record)
         if self._done:
             done, self._done = self._done, []
-            for observer in self.observers:
-                observer.on_requests(done)
+            self._observe("on_requests", done)
+
+    def _observe(self, event: str, *args: Any) -> None:
+        for observer in self.observers:
+            self.guard.call(observer, getattr(observer, event), *args)
+
+    def _check_result(self, plan: StepPlan, result: StepResult) -> None:
+        """One token for each chunk that samples, -1 for the others, and times that a clock can show."""
+        executor, samples = self.executor, plan.samples
+        if not isinstance(result, StepResult):
+            raise self.guard.refusal(executor, f"collect() answered {result!r}: expected a StepResult")
+        tokens = result.tokens
+        if len(tokens) != len(samples):
+            raise self.guard.refusal(executor, f"collect() answered {len(tokens)} tokens for {len(samples)} requests in step {plan.step}")
+        if not (is_finite(result.start) and is_finite(result.end)):
+            message = f"collect() answered start={result.start} and end={result.end} for step {plan.step}: expected finite seconds"
+            raise self.guard.refusal(executor, message)
+        try:
+            right = min(tokens) >= 0 if False not in samples else [token >= 0 for token in tokens] == samples
+        except (TypeError, ValueError):
+            right = False
+        if not right:
+            wrong = next(i for i, sample in enumerate(samples) if not isinstance(tokens[i], int) or (tokens[i] >= 0) != sample)
+            expected = "a token id" if samples[wrong] else "-1, since its chunk samples nothing"
+            message = f"collect() answered {tokens[wrong]!r} in step {plan.step}: expected {expected}"
+            raise self.guard.refusal(executor, message, plan.requests[wrong])
 
     def _update(self, plan: StepPlan, tokens: Sequence[int], now: float, logprobs: Sequence[Any] | None) -> tuple[Sequence[int], int]:
         """Applies a completed step: counts, tokens, publishing, endings. The hot loop of the host: a few hundred ns a request."""
@@ -382,8 +483,6 @@ class Engine:
                 computed = request.num_computed_tokens = start + length
                 if publishing and computed // size > request._published:
                     self.pool.publish(request, computed // size)
-                if start < request._high_water:
-                    request.num_recomputed_tokens += min(computed, request._high_water) - start
             else:
                 if not request._in_flight and request.index in self._releasing:
                     del self._releasing[request.index]
@@ -427,19 +526,36 @@ class Engine:
         self._end(request, RequestState.FINISHED, reason, now)
         if was_running:
             self._left.append(request)
-        if self.retention is not None and request.block_table:
-            self._guard(self.retention, self.retention.retain, request, self._pins, now)
+        if self.retention is not None and self._holds_its_content(request):
+            self.guard.call(self.retention, self.retention.retain, request, self._pins, now)
         self._keep.pop(request.index, None)
         self.owed.pop(request.index, None)
         self._give_back(request)
         self._notify("on_finish", request, now)
         self._follow(request, now)
 
+    def _holds_its_content(self, request: Request) -> bool:
+        """Whether there is anything to retain. Whose last token came back after a preemption takes what is left of it in the cache, so that
+        its end is like any other."""
+        if not request.block_table and self.cache.enabled:
+            cached = self._cached_content(request)
+            self.pool.acquire(cached, request.tags, hit=False)
+            request.block_table, request._published = cached, len(cached)
+            request.num_computed_tokens = len(cached) * self.pool.block_size
+        return bool(request.block_table)
+
+    def _cached_content(self, request: Request) -> list[int]:
+        """The blocks along its tokens that the index holds: its own, and twins that others published first."""
+        found: list[int] = self.guard.call(self.cache, self.cache.match, request, [], len(request.token_ids) // self.pool.block_size)
+        return found
+
     def _follow(self, request: Request, now: float) -> None:
         """What a closed loop asks next, after a refused request too: its client goes on."""
-        if self.on_result is not None:
-            for arrival in self.on_result(request, now):
-                self.add(arrival)
+        if self.on_result is None:
+            return
+        source = f"{self._workload.plugin_name}: what follows {request.id}"
+        for arrival in self.guard.each(self._workload, self.on_result, request, now):
+            self.coming.add(checked(arrival, source, now))
 
     def _end(self, request: Request, state: RequestState, reason: str, now: float) -> None:
         request.state, request.finish_reason, request.finish_time = state, reason, now
@@ -448,7 +564,6 @@ class Engine:
         self._done.append(request)
 
     def _idle(self, now: float, wake: float | None) -> bool:
-        times = [t for t in (wake, self.coming.next_time) if t is not None]
         if (self.running.items or self.waiting.items) and wake is None:
             if self._reclaim_idle():
                 return True
@@ -456,10 +571,29 @@ class Engine:
                 "planned nothing although requests wait and nothing is in flight: add one, reject one, or say step.wake_at(t)",
                 plugin=self.scheduler.plugin_name, step=self.num_steps, view=self.view.describe(),
             )  # fmt: skip
+        if wake is not None:
+            wake = self._patiently(now, wake)
+        times = [t for t in (wake, self.coming.next_time) if t is not None]
         if not times:
             return False
         self.clock.wait_until(min(times))
         return True
+
+    def _patiently(self, now: float, wake: float) -> float:
+        """When the next turn begins for a policy that does nothing until `wake`. Who asks for it at once is given time that grows, so
+        that what it waits for may come; who waits for nothing is named."""
+        waker = self.builder._waker
+        self._idle_turns += 1
+        if wake <= now:
+            self._turns_at_once += 1
+            wake = now + max(math.ulp(now), FIRST_NAP * 2.0**self._turns_at_once)
+        if self._turns_at_once > MOST_TURNS_AT_ONCE or self._idle_turns > MOST_IDLE_TURNS:
+            message = (
+                f"asked {self._idle_turns} times in a row to be woken, {self._turns_at_once} times not after now, and nothing was planned, "
+                f"rejected or arrived; now is {now}: let a request start, reject it, or wait until something changes"
+            )
+            raise self.guard.refusal(waker, message)
+        return wake
 
     def _reclaim_idle(self) -> bool:
         """Nothing could be planned: blocks held for later are given up before that is called an error."""
@@ -469,15 +603,18 @@ class Engine:
 
     def run(self, arrivals: Iterable[Arrival] = (), on_result: Callable[[Request, float], Iterable[Arrival]] | None = None) -> RunResult:
         """Runs until nothing is left. Ctrl-C and errors end the run but keep what was done; an error is raised again
-        with the partial result as its `partial` attribute."""
-        if any("future" in role.requires for role in self.roles.values()):
-            arrivals = self.oracle.future = list(arrivals)
-        self.on_result = on_result
-        self.coming.stream(arrivals)
-        for observer in self.observers:
-            observer.on_start(self)
+        with the partial result as its `partial` attribute.
+
+        Arrivals are at seconds since the run began; a list may be in any order, a stream is in order of time. What `on_result` answers is
+        at times on the clock, as is all that comes out. The outputs are the result's: the engine forgets them when the next run begins.
+        """
         status, problem = "finished", None
         try:
+            try:
+                self._begin(arrivals, on_result)
+            except BaseException:
+                interrupts.hold()
+                raise
             with interrupts.stepping():
                 while self.step():
                     interrupts.check()
@@ -487,47 +624,94 @@ class Engine:
             if interrupts.caused(error):
                 status = "interrupted"
             else:
-                status, problem = "failed", self._named(error)
+                status, problem = "failed", self.guard.named(error)
         result = self.result(status, str(problem) if problem else "")
         done, self._done = self._done, []
         for observer in self.observers:  # each of them, also when another one fails: results must not depend on neighbours
             try:
                 if done:
-                    observer.on_requests(done)
-                observer.close(result)
+                    self.guard.call(observer, observer.on_requests, done)
+                self.guard.call(observer, observer.close, result)
             except (Exception, SystemExit) as error:
-                problem = problem or self._named(error)
+                problem = problem or error
         if problem is not None:
             problem.partial = result  # type: ignore[attr-defined]
             raise problem
         return result
 
+    def _begin(self, arrivals: Iterable[Arrival], on_result: Callable[[Request, float], Iterable[Arrival]] | None) -> None:
+        if not (self.running.items or self.waiting.items or self._inflight):  # else somebody turned the loop by hand, and it goes on
+            self._count_anew()
+            self.decisions.begin()
+            self.clock.readings.clear()
+            self.finished = []
+            self._ids.clear()
+            self._began = self.clock.inner.now() if self._num_runs else 0.0
+        self._num_runs += 1
+        arrivals = in_order(arrivals, self._workload.plugin_name)
+        if any("future" in role.requires for role in self._objects):
+            arrivals = self.oracle.future = list(arrivals)
+        self._brought.clear()
+        if isinstance(arrivals, list):
+            self._brought.update(arrival.id for arrival in arrivals if isinstance(arrival.id, str))
+        self.on_result = on_result
+        self.coming.stream(self.guard.each(self._workload, iter, arrivals), self._workload.plugin_name, self._began)
+        self._observe("on_start", self)
+
+    def _count_anew(self) -> None:
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.planned_tokens = 0
+        self.kv_peak = 0
+        self.policy_time = 0.0
+        self.busy_time = 0.0
+        self.pool.num_evictions = 0
+        if self.predictor is not None:
+            self.predictor.asked = False
+
     def result(self, status: str = "finished", error: str = "") -> RunResult:
-        """What there is so far. Requests still in the system are counted as aborted."""
+        """What there is so far. Requests still in the system are counted as aborted, and the engine is as new but for its executor."""
         now = self.clock.inner.now()
-        for request in (*self.running.items, *self.waiting.items):
+        cut_off = [*self.running.items, *self.waiting.items]
+        for request in cut_off:
             self._end(request, RequestState.ABORTED, status, now)
-        self.running.items.clear()
-        self.waiting.items.clear()
         if self._rejected:  # at arrival, with no plan after it
             self.builder._reset(self.num_steps, now, 0, 0)
             self.decisions.record(self.builder._build([]), [], self._rejected)
             self._rejected = []
-        return RunResult(
-            sorted(self.finished, key=lambda o: o.index), now, self.num_steps, self.policy_time, self.busy_time, self.pool.num_blocks,
-            self.kv_peak, self.pool.num_evictions, self.num_preemptions, self.planned_tokens, self.decisions.hexdigest, status, error, self.oracles,
+        result = RunResult(
+            sorted(self.finished, key=lambda o: o.index), now - self._began, self.num_steps, self.policy_time, self.busy_time,
+            self.pool.num_blocks, self.kv_peak, self.pool.num_evictions, self.num_preemptions, self.planned_tokens, self.decisions.hexdigest,
+            status, error, self.oracles,
         )  # fmt: skip
+        if cut_off or status != "finished":
+            self._start_over()
+        return result
 
+    def _start_over(self) -> None:
+        """After a run that was cut off, wherever that was: nothing in flight, nothing held or cached, nothing to come, policies as at first."""
+        self._left += self.running.items
+        self._discard_flights()
+        for held in (self.running.items, self.waiting.items, self._keep, self.owed, self._releasing):
+            held.clear()
+        self.coming, self.on_result = Coming(), None
+        self.preemptions_since_token = 0
+        self._pins.clear()
+        self.pool.clear()
+        if self._ledger is not None:
+            self._ledger = Ledger(self)
+        self.view._refresh(self.num_steps, self.view.now, 0)
+        self._setup_roles()
 
-def _culprit(error: BaseException) -> Role | None:
-    """The innermost role on the traceback: who really raised."""
-    found, tb = None, error.__traceback__
-    while tb is not None:
-        owner = tb.tb_frame.f_locals.get("self")
-        if isinstance(owner, Role):
-            found = owner
-        tb = tb.tb_next
-    return found
+    def _discard_flights(self) -> None:
+        """Lets the executor finish its steps in the order of launch, until it fails to; their tokens are dropped."""
+        flights = [ticket for _, ticket, _, _ in self._inflight]
+        self._inflight.clear()
+        try:
+            for ticket in flights:
+                self.clock.advance_to(self.executor.collect(ticket).end)
+        except (Exception, KeyboardInterrupt):
+            return
 
 
 _NOBODY = Request(Arrival(0.0, [0]), -1, max_model_len=1, eos_token_ids=frozenset())

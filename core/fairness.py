@@ -92,15 +92,17 @@ def by_client(outputs: Iterable[RequestOutput]) -> dict[str, ClientService]:
 
 
 def fairness(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
-    """Number of clients, largest service difference, Jain's index. Empty for fewer than two clients."""
+    """Number of clients, largest service difference, and Jain's index where anybody was served while all
+    were there. Empty for fewer than two clients."""
     clients = list(by_client(outputs).values())
     if len(clients) < 2:
         return {}
     begin = max(c.first_arrival for c in clients)
     end = min(c.last_end for c in clients)
     got = [float(c.service(end) - c.service(begin)) if begin < end else 0.0 for c in clients]
-    difference = service_difference(clients)
-    return {"num_clients": len(clients), "service_difference": difference, "jain_index": jain(got)}
+    found = {"num_clients": len(clients), "service_difference": service_difference(clients)}
+    index = jain(got)
+    return found if math.isnan(index) else found | {"jain_index": index}
 
 
 def service_difference(clients: Sequence[ClientService]) -> float:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from . import keyed, policy
-from .errors import ConfigError, PluginError, near
+from .errors import ConfigError, HeadwayError, PluginError, near
 from .params import checked
 from .policy import API_VERSION, ROLES, Observer, Role
 
@@ -123,6 +123,7 @@ class Registry:
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(HeadwaySpec)
         self._origin = Origin("test", "registered by hand")
+        self._origins: dict[str, Origin] = {}  # of what was registered, by name
 
     # ---- what a plugin calls -------------------------------------------------------------------------------------
 
@@ -161,13 +162,16 @@ class Registry:
             raise refuse("a function needs the dataclass of its parameters: registry.add(role, name, function, Config)")
         if "__dataclass_fields__" not in vars(config):
             raise refuse(f"its parameters are no dataclass: put @dataclass above class {config.__name__}")
+        for parameter in plugin.parameters():
+            if parameter.name == "name":
+                raise refuse("a parameter may not be called 'name': that key holds the plugin's own name in a config")
+            if problem := _default_problem(parameter):
+                raise refuse(f"the default of its parameter {parameter.name} cannot be made: {problem}")
         try:
             known = {f.name: f.default for f in plugin.parameters()}
             checked(config, {name: value for name, value in known.items() if value is not dataclasses.MISSING}, role)
         except ConfigError as error:
             raise refuse(f"a default is not what its declaration says: {error}") from error
-        if any(f.name == "name" for f in plugin.parameters()):
-            raise refuse("a parameter may not be called 'name': that key holds the plugin's own name in a config")
         base = ROLE_CLASSES.get(role)
         if isinstance(factory, type) and base:
             if not issubclass(factory, base):
@@ -194,7 +198,28 @@ class Registry:
 
     def observers(self, run: Run) -> list[Observer]:
         """What every `headway_observers` hook answers, in the order of registration."""
-        return [observer for answer in reversed(self.manager.hook.headway_observers(run=run)) for observer in answer]
+        found: list[Observer] = []
+        for name, answer in self.call("headway_observers", run=run):
+            if not isinstance(answer, (list, tuple)):
+                raise PluginError(f"plugin {name}: headway_observers answered {answer!r}: expected a list of observers")
+            found += answer
+        return found
+
+    def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
+        """(plugin's name, what it answers) of each that implements the hook, in the order of registration; None is left out.
+
+        One after the other, so that an exception is known to be that plugin's: it is raised as a PluginError with its name."""
+        implementations = getattr(self.manager.hook, hook).get_hookimpls()
+        answers = []
+        for one in implementations:
+            caller = self.manager.subset_hook_caller(hook, [other.plugin for other in implementations if other is not one])
+            try:
+                answers += [(one.plugin_name, answer) for answer in caller(**arguments)]
+            except HeadwayError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise PluginError(f"plugin {one.plugin_name}: {hook} raised {type(error).__name__}: {error}") from error
+        return answers
 
     # ---- discovery -----------------------------------------------------------------------------------------------
 
@@ -202,6 +227,8 @@ class Registry:
         """Registers one module's hooks and lets it add its plugins; whatever goes wrong is recorded, not raised."""
         known = len(self.broken)
         try:
+            if (taken := self._origins.setdefault(origin.name, origin)) is not origin:
+                raise PluginError(f"{origin} and {taken} are both called {origin.name}, and the first one is used")
             self.manager.register(module, origin.name)
             for caller in self.manager.get_hookcallers(module) or ():
                 if not caller.has_spec():
@@ -210,7 +237,7 @@ class Registry:
             if (function := getattr(module, "headway_register", None)) is not None:
                 self._origin = origin
                 function(self)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if len(self.broken) == known:  # `add` records its own
                 self.broken.append(Broken(origin, f"{type(error).__name__}: {error}"))
             if self.manager.is_registered(module):
@@ -223,9 +250,18 @@ class Registry:
             short = name.removeprefix("plugins.")
             if short not in blocked:
                 self._load(Origin(short, name.replace(".", "/")), lambda name=name: importlib.import_module(name))  # type: ignore[misc]
-        for point in sorted(entry_points(group=PROJECT), key=lambda p: (p.name, p.value)):
-            if not {"*", point.name, point.dist.name if point.dist else ""} & blocked:
-                self._load(_origin(point), point.load)
+        points = [
+            (_origin(point), point)
+            for point in sorted(entry_points(group=PROJECT), key=lambda p: (p.name, p.value))
+            if not {"*", point.name, point.dist.name if point.dist else ""} & blocked
+        ]
+        for origin, point in points:
+            if rivals := [other for other, _ in points if other.name == origin.name and other is not origin]:
+                names = " and ".join(map(str, sorted((origin, *rivals), key=str)))
+                reason = f"{names} are both called {origin.name}, and neither is used: leave one out with {BLOCK}=its package's name"
+                self.broken.append(Broken(origin, reason))
+            else:
+                self._load(origin, point.load)
 
     def _load(self, origin: Origin, load: Callable[[], Any]) -> None:
         try:
@@ -264,6 +300,17 @@ def _in_tree() -> Iterator[str]:
 
 def _origin(point: EntryPoint) -> Origin:
     return Origin(point.name, point.value, point.dist.name if point.dist else "unknown package", point.dist.version if point.dist else "")
+
+
+def _default_problem(parameter: dataclasses.Field[Any]) -> str:
+    """Why the default of a parameter cannot be had, "" if it can: listings and configs ask for it, and one bad plugin must not stop them."""
+    if parameter.default_factory is dataclasses.MISSING:
+        return ""
+    try:
+        parameter.default_factory()
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _relative(module: Any) -> str:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .blocks import Block
+from .errors import PolicyError
 from .policy import Context, Eviction, Order, Scheduler
 from .request import Request
 
 if TYPE_CHECKING:
     from .view import View
+
+
+def _holds_nan(key: Any) -> bool:
+    """Whether a key is NaN or a tuple with one in it: it compares with nothing, and a queue that holds it is in no order."""
+    return any(map(_holds_nan, key)) if isinstance(key, tuple) else bool(key != key)
 
 
 class KeyOrder(Order):
@@ -44,8 +50,15 @@ class KeyOrder(Order):
             self._leave(request)
             self._join(request)
 
-    def order(self, view: View) -> Sequence[Request]:
-        return self._queue[: self.window]
+    def order(self, view: View) -> Iterable[Request]:
+        first = self._queue[: self.window]
+        return first if len(first) == len(self._queue) else self._all(first)
+
+    def _all(self, first: list[Request]) -> Iterator[Request]:
+        """Beyond the window comes who looks further because admission turned requests away."""
+        yield from first
+        offered = {request.index for request in first}
+        yield from [request for request in self._queue if request.index not in offered]
 
     def on_arrival(self, request: Request, now: float) -> None:
         self._join(request)
@@ -61,7 +74,10 @@ class KeyOrder(Order):
             self._leave(request)
 
     def _join(self, request: Request) -> None:
-        entry = self._key_of[request.index] = self.rank(request)
+        entry = self.rank(request)
+        if _holds_nan(entry[0]):
+            raise PolicyError(f"key() answered {entry[0]!r}, which sorts nowhere", plugin=self.plugin_name, request=request.id)
+        self._key_of[request.index] = entry
         at = bisect_left(self._keys, entry)
         self._keys.insert(at, entry)
         self._queue.insert(at, request)
@@ -140,7 +156,10 @@ class KeyEviction(Eviction):
         raise NotImplementedError
 
     def on_evictable(self, block: Block) -> None:
-        self._heap.push(self.key(block), block)
+        key = self.key(block)
+        if _holds_nan(key):
+            raise PolicyError(f"key() answered {key!r} for {block}, which sorts nowhere", plugin=self.plugin_name)
+        self._heap.push(key, block)
 
     def on_in_use(self, block: Block) -> None:
         self._heap.discard(block)

@@ -215,6 +215,8 @@ def _is(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping)
     if kind is str:
         return isinstance(value, (str, os.PathLike))
+    if isinstance(kind, type) and is_dataclass(kind):
+        return isinstance(value, kind)
     return kind is not bool or isinstance(value, bool)
 
 
@@ -236,6 +238,8 @@ def _expected(hint: Any, limits: Limits) -> str:
         return f"a table of names, each {_expected((get_args(hint) or (Any, Any))[1], limits)}"
     if kind is float or kind is Any:
         return f"{'a finite number' if limits.finite else 'a number'} {limits.bounds()}".rstrip()
+    if isinstance(kind, type) and is_dataclass(kind):
+        return f"{kind.__name__}, with {', '.join(f.name for f in fields(kind))}"
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 
 from .blocks import BlockPool
 from .request import Request
@@ -22,6 +23,8 @@ class Pins:
 
     def pin(self, request: Request, until: float) -> None:
         """Keeps the request's cached blocks until that time (seconds on the run's clock), or until memory runs out."""
+        if not isinstance(until, (float, int)) or math.isnan(until):
+            raise ValueError(f"pin(until={until!r}): expected seconds on the run's clock; inf is until memory runs out")
         held = self._pool.pin([request._shadow.get(i, b) for i, b in enumerate(request.block_table)])
         if held:
             self._serial += 1
@@ -43,6 +46,11 @@ class Pins:
     def expire(self, now: float) -> None:
         while self._heap and self._heap[0][0] <= now:
             self.give_up_soonest()
+
+    def clear(self) -> None:
+        """Forgets every pin, with the pool that they were on."""
+        self._heap.clear()
+        self.dropped.clear()
 
     def give_up_soonest(self) -> bool:
         """Ends the pin that would end first; False when there is none."""

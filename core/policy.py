@@ -186,13 +186,14 @@ class Scheduler(Role):
         self._order: Order = ctx.roles["order"]  # type: ignore[assignment]
 
     def order(self, view: View) -> Iterator[Request]:
-        """Waiting requests, as the `order` role ranks them; at most `window` of them."""
-        from itertools import islice
-
-        return islice(iter(self._order.order(view)), self.window)
+        """Waiting requests, as the `order` role ranks them; at most `window` of them, not counting those that admission turns away."""
+        return view.candidates(self._order, self.window)
 
     def plan(self, step: StepBuilder, view: View) -> None:
-        """Fills the step with `step.add`, whose answer says what was granted. An empty step needs a reason: see `step.wake_at`."""
+        """Fills the step with `step.add`, whose answer says what was granted. An empty step needs a reason: see `step.wake_at`.
+
+        A walk over `self.order(view)` ends when the answer is NoBudget or NeedBlocks, which holds for everybody behind as well, and
+        goes on after NotReady, which is about this request alone."""
         raise NotImplementedError
 
 
@@ -250,7 +251,8 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Defer:
-    """Not yet. `until` (seconds on the run's clock) wakes the engine when it would otherwise idle."""
+    """Not yet. `until` (seconds on the run's clock) wakes the engine when it would otherwise idle; a time that has passed asks again at
+    once, but not for ever: who does nothing else is stopped."""
 
     until: float | None = None
 

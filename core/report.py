@@ -88,9 +88,9 @@ def run_table(s: dict[str, Any]) -> str:
     facts[1:1] = [("rejected", f"{kind['count']:,}: {kind['reason']}") for kind in s.get("rejections", ())]
     if "slo_attainment" in s:
         facts.append(("goodput", f"{s['request_goodput']:.2f} requests/s, SLO attainment {s['slo_attainment']:.1%}"))
-    if "jain_index" in s:
+    if "num_clients" in s:
         facts.append(
-            ("fairness", f"{s['num_clients']} clients, Jain {number(s['jain_index'], '.3f')}, service difference {s['service_difference']:,.0f}")
+            ("fairness", f"{s['num_clients']} clients, Jain {number(s.get('jain_index'), '.3f')}, service difference {s['service_difference']:,.0f}")
         )
     if "oracles" in s:
         facts.append(("oracle", f"{s['oracles']} saw what no deployed policy can see"))

@@ -116,7 +116,7 @@ class Request:
         "block_table", "state", "finish_reason", "num_cached_tokens", "num_preemptions", "num_recomputed_tokens",
         "first_scheduled_time", "finish_time", "token_times", "logprobs", "stop_text", "stop_reason",
         "_limit", "_stop_at", "_stop_tokens", "_planned", "_in_flight",
-        "_published", "_parent", "_shadow", "_match", "_high_water",
+        "_published", "_parent", "_shadow", "_match", "_past", "_since",
     )  # fmt: skip
 
     def __init__(self, arrival: Arrival, index: int, *, max_model_len: int, eos_token_ids: frozenset[int]) -> None:
@@ -158,7 +158,8 @@ class Request:
         self._parent = -1  # canonical cached block that the next published block hangs under
         self._shadow: dict[int, int] = {}  # table index -> canonical twin of a published duplicate, kept referenced
         self._match: Any = None  # memo of the last prefix match
-        self._high_water = 0  # tokens ever computed: what is below it is a recomputation
+        self._past: tuple[tuple[int, int], ...] = ()  # spans of positions that were planned before its preemptions
+        self._since = 0  # first position that is planned since it was last admitted; cached ones lie before
 
     @property
     def num_output_tokens(self) -> int:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from . import spans
+from .clock import is_finite
 from .errors import PolicyError, near
 from .plan import Allocation, StepPlan
-from .policy import PREEMPTION_MODES, Admission, Admit, Defer, Need, Reject, TokenBudget, Victim
+from .policy import PREEMPTION_MODES, Admission, Admit, Defer, Need, Reject, Role, TokenBudget, Victim
 from .request import Request, RequestState
 
 if TYPE_CHECKING:
@@ -44,19 +46,22 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class NoBudget(Refused):
-    """No tokens or no sequences left in this step, or too many requests run already."""
+    """Nobody else fits into this step: no tokens or sequences are left, or too many requests run already. Ends a walk over those that wait."""
+
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class NeedBlocks(Refused):
-    """`k` blocks are missing."""
+    """`k` blocks are missing, or come back with a step in flight. Ends a walk: who comes later must not take what this one waits for."""
 
     k: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class NotReady(Refused):
-    """Nothing to compute for it now: its tokens are in flight, it was preempted in this step, or admission defers it."""
+    """This request alone cannot go on now: its tokens are in flight, or admission defers or rejects it. A walk goes on to the next one."""
 
     reason: str = ""
 
@@ -65,9 +70,8 @@ Grant = Granted | NoBudget | NeedBlocks | NotReady
 _ONE = Granted(1)
 _NO_BUDGET = NoBudget()
 _IN_FLIGHT = NotReady("its next token is in flight")
-_PREEMPTED_NOW = NotReady("preempted in this step")
-_THRASHING = NotReady("requests preempt each other without emitting a token: nobody starts until one does")
-_RELEASING = NotReady("its blocks are still in flight")
+_NOBODY_LEFT: Any = object()
+_THRASHING = NoBudget("requests preempt each other without emitting a token: nobody starts until one does")
 
 
 class StepBuilder:
@@ -83,6 +87,7 @@ class StepBuilder:
         self.seqs_left = 0
         self._now = 0.0
         self._by_policy: set[int] = set()
+        self._num_turned_away = 0
         self._reset(-1, 0.0, 0, 0)
 
     def _reset(self, step: int, now: float, tokens: int, seqs: int) -> None:
@@ -94,7 +99,9 @@ class StepBuilder:
         self._allocated: list[Allocation] = []
         self._admitted: list[Request] = []
         self._preempted: list[Request] = []
+        self._num_turned_away = 0
         self._wake: float | None = None
+        self._waker: Role | None = None  # who asked for the earliest wake
         if self._by_policy:
             self._by_policy = set()
 
@@ -104,6 +111,11 @@ class StepBuilder:
     def num_seqs(self) -> int:
         """Requests in this step so far."""
         return len(self._requests)
+
+    @property
+    def num_turned_away(self) -> int:
+        """Times that admission deferred or rejected a request in this step so far."""
+        return self._num_turned_away
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +131,11 @@ class StepBuilder:
             self.tokens_left = min(self.tokens_left, max(0, tokens))
         if seqs is not None:
             self.seqs_left = min(self.seqs_left, max(0, seqs))
+
+    def admits(self, request: Request) -> bool:
+        """Whether admission lets a waiting request start now. A scheduler that asks more than `add` before it starts one (`fits`, what
+        is left of its own budget) asks this first: a request that admission defers then stops nobody behind it."""
+        return request.state is not _WAITING or self._ask_admission(request) is None
 
     def fits(self, request: Request) -> bool:
         """Whether blocks for all known tokens of a waiting request are available now: what a scheduler that runs prompts
@@ -159,7 +176,7 @@ class StepBuilder:
             self._lengths.append(1)
             self._samples.append(True)
             return _ONE
-        if num_tokens is not None and num_tokens < 1:
+        if num_tokens is not None and not num_tokens >= 1:  # NaN too
             raise self._error(f"add(num_tokens={num_tokens}): expected at least 1, or None for as many as fit", request)
         state = request.state
         if state is _RUNNING:
@@ -190,12 +207,17 @@ class StepBuilder:
         self._engine._reject(request, reason)
 
     def wake_at(self, t: float) -> None:
-        """A policy that idles on purpose says until when (seconds on the run's clock)."""
-        if not t > self._now:
-            raise self._error(f"wake_at({t}): expected a time after now={self._now}")
-        self._wake = t if self._wake is None else min(self._wake, t)
+        """A policy that idles on purpose says until when (seconds on the run's clock). A time that is not after now means the next
+        turn; who asks for that again and again, and plans nothing, is stopped by the engine."""
+        self._wake_at(t, self._engine.scheduler, "wake_at")
 
-    # ---- how add works ------------------------------------------------------------------------------------------
+    # ---- how the verbs work -------------------------------------------------------------------------------------
+
+    def _wake_at(self, t: float, waker: Role, verb: str) -> None:
+        if not is_finite(t):
+            raise self._engine.guard.refusal(waker, f"{verb}({t!r}): expected a finite time in seconds; now is {self._now}")
+        if self._wake is None or t < self._wake:
+            self._wake, self._waker = t, waker
 
     def _add_running(self, request: Request, start: int, at_most: int | None) -> Grant:
         if request._planned == self.step:
@@ -221,9 +243,9 @@ class StepBuilder:
         if request._planned == self.step:
             if request.index in self._by_policy:
                 raise self._error("planned after this policy preempted it in the same step", request)
-            return _PREEMPTED_NOW
+            return NeedBlocks(-(-request.num_tokens // self._block_size), "preempted in this step")
         if request._in_flight:
-            return _RELEASING
+            return NeedBlocks(-(-request.num_tokens // self._block_size), "its blocks are still in flight")
         if engine.thrashing and engine.running.items:
             return _THRASHING
         if len(engine.running) >= engine.max_num_seqs or self.tokens_left <= 0 or self.seqs_left <= 0:
@@ -258,9 +280,10 @@ class StepBuilder:
             left = min(left, at_most)
         budget: TokenBudget | None = self._engine.budget
         if budget is not None and left > 0 and new > 1:
-            tokens = budget.tokens(request, left, self._engine.view)
-            if not 0 <= tokens <= left:
-                raise PolicyError(f"tokens() answered {tokens}: expected 0 to {left}", plugin=budget.plugin_name, step=self.step, request=request.id)
+            guard = self._engine.guard
+            tokens = guard.call(budget, budget.tokens, request, left, self._engine.view)
+            if not isinstance(tokens, int) or not 0 <= tokens <= left:
+                raise guard.refusal(budget, f"tokens() answered {tokens!r}: expected 0 to {left}", request)
             left = tokens
         return left
 
@@ -270,6 +293,8 @@ class StepBuilder:
             self._allocated.append(Allocation(request, len(request.block_table), blocks))
             request.block_table.extend(blocks)
             self._engine.owed.pop(request.index, None)
+        if request._past:
+            request.num_recomputed_tokens += spans.overlap(request._past, start, start + n)
         sample = start + n == request.num_tokens
         request._planned = self.step
         request.num_scheduled_tokens += n
@@ -287,18 +312,19 @@ class StepBuilder:
         admission: Admission | None = self._engine.admission
         if admission is None:
             return None
-        answer = admission.admit(request, self._engine.view)
+        guard = self._engine.guard
+        answer = guard.call(admission, admission.admit, request, self._engine.view)
         if isinstance(answer, Admit):
             return None
+        self._num_turned_away += 1
         if isinstance(answer, Defer):
             if answer.until is not None:
-                self.wake_at(answer.until)
+                self._wake_at(answer.until, admission, "Defer")
             return NotReady("admission defers it")
         if isinstance(answer, Reject):
             self.reject(request, answer.reason)
             return NotReady(f"rejected: {answer.reason}")
-        message = f"admit() answered {answer!r}: expected Admit, Defer or Reject"
-        raise PolicyError(message, plugin=admission.plugin_name, step=self.step, request=request.id)
+        raise guard.refusal(admission, f"admit() answered {answer!r}: expected Admit, Defer or Reject", request)
 
     def _make_room(self, request: Request, need: int) -> int:
         """Preempts until `need` blocks are available; 0 when they are, else how many are missing."""
@@ -307,25 +333,22 @@ class StepBuilder:
         if engine.thrashing:  # from here on the oldest is safe until a token comes out
             candidates = reversed(engine.view.running)
         else:
-            candidates = iter(victim.victims(Need(request, need), engine.view))
+            candidates = engine.guard.each(victim, victim.victims, Need(request, need), engine.view)
         while need > pool.num_available:
             if need <= pool.num_available + engine.num_releasing_blocks():
                 return need - pool.num_available  # blocks of preempted requests come back with the step in flight
-            other = next(candidates, None)
-            if other is None or other is request:
+            other = next(candidates, _NOBODY_LEFT)
+            if other is _NOBODY_LEFT or other is request:
                 if engine._reclaim(request):
                     continue
                 # Named by the policy, or the last one left. Alone, it starts over: what its kept head holds (twins of
                 # published duplicates too) may be just what it lacks.
                 self._preempt(request, victim.mode if len(engine.running) > 1 else "recompute", need)
                 return max(1, need - pool.num_available)
+            if not isinstance(other, Request) or (other.state is not _RUNNING and other._planned != self.step):
+                raise engine.guard.refusal(victim, f"victims() named {other!r}, which does not run: yield requests of view.running", request)
             if other._planned == self.step:
                 continue
-            if other.state is not _RUNNING:
-                raise PolicyError(
-                    f"victims() named {other!r}, which does not run: yield requests of view.running",
-                    plugin=victim.plugin_name, step=self.step, request=request.id,
-                )  # fmt: skip
             self._preempt(other, victim.mode, need - pool.num_available)
         return 0
 

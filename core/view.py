@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .blocks import BlockPool
+from .clock import is_finite
 from .errors import PolicyError
-from .policy import SERVICES, LengthPrediction, Predictor
+from .policy import SERVICES, LengthPrediction, Order
 from .request import Request, RequestState
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 _PREEMPTED = RequestState.PREEMPTED
+_WANTS_TO_START = (RequestState.WAITING, RequestState.PREEMPTED)
 
 
 class Match(NamedTuple):
@@ -118,6 +120,27 @@ class View:
         builder = self._engine.builder
         return builder._starts, builder._lengths
 
+    def candidates(self, order: Order, window: int) -> Iterator[Request]:
+        """Waiting requests as `order` ranks them, until `window` of them were looked at; those that admission turned away in this step do
+        not count. Raises PolicyError for what does not wait and for a request that is named twice."""
+        return self._checked(order, self._engine.guard.each(order, order.order, self), window)
+
+    def _checked(self, order: Order, ranked: Iterator[Request], window: int) -> Iterator[Request]:
+        guard, builder = self._engine.guard, self._engine.builder
+        named: set[int] = set()
+        for request in ranked:
+            if not isinstance(request, Request) or not (request.state in _WANTS_TO_START or request in self.waiting):
+                raise guard.refusal(order, f"order() named {request!r}, which does not wait: name requests of view.waiting")
+            if request.index in named:
+                raise guard.refusal(order, "order() named it twice in one step", request)
+            named.add(request.index)
+            turned_away = builder.num_turned_away
+            yield request
+            if builder.num_turned_away == turned_away:
+                window -= 1
+                if window <= 0:
+                    return
+
     def match(self, request: Request) -> Match:
         """Cached prefix of a waiting request. Memoised across steps: O(1) while the cache did not change around it."""
         pool, cache = self._engine.pool, self._engine.cache
@@ -139,9 +162,10 @@ class View:
                 return Match(known, n * pool.block_size)
             known = known[:n]
         if len(known) < limit:
-            known = known + cache.match(request, known, limit)
-        if len(known) > limit or not all(blocks[b].cached for b in known):
-            raise PolicyError(f"match() answered {known}: expected at most {limit} cached blocks", plugin=cache.plugin_name, request=request.id)
+            found = self._engine.guard.call(cache, cache.match, request, known, limit)
+            if not isinstance(found, list) or len(known) + len(found) > limit or not all(map(pool.is_cached, found)):
+                raise self._engine.guard.refusal(cache, f"match() answered {found}: expected at most {limit - len(known)} cached blocks", request)
+            known = known + found
         version = blocks[known[-1]].version if known else pool.root_version
         request._match = (known, [blocks[b].generation for b in known], version, limit)
         return Match(known, len(known) * pool.block_size)
@@ -153,14 +177,19 @@ class View:
         """Predicted seconds of a step with these chunks, from the executor's cost model."""
         if (model := self._engine.cost_model) is None:
             raise PolicyError("asked for step_time, but this executor has no cost model: " + SERVICES["step_time"])
-        return model.step_time(starts, lengths)
+        seconds = model.step_time(starts, lengths)
+        if not is_finite(seconds):
+            message = f"step_time() answered {seconds!r} for chunks of {list(lengths)[:8]} tokens: expected finite seconds"
+            raise self._engine.guard.refusal(self._engine.executor, message)
+        return seconds
 
     def predict(self, request: Request) -> LengthPrediction:
         """Predicted output length, from the `predictor` role."""
-        predictor: Predictor | None = self._engine.predictor
+        predictor = self._engine.predictor
         if predictor is None:
             raise PolicyError("asked for a length prediction, but no predictor is chosen: " + SERVICES["predictor"])
-        return predictor.predict(request)
+        prediction: LengthPrediction = predictor.predict(request)
+        return prediction
 
     def describe(self) -> str:
         """The state as an error prints it."""

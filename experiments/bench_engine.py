@@ -167,14 +167,12 @@ def ours_open(args: argparse.Namespace) -> None:
     run_ours(llm, *requests(0))
     for repeat in range(1, args.repeats + 1):
         prompts, lengths = requests(repeat)
-        rng, at = Random(repeat), llm.engine.executor.clock.now() + 0.1
+        rng, at = Random(repeat), 0.1
         arrivals = []
         for prompt, length in zip(prompts, lengths, strict=True):
             at += rng.expovariate(args.rate)
             arrivals.append(Arrival(at, prompt, sampling(length)))
-        before = len(llm.engine.finished)
-        llm.engine.run(arrivals)
-        done = llm.engine.finished[before:]
+        done = llm.engine.run(arrivals).outputs
         ttft = sorted(o.token_times[0] - o.arrival_time for o in done)
         tpot = sorted((o.token_times[-1] - o.token_times[0]) / (len(o.token_times) - 1) for o in done)
         named = {"ttft": ttft, "tpot": tpot}

@@ -122,6 +122,7 @@ def test_parameters_of_the_command_line_reach_the_plugin(registry):
         ("engine.block_size=[1]", "engine.block_size=[1]: expected a whole number"),
         ("kernels.cuda_graphs=maybe", "kernels.cuda_graphs=maybe: expected true or false"),
         ("tracking.project=[a]", "tracking.project=[a]: expected a text"),
+        ("workload.slo_tiers=[{tft: 1}]", "workload.slo_tiers: the chosen workload's slo_tiers has no 'tft'. Did you mean ttft"),
         ("engine=3", "engine=3: expected a parameter, engine.NAME=VALUE"),
         ("~engine.block_size", "~engine.block_size: parameters cannot be removed"),
         ("model.name_or_path=it's", "model.name_or_path=it's: the value cannot be read. Quote what holds spaces"),

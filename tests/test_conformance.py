@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from bad_policies import BAD
 
 from core.errors import ConfigError
-from core.policy import Order
+from core.policy import Admission, Admit, Defer, Order
+from core.request import Request
 from core.testing import check, kit, starve
 from core.testing.subject import FILLERS, Subject, kit_registry
 from core.testing.worker import Workers
+from core.view import View
 
 FILE = str(Path(__file__).parent / "bad_policies.py")
 SEEDS = range(120)
@@ -118,3 +121,23 @@ def test_a_composition_that_cannot_be_is_refused_before_any_run() -> None:
 def test_parameters_have_their_types() -> None:
     subject = Subject(("scheduler=chunked", "scheduler.chunk_size=3", "scheduler.token_budget=null", "victim.mode=drop_tail"))
     assert subject.choices == {"scheduler": ("chunked", {"chunk_size": 3, "token_budget": None}), "victim": ("newest", {"mode": "drop_tail"})}
+
+
+@dataclass
+class OpensLater(Admission):
+    """Lets `many` start, and defers the rest for a day."""
+
+    many: int = 0
+
+    def admit(self, request: Request, view: View) -> Admit | Defer:
+        return Admit() if view.num_running < self.many else Defer(view.now + 86400.0)
+
+
+@pytest.mark.parametrize(("many", "says"), [(0, "0 of 256 requests that fit were running, and 0 of 30 steps"), (10, "10 of 256 requests")])
+def test_a_cost_is_said_only_of_what_ran(many: int, says: str) -> None:
+    subject = Subject()
+    subject.plain_roles = lambda: {**Subject().plain_roles(), "admission": OpensLater(many)}
+    (verdict,) = kit.check_cost(subject, ())
+    assert verdict.verdict == kit.NOTE and "nothing was measured" in verdict.detail and says in verdict.detail
+    (verdict,) = kit.check_cost(Subject(), ())
+    assert verdict.verdict == kit.PASS and "us a step at 256 running and 64 waiting" in verdict.detail

@@ -9,7 +9,7 @@ from core.config import EngineConfig
 from core.engine import Engine
 from core.errors import ConfigError, PolicyError
 from core.metrics import summarize
-from core.policy import Admission, Eviction, Observer, Oracle, Order, Predictor, Retention
+from core.policy import Admission, Eviction, LengthPrediction, Observer, Oracle, Order, Predictor, Retention
 from core.request import SLO, Arrival, Request, Tags
 from core.testing.oracle import OracleExecutor
 from plugins.cache.hash import HashBlocks
@@ -254,14 +254,29 @@ def test_8_only_a_declared_oracle_is_handed_the_truth_and_is_stamped() -> None:
             handed[type(self).__name__] = ctx.oracle
 
         def predict(self, request):
-            raise AssertionError
+            return LengthPrediction(1.0, 1.0)
 
     class Sees(Asks):
         plugin_name = "predictor=sees"
         oracle = True
 
-    assert engine(roles={"predictor": Asks()}).run([ask(4, 1)]).oracles == []
-    assert engine(roles={"predictor": Sees()}).run([ask(4, 1)]).oracles == ["predictor=sees"]
+    class Curious(Waiting):
+        def on_arrival(self, request, now):
+            self.predictor.predict(request)
+
+        def setup(self, ctx):
+            super().setup(ctx)
+            self.predictor = ctx.roles["predictor"]
+
+    class Dependent(Waiting):
+        requires = ("predictor",)
+
+    def stamps(predictor: Predictor, order: Order) -> list[str]:
+        return engine(roles={"predictor": predictor, "order": order}).run([ask(4, 1)]).oracles
+
+    assert stamps(Asks(), Curious()) == []
+    assert stamps(Sees(), Waiting()) == [], "nobody asked it, and nobody needs it"
+    assert stamps(Sees(), Curious()) == stamps(Sees(), Dependent()) == ["predictor=sees"]
     assert handed["Asks"] is None and isinstance(handed["Sees"], Oracle)
 
 

@@ -40,6 +40,7 @@ def module(name: str, **members: object) -> ModuleType:
 def installed(folder: Path, dist: str, entry: str, source: str) -> None:
     """An installed distribution, as pip would leave it, with one entry point of the group `headway`."""
     (folder / f"{dist}_plugin.py").write_text(source)
+    sys.modules.pop(f"{dist}_plugin", None)  # of another test
     info = folder / f"{dist}-1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.2\n")
@@ -214,6 +215,63 @@ def test_installed_packages_are_available_and_a_broken_one_stops_only_who_asks(t
     assert registry.get("order", "fcfs")
     with pytest.raises(PluginError, match="order=badpaper cannot be used: import failed: ModuleNotFoundError: .*a_module_that_is_not_there"):
         registry.get("order", "badpaper")
+
+
+@pytest.mark.parametrize(
+    ("field", "source"),
+    [
+        ("beta: int = field(default_factory=lambda: 1 / 0)", "from dataclasses import field"),
+        ("beta: int = field(default_factory=lambda: sys.exit(3))", "import sys; from dataclasses import field"),
+    ],
+)
+def test_a_default_that_cannot_be_made_is_listed_and_stops_only_who_asks(tmp_path, monkeypatch, field, source):
+    broken = f"{source}\n{GOOD.replace('NAME', 'mine').replace('beta: int = 3', field)}"
+    installed(tmp_path, "badpaper", "badpaper", broken)
+    installed(tmp_path, "goodpaper", "goodpaper", GOOD.replace("NAME", "other"))
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = load_registry()
+    assert registry.get("order", "other").build().beta == 3
+    with pytest.raises(PluginError, match="the default of its parameter beta cannot be made: (ZeroDivisionError|SystemExit)"):
+        registry.get("order", "mine")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    listed = subprocess.run([sys.executable, "-m", "headway", "plugins", "order"], capture_output=True, text=True, check=True).stdout
+    assert "other" in listed and "parameter beta cannot be made" in listed
+
+
+@pytest.mark.parametrize("leave", ["raise SystemExit(0)", "import sys; sys.exit('no')", "raise RuntimeError('no luck')"])
+def test_a_package_that_leaves_while_it_registers_is_listed_and_hurts_nobody(tmp_path, monkeypatch, leave):
+    rude = "from headway import hookimpl\n@hookimpl\ndef headway_register(registry):\n    " + leave
+    installed(tmp_path, "badpaper", "badpaper", rude)
+    installed(tmp_path, "goodpaper", "goodpaper", GOOD.replace("NAME", "mine"))
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = load_registry()
+    assert registry.get("order", "mine") and registry.get("order", "fcfs")
+    assert [b.origin.dist for b in registry.broken] == ["badpaper"]
+    assert leave.partition("(")[0].split()[-1].replace("sys.exit", "SystemExit") in registry.broken[0].reason
+
+
+def test_two_packages_with_one_name_are_both_named_and_neither_is_used(tmp_path, monkeypatch):
+    installed(tmp_path, "first_paper", "paper", GOOD.replace("NAME", "one"))
+    installed(tmp_path, "second_paper", "paper", GOOD.replace("NAME", "two"))
+    installed(tmp_path, "goodpaper", "goodpaper", GOOD.replace("NAME", "mine"))
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = load_registry()
+    assert registry.get("order", "mine") and not {"one", "two"} & set(registry.names("order"))
+    assert sorted(b.origin.dist for b in registry.broken) == ["first_paper", "second_paper"]
+    for broken in registry.broken:
+        assert "first_paper 1.2 (first_paper_plugin) and second_paper 1.2 (second_paper_plugin) are both called paper" in broken.reason
+    with pytest.raises(PluginError, match="both called paper"):
+        registry.get("order", "paper")
+    monkeypatch.setenv(BLOCK, "second_paper")
+    assert "one" in load_registry().names("order")
+
+
+def test_a_name_that_is_taken_in_tree_is_said_with_both(tmp_path, monkeypatch):
+    installed(tmp_path, "badpaper", "schedulers.order.fcfs", GOOD.replace("NAME", "mine"))
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = load_registry()
+    (broken,) = registry.broken
+    assert "badpaper 1.2" in broken.reason and "plugins/schedulers/order/fcfs.py" in broken.reason
 
 
 @pytest.mark.parametrize("blocked", ["goodpaper", "*", "other, goodpaper"])

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from headway import SLO, Arrival, RequestState, Tags, load_registry
+from core.metrics import summarize
+from core.report import run_table
+from headway import SLO, Arrival, ConfigError, Request, RequestOutput, RequestState, RunResult, Tags, load_registry
 from plugins.workloads.agents import Agents
 from plugins.workloads.demo import Demo
 from plugins.workloads.mix import Mix
@@ -117,3 +119,23 @@ def test_the_demonstration_has_shared_beginnings_unlike_lengths_and_unlike_clien
 @pytest.mark.parametrize("requests", [1, 2, 3])
 def test_the_demonstration_may_be_as_short_as_one_likes(requests):
     assert len(arrivals(Demo(num_requests=requests))) == requests
+
+
+@pytest.mark.parametrize("tiers", [[3.0], [None], [{"ttft": 0.5}], [[]]])
+def test_a_tier_is_a_set_of_targets_and_nothing_else(tiers):
+    with pytest.raises(ConfigError, match=r"slo_tiers\[0\]=.*: expected SLO, with ttft, tpot, e2el"):
+        Demo(slo_tiers=tiers)
+
+
+def test_clients_that_are_never_there_together_have_no_jain_index():
+    result = RunResult(outputs=[output(c, float(i)) for i, c in enumerate("ab")], duration=3.0)
+    summary = summarize(result)
+    assert summary["num_clients"] == 2 and "jain_index" not in summary
+    assert "2 clients, Jain -" in run_table(summary)
+
+
+def output(client: str, at: float) -> RequestOutput:
+    made = Request(Arrival(at, [1], tags=Tags(client=client)), 0, max_model_len=9, eos_token_ids=frozenset())
+    made.first_scheduled_time, made.finish_time, made.token_times = at, at + 0.5, [at + 0.5]
+    made.state = RequestState.FINISHED
+    return RequestOutput.of(made)

@@ -78,7 +78,7 @@ def test_the_oracle_knows_hidden_lengths_caps_and_the_context():
 
 def test_only_those_who_see_the_truth_are_stamped():
     asked = [ask(0.0, 1, 3)]
-    stamps = {p: run(asked, predictor=p).oracles for p in ("oracle", "noisy", "history", "constant")}
+    stamps = {p: run(asked, predictor=p, order="sjf").oracles for p in ("oracle", "noisy", "history", "constant")}
     assert stamps == {"oracle": ["predictor=oracle"], "noisy": ["predictor=noisy"], "history": [], "constant": []}
 
 

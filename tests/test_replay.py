@@ -392,7 +392,6 @@ def test_the_first_other_decision_is_named_by_its_step_and_by_what_it_is(tmp_pat
     [
         ({"prompt_token_ids": [9] * 20}, "step 0: the prompt of request r0 .* as long, but other tokens"),
         ({"prompt_token_ids": [0] * 19}, "step 0: the prompt of request r0 .* 19 tokens, recorded with 20"),
-        ({"time": -0.5}, "step 0: request r0 does not arrive as in"),
         ({"id": "other"}, "step 0: request other is not in"),
     ],
 )
@@ -401,6 +400,13 @@ def test_a_request_that_is_not_the_recorded_one_is_named(tmp_path, changed, prob
     run_recorded(tmp_path, 1, arrivals)
     with pytest.raises(ReplayError, match=problem):
         by_hand(tmp_path, arrivals).run([replace(arrivals[0], **changed), arrivals[1]])
+
+
+def test_a_request_that_arrives_at_another_time_is_named(tmp_path):
+    arrivals = [Arrival(0.25 * i, [i] * 20, SamplingParams(max_tokens=3)) for i in range(2)]
+    run_recorded(tmp_path, 1, arrivals)
+    with pytest.raises(ReplayError, match="request r1 does not arrive as in .*0.125000 s, recorded at 0.250000 s|clock ends"):
+        by_hand(tmp_path, arrivals).run([arrivals[0], replace(arrivals[1], time=0.125)])
 
 
 def test_requests_that_no_step_shows_are_compared_at_the_end(tmp_path):

@@ -307,9 +307,32 @@ def test_a_policy_that_idles_says_until_when() -> None:
     assert result.outputs[0].first_scheduled_time == 2.5
 
 
-def test_waking_in_the_past_is_an_error() -> None:
-    error = failing(lambda step, view: step.wake_at(view.now), [ask()])
-    assert "expected a time after now=0.0" in str(error)
+def test_waking_now_means_the_next_turn() -> None:
+    turns = []
+
+    def script(step, view):
+        turns.append(view.now)
+        step.wake_at(view.now) if len(turns) < 5 else everybody(step, view)
+
+    result = engine(script).run([ask(4, 1)])
+    assert turns[:5] == sorted(set(turns[:5])), "time moves, or a policy that waits for it would wait for ever"
+    assert result.outputs[0].first_scheduled_time < 1e-6
+
+
+def test_who_asks_for_the_next_turn_for_ever_is_named() -> None:
+    error = failing(lambda step, view: step.wake_at(view.now - 1.0), [ask()])
+    assert error.plugin == "scheduler=scripted" and "asked 51 times in a row to be woken" in str(error)
+    error = failing(everybody, [ask()], roles={"admission": Doorman(lambda request, view: Defer(view.now))})
+    assert error.plugin == "admission=doorman" and "51 times not after now" in str(error)
+
+
+@pytest.mark.parametrize("t", [float("nan"), float("inf"), None, "soon"])
+def test_a_time_to_wake_is_finite(t) -> None:
+    error = failing(lambda step, view: step.wake_at(t), [ask()])
+    assert error.plugin == "scheduler=scripted" and f"wake_at({t!r}): expected a finite time" in str(error)
+    if t is not None:
+        error = failing(everybody, [ask()], roles={"admission": Doorman(lambda request, view: Defer(t))})
+        assert error.plugin == "admission=doorman" and f"Defer({t!r}): expected a finite time" in str(error)
 
 
 def test_an_order_is_consumed_lazily_and_no_further_than_the_window() -> None:

@@ -56,8 +56,8 @@ class Decision:
 class DecisionTrace(DecisionLog):
     """The decision log, and what went into it."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def begin(self) -> None:
+        super().begin()
         self.decisions: list[Decision] = []
 
     def record(self, plan: StepPlan, evicted: Sequence[int], rejected: Sequence[Request]) -> None:

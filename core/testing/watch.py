@@ -9,22 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from .. import policy
 from ..blocks import Block
-from ..errors import PolicyError
+from ..ledger import Mutated
 from ..policy import Role
 from ..request import Request
 
 if TYPE_CHECKING:
     from ..engine import Engine
 
+__all__ = ["Mutated", "Watch"]
 COPIED_FIELDS = ("token_ids", "block_table", "token_times", "_shadow")
 #: The memo of a match is filled by reading; logprobs are no policy's business.
 PLAIN_FIELDS = tuple(name for name in Request.__slots__ if name not in (*COPIED_FIELDS, "_match", "logprobs"))
 _FIELDS, _BLOCK = attrgetter(*PLAIN_FIELDS), attrgetter(*Block.__slots__)
-VERBS = ("add", "preempt", "reject", "wake_at", "limit")
-
-
-class Mutated(PolicyError):
-    """A policy changed a request, a block or the step behind the core's back."""
+VERBS = ("add", "admits", "preempt", "reject", "wake_at", "limit")
 
 
 class Watch:

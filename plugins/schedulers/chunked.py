@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Request, Scheduler, StepBuilder, View, hookimpl, param
+from headway import NeedBlocks, NoBudget, Request, Scheduler, StepBuilder, View, hookimpl, param
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ChunkedPrefill(Scheduler):
         for request in prefills:
             step.add(request, self.chunk_size)
         for request in waiting:
-            if not step.add(request, self.chunk_size):
+            if isinstance(step.add(request, self.chunk_size), NoBudget | NeedBlocks):
                 break
 
 

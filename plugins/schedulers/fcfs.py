@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Scheduler, StepBuilder, View, hookimpl
+from headway import NeedBlocks, NoBudget, Scheduler, StepBuilder, View, hookimpl
 
 
 @dataclass
@@ -18,10 +18,12 @@ class PrefillFirst(Scheduler):
         for request in view.prefilling:
             step.add(request)  # the rest of a prompt longer than the budget
         for request in self.order(view):
+            if not step.admits(request):
+                continue
             rest = request.num_tokens - view.match(request).num_tokens
             if step.num_seqs and rest > step.tokens_left:
                 break
-            if not step.fits(request) or not step.add(request):
+            if not step.fits(request) or isinstance(step.add(request), NoBudget | NeedBlocks):
                 break
         if not step.num_seqs:
             for request in view.running:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Scheduler, StepBuilder, View, hookimpl, param
+from headway import NeedBlocks, NoBudget, Scheduler, StepBuilder, View, hookimpl, param
 
 
 @dataclass
@@ -37,9 +37,14 @@ class TwoPhase(Scheduler):
             if tokens > 0 and seqs > 0 and (granted := step.add(request, tokens)):
                 tokens, seqs = tokens - granted.n, seqs - 1
         for request in self.order(view):
-            if tokens <= 0 or seqs <= 0 or not step.fits(request) or not (granted := step.add(request, tokens)):
+            if tokens <= 0 or seqs <= 0:
                 break
-            tokens, seqs = tokens - granted.n, seqs - 1
+            if not step.admits(request):
+                continue
+            if not step.fits(request) or isinstance(granted := step.add(request, tokens), NoBudget | NeedBlocks):
+                break
+            if granted:
+                tokens, seqs = tokens - granted.n, seqs - 1
 
 
 @hookimpl

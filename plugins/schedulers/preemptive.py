@@ -48,14 +48,15 @@ class Preemptive(ChunkedPrefill):
     def plan(self, step: StepBuilder, view: View) -> None:
         rank = self._order.rank
         running = sorted(view.running, key=rank)
-        waiting = list(self.order(view))
-        if waiting and running and rank(waiting[0]) < rank(running[-1]):
-            gone = self.make_way(step, view, running, waiting)
-            running = [request for request in running if request.index not in gone]
-        self.fill(step, running, waiting)
+        first = next(self.order(view), None)
+        better = first is not None and running and rank(first) < rank(running[-1])
+        gone = self.make_way(step, view, running) if better else set()
+        waiting = (request for request in self.order(view) if request.index not in gone)
+        self.fill(step, [request for request in running if request.index not in gone], waiting)
 
-    def make_way(self, step: StepBuilder, view: View, running: list[Request], waiting: list[Request]) -> set[int]:
-        """Preempts from the end of `running` for as many of `waiting` as rank before it; returns the indices of those that went."""
+    def make_way(self, step: StepBuilder, view: View, running: list[Request]) -> set[int]:
+        """Preempts from the end of `running` for as many waiting requests as rank before it and may start; returns the indices of those
+        that went."""
         rank, paid = self._order.rank, self._paid
         movable = [request for request in running if request.num_output_tokens > paid.get(request.index, -1)]
         self._leaving = [request for request in self._leaving if request.num_scheduled_tokens]
@@ -63,7 +64,12 @@ class Preemptive(ChunkedPrefill):
         blocks = view.kv.available + sum(len(request.block_table) for request in self._leaving)
         tokens = min(step.tokens_left, self.token_budget or step.tokens_left) - sum(request.num_new_tokens for request in running)
         gone: set[int] = set()
-        for request in waiting:
+        last = rank(running[-1])
+        for request in self.order(view):
+            if rank(request) >= last:
+                break
+            if not step.admits(request):
+                continue
             need = view.num_blocks_for(request.num_tokens) - len(request.block_table)
             others: list[Request] = []
             while (seqs < 1 or blocks < need) and movable and rank(request) < rank(movable[-1]):

@@ -44,14 +44,14 @@ class Mix(Workload):
         client, priority, tier = rng.random(), rng.random(), rng.random()  # all drawn, so that none depends on another
         tags, slo = arrival.tags, arrival.slo
         if "clients" in own:
-            tags = replace(tags, client=f"c{self._client(number, client)}")
+            tags = replace(tags, client=f"c{self._dealt_client(number, client)}")
         if "priorities" in own:
             tags = replace(tags, priority=int(priority * (self.priorities or 1)))
         if "slo_tiers" in own and slo == SLO() and self.slo_tiers:
             slo = self.slo_tiers[int(tier * len(self.slo_tiers))]
         return replace(arrival, tags=tags, slo=slo)
 
-    def _client(self, number: int, drawn: float) -> int:
+    def _dealt_client(self, number: int, drawn: float) -> int:
         if self.client_skew is None:
             return number % len(self._shares)
         return next(k for k, upto in enumerate(self._shares) if drawn * self._shares[-1] < upto)

@@ -18,6 +18,7 @@ class PastFuture(Admission):
     and each has grown by what the i-th had left, so peak = max over i of (sum of the first i sizes + i * left of the i-th).
     Lengths are the predictor's upper quantile; the paper draws them from the lengths of finished requests, which is predictor=history.
     A prediction is made at admission, and again when a request outlives it. A cached prefix counts in full, as it may be evicted.
+    The queue is taken in its order, as in the paper: behind a request that does not fit nobody starts in that step.
     """
 
     reserved: float = param(0.05, min=0, below=1)
@@ -28,15 +29,21 @@ class PastFuture(Admission):
         self._predictor = ctx.roles["predictor"]
         self._capacity = ctx.num_blocks * ctx.block_size * (1 - self.reserved)
         self._length: dict[int, float] = {}  # running request index -> predicted output tokens
-        self._moment: tuple[int, float, int] = (-1, 0.0, 0)  # step, now and lag for which _batch holds
+        self._new = -1  # index of the request that is arriving
+        self._full = False  # a request did not fit at this moment
+        self._moment: tuple[int, float, int] = (-1, 0.0, 0)  # step, now and lag for which _batch and _full hold
         self._batch: list[tuple[float, int]] = []  # (-predicted tokens left, tokens now), most left first
 
     def admit(self, request: Request, view: View) -> Admit | Defer:
+        if request.index == self._new:
+            self._new = -1
+            return Admit()  # it is asked again when it is its turn
+        if (moment := (view.step, view.now, view.lag)) != self._moment:
+            self._moment, self._full, self._batch = moment, False, sorted(map(self._forecast, view.running))
         if not view.num_running:
             return Admit()  # alone it fits, or the engine would have refused it
-        if (moment := (view.step, view.now, view.lag)) != self._moment:
-            self._moment, self._batch = moment, sorted(map(self._forecast, view.running))
-        return Admit() if self.peak([*self._batch, self._forecast(request)]) <= self._capacity else Defer()
+        self._full = self._full or self.peak([*self._batch, self._forecast(request)]) > self._capacity
+        return Defer() if self._full else Admit()
 
     def peak(self, batch: list[tuple[float, int]]) -> float:
         """Most KV tokens that these (-tokens left, tokens now) will hold at once."""
@@ -52,6 +59,9 @@ class PastFuture(Admission):
         if length <= made:
             length = self._length[request.index] = max(made + 1.0, self._predictor.predict(request).upper)
         return made - length, request.num_tokens
+
+    def on_arrival(self, request: Request, now: float) -> None:
+        self._new = request.index
 
     def on_admit(self, request: Request, now: float) -> None:
         insort(self._batch, self._forecast(request))

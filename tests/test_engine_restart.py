@@ -1,0 +1,161 @@
+"""One engine, many runs: each is as on a fresh engine, also after one that was cut off, wherever that was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+from scripted import ask, engine, everybody
+
+from core.config import EngineConfig
+from core.engine import Engine
+from core.policy import Observer, Retention
+from core.request import Arrival
+from core.testing.case import random_case
+from core.testing.oracle import OracleExecutor
+from core.testing.subject import Subject
+from core.testing.trial import DecisionTrace, PoolCheck
+
+TICK = 1 / 64  # seconds a step: exact in binary, so that a run that begins later sees the same times
+COMPOSITIONS = (
+    ("scheduler=chunked", "order=fcfs", "cache=hash", "eviction=lru", "retention=keep"),
+    ("scheduler=fcfs", "order=vtc", "cache=radix", "eviction=arc", "retention=drop"),
+    ("scheduler=pd_split", "order=lpm", "cache=hash", "eviction=s3fifo", "retention=ttl"),
+    ("scheduler=preemptive", "order=mlfq", "cache=radix", "eviction=gdsf", "victim=lcf"),
+    ("scheduler=preemptive", "order=srpt", "cache=none", "predictor=history", "victim=random"),
+)
+
+
+def composed(words: tuple[str, ...], seed: int) -> tuple[Engine, list[Arrival]]:
+    """An engine of these policies, small enough to be short of everything, and what it is asked."""
+    case = random_case(seed, {})
+    executor = OracleExecutor(5, 64, case.num_blocks, TICK, 0.0, case.eos, 4, case.placeholders)
+    config = EngineConfig(case.block_size, case.num_blocks, case.max_num_seqs, case.max_num_batched_tokens, case.max_inflight, None, True)
+    running = Engine({**Subject(words).plain_roles(), "executor": executor}, config, seed=seed)
+    running.decisions = DecisionTrace()
+    running.observers.append(PoolCheck(running))
+    return running, [replace(a.arrival(), time=TICK * i / 2) for i, a in enumerate(case.asks)]
+
+
+def answers(running: Engine, arrivals: list[Arrival]) -> tuple:
+    """Everything that a run is judged by, without the times on the engine's clock."""
+    result = running.run(arrivals)
+    outputs = [
+        (o.id, o.state, o.finish_reason, o.output_token_ids, o.num_cached_tokens, o.num_preemptions, o.num_recomputed_tokens) for o in result.outputs
+    ]
+    counts = (result.num_steps, result.num_evictions, result.num_preemptions, result.planned_tokens, result.kv_peak, result.duration)
+    return outputs, counts, list(running.decisions.decisions)
+
+
+class CutOff(Exception):
+    """Raised on purpose."""
+
+
+def cut_off(running: Engine, owner: object, method: str, at: int, error: BaseException) -> None:
+    """Raises the error in the at-th call of that method, and never again."""
+    original, left = getattr(owner, method), [at]
+
+    def call(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise error
+        return original(*args)
+
+    setattr(owner, method, call)
+
+
+#: Where a run is cut off: role (or "" for the observer), method, with what.
+CUTS = (
+    ("", "on_step", KeyboardInterrupt), ("", "on_step", CutOff), ("scheduler", "plan", KeyboardInterrupt), ("scheduler", "plan", CutOff),
+    ("executor", "launch", CutOff), ("executor", "launch", KeyboardInterrupt), ("executor", "collect", KeyboardInterrupt),
+    ("cache", "insert", CutOff), ("cache", "match", KeyboardInterrupt), ("order", "order", CutOff), ("eviction", "on_insert", KeyboardInterrupt),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", COMPOSITIONS, ids=" ".join)
+def test_a_run_after_one_that_was_cut_off_is_as_on_a_fresh_engine(words: tuple[str, ...]) -> None:
+    cut = 0
+    for seed in range(3 * len(CUTS)):
+        role, method, error = CUTS[seed % len(CUTS)]
+        running, arrivals = composed(words, seed)
+        owner = running.roles[role] if role else running.observers[0]
+        cut_off(running, owner, method, Random(seed).randint(1, 12), error())
+        try:
+            status = running.run(arrivals).status
+        except Exception as raised:
+            status = raised.partial.status
+        if status == "finished":
+            continue  # it ended before its time came, or never called the method
+        cut += 1
+        assert running.pool.num_used == running.pool.num_cached == 0, "blocks come back"
+        running.pool.check()
+        fresh, _ = composed(words, seed)
+        assert answers(running, arrivals) == answers(fresh, arrivals), f"seed {seed}: {role}.{method}"
+    assert cut >= len(CUTS)
+
+
+def test_the_runs_that_follow_answer_their_own_requests_alone() -> None:
+    class Once(Observer):
+        def on_step(self, record):
+            if record.step == 2:
+                running.observers.clear()
+                raise KeyboardInterrupt
+
+    running = engine(observers=[Once()])
+    first = running.run([ask(id="a", answer=9), ask(time=99.0, id="late")])
+    assert (first.status, [(o.id, o.state) for o in first.outputs]) == ("interrupted", [("a", "aborted")])
+    assert [o.id for o in running.run([ask(id="b")]).outputs] == ["b"], "what was still to come belongs to the run that was cut off"
+    assert running.run([ask(id="b")]).outputs[0].state == "finished", "ids are unique in a run"
+
+
+def test_counts_times_and_outputs_are_those_of_one_run() -> None:
+    running = engine(executor=OracleExecutor(step_seconds=TICK))
+    asked = [ask([1] * 9, 8), ask([2] * 9, 8, time=4 * TICK), ask([3] * 9, 2, time=3.0)]
+    runs = [running.run(asked) for _ in range(3)]
+    assert [len(r.outputs) for r in runs] == [3, 3, 3]
+    assert runs[1].num_steps == runs[2].num_steps == runs[0].num_steps
+    assert runs[1].planned_tokens == runs[2].planned_tokens < runs[0].planned_tokens, "what is cached stays cached"
+    assert runs[0].duration == runs[1].duration == runs[2].duration
+    waits = [[o.first_scheduled_time - o.arrival_time for o in r.outputs] for r in runs]
+    assert all(wait == pytest.approx(0.0, abs=0.02) for wait in sum(waits, [])), "arrivals are at seconds since their run began"
+
+
+def test_an_engine_keeps_nothing_of_the_runs_that_are_over() -> None:
+    running = engine(max_inflight=2, roles={"retention": Retention()})
+    sizes = []
+    for _ in range(6):
+        running.run([ask(id=f"x{i}", answer=4) for i in range(5)])
+        sizes.append((len(running.finished), len(running._ids), len(running.clock.readings), len(running._ledger._accounts)))
+    assert set(sizes[1:]) == {sizes[1]} and sizes[1][0] == 5
+
+
+def test_policies_are_set_up_anew_only_after_a_run_that_was_cut_off() -> None:
+    class Counts(Retention):
+        setups = 0
+
+        def setup(self, ctx):
+            super().setup(ctx)
+            self.setups += 1
+
+    counts = Counts()
+
+    def script(step, view):
+        if view.now == 0.0 and len(step._engine.clock.readings) > 1:
+            raise CutOff
+        everybody(step, view)
+
+    running = engine(script, roles={"retention": counts})
+    running.run([ask()])
+    running.run([ask()])
+    assert counts.setups == 1, "what they have learned goes on"
+    cut_off(running, running.scheduler, "plan", 1, CutOff())
+    with pytest.raises(Exception, match="CutOff"):
+        running.run([ask()])
+    assert counts.setups == 2
+
+
+def test_arrivals_added_before_a_run_are_part_of_it() -> None:
+    running = engine()
+    running.add(ask(id="a"))
+    assert [o.id for o in running.run([ask(id="b")]).outputs] == ["a", "b"]
