@@ -610,12 +610,8 @@ class Engine:
         """
         status, problem = "finished", None
         try:
-            try:
-                self._begin(arrivals, on_result)
-            except BaseException:
-                interrupts.hold()
-                raise
             with interrupts.stepping():
+                self._begin(arrivals, on_result)
                 while self.step():
                     interrupts.check()
         except KeyboardInterrupt:

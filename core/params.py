@@ -175,6 +175,8 @@ def _fit(value: Any, hint: Any, limits: Limits, path: str) -> Any:
         meant = near(value, limits.choices)
         hint = f".{meant}" if "Did you mean" in meant else ""
         raise _Wrong(path, value, f"one of {', '.join(limits.choices)}{hint}")
+    if isinstance(value, Mapping) and isinstance(arm, type) and is_dataclass(arm):
+        return _made(value, arm, path)
     if isinstance(value, Mapping):
         inner = (get_args(arm) or (Any, Any))[1]
         return {key: _fit(each, inner, limits, f"{path}.{key}") for key, each in value.items()}
@@ -187,6 +189,15 @@ def _fit(value: Any, hint: Any, limits: Limits, path: str) -> Any:
         for name, declared in _declared(type(value)).items():
             object.__setattr__(value, name, _fit(getattr(value, name), *declared, f"{path}.{name}"))
     return value
+
+
+def _made(entries: Mapping[str, Any], kind: type, path: str) -> Any:
+    """The object of a nested dataclass that was given as a table."""
+    known = _declared(kind)
+    for name in entries:
+        if name not in known:
+            raise _Wrong(f"{path}.{name}", entries[name], f"one of the parameters {', '.join(known)}")
+    return kind(**{name: _fit(value, *known[name], f"{path}.{name}") for name, value in entries.items()})
 
 
 def _number(value: float, arm: Any, limits: Limits, path: str) -> float:
@@ -216,7 +227,7 @@ def _is(value: Any, hint: Any) -> bool:
     if kind is str:
         return isinstance(value, (str, os.PathLike))
     if isinstance(kind, type) and is_dataclass(kind):
-        return isinstance(value, kind)
+        return isinstance(value, (kind, Mapping))
     return kind is not bool or isinstance(value, bool)
 
 
@@ -239,7 +250,7 @@ def _expected(hint: Any, limits: Limits) -> str:
     if kind is float or kind is Any:
         return f"{'a finite number' if limits.finite else 'a number'} {limits.bounds()}".rstrip()
     if isinstance(kind, type) and is_dataclass(kind):
-        return f"{kind.__name__}, with {', '.join(f.name for f in fields(kind))}"
+        return f"a table of {', '.join(_declared(kind))}"
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 

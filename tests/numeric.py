@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -63,6 +63,8 @@ SMALL = {
 #: At their largest these are no small run, as everything arrives before the first step, unless requests come as
 #: others end.
 TAKEN_AT_ONCE = ("num_requests", "num_sessions", "turns")
+#: Without a number where no client was served in the window that all of them share (docs/metrics.md).
+MAY_BE_NAN = ("jain_index",)
 #: What counts only where the number of blocks follows from the memory.
 SIZE_THE_POOL = ("memory_gb", "memory_utilization", "activation_gb", "kv_cache_gb")
 
@@ -106,6 +108,8 @@ def odd(hint: Any, limits: Limits) -> list[Any]:
     kind, inside = get_origin(hint) or hint, get_args(hint)
     if kind is Union or kind is type(int | None):
         return unlike([value for arm in inside if arm is not NoneType for value in odd(arm, limits)] + [None])
+    if is_dataclass(kind):
+        return [math.nan, 1, "x", [], {}, {"no_such_field": 1}]
     if kind in (list, tuple):
         return [*([value] for value in odd(inside[0], limits)), [], math.nan, 1, "x"]
     if kind is dict:
@@ -236,7 +240,7 @@ def ran(of: Try, registry: Registry) -> Verdict:
     summary = {name: value for name, value in summarize(result).items() if isinstance(value, float)}
     strange = [name for name, value in summary.items() if math.isinf(value)]
     if any(len(output.token_times) > 1 for output in result.outputs):  # else there is no time between two tokens
-        undefined = [name for name, value in summary.items() if math.isnan(value)]
+        undefined = [name for name, value in summary.items() if math.isnan(value) and name not in MAY_BE_NAN]
         strange += [name for name in undefined if not is_undefined(name, registry)]
     said = unfinite(run) or ("" if not strange else f"{', '.join(strange)} of the summary")
     return Verdict(of, "not finite" if said else "ran", said)

@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import islice, product
 from random import Random
 from typing import Any
@@ -99,6 +99,33 @@ def test_a_list_or_table_as_default_belongs_to_one_object():
     one.table["b"] = 2.0
     one.many.append(7)
     assert other.table == {"a": 1.0} and other.many == [1, [2, 3]]
+
+
+@dataclass
+class Inner:
+    depth: int = param(1, min=0)
+
+
+@dataclass
+class Nested(Knobs):
+    inner: Inner = field(default_factory=Inner)
+    tiers: list[SLO] | None = None
+
+
+def test_a_table_in_a_parameter_is_checked_to_its_leaves():
+    nested = Nested(inner={"depth": 2}, tiers=[{"ttft": 1}, SLO(tpot=0.5)])
+    assert nested.inner == Inner(2) and nested.tiers == [SLO(ttft=1.0), SLO(tpot=0.5)]
+    wrong = {
+        "order.inner.depth=-1: expected at least 0": {"inner": {"depth": -1}},
+        "order.inner.dept=1: expected one of the parameters depth": {"inner": {"dept": 1}},
+        "order.inner=3: expected a table of depth": {"inner": 3},
+        "order.tiers[1].ttft=-1: expected a finite number > 0": {"tiers": [SLO(), {"ttft": -1}]},
+        "order.tiers[0]=nan: expected a table of ttft, tpot, e2el": {"tiers": [NAN]},
+    }
+    for said, given in wrong.items():
+        with pytest.raises(ConfigError) as caught:
+            Nested(**given)
+        assert said in str(caught.value)
 
 
 def test_a_plugin_s_own_post_init_finds_only_what_is_right():

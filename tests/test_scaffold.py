@@ -134,7 +134,7 @@ def test_a_stranger_s_package_works_with_no_edit_anywhere(stranger, tmp_path: Pa
     assert "order=mypaper" in stranger(str(ROOT / "run.py"), "order=mypaper", "order.patience=3", *sim)
     assert json.loads((tmp_path / "summary.json").read_text())["completed"] == 8
     help = stranger(str(ROOT / "run.py"), "order=mypaper", "--help")
-    assert "mypaper" in help and "order.patience=100.0" in help
+    assert "mypaper" in help and "order.patience=100.0" in help and "0 to 1e+09, tokens a second" in help
 
     # The kit checks it, here as pytest knows it.
     answer = stranger("-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "core.testing", "--policy", "order=mypaper", "--policy-seeds", "5")
