@@ -226,6 +226,8 @@ def verdict(result: RunResult) -> tuple[str, str]:
     refused = [o for o in result.outputs if o.state == "rejected"]
     if result.status == "finished" and refused and len(refused) == len(result.outputs):
         return "failed", f"all {len(refused)} requests were rejected; the first: {refused[0].finish_reason}"
+    if result.status == "interrupted" and not result.num_steps:
+        return result.status, "interrupted before the first step"
     return result.status, result.error
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from conf.launch import compare
 from core.report import comparison_csv, comparison_rows, notes
-from core.results import comparison, write_result
+from core.results import comparison
 
 
 def job(number: int, *overrides: str, hash: str = "", status: str = "finished", **summary: Any) -> dict[str, Any]:
@@ -64,10 +64,6 @@ def test_runs_that_differ_or_did_not_end_are_not_called_the_same(other):
 
 def test_the_note_is_under_the_table_and_in_the_files(tmp_path):
     runs = [job(0, "cache=hash", hash="a"), job(1, "cache=radix", hash="a")]
-    for number, run in enumerate(runs):
-        run["directory"] = str(tmp_path / str(number))
-        (tmp_path / str(number)).mkdir()
-        write_result(tmp_path / str(number), "finished", run["summary"], overrides=run["overrides"])
     note = "note: jobs 0 and 1 took the same decisions, step for step: cache=hash,radix made no difference to them"
     assert note in compare(tmp_path, runs).splitlines()
     assert (tmp_path / "comparison.md").read_text().endswith(f"\n\n{note}\n")

@@ -121,10 +121,14 @@ def test_the_demonstration_may_be_as_short_as_one_likes(requests):
     assert len(arrivals(Demo(num_requests=requests))) == requests
 
 
-@pytest.mark.parametrize("tiers", [[3.0], [None], [{"ttft": 0.5}], [[]]])
+@pytest.mark.parametrize("tiers", [[3.0], [None], [{"tfft": 0.5}], [{"ttft": "soon"}], [[]]])
 def test_a_tier_is_a_set_of_targets_and_nothing_else(tiers):
-    with pytest.raises(ConfigError, match=r"slo_tiers\[0\]=.*: expected SLO, with ttft, tpot, e2el"):
+    with pytest.raises(ConfigError, match=r"workload.slo_tiers\[0\].*: expected "):
         Demo(slo_tiers=tiers)
+
+
+def test_a_table_of_targets_is_a_tier():
+    assert Demo(slo_tiers=[{"ttft": 0.5}]).slo_tiers == [SLO(ttft=0.5)]
 
 
 def test_clients_that_are_never_there_together_have_no_jain_index():

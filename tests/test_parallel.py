@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from itertools import product
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 from torch_engines import CACHES, GREEDY, SCHEDULERS, engine_of, generate, prepared, shared_prompts, variant
 
 from headway import Arrival, ModelConfig, ParallelConfig, SamplingParams, VirtualClock
@@ -119,3 +121,10 @@ def test_a_stage_has_pp_plans_in_flight(ranks):
     finally:
         del ranks.execution.launch
     assert max(depths) == pp - 1  # the plan that is being launched comes on top
+
+
+def test_what_ranks_meet_at_lasts_as_long_as_they_do(ranks):
+    gc.collect()
+    store = distributed_c10d._get_default_store()
+    store.set("later", "value")  # as mapping the memory of peers does
+    assert store.get("later") == b"value"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import secrets
@@ -369,6 +370,30 @@ def test_a_port_in_use_is_refused(agent):
         asked.parallel.port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match="set parallel.port=0"):
             launch.Ranks(asked)
+
+
+def test_gpus_that_map_each_others_memory_meet_at_a_file_that_only_the_user_can_open(agent, monkeypatch):
+    asked = job()
+    asked.parallel.all_reduce = "symmetric"
+    files: list[Path] = []
+    monkeypatch.setattr(launch.Ranks, "_meet", lambda ranks: files.append(ranks._file))
+    monkeypatch.setattr(launch.Ranks, "_give", lambda ranks, order, kind: enough())
+    with pytest.raises(RankError, match="enough"):
+        launch.Ranks(asked)
+    assert files[0].parent.stat().st_mode & 0o777 == 0o700
+    order = dataclasses.replace(launch.order_of(asked), store_file=str(files[0]))
+    here, there = launch.store_of(order, None), launch.store_of(order, None)
+    here.set("address", "value")
+    assert there.get("address") == b"value"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.5")
+    monkeypatch.setenv(torchrun.KEY, "k" * 32)
+    with pytest.raises(ConfigError, match="all_reduce=symmetric: it runs on one host, this run is on several"):
+        launch.Ranks(asked)
+
+
+def enough() -> None:
+    raise RankError("enough")
 
 
 def test_without_torchruns_agent_the_store_listens_where_the_driver_does(agent, monkeypatch):

@@ -386,7 +386,9 @@ def test_a_loop_over_a_number_without_a_range_is_found(registry):
 def test_times_that_are_infinite_or_run_backwards_are_found(registry):
     registry.add("executor", "racing", Racing)
     found = faults(registry, "executor", "racing")
-    assert found["0"] == "fails" and found["5e-324"] == "not finite" and found["-1"] == "not finite"
+    assert found["0"] == "fails"
+    assert found["5e-324"] == "fails", "the engine stops at a time that is infinite, and names the executor"
+    assert found["-1"] == "not finite"
 
 
 def test_a_default_is_checked_where_its_class_is_not_registered():

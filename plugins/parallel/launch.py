@@ -20,10 +20,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from headway import ConfigError, HeadwayError, RankError
 
@@ -104,6 +106,13 @@ def order_of(job: Job) -> messages.Order:
     return messages.Order(job.executor, job.model, kernels, job.engine, job.seed, job.parallel)
 
 
+def store_of(order: messages.Order, otherwise: Any) -> Any:
+    """Where ranks leave the addresses of their collectives for each other."""
+    if order.store_file:
+        return dist.FileStore(order.store_file, order.parallel.world_size)
+    return otherwise
+
+
 def made_by(kernels: Any) -> str:
     return f"{type(kernels).__module__}.{type(kernels).__qualname__}"
 
@@ -115,7 +124,9 @@ class Ranks:
         """Returns when every rank has been met and agrees on what is to run. Raises ConfigError or RankError."""
         kind = check(job)
         self._job = job
-        order = messages.pack(order_of(job))
+        self._file: Path | None = None  # of a store in a file
+        order = dataclasses.replace(order_of(job), store_file=self._store_file())
+        packed = messages.pack(order)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._channels: dict[int, Channel] = {}
         self._shelf = Shelf()
@@ -141,16 +152,27 @@ class Ranks:
                 torchrun.keep_to_loopback()
                 for rank in self._answers:
                     self._start(rank, kind)
-            self._give(order, kind)
+            self._give(packed, kind)
             self.answers()  # every rank has imported what it needs, so parallel.timeout can hold from here on
             with self.blaming():
                 local_rank = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun() else 0
-                self.mesh = Mesh(job.parallel, 0, Store(self._shelf.ask), rank_device(kind, local_rank))
+                device = rank_device(kind, local_rank)
+                self.mesh = Mesh(job.parallel, 0, store_of(order, Store(self._shelf.ask)), device)
         except BaseException:
             self.close()
             raise
 
     # ---- start ---------------------------------------------------------------------------------------------------
+
+    def _store_file(self) -> str:
+        """GPUs that map each other's memory wait for each other with Python's lock held, and then this process cannot
+        serve a store. They are on one host, so a file does."""
+        if self._job.parallel.all_reduce != "symmetric" or self._job.parallel.tp == 1:
+            return ""
+        if under_torchrun() and torchrun.meeting_point() != torchrun.LOOPBACK:
+            raise ConfigError("parallel.all_reduce=symmetric: it runs on one host, this run is on several: set it to library")
+        self._file = torchrun.private_file()
+        return str(self._file)
 
     def _start(self, rank: int, kind: str) -> None:
         """On this host. The rank inherits its ends of two pairs of sockets."""
@@ -370,6 +392,8 @@ class Ranks:
                 process.kill()
                 process.wait()
         self._shelf.close()
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
         for channel in [*self._channels.values(), *self._stores.values()]:
             channel.close()
 

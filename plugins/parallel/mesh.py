@@ -37,6 +37,7 @@ class Mesh:
         if dist.is_initialized():
             raise ConfigError("another run on several ranks is open in this process: close it first (LLM.close(), executor.close())")
         self.parallel, self.rank, self.device = parallel, rank, device
+        self._store = store  # C++ keeps no hold of a Store in Python, and asks it again when memory is mapped
         self.stage, self.place = divmod(rank, parallel.tp)
         self._closing = Lock()
         self.entered = 0  # collectives begun: of ranks that wait for each other, the one at fault has begun the fewest

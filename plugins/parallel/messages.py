@@ -54,6 +54,7 @@ class Order:
     engine: EngineConfig
     seed: int
     parallel: ParallelConfig
+    store_file: str = ""  # where ranks meet instead of over their second connection: see launch.py
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,12 @@ def keep_to_loopback() -> None:
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
 
 
-def _private_folder() -> Path:
+def private_file() -> Path:
+    """A name that nobody has, in a folder that only this user can open."""
+    return private_folder() / secrets.token_hex(16)
+
+
+def private_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"headway-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
@@ -97,7 +102,7 @@ def shared_key() -> Iterator[tuple[bytes, str]]:
         yield key, "-"
         return
     key, name = secrets.token_bytes(32), secrets.token_hex(16)
-    file = _private_folder() / name
+    file = private_folder() / name
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
         opened.write(key)
     try:
@@ -168,7 +173,7 @@ def _key(rank: int, name: str) -> bytes:
     if name == "-":
         raise ConfigError(f"rank 0 has a key, rank {rank} on {socket.gethostname()} has none: {SET_A_KEY}")
     try:
-        return (_private_folder() / name).read_bytes()
+        return (private_folder() / name).read_bytes()
     except OSError:
         missing = f"rank {rank} on {socket.gethostname()} finds no key of rank 0 here"
         alone = "Without a key ranks meet on one host, as one user"

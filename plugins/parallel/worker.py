@@ -20,7 +20,7 @@ from . import channel as wire
 from . import messages, torchrun
 from .channel import Channel, Malformed
 from .execution import Job, RankExecution
-from .launch import LAGGING, check, facts, made_by, rank_device
+from .launch import LAGGING, check, facts, made_by, rank_device, store_of
 from .mesh import CollectiveError, Mesh
 from .start import Pulse, confess, leave_signals_to_the_driver
 from .store import over
@@ -68,7 +68,7 @@ class Worker:
         job = job_of(order, registry)
         self._answer(None)
         device = rank_device(device_of(job.executor["device"]).type, self._local_rank)
-        self.mesh = Mesh(job.parallel, self.rank, self._store, device)
+        self.mesh = Mesh(job.parallel, self.rank, store_of(order, self._store), device)
         execution = RankExecution(job, self.mesh, lambda name: registry.get("kernels", name).build())
         self._answer(None)
         reports = job.parallel.pp > 1 and self.mesh.is_last and self.mesh.place == 0
