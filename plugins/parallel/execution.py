@@ -89,9 +89,8 @@ class RankExecution(Execution):
         self._prepare_steps()
 
     def _longest_mixed(self, at_most: int) -> int:
-        """Steps whose tokens the ranks share run without graphs."""
-        shared = self.mesh.parallel.overlap_tokens if self.mesh.parallel.tp > 1 else 0
-        return super()._longest_mixed(min(at_most, shared - 1) if shared else at_most)
+        """None: steps with prompts have not been measured in graphs on several ranks."""
+        return 0
 
 
 def _stage_runner(mesh: Mesh, *args: Any, **options: Any) -> StageRunner:

@@ -115,10 +115,6 @@ class StageRunner(ModelRunner):
         super()._set_batch(step, data[:-n])
         self.last_tokens[self.batch_rows[:n]] = data[-n:]
 
-    def _tell(self, step: StepInput, data: Tensor) -> None:
-        self.mesh.flush()
-        super()._tell(step, data)
-
     def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
         if self.mesh.is_last:
             sampled = super()._sample(hidden, rows, positions, sampling, logprobs)

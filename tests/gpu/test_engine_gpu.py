@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import count
 
 import pytest
 
@@ -113,6 +114,9 @@ def test_padding_of_a_step_with_prompts_is_written_nowhere():
         assert keys[reserved].isnan().all() and values[reserved].isnan().all()
 
 
+NEW_SIZES = count(40, 8)  # of rows that no kernel was compiled for in this process
+
+
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_is_compiled_or_captured_after_the_start(graphs, dtype):
@@ -121,7 +125,8 @@ def test_nothing_is_compiled_or_captured_after_the_start(graphs, dtype):
     for kind in SAMPLINGS.values():
         generate(engine, PROMPTS, kind)
     assert executor.execution.late_preparations == 0
-    executor.execution.runner.kernels.rms_norm(torch.ones((3, 48), device="cuda"), torch.ones(48, device="cuda"), 1e-6)  # a size of its own
+    size = next(NEW_SIZES)
+    executor.execution.kernels.rms_norm(torch.ones((3, size), device="cuda"), torch.ones(size, device="cuda"), 1e-6)
     assert executor.execution.late_preparations > 0
 
 
@@ -232,7 +237,7 @@ def test_kv_capacity_fits_into_the_share_of_memory_that_was_asked_for(capsys):
 
 
 def test_more_cache_than_the_gpu_has_is_refused():
-    executor = TorchExecutor(device="cuda", kv_cache_gb=100_000)
+    executor = TorchExecutor(device="cuda", kv_cache_gb=16_000)
     executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), engine=EngineConfig(**LIMITS), backends=lookup(BACKENDS))
     with pytest.raises(ConfigError, match="lower engine.num_blocks"):
         engine_of(executor, num_blocks=None)

@@ -132,7 +132,7 @@ class Execution:
         if self.device.type == "cuda":
             longest = self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
             done = f"CUDA graphs, of prompts up to {longest:,} tokens" if self._capture(longest) else "no CUDA graphs"
-            if self.kernels.caps.mixed_graphs:  # else prompts are read on the host, row by row
+            if longest:  # else prompts are read on the host row by row, or by several ranks
                 sizes = token_sizes(runner.max_num_batched_tokens)
                 captured = runner.mixed_graphs is not None
                 warm_up(runner, [] if captured else batch_sizes(runner.max_num_seqs), sizes[-1:] if captured else sizes)

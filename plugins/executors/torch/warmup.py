@@ -22,9 +22,9 @@ class Preparations:
             from triton import knobs
         except ImportError:
             return
-        knobs.runtime.jit_post_compile_hook = self._compiled
+        knobs.compilation.listener = self._compiled
 
-    def _compiled(self, **_: Any) -> None:
+    def _compiled(self, *_: Any, **__: Any) -> None:
         self.count += 1
 
     def captured(self) -> None:
