@@ -130,6 +130,7 @@ class Execution:
         runner, began = self.runner, perf_counter()
         runner.decode_step, runner.mixed_graphs = runner.decode, None
         if self.device.type == "cuda":
+            PREPARATIONS.listen()
             longest = self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
             done = f"CUDA graphs, of prompts up to {longest:,} tokens" if self._capture(longest) else "no CUDA graphs"
             if longest:  # else prompts are read on the host row by row, or by several ranks

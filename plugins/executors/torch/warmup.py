@@ -3,6 +3,7 @@ is counted."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +19,13 @@ class Preparations:
 
     def __init__(self) -> None:
         self.count = 0
-        try:
+
+    def listen(self) -> None:
+        """From here on Triton tells of what it compiles."""
+        if importlib.util.find_spec("triton") is not None:
             from triton import knobs
-        except ImportError:
-            return
-        knobs.compilation.listener = self._compiled
+
+            knobs.compilation.listener = self._compiled
 
     def _compiled(self, *_: Any, **__: Any) -> None:
         self.count += 1
