@@ -89,6 +89,6 @@ def mixed_steps(llm: Any, repeat: int) -> None:
     draw = lambda n: [rng.randint(0, 10_000) for _ in range(n)]  # noqa: E731
     begin = 0.05  # seconds after the run begins
     answer = lambda n: SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n)  # noqa: E731
-    arrivals = [Arrival(begin, draw(PROMPT), answer(200)) for _ in range(DECODES)]
-    arrivals += [Arrival(begin + 0.5, draw(8 * CHUNK), answer(1)) for _ in range(4)]
+    arrivals = [Arrival(begin, draw(PROMPT), answer(600)) for _ in range(DECODES)]
+    arrivals += [Arrival(begin + 3.0, draw(8 * CHUNK), answer(1)) for _ in range(4)]
     llm.engine.run(arrivals)
