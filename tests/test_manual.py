@@ -21,6 +21,11 @@ def registry() -> Registry:
     return load_registry()
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 def sections(text: str) -> dict[str, str]:
     return {section.partition(":")[0]: section for section in text.split("\n\n") if not section.startswith((" ", "Headway", "`"))}
 
