@@ -8,6 +8,8 @@ C      B's requests as Poisson arrivals at 80% of B's saturated rate: TTFT and T
 D      100 prompts of 512 tokens, 70 of which begin with the same 80% (rounded up to a block): cache=hash against cache=none; 8B
 decode one request, 8B: step time over the time to read the weights once; host time with graphs against without
 seam   A through hooks and roles against the same engine with its policy wired in by hand
+online 20, 26 and 32 requests/s of online.py's load, beside vLLM
+mixed  the step of online.py that holds a chunk and 64 decodes: what the host and the GPU take
 
 Every engine runs in its own process with random weights; the first repeat warms up and is not counted. A peer is any of vllm, nano
 (nano-vLLM) and sglang; PYTHONPATH is where it is found, "" where it is installed.
@@ -31,9 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import online  # noqa: E402
 from roofline import SHAPES, floor, requests  # noqa: E402
 
-MODEL = {"A": "0.6B", "B": "8B", "C": "8B", "D": "8B", "decode": "8B", "seam": "0.6B"}
+MODEL = {"A": "0.6B", "B": "8B", "C": "8B", "D": "8B", "decode": "8B", "seam": "0.6B", "online": "8B", "mixed": "8B"}
+RATES = (20, 26, 32)  # requests/s of `online`
 GOALS = {"A": {"vllm": 1.2, "nano": 1.35, "roofline": 0.75}, "B": {"vllm": 1.12, "nano": 1.2, "roofline": 0.80}}
 LOAD = 0.8  # of the saturated rate, in C
 HOST = ("policy", "prepare", "launch", "collect", "rest")  # the host's parts of a step, seconds, as `profiled` names them
@@ -76,7 +80,10 @@ def saturated(generate: Any, repeats: int, engine: str) -> None:
 
 def work_headway(args: argparse.Namespace) -> None:
     began = time.perf_counter()
-    {"A": ours_saturated, "B": ours_saturated, "C": ours_open, "D": ours_prefix, "decode": ours_decode, "seam": ours_seam}[args.workload](args)
+    {
+        "A": ours_saturated, "B": ours_saturated, "C": ours_open, "D": ours_prefix, "decode": ours_decode, "seam": ours_seam,
+        "online": ours_online, "mixed": ours_mixed,
+    }[args.workload](args)  # fmt: skip
     print(f"worker took {time.perf_counter() - began:.1f} s", flush=True)
 
 
@@ -238,6 +245,26 @@ def ours_seam(args: argparse.Namespace) -> None:
                 undo()
 
 
+def online_engine(args: argparse.Namespace, budget: int) -> Any:
+    return ours(
+        "8B", args.kernels, scheduler={"name": "chunked", "token_budget": budget}, block_size=online.BLOCK_SIZE, num_blocks=online.BLOCKS,
+        max_model_len=online.CONTEXT, max_num_batched_tokens=max(budget, 8192),
+    )  # fmt: skip
+
+
+def ours_online(args: argparse.Namespace) -> None:
+    online.headway_online(online_engine(args, online.BUDGET), RATES, args.repeats, report)
+
+
+def ours_mixed(args: argparse.Namespace) -> None:
+    llm = online_engine(args, online.CHUNK + online.DECODES)
+    for repeat in range(args.repeats + 1):
+        steps = profiled(llm, lambda repeat=repeat: online.mixed_steps(llm, repeat))
+        full = [s for s in steps if not s["decode"] and s["seqs"] >= online.DECODES]
+        parts = ("gpu", "gpu_idle", *HOST)
+        report(engine="headway", repeat=repeat, steps=len(full), ms={k: statistics.median(s.get(k, 0.0) for s in full) * 1e3 for k in parts})
+
+
 def peer_directory(model: str) -> str:
     """config.json and a word tokenizer, as a checkpoint has them; the weights are made in the process."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -258,6 +285,9 @@ def peer_directory(model: str) -> str:
 
 
 def work_vllm(args: argparse.Namespace) -> None:
+    if args.workload == "online":
+        online.vllm_online(peer_directory("8B"), RATES, args.repeats, report)
+        return
     from vllm import LLM, SamplingParams
 
     llm = LLM(peer_directory(MODEL[args.workload]), max_model_len=4096, load_format="dummy")
@@ -422,12 +452,41 @@ def seam(args: argparse.Namespace, found: dict[str, Any]) -> None:
         print(f"   the seam costs {cost:+.2%} ({met(cost < 0.01)}: less than 1%)")
 
 
+def online_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Headway beside vLLM, per rate and figure."""
+    medians: dict[tuple[str, int, str], float] = {}
+    names = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
+    print("\nonline: Qwen3-8B shape, chunked + hash, 2,048 tokens per step, 6,000 KV blocks of 16")
+    for engine, path in {"headway": None, **dict(peer.split("=", 1) for peer in args.peer if peer.startswith("vllm="))}.items():
+        results = found[f"online {engine}"] = run_worker(engine, "online", args, path)
+        for rate in RATES:
+            rows = [r for r in results if r["rate"] == rate and r["repeat"]]
+            for name in names if rows else ():
+                values = [r[name] for r in rows]
+                medians[engine, rate, name] = statistics.median(values)
+                print(f"   {engine:<8} {rate} requests/s {name:<13} {spread(values)}")
+    for (engine, rate, name), theirs in medians.items():
+        if engine == "vllm" and name != "p99_tpot_ms":
+            ratio = medians["headway", rate, name] / theirs
+            print(f"   {rate} requests/s {name:<13} {ratio:.3f}x vLLM ({met(ratio <= 0.85)}: at most 0.85x)")
+
+
+def mixed_step(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    results = found["mixed headway"] = run_worker("headway", "mixed", args)
+    counted = [r for r in results if r["repeat"]]
+    if counted:
+        ms = {k: statistics.median(r["ms"][k] for r in counted) for k in counted[0]["ms"]}
+        print(f"\nmixed: {online.CHUNK} tokens of a prompt beside {online.DECODES} decodes, Qwen3-8B shape, {counted[0]['steps']} steps")
+        print(f"   ms: {rounded(ms)}")
+        print(f"   launch {ms['launch']:.2f} ms ({met(ms['launch'] <= 0.5)}: at most 0.5 ms)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=["A", "B", "C", "D", "decode", "seam"])
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHONPATH")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kernels", default="flash_attn,decode=triton")
+    parser.add_argument("--kernels", default="auto")
     parser.add_argument("--rate", type=float, default=0.0, help="requests/s of C")
     parser.add_argument("--scheduler", default="", help="of C")
     parser.add_argument("--output-len", type=int, default=16, help="of D")
@@ -448,7 +507,8 @@ def main() -> None:
             compare(workload, args, rates, found)
         else:
             {"C": lambda: open_load(args, found), "D": lambda: prefix_test(args, found), "decode": lambda: single_decode(args, rates, found),
-             "seam": lambda: seam(args, found)}[workload]()  # fmt: skip
+             "seam": lambda: seam(args, found), "online": lambda: online_load(args, found),
+             "mixed": lambda: mixed_step(args, found)}[workload]()  # fmt: skip
         if args.json:
             Path(args.json).write_text(json.dumps(found, indent=1))
 

@@ -59,6 +59,12 @@ class KernelChoice(KernelBackend):
         """The object that holds this backend's callables, made once a run. Raises ConfigError when a package is missing."""
         raise NotImplementedError
 
+    def settled(
+        self, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int
+    ) -> tuple[KernelChoice, list[str]]:
+        """The choice with every field set, for a choice that depends on where it runs; and what it left out, with the reason."""
+        return self, []
+
 
 @dataclass
 class GpuChoice(KernelChoice):
@@ -94,6 +100,16 @@ class Kernels:
     chosen: dict[str, str]  # operation -> backend's name, for the run's record
     caps: KernelCaps  # what every chosen backend allows together
     cuda_graphs: bool
+    notes: list[str]  # what could not be chosen here, and why
+
+    def __str__(self) -> str:
+        """One backend per group of operations, graphs, and what was left out."""
+        by_backend: dict[str, list[str]] = {}
+        for group in ("decode", *GROUPS):
+            if name := self.chosen.get(GROUPS.get(group, (group,))[0]):
+                by_backend.setdefault(name, []).append(group)
+        words = [f"{name} ({', '.join(groups)})" for name, groups in by_backend.items()]
+        return "\n  ".join([", ".join([*words, "CUDA graphs" if self.cuda_graphs else "no CUDA graphs"]), *self.notes])
 
 
 def check(name: str, caps: KernelCaps, device: str, dtype: str, head_size: int, block_size: int) -> None:
@@ -120,6 +136,7 @@ def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], devic
     """Binds the operations that `choice` names. backends: name -> that backend's config object with its defaults.
 
     An operation that the named backend does not implement comes from `torch`."""
+    choice, notes = choice.settled(backends, device, dtype, head_size, block_size)
     made: dict[str, tuple[KernelCaps, Any]] = {}
 
     def backend(name: str) -> tuple[KernelCaps, Any]:
@@ -152,7 +169,7 @@ def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], devic
     if choice.cuda_graphs and not all(caps.graph_safe for caps in used):
         unsafe = [name for name in sorted(set(chosen.values()) - {"separate"}) if not made[name][0].graph_safe]
         raise ConfigError(f"kernels.cuda_graphs=true: {_list(unsafe)} cannot be captured. Set kernels=triton, or kernels.cuda_graphs=false.")
-    return Kernels(**calls, chosen=chosen, caps=_together(used), cuda_graphs=choice.cuda_graphs)  # type: ignore[arg-type]
+    return Kernels(**calls, chosen=chosen, caps=_together(used), cuda_graphs=choice.cuda_graphs, notes=notes)  # type: ignore[arg-type]
 
 
 def _by_step(attention: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -203,6 +220,7 @@ def _together(used: list[KernelCaps]) -> KernelCaps:
         block_size_multiple=max(caps.block_size_multiple for caps in used),
         mixed_batches=all(caps.mixed_batches for caps in used),
         graph_safe=all(caps.graph_safe for caps in used),
+        mixed_graphs=all(caps.mixed_graphs for caps in used),
         ops=frozenset.union(*(caps.ops for caps in used)),
     )
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class BatchMetadata:
     """One varlen batch: prompt chunks and decodes together, no phase flag. A decode is a row with one query token."""
 
-    slot_mapping: Tensor  # int64 [T]: block * block_size + offset where each token's KV goes
+    slot_mapping: Tensor  # int64 [T]: block * block_size + offset where each token's KV goes; -1: padding of a graph, stored nowhere
     block_tables: Tensor  # int32 [B, max_blocks]: physical block of each logical one; padding is the reserved block
     cu_seqlens_q: Tensor  # int32 [B + 1]: row i's queries are tokens cu[i]:cu[i+1]
     context_lens: Tensor  # int32 [B]: KV length of each row after this step's tokens are stored
@@ -39,7 +39,8 @@ class KernelCaps:
     head_sizes: frozenset[int] | None = None  # None: any
     block_size_multiple: int = 1
     mixed_batches: bool = True  # prompt chunks and decodes in one call
-    graph_safe: bool = False  # may be captured in a CUDA graph
+    graph_safe: bool = False  # a step of decodes may be captured in a CUDA graph
+    mixed_graphs: bool = False  # so may any step: no length is read on the host, padding is neither stored nor attended to
     ops: frozenset[str] = frozenset()  # the operations it implements
 
 

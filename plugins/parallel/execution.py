@@ -15,7 +15,6 @@ from headway import EngineConfig, ModelConfig, ParallelConfig
 
 from ..executors.torch import TorchExecutor
 from ..executors.torch.execution import Execution, Ticket
-from ..executors.torch.graphs import DecodeGraphs
 from ..executors.torch.runner import Sampled
 from .launch import Ranks
 from .pipeline import Stage, StageBatcher, StageRunner, cut
@@ -87,9 +86,11 @@ class RankExecution(Execution):
         """For measurements, between two runs: how steps communicate from now on. long_steps: "split" or "whole"; transport:
         "library", or "symmetric" where all_reduce is. Graphs are captured again."""
         self.mesh.long_steps, self.mesh.transport = long_steps, transport
-        if self.kernels.cuda_graphs:
-            self.runner.decode_step = self.runner.decode  # frees the old graphs
-            self.runner.decode_step = DecodeGraphs(self.runner).decode
+        self._prepare_steps()
+
+    def _longest_mixed(self, at_most: int) -> int:
+        """None: steps with prompts have not been measured in graphs on several ranks."""
+        return 0
 
 
 def _stage_runner(mesh: Mesh, *args: Any, **options: Any) -> StageRunner:

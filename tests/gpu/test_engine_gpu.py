@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import count
 
 import pytest
 
@@ -14,6 +15,8 @@ from torch_engines import GREEDY, engine_of, generate, reference_tokens, shared_
 
 from headway import Arrival, ConfigError, EngineConfig, ModelConfig, SamplingParams  # noqa: E402
 from plugins.executors.torch import TorchExecutor  # noqa: E402
+from plugins.executors.torch.graphs import token_sizes  # noqa: E402
+from plugins.kernels.auto import AutoKernels  # noqa: E402
 from plugins.kernels.compose import lookup  # noqa: E402
 from plugins.kernels.torch import TorchKernels  # noqa: E402
 from plugins.kernels.triton import TritonKernels  # noqa: E402
@@ -88,6 +91,64 @@ def test_tables_and_lengths_on_the_device_are_those_of_the_plan(kernels, monkeyp
     monkeypatch.setattr(executor, "launch", checked)
     assert generate(engine, PROMPTS) == expected("qwen3")
     assert len(steps) > 20
+
+
+EDGES = [size + off for size in token_sizes(LIMITS["max_num_batched_tokens"]) for off in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("budget", sorted({edge for edge in EDGES if 8 < edge <= 128}))
+def test_steps_with_prompts_answer_the_same_at_every_edge_of_a_graph(budget):
+    """Steps of exactly `budget` tokens: whole prompts and a chunk, under preemption and prefix hits."""
+    engine = engine_on_gpu(on_gpu("qwen3", "triton", True), "fcfs", "radix", chunk=budget, max_inflight=2)
+    assert generate(engine, PROMPTS) == expected("qwen3")
+    assert engine.num_preemptions > 0
+
+
+def test_padding_of_a_step_with_prompts_is_written_nowhere():
+    executor = on_gpu("qwen3", "triton", True)
+    engine = engine_on_gpu(executor, num_blocks=128)
+    generate(engine, PROMPTS[:3], SamplingParams(temperature=0, max_tokens=1))  # no step is a decode
+    reserved = engine.pool.num_blocks
+    assert executor.execution.runner.mixed_graphs is not None
+    for keys, values in executor.execution.runner.caches:
+        assert keys[reserved].isnan().all() and values[reserved].isnan().all()
+
+
+NEW_SIZES = count(40, 8)  # of rows that no kernel was compiled for in this process
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_compiled_or_captured_after_the_start(graphs, dtype):
+    executor = on_gpu("qwen3", "triton", graphs, dtype)
+    engine = engine_on_gpu(executor, num_blocks=128, chunk=7, max_inflight=2)
+    for kind in SAMPLINGS.values():
+        generate(engine, PROMPTS, kind)
+    assert executor.execution.late_preparations == 0
+    size = next(NEW_SIZES)
+    executor.execution.kernels.rms_norm(torch.ones((3, size), device="cuda"), torch.ones(size, device="cuda"), 1e-6)
+    assert executor.execution.late_preparations > 0
+
+
+def test_without_memory_to_capture_steps_run_without_graphs(monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr("plugins.executors.torch.execution.MixedGraphs", full)
+    executor = on_gpu("qwen3", "triton", True)
+    engine = engine_on_gpu(executor, num_blocks=128)
+    assert executor.execution.runner.mixed_graphs is None
+    assert generate(engine, PROMPTS) == expected("qwen3")
+    assert "kernels.cuda_graphs=false" in capsys.readouterr().err
+
+
+def test_auto_kernels_are_the_fastest_that_are_there(capsys):
+    executor = TorchExecutor(device="cuda", kv_cache_gb=0.05)
+    backends = lookup(BACKENDS)  # no FlashAttention among them
+    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), AutoKernels(), engine=EngineConfig(**LIMITS), backends=backends)
+    kernels = executor.execution.kernels
+    assert kernels.cuda_graphs and set(kernels.chosen.values()) == {"triton"}
+    assert "no flash_attn" in str(kernels) and "kernels: triton" in capsys.readouterr().err
 
 
 SAMPLINGS = {
@@ -176,7 +237,7 @@ def test_kv_capacity_fits_into_the_share_of_memory_that_was_asked_for(capsys):
 
 
 def test_more_cache_than_the_gpu_has_is_refused():
-    executor = TorchExecutor(device="cuda", kv_cache_gb=100_000)
+    executor = TorchExecutor(device="cuda", kv_cache_gb=16_000)
     executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), engine=EngineConfig(**LIMITS), backends=lookup(BACKENDS))
     with pytest.raises(ConfigError, match="lower engine.num_blocks"):
         engine_of(executor, num_blocks=None)

@@ -51,6 +51,25 @@ class StepInput:
     logprobs: int  # most alternatives that a row wants; NO_LOGPROBS: no row wants any
     sampled: list[int] | None  # plan indices of the chunks that sample; None: all
 
+    def padded(self, num_seqs: int, num_tokens: int, padding_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a step that is no decode: what it tells about rows (updates, admissions); the sequences that sample, int32 [num_samples];
+        and its batch (rows, starts, bounds, tokens, owners), int32 [3 * num_seqs + 1 + 2 * num_tokens], padded to so many sequences
+        and tokens. Sequences of padding have no token and a row that belongs to no request; tokens of padding lie past the end of
+        the last of them."""
+        sizes = (2 * self.num_updates + self.num_admitted * (1 + PARAMETERS), self.num_seqs, self.num_seqs, self.num_seqs + 1)
+        cuts = np.cumsum((*sizes, self.num_samples, self.num_tokens))
+        told, rows, starts, bounds, samples, tokens, owners = np.split(self.data, cuts)
+        batch = np.zeros(3 * num_seqs + 1 + 2 * num_tokens, dtype=np.int32)
+        at = np.cumsum((num_seqs, num_seqs, num_seqs + 1, num_tokens))
+        all_rows, all_starts, all_bounds, all_tokens, all_owners = np.split(batch, at)
+        all_rows.fill(padding_row)
+        all_bounds.fill(self.num_tokens)
+        all_owners.fill(num_seqs - 1)
+        parts = ((all_rows, rows), (all_starts, starts), (all_bounds, bounds), (all_tokens, tokens), (all_owners, owners))
+        for whole, part in parts:
+            whole[: len(part)] = part
+        return told, samples, batch
+
 
 class _Rows(NamedTuple):
     """What the last decode batch was, for the step that is the same."""

@@ -19,10 +19,11 @@ from ...kernels.torch import TorchKernels
 from ...models.loading import Share, Whole, build, load
 from ...models.spec import read_model
 from .batch import NO_LOGPROBS, Batcher, StepInput
-from .graphs import DecodeGraphs
+from .graphs import DecodeGraphs, MixedGraphs, batch_sizes, longest_mixed, token_sizes
 from .memory import allocate_cache, bytes_per_token, kv_bytes_free
 from .runner import ModelRunner, Sampled
 from .threads import limit_threads
+from .warmup import PREPARATIONS, warm_up
 
 if TYPE_CHECKING:
     from . import TorchExecutor
@@ -68,9 +69,13 @@ class Execution:
         shape = self.spec.shape
         check_weights(self.device, model, shape)
         self.kernels = kernels_for(self.device.type, shape, kernels, backends=backends, block_size=engine.block_size)
+        if self.device.type == "cuda":
+            print(f"kernels: {self.kernels}", file=sys.stderr)
         self.model = build(self.spec, self.kernels)
         load(self.model, self.device, self._share(), seed=seed)
         self.runner: ModelRunner
+        self.warmup_seconds = 0.0
+        self._prepared = 0
         self._last_end: Any = None  # CUDA event at the end of the last step, when profiling
         self._collected = 0.0
 
@@ -118,8 +123,53 @@ class Execution:
         self._arrived = [torch.cuda.Event() for _ in self._results] if pinned else []
         self._stream = torch.cuda.current_stream(self.device) if pinned else None
         self._slots = deque(range(len(self._results)))
-        if self.kernels.cuda_graphs:
-            self.runner.decode_step = DecodeGraphs(self.runner).decode
+        self._prepare_steps()
+
+    def _prepare_steps(self) -> None:
+        """Whatever a step may launch is compiled and captured here; graphs of before are given up first."""
+        runner, began = self.runner, perf_counter()
+        runner.decode_step, runner.mixed_graphs = runner.decode, None
+        if self.device.type == "cuda":
+            PREPARATIONS.listen()
+            longest = self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
+            done = f"CUDA graphs, of prompts up to {longest:,} tokens" if self._capture(longest) else "no CUDA graphs"
+            if longest:  # else prompts are read on the host row by row, or by several ranks
+                sizes = token_sizes(runner.max_num_batched_tokens)
+                captured = runner.mixed_graphs is not None
+                warm_up(runner, [] if captured else batch_sizes(runner.max_num_seqs), sizes[-1:] if captured else sizes)
+            self.warmup_seconds = perf_counter() - began
+            print(f"warm-up: {self.warmup_seconds:.1f} s, {done}", file=sys.stderr)
+        self._prepared = PREPARATIONS.count
+
+    @property
+    def late_preparations(self) -> int:
+        """Kernels compiled and graphs captured since the warm-up: time that was charged to requests."""
+        return PREPARATIONS.count - self._prepared
+
+    def _capture(self, longest: int) -> bool:
+        """Steps as CUDA graphs, those with prompts up to `longest` tokens. False where they are not asked for or find no memory."""
+        runner = self.runner
+        if not self.kernels.cuda_graphs:
+            return False
+        try:
+            decode = DecodeGraphs(runner)
+            mixed = MixedGraphs(runner, longest) if longest else None
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(
+                "warning: no memory is left to capture CUDA graphs, so steps run without them: lower executor.gpu_memory_utilization "
+                "or engine.max_num_seqs, or set kernels.cuda_graphs=false",
+                file=sys.stderr,
+            )
+            return False
+        runner.decode_step, runner.mixed_graphs = decode.decode, mixed
+        return True
+
+    def _longest_mixed(self, at_most: int) -> int:
+        """Tokens of the largest step with prompts that gets a graph; 0: none does."""
+        layers = self.model.model.layers
+        return longest_mixed(sum(p.numel() for p in layers.parameters()), len(layers), at_most)
 
     def close(self) -> None:
         """Gives the memory back."""

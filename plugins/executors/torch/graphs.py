@@ -1,19 +1,34 @@
-"""The whole decode step, sampling included, as CUDA graphs: one a batch size and kind of sampling, replayed with one call."""
+"""Steps as CUDA graphs, replayed with one call: the host launches a step in the time of a few kernels, whatever it holds.
+
+Graphs share one memory pool: the largest is captured first, so that smaller ones fit into what it took.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from .batch import FILTERED, GREEDY, NO_LOGPROBS, RANDOM
 from .runner import Sampled
+from .warmup import PREPARATIONS
 
 if TYPE_CHECKING:
+    from .batch import StepInput
     from .runner import ModelRunner
+
+T = TypeVar("T")
+Size = tuple[int, int]  # sequences, one of padding among them; tokens
+
+LAUNCH_PER_LAYER = 0.5e-3  # seconds that a host takes to launch one layer, kernel by kernel
+FLOPS = 6e14  # per second, of a GPU that computes long steps
+HIDDEN = 3  # a step that keeps the GPU busy for so many times its launch needs no graph: its launch hides behind the step before
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -22,8 +37,37 @@ def batch_sizes(largest: int) -> list[int]:
     return sorted({min(size, largest) for size in sizes}, reverse=True)
 
 
+def token_sizes(largest: int) -> list[int]:
+    """Numbers of tokens that cover every mixed step up to `largest`, smallest first, at most an eighth of padding from 64 on."""
+    sizes, step = list(range(16, 65, 16)), 8
+    while sizes[-1] < largest:
+        step = 2 * step if sizes[-1] >= 16 * step else step
+        sizes.append(sizes[-1] + step)
+    return sorted({min(size, largest) for size in sizes})
+
+
+def longest_mixed(parameters: int, layers: int, at_most: int) -> int:
+    """Tokens up to which a step is worth a graph. parameters: weights that each token is multiplied with on this device."""
+    return max(1, min(at_most, int(HIDDEN * LAUNCH_PER_LAYER * layers * FLOPS / (2 * parameters))))
+
+
+def capture(function: Callable[[], T], pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """The function as a graph, and the tensors that each replay fills."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up: lazy initialisation and compilation must not happen inside the capture
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    PREPARATIONS.captured()
+    # Other threads of a parallel run ask about events at any time, which must not end a capture here.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = function()
+    return graph, result
+
+
 class DecodeGraphs:
-    """Graphs of `runner.decode`. They share one memory pool: largest first, so that smaller ones fit into what it took.
+    """Graphs of `runner.decode`, sampling included: one per batch size and kind of sampling.
 
     A batch is padded to the next size with the row that belongs to nobody. Logprobs run outside of graphs.
     """
@@ -41,18 +85,10 @@ class DecodeGraphs:
     def _capture(self, size: int, sampling: int) -> None:
         runner = self._runner
         runner.batch_rows.fill_(runner.max_num_seqs)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm-up: lazy initialisation and compilation must not happen inside the capture
-            runner.decode(size, runner.max_model_len, sampling)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of a parallel run ask about events at any time, which must not end a capture here.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            tokens = runner.decode(size, runner.max_model_len, sampling).tokens
+        graph, sampled = capture(lambda: runner.decode(size, runner.max_model_len, sampling), self._pool)
         smaller = max((s for s in self._sizes if s < size), default=0)
         for num_seqs in range(smaller + 1, size + 1):
-            self._graphs[num_seqs, sampling] = graph, Sampled(tokens[:num_seqs], None)
+            self._graphs[num_seqs, sampling] = graph, Sampled(sampled.tokens[:num_seqs], None)
 
     def decode(self, num_seqs: int, max_context: int, sampling: int, logprobs: int) -> Sampled:
         """Same contract and same result as `ModelRunner.decode`."""
@@ -62,6 +98,80 @@ class DecodeGraphs:
         graph, sampled = self._graphs[num_seqs, sampling]
         graph.replay()
         return sampled
+
+
+class MixedGraphs:
+    """Graphs of a step with prompts, two per step: of `runner.mixed_hidden`, one per number of tokens and of sequences, and of
+    `runner.draw`, one per number of sequences that sample and kind of sampling. Logprobs run outside of graphs.
+
+    Between the two stand `_hidden`, `_rows` and `_ends`, of every sequence.
+    """
+
+    def __init__(self, runner: ModelRunner, longest: int) -> None:
+        """longest: tokens of the largest step that gets a graph."""
+        self._runner = runner
+        most = runner.max_num_seqs
+        self._tokens = token_sizes(longest)
+        self._seqs = sorted({min(64, most) + 1, most + 1})
+        self._samples = sorted(batch_sizes(most))
+        self._models: dict[Size, torch.cuda.CUDAGraph] = {}
+        self._draws: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by samples, kind of sampling
+        integers = {"dtype": torch.int64, "device": runner.device}
+        # The sequences that sample, then the batch, as `StepInput.padded` lays it out.
+        self._inputs = torch.zeros(most + 3 * (most + 1) + 1 + 2 * longest, **integers)
+        self._chosen, self._batch = self._inputs[:most], self._inputs[most:]
+        self._rows = torch.full((most + 1,), most, **integers)
+        self._ends = torch.zeros(most + 1, **integers)
+        shape = runner.model.spec.shape
+        self._hidden = torch.zeros((most + 1, shape.hidden_size), dtype=getattr(torch, shape.dtype), device=runner.device)
+        self._pool = torch.cuda.graph_pool_handle()
+        with _no_garbage(), torch.inference_mode():
+            for tokens in reversed(self._tokens):
+                for seqs in reversed(self._seqs):
+                    self._capture_model(seqs, tokens)
+            for sampling in (GREEDY, RANDOM, FILTERED):
+                for count in reversed(self._samples):
+                    graph, sampled = capture(partial(self._draw, count, sampling, NO_LOGPROBS), self._pool)
+                    self._draws[count, sampling] = graph, sampled.tokens
+
+    def _capture_model(self, seqs: int, tokens: int) -> None:
+        runner, batch = self._runner, self._batch[: 3 * seqs + 1 + 2 * tokens]
+        batch.zero_()  # an empty one
+        batch[:seqs] = runner.max_num_seqs
+        batch[-tokens:] = seqs - 1
+
+        def run() -> None:
+            hidden, rows, ends, last = runner.mixed_hidden(seqs, tokens, batch, tokens, runner.max_model_len)
+            self._hidden[:seqs].copy_(hidden[last])
+            self._rows[:seqs].copy_(rows)
+            self._ends[:seqs].copy_(ends)
+
+        self._models[seqs, tokens], _ = capture(run, self._pool)
+
+    def _draw(self, count: int, sampling: int, logprobs: int) -> Sampled:
+        chosen = self._chosen[:count]
+        return self._runner.draw(self._hidden[chosen], self._rows[chosen], self._ends[chosen], sampling, logprobs)
+
+    def size_of(self, step: StepInput) -> Size | None:
+        """Of the graph that the step fits into; None where there is none."""
+        seqs = next((n for n in self._seqs if n > step.num_seqs), None)
+        tokens = next((n for n in self._tokens if n >= step.num_tokens), None)
+        return None if seqs is None or tokens is None else (seqs, tokens)
+
+    def padded(self, samples: np.ndarray, seqs: int) -> np.ndarray:
+        """Places in `_chosen`, filled up with the last sequence, which is padding."""
+        return np.concatenate((samples, np.full(len(self._chosen) - len(samples), seqs - 1, dtype=np.int32)))
+
+    def replay(self, size: Size, inputs: Tensor, step: StepInput) -> Sampled:
+        """What `ModelRunner` answers for the step, valid until the next replay."""
+        self._inputs[: len(inputs)].copy_(inputs)
+        self._models[size].replay()
+        n = step.num_samples
+        if not n or step.logprobs != NO_LOGPROBS:
+            return self._draw(n, step.sampling, step.logprobs)
+        graph, tokens = self._draws[next(count for count in self._samples if count >= n), step.sampling]
+        graph.replay()
+        return Sampled(tokens[:n], None)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ Sampling = SamplingParams | Sequence[SamplingParams | None] | None
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 DEFAULTS = {
-    "scheduler": "chunked", "order": "fcfs", "victim": "newest", "cache": "hash", "eviction": "lru", "executor": "torch", "kernels": "torch",
+    "scheduler": "chunked", "order": "fcfs", "victim": "newest", "cache": "hash", "eviction": "lru", "executor": "torch", "kernels": "auto",
 }  # fmt: skip
 OPTIONAL = ("budget", "admission", "predictor", "retention")
 PARALLEL = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp"}

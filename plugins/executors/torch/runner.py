@@ -14,6 +14,7 @@ from .batch import FILTERED, GREEDY, NO_LOGPROBS, PARAMETERS, StepInput
 if TYPE_CHECKING:
     from ...kernels.compose import Kernels
     from ...models.layers import CausalLM, KVCache
+    from .graphs import MixedGraphs
 
 
 class Sampled(NamedTuple):
@@ -58,6 +59,7 @@ class ModelRunner:
     ) -> None:  # fmt: skip
         self.model, self.kernels, self.device, self.caches = model, kernels, device, caches
         self.block_size, self.max_num_seqs, self.max_model_len = block_size, max_num_seqs, max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
         rows = max_num_seqs + 1
         max_blocks = -(-max_model_len // block_size)
         self.block_tables = torch.full((rows, max_blocks), num_blocks, dtype=torch.int32, device=device)
@@ -71,19 +73,22 @@ class ModelRunner:
         self.ordinals = torch.arange(max(rows, max_num_batched_tokens) + 1, device=device)  # int64 0, 1, 2 ...
         self.bounds = torch.arange(rows + 1, dtype=torch.int32, device=device)  # cu_seqlens_q of a decode batch
         self.decode_step = self.decode  # or a replay of it as a CUDA graph
+        self.mixed_graphs: MixedGraphs | None = None  # of steps that are no decodes
         self.staging = Staging(device, max_plans + 1, 16 * rows + 3 * max_num_batched_tokens)
 
     def execute(self, step: StepInput) -> Sampled:
         """Enqueues the step; waits for nothing."""
+        if not step.decode:
+            return self._mixed(step)
         if len(step.data):  # else it is the last decode step again
-            data = self.staging.send(step.data)
-            if n := step.num_updates:
-                self.block_tables.view(-1).index_copy_(0, data[:n], data[n : 2 * n].int())
-                data = data[2 * n :]
-            if not step.decode:
-                return self._mixed(step, data)
-            self._set_batch(step, data)
+            self._set_batch(step, self._update_tables(step, self.staging.send(step.data)))
         return self.decode_step(step.num_seqs, step.max_context, step.sampling, step.logprobs)
+
+    def _update_tables(self, step: StepInput, data: Tensor) -> Tensor:
+        """Applies the block-table updates at the front of `data`; answers what follows them."""
+        if n := step.num_updates:
+            self.block_tables.view(-1).index_copy_(0, data[:n], data[n : 2 * n].int())
+        return data[2 * n :]
 
     def _set_batch(self, step: StepInput, data: Tensor) -> None:
         """The rows of a decode step; `data` is what follows the block-table updates."""
@@ -112,36 +117,62 @@ class ModelRunner:
         return sampled
 
     @torch.inference_mode()
-    def _mixed(self, step: StepInput, data: Tensor) -> Sampled:
-        """Chunks of any length; `data` is what follows the block-table updates."""
-        seqs, tokens_in = step.num_seqs, step.num_tokens
-        width = 1 + PARAMETERS
-        sizes = (step.num_admitted * width, seqs, seqs, seqs + 1, step.num_samples, tokens_in, tokens_in)
-        admissions, rows, starts, bounds, chosen, tokens, owners = data.split(sizes)
-        if step.num_admitted:
-            self._admit(admissions.view(-1, width))
-        size = self.block_size
-        positions = (starts - bounds[:-1])[owners] + self.ordinals[:tokens_in]  # int64 [T]
+    def _mixed(self, step: StepInput) -> Sampled:
+        """Chunks of any length, as CUDA graphs where some are large enough."""
+        graphs = self.mixed_graphs
+        size = graphs.size_of(step) if graphs is not None else None
+        seqs, tokens = size or (step.num_seqs, step.num_tokens)
+        told, samples, batch = step.padded(seqs, tokens, self.max_num_seqs)
+        if graphs is not None and size is not None:
+            samples = graphs.padded(samples, seqs)
+        data = self.staging.send(np.concatenate((told, samples, batch)))
+        self._tell(step, data)
+        inputs = data[len(told) :]
+        if graphs is not None and size is not None:
+            return graphs.replay(size, inputs, step)
+        chosen, inputs = inputs[: len(samples)], inputs[len(samples) :]
+        hidden, rows, ends, last = self.mixed_hidden(seqs, tokens, inputs, step.max_query, step.max_context)
+        return self.draw(hidden[last[chosen]], rows[chosen], ends[chosen], step.sampling, step.logprobs)
+
+    def _tell(self, step: StepInput, data: Tensor) -> None:
+        """What a step that is no decode says about rows."""
+        admissions = self._update_tables(step, data)
+        if n := step.num_admitted * (1 + PARAMETERS):
+            self._admit(admissions[:n].view(-1, 1 + PARAMETERS))
+
+    def draw(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
+        """The next tokens of these rows, from the hidden states [S, N] of their last ones; positions: where they will stand."""
+        if not len(rows):
+            return Sampled(hidden.new_empty(0, dtype=torch.int64), None)
+        sampled = self._sample(hidden, rows, positions, sampling, logprobs)
+        self.last_tokens[rows] = sampled.tokens
+        return sampled
+
+    @torch.inference_mode()
+    def mixed_hidden(self, seqs: int, tokens: int, inputs: Tensor, max_query: int, max_context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """inputs: the batch of `StepInput.padded`, int64 on the device. Answers hidden states [tokens, N] after the final norm; of
+        each sequence its row, the position after its last token, and its last token's place in the batch, int64 [seqs]."""
+        rows, starts, bounds, ids, owners = inputs.split((seqs, seqs, seqs + 1, tokens, tokens))
+        size, first, past = self.block_size, bounds[:-1], bounds[1:]
+        place = self.ordinals[:tokens]
+        real = place < bounds[-1]
+        positions = torch.where(real, (starts - first)[owners] + place, 0)  # int64 [T]
         tables = self.block_tables[rows]
-        ends = starts + bounds[1:] - bounds[:-1]
+        slots = tables[owners, positions // size].long() * size + positions % size
+        ends = starts + past - first
         batch = BatchMetadata(
-            slot_mapping=tables[owners, positions // size].long() * size + positions % size,
+            slot_mapping=torch.where(real, slots, -1),
             block_tables=tables,
             cu_seqlens_q=bounds.int(),
             context_lens=ends.int(),
-            max_seqlen_q=step.max_query,
-            max_seqlen_k=step.max_context,
+            max_seqlen_q=max_query,
+            max_seqlen_k=max_context,
             block_size=size,
         )
-        known = torch.where(tokens < 0, self.last_tokens[rows][owners], tokens)
+        known = torch.where(ids < 0, self.last_tokens[rows][owners], ids)
         hidden = self.model(known, positions, self.caches, batch)
         self.lengths[rows] = ends
-        if not step.num_samples:
-            return Sampled(hidden.new_empty(0, dtype=torch.int64), None)
-        drawing = rows[chosen]
-        sampled = self._sample(hidden[(bounds[1:] - 1)[chosen]], drawing, ends[chosen], step.sampling, step.logprobs)
-        self.last_tokens[drawing] = sampled.tokens
-        return sampled
+        return hidden, rows, ends, past - 1
 
     def _admit(self, admissions: Tensor) -> None:
         """admissions int64 [A, 1 + PARAMETERS]: rows and what their sampling needs."""

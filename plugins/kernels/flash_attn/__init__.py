@@ -29,6 +29,7 @@ class FlashAttnKernels(GpuChoice):
         head_sizes=frozenset((32, 64, 80, 96, 112, 128, 160, 192, 256)),
         block_size_multiple=16,
         graph_safe=True,
+        mixed_graphs=True,
         ops=frozenset(("attention",)),
     )
 

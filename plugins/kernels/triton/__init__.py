@@ -22,6 +22,7 @@ class TritonKernels(GpuChoice):
         dtypes=frozenset(("float32", "bfloat16", "float16")),
         head_sizes=frozenset((16, 32, 64, 80, 96, 128, 256)),
         graph_safe=True,
+        mixed_graphs=True,
         ops=frozenset((*(op for ops in GROUPS.values() for op in ops), *FUSED)),
     )
 

@@ -20,7 +20,7 @@ def _store_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_stride, v_
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token)
     col = tl.arange(0, BLOCK)
-    mask = col < N
+    mask = (col < N) & (slot + 0 * col >= 0)  # a token of padding is stored nowhere
     k = tl.load(k_ptr + token * k_stride + col, mask=mask)
     v = tl.load(v_ptr + token * v_stride + col, mask=mask)
     tl.store(k_cache_ptr + slot * N + col, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
@@ -120,8 +120,9 @@ def _qk_norm_rope_store_kernel(
     to_k = k_cache_ptr + (slot * K + head - H) * D
     to_v = v_cache_ptr + (slot * K + head - H - K) * D
     target = tl.where(is_q, to_q, tl.where(is_v, to_v, to_k)) + col
-    tl.store(target, y1, mask=mask)
-    tl.store(target + HALF, y2, mask=mask)
+    kept = mask & (is_q | (slot + 0 * head >= 0))  # a token of padding is stored nowhere
+    tl.store(target, y1, mask=kept)
+    tl.store(target + HALF, y2, mask=kept)
 
 
 def qk_norm_rope_store(

@@ -1,0 +1,94 @@
+"""Workers of bench_engine.py for steps that hold prompts beside decodes: an online load, on Headway and on vLLM, and one kind of step alone.
+
+online   240 requests as Poisson arrivals; 70% of them in 8 groups that share 80% of their prompt (256 to 1,536 tokens); answers of
+         32 to 384; Qwen3-8B's shape; 6,000 KV blocks of 16 tokens; prefix caching; 2,048 tokens per step. Each repeat is another seed.
+mixed    64 requests decode at about 1,000 tokens of context while a chunk of 512 tokens of another prompt is computed in each step
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+BLOCKS, BLOCK_SIZE, CONTEXT, BUDGET = 6000, 16, 4096, 2048
+VOCABULARY = 151_936
+DECODES, CHUNK, PROMPT = 64, 512, 900
+
+Times = Sequence[float]  # seconds at which a request arrived and got each of its tokens
+
+
+def load(rate: float, seed: int) -> list[Any]:
+    from plugins.workloads.shared_prefix import SharedPrefix
+
+    workload = SharedPrefix(num_requests=240, groups=8, input_len=[256, 1536], output_len=[32, 384], arrival="poisson", rate=rate)
+    return list(workload.arrivals(seed, VOCABULARY, CONTEXT))
+
+
+def figures(requests: Sequence[tuple[float, Times]]) -> dict[str, float]:
+    """Of (arrival, token times) of each request: means and 99th percentiles, milliseconds."""
+    ttft = sorted((times[0] - arrival) * 1e3 for arrival, times in requests)
+    tpot = sorted((times[-1] - times[0]) / max(1, len(times) - 1) * 1e3 for _, times in requests)
+    tail = lambda values: values[min(len(values) - 1, len(values) * 99 // 100)]  # noqa: E731
+    return {
+        "mean_ttft_ms": statistics.fmean(ttft), "p99_ttft_ms": tail(ttft),
+        "mean_tpot_ms": statistics.fmean(tpot), "p99_tpot_ms": tail(tpot),
+    }  # fmt: skip
+
+
+def headway_online(llm: Any, rates: Sequence[float], repeats: int, report: Callable[..., None]) -> None:
+    """llm: a headway.LLM with the limits above."""
+    for rate in rates:
+        for repeat in range(repeats + 1):
+            begin = 0.2  # seconds after the run begins
+            arrivals = [replace(a, time=begin + a.time, id=f"{rate}/{repeat}/{i}") for i, a in enumerate(load(rate, repeat))]
+            outputs = [o for o in llm.engine.run(arrivals).outputs if o.id.startswith(f"{rate}/{repeat}/")]
+            report(engine="headway", rate=rate, repeat=repeat, **figures([(o.arrival_time, o.token_times) for o in outputs]))
+
+
+def vllm_online(model: str, rates: Sequence[float], repeats: int, report: Callable[..., None]) -> None:
+    """model: a directory with config.json and a tokenizer."""
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    async def answer(engine: Any, name: str, begin: float, arrival: Any) -> tuple[float, Times]:
+        await asyncio.sleep(max(0.0, begin + arrival.time - time.perf_counter()))
+        sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=arrival.output_len)
+        times: list[float] = []
+        async for output in engine.generate({"prompt_token_ids": arrival.prompt_token_ids}, sampling, name):
+            times += [time.perf_counter()] * (len(output.outputs[0].token_ids) - len(times))
+        return begin + arrival.time, times
+
+    async def serve() -> None:
+        engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=model, load_format="dummy", max_model_len=CONTEXT, num_gpu_blocks_override=BLOCKS, max_num_seqs=256,
+                max_num_batched_tokens=BUDGET, enable_prefix_caching=True, disable_log_stats=True,
+            )
+        )  # fmt: skip
+        for rate in rates:
+            for repeat in range(repeats + 1):
+                begin = time.perf_counter() + 0.2
+                asked = [answer(engine, f"{rate}/{repeat}/{i}", begin, a) for i, a in enumerate(load(rate, repeat))]
+                report(engine="vllm", rate=rate, repeat=repeat, **figures(await asyncio.gather(*asked)))
+        engine.shutdown()
+
+    asyncio.run(serve())
+
+
+def mixed_steps(llm: Any, repeat: int) -> None:
+    """Requests that decode for long, then prompts long enough for many steps of one chunk beside them."""
+    from headway import Arrival, SamplingParams
+
+    rng = Random(repeat)
+    draw = lambda n: [rng.randint(0, 10_000) for _ in range(n)]  # noqa: E731
+    begin = 0.05  # seconds after the run begins
+    answer = lambda n: SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n)  # noqa: E731
+    arrivals = [Arrival(begin, draw(PROMPT), answer(600)) for _ in range(DECODES)]
+    arrivals += [Arrival(begin + 3.0, draw(8 * CHUNK), answer(1)) for _ in range(4)]
+    llm.engine.run(arrivals)
