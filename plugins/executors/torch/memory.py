@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from headway import ConfigError, EngineConfig, ModelShape, ParallelConfig, check_fits
 
@@ -60,8 +63,15 @@ def allocate_cache(model: CausalLM, num_blocks: int, block_size: int, device: to
 
 def _layer_cache(attention: Attention, num_blocks: int, block_size: int, device: torch.device) -> KVCache:
     size = (2, num_blocks, block_size, attention.num_kv_heads, attention.head_dim)
-    keys, values = torch.zeros(size, dtype=attention.o_proj.weight.dtype, device=device)
+    keys, values = _zeros(size, attention.o_proj.weight.dtype, device)
     return keys, values
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU the system hands out zeroed pages as they are touched, so that a small run does not pay for a large cache."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(size)
 
 
 @torch.inference_mode()
