@@ -183,13 +183,14 @@ def test_an_executor_without_a_model_says_so():
         TorchExecutor().kv_capacity(16)
 
 
-def test_more_blocks_than_memory_is_an_error(monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError], ids=["of a GPU", "of the system"])
+def test_more_blocks_than_memory_is_an_error(monkeypatch, error):
     def full(*args, **options):
-        raise torch.OutOfMemoryError("full")
+        raise error("full")
 
     executor = TorchExecutor(device="cpu")
     executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), engine=EngineConfig())
-    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr("plugins.executors.torch.memory._zeros", full)
     with pytest.raises(ConfigError, match="lower engine.num_blocks"):
         engine_of(executor, num_blocks=64)
 

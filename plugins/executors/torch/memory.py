@@ -54,7 +54,7 @@ def allocate_cache(model: CausalLM, num_blocks: int, block_size: int, device: to
         )
     try:
         return [_layer_cache(layer.self_attn, num_blocks, block_size, device) for layer in model.model.layers]
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise ConfigError(
             f"{num_blocks} KV blocks of {block_size} tokens take {num_blocks * block_size * bytes_per_token(model) / 2**30:.1f} GiB, "
             f"more than {device} has left: lower engine.num_blocks, or leave it unset to take what fits"
