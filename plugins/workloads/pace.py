@@ -26,13 +26,13 @@ def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> 
     """
     given = {"rate": rate} if arrival != "gamma" else {"rate": rate, "burstiness": burstiness}
     for name, value in given.items():
-        if not LEAST <= value <= 1 / LEAST:
-            raise WorkloadError(f"workload.{name}={value}: expected {LEAST:g} to {1 / LEAST:g}")
+        if not LEAST <= value <= MOST:
+            raise WorkloadError(f"workload.{name}={value}: expected {LEAST:g} to {MOST:g}")
     for time in _times(arrival, rate, burstiness, rng):
         yield finite(time, **given)
 
 
-LEAST = 1e-9  # of a rate and of a burstiness; beyond it, or its inverse, times stand still or are infinite
+LEAST, MOST = 1e-9, 1e9  # of a rate and of a burstiness; beyond them times stand still or are infinite
 
 
 def _times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
@@ -86,7 +86,7 @@ class Paced(Mix):
         choices=PROCESSES,
         doc="closed: `concurrency` clients that wait for each answer",
     )
-    rate: float = param(1.0, min=1e-6, max=1e6, unit="requests a second", doc="uniform, poisson and gamma")
+    rate: float = param(1.0, min=1e-6, max=1e9, unit="requests a second", doc="uniform, poisson and gamma")
     burstiness: float = param(
         1.0,
         min=1e-3,
