@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from itertools import pairwise
 
 import pytest
 from torch_engines import reference_tokens, variant
@@ -84,7 +85,9 @@ def test_nothing_of_a_call_is_kept():
     held(5)
     tracemalloc.start()
     try:
-        before = held(10)
-        assert held(20) - before < 20 * 300, "bytes: an answer's logprobs alone take 10,000"
+        sizes = [held(10) for _ in range(4)]
+        # Free lists of libraries grow now and then; what a call keeps grows every time.
+        growth = min(after - before for before, after in pairwise(sizes))
+        assert growth < 10 * 300, "bytes: an answer's logprobs alone take 10,000"
     finally:
         tracemalloc.stop()
