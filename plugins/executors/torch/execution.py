@@ -132,7 +132,8 @@ class Execution:
         if self.device.type == "cuda":
             PREPARATIONS.listen()
             longest = self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
-            done = f"CUDA graphs, of prompts up to {longest:,} tokens" if self._capture(longest) else "no CUDA graphs"
+            covered = f"prompts of up to {longest:,} tokens and decodes" if longest else "decodes"
+            done = f"CUDA graphs of {covered}" if self._capture(longest) else "no CUDA graphs"
             if longest:  # else prompts are read on the host row by row, or by several ranks
                 sizes = token_sizes(runner.max_num_batched_tokens)
                 captured = runner.mixed_graphs is not None

@@ -123,12 +123,12 @@ class ModelRunner:
         size = graphs.size_of(step) if graphs is not None else None
         seqs, tokens = size or (step.num_seqs, step.num_tokens)
         told, samples, batch = step.padded(seqs, tokens, self.max_num_seqs)
-        if graphs is not None and size is not None:
+        if size is not None:
             samples = graphs.padded(samples, seqs)
         data = self.staging.send(np.concatenate((told, samples, batch)))
         self._tell(step, data)
         inputs = data[len(told) :]
-        if graphs is not None and size is not None:
+        if size is not None:
             return graphs.replay(size, inputs, step)
         chosen, inputs = inputs[: len(samples)], inputs[len(samples) :]
         hidden, rows, ends, last = self.mixed_hidden(seqs, tokens, inputs, step.max_query, step.max_context)
