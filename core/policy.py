@@ -412,6 +412,10 @@ class Executor(Role):
         """Starts the step and returns a ticket; must not wait for the device."""
         raise NotImplementedError
 
+    def linger(self) -> None:
+        """Asked before a plan that will wait behind steps in flight: returns when the device is about to run out of work, so
+        that what arrives meanwhile can be in the plan. An executor that cannot tell returns at once."""
+
     def collect(self, ticket: Any) -> StepResult:
         """Waits for that step. Tickets are collected in the order of launch."""
         raise NotImplementedError

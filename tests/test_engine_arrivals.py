@@ -241,3 +241,33 @@ def test_an_executor_without_times_is_stopped_too() -> None:
     assert issubclass(Timeless, Executor)
     with pytest.raises(PolicyError, match="expected finite seconds"):
         engine(executor=Timeless()).run([ask()])
+
+
+# ---- a plan behind a running step ------------------------------------------------------------------------------------
+
+
+class Patient(OracleExecutor):
+    """Waits until just before the step in flight ends, when it is asked to."""
+
+    asked = 0
+
+    def linger(self) -> None:
+        self.asked += 1
+        self.clock.wait_until(self._busy_until - 1e-4)
+
+
+@pytest.mark.parametrize(("executor", "served"), [(OracleExecutor, 0.02), (Patient, 0.01)])
+def test_who_arrives_during_a_step_is_in_the_next_plan_of_an_executor_that_can_wait(executor, served) -> None:
+    """Steps take 10 ms. The next plan is made when the step before begins, or when it is about to end."""
+    arrivals = [ask(4, 20, id="first"), ask(4, 2, time=0.0501, id="second")]
+    outputs = {o.id: o for o in engine(executor=executor(num_blocks=16), max_inflight=2).run(arrivals).outputs}
+    began = outputs["second"].token_times[0] - 0.01
+    assert began - 0.05 == pytest.approx(served)
+
+
+def test_nobody_waits_for_arrivals_where_none_can_come() -> None:
+    patient = Patient(num_blocks=16)
+    engine(executor=patient, max_inflight=2).run([ask(4, 9), ask(5, 9)])
+    assert patient.asked == 0
+    engine(executor=(alone := Patient(num_blocks=16)), max_inflight=1).run([ask(4, 9), ask(5, 9, time=0.03)])
+    assert alone.asked == 0  # a plan with nothing in flight is needed at once

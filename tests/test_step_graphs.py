@@ -32,10 +32,10 @@ def test_padding_is_at_most_an_eighth_from_64_tokens_on(largest):
 
 
 def test_a_step_gets_a_graph_until_its_work_hides_its_launch():
-    layers, parameters = 36, 36 * 193_000_000  # Qwen3-8B's
-    assert 1024 < longest_mixed(parameters, layers, 8192) < 4096
-    assert longest_mixed(parameters // 16, layers, 8192) == 8192  # a small model's launch is never hidden
-    assert longest_mixed(parameters, layers, 100) == 100
+    parameters = 193_000_000  # of a layer of Qwen3-8B's
+    assert 1024 < longest_mixed(parameters, 8192) < 4096
+    assert longest_mixed(parameters // 16, 8192) == 8192  # a small model's launch is never hidden
+    assert longest_mixed(parameters, 100) == 100
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------
@@ -51,16 +51,17 @@ def test_a_padded_step_is_the_step_and_tokens_of_nobody(batch, updates, admitted
     total = bounds[-1]
     tokens, owners = list(range(100, 100 + total)), np.repeat(range(len(batch)), lengths).tolist()
     told = list(range(1000, 1000 + 2 * updates + admitted * (1 + PARAMETERS)))
-    data = np.array([*told, *rows, *starts, *bounds, *samples, *tokens, *owners], dtype=np.int32)
+    data = np.array([*told, *samples, *rows, *starts, *bounds, *tokens, *owners], dtype=np.int32)
     step = StepInput(
         data=data, decode=False, same_rows=False, num_seqs=len(batch), num_tokens=total, num_samples=len(samples),
         num_updates=updates, num_admitted=admitted, max_query=max(lengths), max_context=99, sampling=0, logprobs=-1, sampled=samples,
     )  # fmt: skip
     seqs, size = len(batch) + more_seqs, total + (more_tokens if more_seqs else 0)
-    heard, chosen, padded = step.padded(seqs, size, padding_row=77)
-    assert (heard.tolist(), chosen.tolist()) == (told, samples)
-    at = np.cumsum((seqs, seqs, seqs + 1, size))
-    all_rows, all_starts, all_bounds, all_tokens, all_owners = (part.tolist() for part in np.split(padded, at))
+    at = np.cumsum((len(told), 77, seqs, seqs, seqs + 1, size))
+    parts = np.split(step.padded(seqs, size, padding_row=77), at)
+    heard, chosen, all_rows, all_starts, all_bounds, all_tokens, all_owners = (part.tolist() for part in parts)
+    assert step.num_told == len(told) and heard == told
+    assert chosen == samples + [seqs - 1] * (77 - len(samples))
     n = len(batch)
     assert (all_rows[:n], all_starts[:n], all_bounds[: n + 1], all_tokens[:total], all_owners[:total]) == (rows, starts, bounds, tokens, owners)
     assert set(all_rows[n:]) <= {77} and set(all_bounds[n:]) == {total}  # sequences of padding have no token

@@ -28,7 +28,7 @@ GROUPS = {
     "activation": ("silu_and_mul",),
     "store": ("store_kv",),
     "sampling": ("sample",),
-    "batch": ("decode_inputs", "advance"),
+    "batch": ("decode_inputs", "advance", "update_rows"),
 }
 #: Fused operation -> the operations that it follows from: the backend that runs all of these runs it too, where it has it.
 FUSED = {
@@ -97,6 +97,7 @@ class Kernels:
     sample: Callable[..., Tensor]
     decode_inputs: Callable[..., tuple[Tensor, ...]]
     advance: Callable[..., None]
+    update_rows: Callable[..., None]
     chosen: dict[str, str]  # operation -> backend's name, for the run's record
     caps: KernelCaps  # what every chosen backend allows together
     cuda_graphs: bool

@@ -113,6 +113,23 @@ class KernelBackend(Role):
         """What it leaves: the sampled tokens, and lengths longer by one. The last row is padding and stays at length 0."""
         raise NotImplementedError
 
+    def update_rows(
+        self,
+        data: Tensor,
+        num_updates: int,
+        num_admitted: int,
+        *,
+        block_tables: Tensor,
+        numbers: Tensor,
+        top_k: Tensor,
+        seeds: Tensor,
+    ) -> None:
+        """What a step says about rows, int64, at the front of `data`: updates [2, num_updates], which are places in
+        block_tables (int32 [R, M], one row after the other) and the blocks there; admissions [num_admitted, 7], which are
+        a row, its temperature, top_p and min_p (float32 bits, into numbers float32 [3, R]), top_k (int32 [R]), and the low
+        and high word of its seed (int64 [R])."""
+        raise NotImplementedError
+
 
 def gumbel(seed: int, position: int, token: int) -> float:
     """The noise of one (row, vocabulary entry), as plain integers and floats: what every backend's `sample` must reproduce.

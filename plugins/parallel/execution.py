@@ -82,15 +82,16 @@ class RankExecution(Execution):
         With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0) else."""
         return self.model.times()
 
+    def linger(self) -> None:
+        """At once in a pipeline, whose stages work on several steps."""
+        if self.mesh.parallel.pp == 1:
+            super().linger()
+
     def switch(self, long_steps: str, transport: str) -> None:
         """For measurements, between two runs: how steps communicate from now on. long_steps: "split" or "whole"; transport:
         "library", or "symmetric" where all_reduce is. Graphs are captured again."""
         self.mesh.long_steps, self.mesh.transport = long_steps, transport
         self._prepare_steps()
-
-    def _longest_mixed(self, at_most: int) -> int:
-        """None: steps with prompts have not been measured in graphs on several ranks."""
-        return 0
 
 
 def _stage_runner(mesh: Mesh, *args: Any, **options: Any) -> StageRunner:

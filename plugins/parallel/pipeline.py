@@ -109,9 +109,12 @@ class StageRunner(ModelRunner):
 
     mesh: Mesh
 
+    def _tell(self, step: StepInput, data: Tensor) -> None:
+        self.mesh.flush()  # what this step's graph sends must not overtake what was sent last
+        super()._tell(step, data)
+
     def _set_batch(self, step: StepInput, data: Tensor) -> None:
         n = step.num_seqs
-        self.mesh.flush()  # what a graph sends must not overtake it
         super()._set_batch(step, data[:-n])
         self.last_tokens[self.batch_rows[:n]] = data[-n:]
 

@@ -456,3 +456,20 @@ def test_decode_bookkeeping_is_the_reference(block_size):
         ops.advance(rows, torch.tensor([91, 92, 93, 94, 95], device=DEVICE), *state)
         after.append(state)
     assert torch.equal(after[0][0], after[1][0]) and torch.equal(after[0][1][:9], after[1][1][:9])
+
+
+@pytest.mark.parametrize(("updates", "admitted"), [(0, 0), (3, 0), (0, 2), (700, 300)])
+def test_what_a_step_says_about_rows_is_written_as_the_reference_does(updates, admitted):
+    rows, width = 400, 50
+    draw = lambda n, below: torch.randperm(below)[:n]  # noqa: E731
+    words = torch.randint(-(2**31), 2**31, (admitted, 6))
+    admissions = torch.cat((draw(admitted, rows).unsqueeze(1), words), dim=1)
+    said = torch.cat((draw(updates, rows * width), torch.randint(0, 99, (updates,)), admissions.flatten(), torch.ones(9).long()))
+    after = []
+    for ops in (kernels, reference):
+        tables = torch.full((rows, width), 7, dtype=torch.int32, device=DEVICE)
+        numbers, top_k = torch.zeros((3, rows), device=DEVICE), torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+        seeds = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+        ops.update_rows(said.to(DEVICE), updates, admitted, block_tables=tables, numbers=numbers, top_k=top_k, seeds=seeds)
+        after.append((tables, numbers.view(torch.int32), top_k, seeds))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*after, strict=True))

@@ -146,6 +146,9 @@ class TorchExecutor(Executor):
     def launch(self, plan: StepPlan) -> Any:
         return self.execution.launch(plan, self.clock.now())
 
+    def linger(self) -> None:
+        self.execution.linger()
+
     def collect(self, ticket: Any) -> StepResult:
         return self.execution.collect(ticket, self.clock)
 

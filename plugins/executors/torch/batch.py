@@ -28,11 +28,11 @@ class StepInput:
 
     updates      [2, num_updates]         place in the block tables of all rows, one after the other; block id
     admissions   [num_admitted, 1 + 6]    row, sampling parameters
+    samples      [num_samples]            which chunks sample; absent from a decode
     rows         [num_seqs]               of a decode padded to all rows, and absent when they are the `same_rows`
     and unless decode:
     starts       [num_seqs]               first position of each chunk
     bounds       [num_seqs + 1]           token offsets of chunks
-    samples      [num_samples]            which chunks sample
     tokens       [num_tokens]             ids; -1: the row's last sampled token, still on the device
     owners       [num_tokens]             chunk of each token
     """
@@ -51,24 +51,34 @@ class StepInput:
     logprobs: int  # most alternatives that a row wants; NO_LOGPROBS: no row wants any
     sampled: list[int] | None  # plan indices of the chunks that sample; None: all
 
-    def padded(self, num_seqs: int, num_tokens: int, padding_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of a step that is no decode: what it tells about rows (updates, admissions); the sequences that sample, int32 [num_samples];
-        and its batch (rows, starts, bounds, tokens, owners), int32 [3 * num_seqs + 1 + 2 * num_tokens], padded to so many sequences
-        and tokens. Sequences of padding have no token and a row that belongs to no request; tokens of padding lie past the end of
-        the last of them."""
-        sizes = (2 * self.num_updates + self.num_admitted * (1 + PARAMETERS), self.num_seqs, self.num_seqs, self.num_seqs + 1)
-        cuts = np.cumsum((*sizes, self.num_samples, self.num_tokens))
-        told, rows, starts, bounds, samples, tokens, owners = np.split(self.data, cuts)
-        batch = np.zeros(3 * num_seqs + 1 + 2 * num_tokens, dtype=np.int32)
-        at = np.cumsum((num_seqs, num_seqs, num_seqs + 1, num_tokens))
-        all_rows, all_starts, all_bounds, all_tokens, all_owners = np.split(batch, at)
-        all_rows.fill(padding_row)
-        all_bounds.fill(self.num_tokens)
-        all_owners.fill(num_seqs - 1)
-        parts = ((all_rows, rows), (all_starts, starts), (all_bounds, bounds), (all_tokens, tokens), (all_owners, owners))
-        for whole, part in parts:
-            whole[: len(part)] = part
-        return told, samples, batch
+    @property
+    def num_told(self) -> int:
+        """Numbers at the front of `data` that are about rows: updates and admissions."""
+        return 2 * self.num_updates + (1 + PARAMETERS) * self.num_admitted
+
+    def padded(self, num_seqs: int, num_tokens: int, padding_row: int) -> np.ndarray:
+        """`data` of a step that is no decode, filled up to so many sequences and tokens, and to `padding_row` samples.
+
+        Sequences of padding have no token and a row that belongs to no request, the last one at least; tokens of padding
+        lie past its end, and samples of padding are its."""
+        n, total, samples = self.num_seqs, self.num_tokens, self.num_samples
+        front = self.num_told + samples
+        data = np.empty(front + padding_row - samples + 3 * num_seqs + 1 + 2 * num_tokens, dtype=np.int32)
+        at, read = 0, 0
+
+        def copied(count: int, filled: int, padding: int) -> None:
+            nonlocal at, read
+            data[at : at + count] = self.data[read : read + count]
+            data[at + count : at + filled] = padding
+            at, read = at + filled, read + count
+
+        copied(front, front + padding_row - samples, num_seqs - 1)
+        copied(n, num_seqs, padding_row)  # rows
+        copied(n, num_seqs, 0)  # starts
+        copied(n + 1, num_seqs + 1, total)  # bounds
+        copied(total, num_tokens, 0)  # tokens
+        copied(total, num_tokens, num_seqs - 1)  # owners
+        return data
 
 
 class _Rows(NamedTuple):
@@ -151,7 +161,7 @@ class Batcher:
         sampled = np.flatnonzero(samples)
         first = np.array(starts, dtype=np.int32)
         small = np.array(updates + admissions, dtype=np.int32)
-        parts = (small, rows, first, bounds, sampled, np.array(tokens, dtype=np.int32), np.repeat(np.arange(len(requests)), counts))
+        parts = (small, sampled, rows, first, bounds, np.array(tokens, dtype=np.int32), np.repeat(np.arange(len(requests)), counts))
         drawing = rows[sampled]
         return StepInput(
             np.concatenate(parts, dtype=np.int32, casting="same_kind"), False, False, len(requests), plan.num_tokens, len(sampled),

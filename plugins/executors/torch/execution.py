@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from ...kernels.torch import TorchKernels
 from ...models.loading import Share, Whole, build, load
 from ...models.spec import read_model
 from .batch import NO_LOGPROBS, Batcher, StepInput
+from .forecast import Flight, Forecast, kind_of
 from .graphs import DecodeGraphs, MixedGraphs, batch_sizes, longest_mixed, token_sizes
 from .memory import allocate_cache, bytes_per_token, kv_bytes_free
 from .runner import ModelRunner, Sampled
@@ -45,6 +46,7 @@ class Ticket:
     step: StepInput
     launched: float
     slot: int  # of the result ring
+    flight: Flight | None = None
     logprobs: tuple[Any, ...] | None = None  # as in Sampled, on the host
     wanted: list[int | None] = field(default_factory=list)  # alternatives each sampled request asked for; filled when any does
     timings: dict[str, float] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Execution:
         self._prepared = 0
         self._last_end: Any = None  # CUDA event at the end of the last step, when profiling
         self._collected = 0.0
+        self._forecast = Forecast()
 
     def _share(self) -> Share:
         """Our part of the weights; may make the model smaller."""
@@ -168,9 +171,9 @@ class Execution:
         return True
 
     def _longest_mixed(self, at_most: int) -> int:
-        """Tokens of the largest step with prompts that gets a graph; 0: none does."""
-        layers = self.model.model.layers
-        return longest_mixed(sum(p.numel() for p in layers.parameters()), len(layers), at_most)
+        """Tokens of the largest step with prompts that gets a graph: the same on every rank, or some would wait for others."""
+        layer = next(iter(self.model.model.layers))
+        return longest_mixed(sum(p.numel() for p in layer.parameters()), at_most)
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -196,11 +199,19 @@ class Execution:
         launching = perf_counter()
         self._send_back(ticket, self._execute(step))
         launched = perf_counter()
+        ticket.flight = self._forecast.launched(kind_of(step.decode, step.num_tokens), began, launched)
         if self.config.profile:
             ticket.ended = self._mark()
             measuring = perf_counter() - launched + launching - packed
             ticket.timings = {"prepare": packed - began, "launch": launched - launching, "profile": measuring}
         return ticket
+
+    def linger(self) -> None:
+        """Until the next step has to be planned if the device is not to wait for it; on a CPU, which computes a step while it
+        is launched, that is at once."""
+        if self._arrived:
+            sleep(max(0.0, self._forecast.next_plan() - perf_counter()))
+            self._forecast.turn_begins(perf_counter())
 
     def _execute(self, step: StepInput) -> Sampled:
         return self.runner.execute(step)
@@ -216,6 +227,8 @@ class Execution:
         began = perf_counter()
         self._wait(ticket)
         waited = perf_counter()
+        if ticket.flight is not None:
+            self._forecast.collected(ticket.flight, waited)
         step = ticket.step
         drawn = self._read[ticket.slot][: step.num_samples].tolist()
         logprobs = None if ticket.logprobs is None else _logprobs(drawn, ticket)

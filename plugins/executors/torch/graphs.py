@@ -6,12 +6,12 @@ Graphs share one memory pool: the largest is captured first, so that smaller one
 from __future__ import annotations
 
 import gc
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,9 +46,9 @@ def token_sizes(largest: int) -> list[int]:
     return sorted({min(size, largest) for size in sizes})
 
 
-def longest_mixed(parameters: int, layers: int, at_most: int) -> int:
-    """Tokens up to which a step is worth a graph. parameters: weights that each token is multiplied with on this device."""
-    return max(1, min(at_most, int(HIDDEN * LAUNCH_PER_LAYER * layers * FLOPS / (2 * parameters))))
+def longest_mixed(parameters: int, at_most: int) -> int:
+    """Tokens up to which a step is worth a graph. parameters: of a layer, on this device."""
+    return max(1, min(at_most, int(HIDDEN * LAUNCH_PER_LAYER * FLOPS / (2 * parameters))))
 
 
 def capture(function: Callable[[], T], pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, T]:
@@ -154,13 +154,10 @@ class MixedGraphs:
 
     def size_of(self, step: StepInput) -> Size | None:
         """Of the graph that the step fits into; None where there is none."""
-        seqs = next((n for n in self._seqs if n > step.num_seqs), None)
-        tokens = next((n for n in self._tokens if n >= step.num_tokens), None)
-        return None if seqs is None or tokens is None else (seqs, tokens)
-
-    def padded(self, samples: np.ndarray, seqs: int) -> np.ndarray:
-        """Places in `_chosen`, filled up with the last sequence, which is padding."""
-        return np.concatenate((samples, np.full(len(self._chosen) - len(samples), seqs - 1, dtype=np.int32)))
+        seqs, tokens = bisect_right(self._seqs, step.num_seqs), bisect_left(self._tokens, step.num_tokens)
+        if seqs == len(self._seqs) or tokens == len(self._tokens):
+            return None
+        return self._seqs[seqs], self._tokens[tokens]
 
     def replay(self, size: Size, inputs: Tensor, step: StepInput) -> Sampled:
         """What `ModelRunner` answers for the step, valid until the next replay."""
@@ -169,7 +166,7 @@ class MixedGraphs:
         n = step.num_samples
         if not n or step.logprobs != NO_LOGPROBS:
             return self._draw(n, step.sampling, step.logprobs)
-        graph, tokens = self._draws[next(count for count in self._samples if count >= n), step.sampling]
+        graph, tokens = self._draws[self._samples[bisect_left(self._samples, n)], step.sampling]
         graph.replay()
         return Sampled(tokens[:n], None)
 

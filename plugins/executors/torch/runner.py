@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.ops import BatchMetadata
-from .batch import FILTERED, GREEDY, NO_LOGPROBS, PARAMETERS, StepInput
+from .batch import FILTERED, GREEDY, NO_LOGPROBS, StepInput
 
 if TYPE_CHECKING:
     from ...kernels.compose import Kernels
@@ -81,14 +81,22 @@ class ModelRunner:
         if not step.decode:
             return self._mixed(step)
         if len(step.data):  # else it is the last decode step again
-            self._set_batch(step, self._update_tables(step, self.staging.send(step.data)))
+            data = self.staging.send(step.data)
+            self._tell(step, data)
+            self._set_batch(step, data[2 * step.num_updates :])
         return self.decode_step(step.num_seqs, step.max_context, step.sampling, step.logprobs)
 
-    def _update_tables(self, step: StepInput, data: Tensor) -> Tensor:
-        """Applies the block-table updates at the front of `data`; answers what follows them."""
-        if n := step.num_updates:
-            self.block_tables.view(-1).index_copy_(0, data[:n], data[n : 2 * n].int())
-        return data[2 * n :]
+    def _tell(self, step: StepInput, data: Tensor) -> None:
+        """Applies what the step says about rows, at the front of `data`."""
+        self.kernels.update_rows(
+            data,
+            step.num_updates,
+            step.num_admitted,
+            block_tables=self.block_tables,
+            numbers=self.numbers,
+            top_k=self.top_k,
+            seeds=self.seeds,
+        )
 
     def _set_batch(self, step: StepInput, data: Tensor) -> None:
         """The rows of a decode step; `data` is what follows the block-table updates."""
@@ -121,24 +129,17 @@ class ModelRunner:
         """Chunks of any length, as CUDA graphs where some are large enough."""
         graphs = self.mixed_graphs
         size = graphs.size_of(step) if graphs is not None else None
-        seqs, tokens = size or (step.num_seqs, step.num_tokens)
-        told, samples, batch = step.padded(seqs, tokens, self.max_num_seqs)
         if size is not None:
-            samples = graphs.padded(samples, seqs)
-        data = self.staging.send(np.concatenate((told, samples, batch)))
+            data = self.staging.send(step.padded(*size, self.max_num_seqs))
+        else:
+            data = self.staging.send(step.data)
         self._tell(step, data)
-        inputs = data[len(told) :]
+        told, samples = step.num_told, step.num_samples
         if size is not None:
-            return graphs.replay(size, inputs, step)
-        chosen, inputs = inputs[: len(samples)], inputs[len(samples) :]
-        hidden, rows, ends, last = self.mixed_hidden(seqs, tokens, inputs, step.max_query, step.max_context)
+            return graphs.replay(size, data[told:], step)
+        chosen, batch = data[told : told + samples], data[told + samples :]
+        hidden, rows, ends, last = self.mixed_hidden(step.num_seqs, step.num_tokens, batch, step.max_query, step.max_context)
         return self.draw(hidden[last[chosen]], rows[chosen], ends[chosen], step.sampling, step.logprobs)
-
-    def _tell(self, step: StepInput, data: Tensor) -> None:
-        """What a step that is no decode says about rows."""
-        admissions = self._update_tables(step, data)
-        if n := step.num_admitted * (1 + PARAMETERS):
-            self._admit(admissions[:n].view(-1, 1 + PARAMETERS))
 
     def draw(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
         """The next tokens of these rows, from the hidden states [S, N] of their last ones; positions: where they will stand."""
@@ -150,7 +151,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def mixed_hidden(self, seqs: int, tokens: int, inputs: Tensor, max_query: int, max_context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """inputs: the batch of `StepInput.padded`, int64 on the device. Answers hidden states [tokens, N] after the final norm; of
+        """inputs: the sections rows to owners of a StepInput, int64 on the device. Answers hidden states [tokens, N] after the final norm; of
         each sequence its row, the position after its last token, and its last token's place in the batch, int64 [seqs]."""
         rows, starts, bounds, ids, owners = inputs.split((seqs, seqs, seqs + 1, tokens, tokens))
         size, first, past = self.block_size, bounds[:-1], bounds[1:]
@@ -173,13 +174,6 @@ class ModelRunner:
         hidden = self.model(known, positions, self.caches, batch)
         self.lengths[rows] = ends
         return hidden, rows, ends, past - 1
-
-    def _admit(self, admissions: Tensor) -> None:
-        """admissions int64 [A, 1 + PARAMETERS]: rows and what their sampling needs."""
-        rows, words = admissions[:, 0], admissions[:, 1:].int()
-        self.numbers[:, rows] = words[:, :3].view(torch.float32).t()
-        self.top_k[rows] = words[:, 3]
-        self.seeds[rows] = words[:, 4:].reshape(-1).clone().view(torch.int64)
 
     def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
         """hidden [S, N] of the last known tokens; positions int64 [S]: where the sampled tokens will stand."""

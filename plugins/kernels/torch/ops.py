@@ -33,6 +33,26 @@ def advance(rows: Tensor, tokens: Tensor, lengths: Tensor, last_tokens: Tensor) 
     lengths[rows] = torch.where(rows == lengths.shape[0] - 1, 0, lengths[rows] + 1)
 
 
+def update_rows(
+    data: Tensor,
+    num_updates: int,
+    num_admitted: int,
+    *,
+    block_tables: Tensor,
+    numbers: Tensor,
+    top_k: Tensor,
+    seeds: Tensor,
+) -> None:
+    if n := num_updates:
+        block_tables.view(-1).index_copy_(0, data[:n], data[n : 2 * n].int())
+    if num_admitted:
+        admissions = data[2 * num_updates : 2 * num_updates + 7 * num_admitted].view(num_admitted, 7)
+        rows, words = admissions[:, 0], admissions[:, 1:].int()
+        numbers[:, rows] = words[:, :3].view(torch.float32).t()
+        top_k[rows] = words[:, 3]
+        seeds[rows] = words[:, 4:].reshape(-1).clone().view(torch.int64)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = _wide(x)
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""A decode step's own bookkeeping: what it reads from the rows of its batch, and what it leaves in them. One kernel each."""
+"""A step's own bookkeeping: what it is told about rows, what decodes read from theirs and what they leave there. One kernel each."""
 
 from __future__ import annotations
 
@@ -53,3 +53,39 @@ def _advance_kernel(row_ptr, token_ptr, length_ptr, last_ptr, count, padding, BL
 def advance(rows: Tensor, tokens: Tensor, lengths: Tensor, last_tokens: Tensor) -> None:
     count, padding = rows.shape[0], lengths.shape[0] - 1
     _advance_kernel[(triton.cdiv(count, 128),)](rows, tokens, lengths, last_tokens, count, padding, BLOCK=128, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["num_updates", "num_admitted"])
+def _update_rows_kernel(
+    data_ptr, table_ptr, number_ptr, top_k_ptr, seed_ptr, num_updates, num_admitted, rows, BLOCK: tl.constexpr
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    updated = i < num_updates
+    place = tl.load(data_ptr + i, mask=updated, other=0)
+    tl.store(table_ptr + place, tl.load(data_ptr + num_updates + i, mask=updated, other=0).to(tl.int32), mask=updated)
+    admitted = i < num_admitted
+    entry = data_ptr + 2 * num_updates + 7 * i
+    row = tl.load(entry, mask=admitted, other=0)
+    for k in tl.static_range(3):
+        number = tl.load(entry + 1 + k, mask=admitted, other=0).to(tl.int32).to(tl.float32, bitcast=True)
+        tl.store(number_ptr + k * rows + row, number, mask=admitted)
+    tl.store(top_k_ptr + row, tl.load(entry + 4, mask=admitted, other=0).to(tl.int32), mask=admitted)
+    low = tl.load(entry + 5, mask=admitted, other=0) & 0xFFFFFFFF
+    high = tl.load(entry + 6, mask=admitted, other=0) << 32
+    tl.store(seed_ptr + row, high | low, mask=admitted)
+
+
+def update_rows(
+    data: Tensor,
+    num_updates: int,
+    num_admitted: int,
+    *,
+    block_tables: Tensor,
+    numbers: Tensor,
+    top_k: Tensor,
+    seeds: Tensor,
+) -> None:
+    if most := max(num_updates, num_admitted):
+        _update_rows_kernel[(triton.cdiv(most, 128),)](
+            data, block_tables, numbers, top_k, seeds, num_updates, num_admitted, len(seeds), BLOCK=128, num_warps=4
+        )
