@@ -263,6 +263,7 @@ def ours_mixed(args: argparse.Namespace) -> None:
         full = [s for s in steps if not s["decode"] and s["seqs"] >= online.DECODES]
         parts = ("gpu", "gpu_idle", *HOST)
         report(engine="headway", repeat=repeat, steps=len(full), ms={k: statistics.median(s.get(k, 0.0) for s in full) * 1e3 for k in parts})
+    report(engine="headway", span_over_kernels=online.span_over_kernels(llm, args.repeats + 1))
 
 
 def peer_directory(model: str) -> str:
@@ -473,12 +474,14 @@ def online_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
 
 def mixed_step(args: argparse.Namespace, found: dict[str, Any]) -> None:
     results = found["mixed headway"] = run_worker("headway", "mixed", args)
-    counted = [r for r in results if r["repeat"]]
+    counted = [r for r in results if r.get("repeat")]
     if counted:
         ms = {k: statistics.median(r["ms"][k] for r in counted) for k in counted[0]["ms"]}
         print(f"\nmixed: {online.CHUNK} tokens of a prompt beside {online.DECODES} decodes, Qwen3-8B shape, {counted[0]['steps']} steps")
         print(f"   ms: {rounded(ms)}")
         print(f"   launch {ms['launch']:.2f} ms ({met(ms['launch'] <= 0.5)}: at most 0.5 ms)")
+        ratio = results[-1]["span_over_kernels"]
+        print(f"   {ratio:.3f}x its kernels' own times ({met(ratio <= 1.1)}: at most 1.1x)")
 
 
 def main() -> None:

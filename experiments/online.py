@@ -90,5 +90,43 @@ def mixed_steps(llm: Any, repeat: int) -> None:
     begin = 0.05  # seconds after the run begins
     answer = lambda n: SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n)  # noqa: E731
     arrivals = [Arrival(begin, draw(PROMPT), answer(600)) for _ in range(DECODES)]
-    arrivals += [Arrival(begin + 3.0, draw(8 * CHUNK), answer(1)) for _ in range(4)]
+    arrivals += [Arrival(begin + 3.0, draw(7 * CHUNK), answer(1)) for _ in range(4)]
     llm.engine.run(arrivals)
+
+
+def span_over_kernels(llm: Any, repeat: int) -> float:
+    """GPU time of 16 mixed steps in a row, over the sum of their kernels' own times."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    class Window:
+        """An observer that profiles the 5th to 20th full mixed step."""
+
+        def __init__(self) -> None:
+            self.steps = 0
+            self.profiler = profile(activities=[ProfilerActivity.CUDA])
+
+        def on_start(self, engine: Any) -> None: ...
+
+        def on_step(self, record: Any) -> None:
+            if record.plan.num_tokens < CHUNK + DECODES:
+                return
+            self.steps += 1
+            if self.steps == 5:
+                self.profiler.start()
+            elif self.steps == 21:
+                torch.cuda.synchronize()
+                self.profiler.stop()
+
+        def on_requests(self, finished: Any) -> None: ...
+        def close(self, result: Any) -> None: ...
+
+    with profile(activities=[ProfilerActivity.CUDA]):  # the first one takes seconds to start
+        torch.cuda.synchronize()
+    window = Window()
+    llm.engine.observers.append(window)
+    mixed_steps(llm, repeat)
+    llm.engine.observers.pop()
+    on_gpu = [e for e in window.profiler.events() if e.device_type.name == "CUDA"]
+    span = max(e.time_range.end for e in on_gpu) - min(e.time_range.start for e in on_gpu)
+    return float(span / sum(e.time_range.elapsed_us() for e in on_gpu))

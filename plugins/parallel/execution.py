@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headway import EngineConfig, ModelConfig, ParallelConfig
+from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig
 
 from ..executors.torch import TorchExecutor
 from ..executors.torch.execution import Execution, Ticket
@@ -81,6 +81,15 @@ class RankExecution(Execution):
         """(seconds in which this stage computed, seconds since its first step began), of steps since this was last asked.
         With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0) else."""
         return self.model.times()
+
+    def _capture(self, longest: int) -> bool:
+        captured = super()._capture(longest)
+        if self.kernels.cuda_graphs and not captured:  # others have theirs, and would send and sum padded steps
+            raise ConfigError(
+                f"rank {self.mesh.rank}: no memory is left to capture CUDA graphs, which all ranks have or none: "
+                "lower executor.gpu_memory_utilization or engine.max_num_seqs, or set kernels.cuda_graphs=false"
+            )
+        return captured
 
     def linger(self) -> None:
         """At once in a pipeline, whose stages work on several steps."""

@@ -62,10 +62,11 @@ def test_greedy_tokens_equal_transformers(name, kernels, graphs, max_inflight):
         assert engine.num_preemptions > 0
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_tables_and_lengths_on_the_device_are_those_of_the_plan(kernels, monkeypatch):
+def test_tables_and_lengths_on_the_device_are_those_of_the_plan(kernels, graphs, monkeypatch):
     """The KV oracle of the real engine: after each launch every row holds its request's blocks, and nobody's block is in two places."""
-    executor = on_gpu("qwen3", kernels, True)
+    executor = on_gpu("qwen3", kernels, graphs)
     engine = engine_on_gpu(executor, kv="radix", chunk=7, max_inflight=2)
     launch, steps = executor.launch, []
 

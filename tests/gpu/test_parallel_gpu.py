@@ -78,6 +78,7 @@ def test_tokens_equal_one_gpus(one_gpu, layout):
     executor = on_gpus(tp, pp, "symmetric" if tp > 1 else "library")
     try:
         engine = small_pool(executor, 1)
+        assert executor.execution.runner.mixed_graphs is not None
         assert (answers(engine), engine.decisions.hexdigest) == one_gpu
         engine, mesh = small_pool(executor, pp + 1, "none"), executor.execution.mesh
         for way in ways:
