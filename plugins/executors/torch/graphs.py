@@ -6,7 +6,7 @@ Graphs share one memory pool: the largest is captured first, so that smaller one
 from __future__ import annotations
 
 import gc
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +28,7 @@ Size = tuple[int, int]  # sequences, one of padding among them; tokens
 
 LAUNCH_PER_LAYER = 0.5e-3  # seconds that a host takes to launch one layer, kernel by kernel
 FLOPS = 6e14  # per second, of a GPU that computes long steps
+SHORT, FEW_SEQS = 512, 64  # up to so many tokens, a step of so few sequences has a graph that pads to no more of them
 HIDDEN = 3  # a step that keeps the GPU busy for so many times its launch needs no graph: its launch hides behind the step before
 
 
@@ -112,7 +113,7 @@ class MixedGraphs:
         self._runner = runner
         most = runner.max_num_seqs
         self._tokens = token_sizes(longest)
-        self._seqs = sorted({min(64, most) + 1, most + 1})
+        self._few, self._most = min(FEW_SEQS, most) + 1, most + 1
         self._samples = sorted(batch_sizes(most))
         self._models: dict[Size, torch.cuda.CUDAGraph] = {}
         self._draws: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by samples, kind of sampling
@@ -127,7 +128,7 @@ class MixedGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         with _no_garbage(), torch.inference_mode():
             for tokens in reversed(self._tokens):
-                for seqs in reversed(self._seqs):
+                for seqs in sorted({self._most, self._few if tokens <= SHORT else self._most}, reverse=True):
                     self._capture_model(seqs, tokens)
             for sampling in (GREEDY, RANDOM, FILTERED):
                 for count in reversed(self._samples):
@@ -154,10 +155,11 @@ class MixedGraphs:
 
     def size_of(self, step: StepInput) -> Size | None:
         """Of the graph that the step fits into; None where there is none."""
-        seqs, tokens = bisect_right(self._seqs, step.num_seqs), bisect_left(self._tokens, step.num_tokens)
-        if seqs == len(self._seqs) or tokens == len(self._tokens):
+        at = bisect_left(self._tokens, step.num_tokens)
+        if at == len(self._tokens):
             return None
-        return self._seqs[seqs], self._tokens[tokens]
+        tokens = self._tokens[at]
+        return self._few if step.num_seqs < self._few and tokens <= SHORT else self._most, tokens
 
     def replay(self, size: Size, inputs: Tensor, step: StepInput) -> Sampled:
         """What `ModelRunner` answers for the step, valid until the next replay."""
