@@ -77,7 +77,7 @@ class Execution:
         load(self.model, self.device, self._share(), seed=seed)
         self.runner: ModelRunner
         self.warmup_seconds = 0.0
-        self._prepared = 0
+        self._prepared = PREPARATIONS.count
         self._last_end: Any = None  # CUDA event at the end of the last step, when profiling
         self._collected = 0.0
         self._forecast = Forecast()
@@ -147,7 +147,7 @@ class Execution:
 
     @property
     def late_preparations(self) -> int:
-        """Kernels compiled and graphs captured since the warm-up: time that was charged to requests."""
+        """Kernels compiled and graphs captured in this process since the warm-up: time that was charged to requests."""
         return PREPARATIONS.count - self._prepared
 
     def _capture(self, longest: int) -> bool:
