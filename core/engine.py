@@ -378,7 +378,7 @@ class Engine:
 
     def step(self) -> bool:
         """Ingests, plans and launches if there is room in flight, else collects. False when there is nothing left to do."""
-        if self.coming and 0 < len(self._inflight) == self.config.max_inflight - 1:
+        if self.coming and 0 < len(self._inflight) == self.max_inflight - 1:
             self.guard.call(self.executor, self.executor.linger)
         now = self.clock.now()
         self.pool.now = now
