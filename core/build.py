@@ -257,8 +257,10 @@ def _check_limits(executor: Any, composition: Composition, roles: dict[str, Role
 
 
 def _limits(composition: Composition) -> EngineConfig:
-    """A stage without a plan of its own idles, so a pipeline has at least as many in flight as it has stages."""
-    return replace(composition.engine, max_inflight=max(composition.engine.max_inflight, composition.parallel.pp))
+    """A stage without a plan of its own idles, so a pipeline has at least as many in flight as it has stages.
+    Where none is given, the executor says so."""
+    given = composition.engine.max_inflight
+    return replace(composition.engine, max_inflight=None if given is None else max(given, composition.parallel.pp))
 
 
 def build(registry: Registry, composition: Composition, observers: Iterable[Observer] = (), **about: Any) -> Run:

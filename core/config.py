@@ -287,11 +287,11 @@ class EngineConfig:
     )
     max_num_seqs: int = param(256, min=1, max=2**20, unit="requests", doc="that may run at once")
     max_num_batched_tokens: int = param(8192, min=1, max=2**24, unit="tokens", doc="of a step")
-    max_inflight: int = param(
-        1,
+    max_inflight: int | None = param(
+        None,
         min=1,
         max=MOST_RANKS,
-        doc="steps launched and not collected; 1 is synchronous",
+        doc="steps launched and not collected; 1 is synchronous; None: what suits the executor, 2 on a GPU, at least pp",
     )
     max_model_len: int | None = param(
         None,

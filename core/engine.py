@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from random import Random
 from typing import Any
 
@@ -62,7 +63,7 @@ class _Given(Role):
 
 def check_limits(config: EngineConfig, caps: ExecutorCaps, executor: str) -> None:
     """Raises ConfigError for limits that an executor of this name, which can do this, does not keep."""
-    if config.max_inflight > caps.max_inflight:
+    if config.max_inflight is not None and config.max_inflight > caps.max_inflight:
         raise ConfigError(f"engine.max_inflight={config.max_inflight}: executor {executor} takes at most {caps.max_inflight} plans in flight")
     if config.max_model_len is not None and config.max_model_len > caps.max_model_len:
         raise ConfigError(f"engine.max_model_len={config.max_model_len}: the model's context is {caps.max_model_len} tokens")
@@ -78,6 +79,7 @@ class Engine:
     kv_peak: int
     policy_time: float  # CPU seconds of planning and book-keeping, in this thread
     busy_time: float
+    _prepared: int  # kernels and graphs that the executor had made late before the run
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class Engine:
         check_limits(config, caps, self.executor.plugin_name)
         self.max_model_len = config.max_model_len or caps.max_model_len
         self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self.max_inflight = caps.default_inflight if config.max_inflight is None else config.max_inflight
         self.placeholders = caps.placeholders
         self.eos_token_ids = caps.eos_token_ids
         self.cost_model = self.executor.cost_model
@@ -151,8 +154,11 @@ class Engine:
         self.on_result: Callable[[Request, float], Iterable[Arrival]] | None = None
 
         self._name_roles()
+        left_open = self._left_open()
         self._setup_roles()
+        self.derived = self._derived(left_open)  # the same in every run
         self.executor.start(num_blocks, config.block_size, config.max_num_seqs, config.max_num_batched_tokens, seed)
+        self._prepared = self.executor.preparation.late
 
     def _name_roles(self) -> None:
         objects = {id(role): (name, role) for name, role in reversed(self.roles.items())}  # one object may fill several roles
@@ -180,8 +186,24 @@ class Engine:
             context = Context(
                 self.seed, config.block_size, self.pool.num_blocks, self.max_model_len, config.max_num_seqs, config.max_num_batched_tokens,
                 handed, self.cost_model, caps.model, self.oracle if role.oracle else None,
+                token_budget=min(caps.default_token_budget, config.max_num_batched_tokens),
             )  # fmt: skip
             self.guard.call(role, role.setup, context)
+
+    def _left_open(self) -> list[tuple[str, Role, str]]:
+        """(node, role, field) of each parameter of a role that is None."""
+        found: list[tuple[str, Role, str]] = []
+        for node, role in self.roles.items():
+            names: list[str] = [f.name for f in fields(role)] if is_dataclass(role) else []
+            found += [(node, role, name) for name in names if getattr(role, name) is None]
+        return found
+
+    def _derived(self, left_open: list[tuple[str, Role, str]]) -> dict[str, Any]:
+        """What the roles, in their `setup`, and the engine made of parameters that were left open, by their names."""
+        made = {f"{node}.{name}": getattr(role, name) for node, role, name in left_open}
+        limits = {"num_blocks": self.pool.num_blocks, "max_inflight": self.max_inflight, "max_model_len": self.max_model_len}
+        made |= {f"engine.{name}": value for name, value in limits.items() if getattr(self.config, name) is None}
+        return {name: value for name, value in made.items() if isinstance(value, int | float | str)}
 
     @property
     def oracles(self) -> list[str]:
@@ -356,18 +378,18 @@ class Engine:
 
     def step(self) -> bool:
         """Ingests, plans and launches if there is room in flight, else collects. False when there is nothing left to do."""
-        if self.coming and 0 < len(self._inflight) == self.config.max_inflight - 1:
+        if self.coming and 0 < len(self._inflight) == self.max_inflight - 1:
             self.guard.call(self.executor, self.executor.linger)
         now = self.clock.now()
         self.pool.now = now
         self._ingest(now)
         self._pins.expire(now)
         planned = False
-        if len(self._inflight) < self.config.max_inflight and (self.running.items or self.waiting.items):
+        if len(self._inflight) < self.max_inflight and (self.running.items or self.waiting.items):
             planned = True
             if self._plan(now):
                 self._idle_turns = self._turns_at_once = 0
-                if len(self._inflight) >= self.config.max_inflight:
+                if len(self._inflight) >= self.max_inflight:
                     self._collect()
                 return True
         if self._inflight:
@@ -381,9 +403,9 @@ class Engine:
         builder, step = self.builder, self.num_steps
         self.view._refresh(step, now, len(self._inflight))
         seqs = self.max_num_seqs
-        if not self.placeholders and self.config.max_inflight > 1:
+        if not self.placeholders and self.max_inflight > 1:
             # A request in flight can't be planned again, so each plan takes its share and leaves the rest to the next.
-            seqs = max(1, -(-(len(self.running) + len(self.waiting)) // self.config.max_inflight))
+            seqs = max(1, -(-(len(self.running) + len(self.waiting)) // self.max_inflight))
         builder._reset(step, now, self.max_num_batched_tokens, min(seqs, self.max_num_seqs))
         self.guard.call(self.scheduler, self.scheduler.plan, builder, self.view)
         if self._ledger is not None:
@@ -640,6 +662,7 @@ class Engine:
     def _begin(self, arrivals: Iterable[Arrival], on_result: Callable[[Request, float], Iterable[Arrival]] | None) -> None:
         if not (self.running.items or self.waiting.items or self._inflight):  # else somebody turned the loop by hand, and it goes on
             self._count_anew()
+            self._prepared = self.executor.preparation.late
             self.decisions.begin()
             self.clock.readings.clear()
             self.finished = []
@@ -677,10 +700,11 @@ class Engine:
             self.builder._reset(self.num_steps, now, 0, 0)
             self.decisions.record(self.builder._build([]), [], self._rejected)
             self._rejected = []
+        prepared = self.executor.preparation
         result = RunResult(
             sorted(self.finished, key=lambda o: o.index), now - self._began, self.num_steps, self.policy_time, self.busy_time,
             self.pool.num_blocks, self.kv_peak, self.pool.num_evictions, self.num_preemptions, self.planned_tokens, self.decisions.hexdigest,
-            status, error, self.oracles,
+            status, error, self.oracles, prepared.seconds, prepared.late - self._prepared, dict(self.derived),
         )  # fmt: skip
         if cut_off or status != "finished":
             self._start_over()

@@ -97,6 +97,8 @@ def summarize(result: RunResult) -> dict[str, Any]:
         "busy_share": _over(result.busy_time, duration),
         "policy_time": result.policy_time,
         "policy_time_per_step_us": _over(result.policy_time * 1e6, result.num_steps),
+        "warmup_seconds": result.warmup_seconds,
+        "late_preparations": result.late_preparations,
         "decision_hash": result.decision_hash,
     }
     verdicts = [v for v in map(meets_slo, outputs) if v is not None]
@@ -104,6 +106,8 @@ def summarize(result: RunResult) -> dict[str, Any]:
         summary |= {"slo_attainment": sum(verdicts) / len(verdicts), "request_goodput": _over(sum(verdicts), duration)}
     if summary["rejected"]:
         summary["rejections"] = rejections(outputs)
+    if result.derived:
+        summary["derived"] = result.derived
     if result.oracles:
         summary["oracles"] = ", ".join(result.oracles)
     return summary | fairness(outputs)

@@ -151,6 +151,7 @@ class Context:
     cost_model: CostModel | None = None
     model: Any = None  # core.config.ModelShape, where the executor knows it
     oracle: Oracle | None = None  # only for roles that declare `oracle = True`
+    token_budget: int = 512  # tokens of a step that suit the executor, for a scheduler that is given no number of its own
 
 
 class CostModel(Protocol):
@@ -380,6 +381,8 @@ class ExecutorCaps:
     placeholders: bool = True  # may a plan hold a token that a step in flight is still sampling?
     max_inflight: int = 2  # most plans in flight
     model: Any = None  # core.config.ModelShape
+    default_inflight: int = 1  # plans in flight that suit it, no fewer than its pipeline's stages: engine.max_inflight where none is given
+    default_token_budget: int = 512  # tokens of a step that suit it: a scheduler's token_budget where none is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +394,14 @@ class StepResult:
     end: float
     logprobs: Sequence[Any] | None = None
     timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What an executor compiles and captures so that steps run fast, as far as it knows: of its own process."""
+
+    seconds: float = 0.0  # spent before the first step: the warm-up
+    late: int = 0  # kernels compiled and graphs captured since the warm-up, in time that is charged to requests
 
 
 class Executor(Role):
@@ -407,6 +418,11 @@ class Executor(Role):
 
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
         """Allocates the KV cache. Called once, before the first launch."""
+
+    @property
+    def preparation(self) -> Preparation:
+        """So far; read when a run begins and when it ends. An executor that has nothing to prepare leaves this as it is."""
+        return Preparation()
 
     def launch(self, plan: StepPlan) -> Any:
         """Starts the step and returns a ticket; must not wait for the device."""

@@ -34,23 +34,29 @@ COMPARED = (
 
 
 def composed(run: Run) -> str:
-    """One line a role: its choice and its parameters, those that are None left out; then the model and the engine's limits."""
+    """One line a role: its choice and its parameters, those that are None left out; then the model and the engine's limits.
+
+    A parameter that was left open and derived is shown as what it became."""
     width = max(map(len, run.plugins))
     lines = []
+    engine = run.engine
     for role, plugin in run.plugins.items():
-        given = run.composition.choices[role][1]
+        given = run.composition.choices[role][1] | _derived(role, engine.derived)
         shown = " ".join(f"{f.name}={given[f.name]}" for f in plugin.parameters() if f.name in given and given[f.name] is not None)
         lines.append(f"  {role:<{width}}  {plugin.name:<12} {shown}".rstrip())
     c = run.composition
-    engine = run.engine
     lines.append(f"  {'model':<{width}}  {c.model.name_or_path}")
     if c.parallel.world_size > 1:
         lines.append(f"  {'parallel':<{width}}  tp={c.parallel.tp} pp={c.parallel.pp}")
     lines.append(
         f"  {'engine':<{width}}  {engine.pool.num_blocks} KV blocks of {engine.pool.block_size} tokens, {engine.max_num_seqs} sequences, "
-        f"{engine.max_num_batched_tokens} tokens a step, max_inflight={engine.config.max_inflight}, context {engine.max_model_len}"
+        f"{engine.max_num_batched_tokens} tokens a step, max_inflight={engine.max_inflight}, context {engine.max_model_len}"
     )
     return "\n".join(lines)
+
+
+def _derived(node: str, derived: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(f"{node}."): value for name, value in derived.items() if name.startswith(f"{node}.")}
 
 
 def table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
@@ -85,6 +91,10 @@ def run_table(s: dict[str, Any]) -> str:
         ("KV peak use", f"{s['kv_peak_use']:.1%} of {s['kv_blocks']:,} blocks"),
         ("policy time", f"{s['policy_time_per_step_us']:.1f} us a step"),
     ]  # fmt: skip
+    if s["warmup_seconds"]:
+        facts.append(("warm-up", f"{s['warmup_seconds']:.2f} s before the first request, no part of the duration"))
+    if s["late_preparations"]:
+        facts.append(("warning", f"{s['late_preparations']:,} kernels compiled or graphs captured after the first request: latencies hold that time"))
     facts[1:1] = [("rejected", f"{kind['count']:,}: {kind['reason']}") for kind in s.get("rejections", ())]
     if "slo_attainment" in s:
         facts.append(("goodput", f"{s['request_goodput']:.2f} requests/s, SLO attainment {s['slo_attainment']:.1%}"))

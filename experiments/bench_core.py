@@ -40,7 +40,7 @@ def measure(scheduler: str, cache: str, running: int, waiting: int, steps: int) 
     registry = load_registry()
     roles = {role: registry.get(role, name).build() for role, name in names.items()}
     if hasattr(roles["scheduler"], "token_budget"):
-        roles["scheduler"].token_budget = None  # a budget below `running` would keep some of them out
+        roles["scheduler"].token_budget = 8192  # a budget below `running` would keep some of them out
     roles["executor"] = NullExecutor()
     prompt = 64
     blocks = (running + waiting) * ((prompt + steps + 64) // 16 + 2)

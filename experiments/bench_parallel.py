@@ -173,7 +173,7 @@ class Bench:
         executor.prepare(ModelConfig(**SHAPES[args.model]), kernels, engine=limits, backends=lookup({"torch": TorchKernels, "triton": TritonKernels}),
                          parallel=parallel)  # fmt: skip
         loaded = time.perf_counter()
-        self.scheduler = ChunkedPrefill(token_budget=None)
+        self.scheduler = ChunkedPrefill(token_budget=args.budget)
         roles = {
             "scheduler": self.scheduler, "order": FirstCome(), "victim": Newest(), "cache": NoCache(), "eviction": LeastRecent(),
             "executor": executor,
@@ -242,11 +242,11 @@ class Bench:
             seconds = window[-1].end - window[0].end
             rates.append(sum(r.emitted for r in window[1:]) / seconds)
             times.append(seconds / (size - 1))
-        self.report(figure="decode", batch=batch, depth=self.engine.config.max_inflight, tokens_per_s=statistics.median(rates), all=rates,
+        self.report(figure="decode", batch=batch, depth=self.engine.max_inflight, tokens_per_s=statistics.median(rates), all=rates,
                     step_ms=statistics.median(times) * 1e3, steps=len(steps))  # fmt: skip
 
     def prefill(self, requests: int) -> None:
-        self.scheduler.token_budget = 2048 if self.args.pp > 1 else None
+        self.scheduler.token_budget = 2048 if self.args.pp > 1 else self.args.budget
         self.run(max(2, requests // 8), 1024, 4)  # warms up
         seconds, full = [], []
         for _ in range(REPEATS):
@@ -257,19 +257,19 @@ class Bench:
         self.report(figure="prefill", requests=requests, tokens_per_s=statistics.median(rates), all=rates, full_steps_only=full)
         if self.args.pp == 1 and self.args.device == "cuda":
             self.profiled("share of prefill", lambda r: r.plan.num_tokens == self.args.budget, 2, 2, requests, 1024, 4)
-        self.scheduler.token_budget = None
+        self.scheduler.token_budget = self.args.budget
 
     def bubbles(self, requests: int) -> None:
         self.scheduler.token_budget = 2048
         for depth in (self.args.pp, self.args.pp + 1):
-            self.engine.config.max_inflight = depth
+            self.engine.max_inflight = depth
             window = Window(self.executor.execution.all_stage_times, first=16, last=16 + self.args.window)
             self.hooks["window"] = window
             seconds = self.run(requests, 1024, 64)
             del self.hooks["window"]
             results = [round(1 - busy / elapsed, 4) for busy, elapsed in window.result if elapsed]
             self.report(figure="bubbles", depth=depth, idle_share_of_stage=results, tokens_per_s=requests * 1088 / seconds, times=window.result)
-        self.scheduler.token_budget = None
+        self.scheduler.token_budget = self.args.budget
 
 
 def one_layout(args: argparse.Namespace) -> None:

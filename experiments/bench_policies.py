@@ -76,7 +76,7 @@ def compose(registry: Any, choice: dict[str, Any], running: int, waiting: int, s
     factories = [registry.get(role, name).factory for role, name in names.items()]
     if any("predictor" in f.requires for f in factories):
         names.setdefault("predictor", "oracle")
-    roles, _ = build_roles(registry, {role: (name, {"token_budget": None} if role == "scheduler" else {}) for role, name in names.items()})
+    roles, _ = build_roles(registry, {role: (name, {"token_budget": running + 4096} if role == "scheduler" else {}) for role, name in names.items()})
     executor = roles["executor"] = Instant()
     if wants_blocks(choice):
         size = PROMPT + steps + 256  # one block a request holds all it will ever need

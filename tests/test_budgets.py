@@ -10,7 +10,7 @@ from core.errors import ConfigError
 from core.request import SLO
 
 CONFIG = EngineConfig(max_num_seqs=8, max_num_batched_tokens=2048)
-WIDE = ("chunked", {"token_budget": None})
+WIDE = ("chunked", {"token_budget": CONFIG.max_num_batched_tokens})
 
 
 def chunks(steps: Steps, id: str) -> list[int]:

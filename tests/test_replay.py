@@ -228,12 +228,15 @@ def test_a_pipeline_replays_to_its_own_hash(pipelined, tmp_path, capsys):
 
 
 OTHERWISE = {
-    "one stage": ({"parallel": ParallelConfig()}, r"engine.max_inflight=1, recorded with 2\n  parallel.pp=1, recorded with 2"),
+    "one stage": (
+        {"parallel": ParallelConfig(), "engine": EngineConfig(4, 64, 4, 16, max_inflight=1)},
+        r"engine.max_inflight=1, recorded with 2\n  parallel.pp=1, recorded with 2",
+    ),
     "two ranks": ({"parallel": ParallelConfig(tp=2, pp=2)}, "parallel.tp=2, recorded with 1"),
     "a seed": ({"seed": 4}, "seed=4, recorded with 3"),
     "an order": ({"choices": {"order": ("vtc", {})}}, 'order="vtc", recorded with "fcfs"\n[^ ]'),
     "a cache": ({"choices": {"cache": ("none", {})}}, 'cache="none", recorded with "hash"'),
-    "a parameter": ({"choices": {"scheduler": ("chunked", {"token_budget": 8})}}, "scheduler.token_budget=8, recorded with 512"),
+    "a parameter": ({"choices": {"scheduler": ("chunked", {"token_budget": 8})}}, "scheduler.token_budget=8, recorded with 16"),
     "a further role": ({"choices": {"admission": ("always", {})}}, 'admission="always", recorded with absent'),
     "fewer requests": ({"choices": workload(num_requests=11)}, "workload.num_requests=11, recorded with 12"),
     "more requests": ({"choices": workload(num_requests=13)}, "workload.num_requests=13, recorded with 12"),
@@ -450,7 +453,7 @@ def rewrite(directory, **changes) -> None:
 
 
 DAMAGED = {
-    "an older format": ({"meta": lambda meta: {"format": 1}}, "format 1, expected 2: record the run again"),
+    "an older format": ({"meta": lambda meta: {"format": 1}}, "format 1, expected 3: record the run again"),
     "no object": ({"meta": lambda meta: [1]}, "is no record of a run"),
     "facts left out": ({"meta": lambda meta: {k: v for k, v in meta.items() if k != "facts"}}, "is no record of a run .*'facts'"),
     "a field that no shape has": ({"meta": lambda meta: meta | {"caps": meta["caps"] | {"more": 1}}}, "is no record of this version"),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headway import ModelConfig
+from headway import ConfigError, ModelConfig
 from plugins.executors.torch import TorchExecutor
 from plugins.executors.torch.batch import PARAMETERS, StepInput
 from plugins.executors.torch.graphs import longest_mixed, token_sizes
@@ -120,34 +120,92 @@ def settled(choice, device="cuda", dtype="bfloat16", head_size=128, block_size=1
     return choice.settled(lookup(backends), device, dtype, head_size, block_size)
 
 
-def test_auto_takes_flash_attention_for_prompts_and_triton_for_the_rest():
+def test_auto_takes_flash_attention_for_prompts_and_triton_for_the_rest_and_says_why():
     pytest.importorskip("triton")
-    choice, notes = settled(AutoKernels())
+    choice, left_out, reasons = settled(AutoKernels())
     assert (choice.attention, choice.decode, choice.linear, choice.sampling, choice.cuda_graphs) == (
         "flash_attn", "triton", "triton", "triton", True,
     )  # fmt: skip
-    assert notes == []
+    assert left_out == []
+    assert reasons == [
+        "attention: flash_attn, ahead of triton in prompts",
+        "decode: triton, ahead of flash_attn in decodes",
+        "linear, norm, rope, activation, store, sampling, batch: triton, faster than plain torch",
+    ]
 
 
 @pytest.mark.parametrize(
     ("place", "attention", "note"),
-    [({"dtype": "float32"}, "triton", "not float32"), ({"block_size": 8}, "triton", "multiples of 16"), ({"head_size": 100}, "torch", "head sizes")],
+    [
+        ({"dtype": "float32"}, "triton", "no flash_attn: kernels: 'flash_attn' supports bfloat16, float16, not float32"),
+        ({"block_size": 8}, "triton", "no flash_attn: kernels: 'flash_attn' needs block sizes that are multiples of 16, not 8"),
+        ({"head_size": 16}, "triton", "no flash_attn: kernels: 'flash_attn' supports head sizes"),
+        ({"head_size": 100}, "torch", "no triton: kernels: 'triton' supports head sizes"),
+        ({"dtype": "float64"}, "torch", "no triton: kernels: 'triton' supports bfloat16, float16, float32, not float64"),
+    ],
 )
 def test_auto_leaves_out_what_cannot_run_and_says_why(place, attention, note):
     pytest.importorskip("triton")
-    choice, notes = settled(AutoKernels(), **place)
+    choice, left_out, reasons = settled(AutoKernels(), **place)
     assert choice.attention == attention and choice.decode is None
     assert choice.cuda_graphs is (attention == "triton")
-    assert any(note in text for text in notes)
+    assert any(text.startswith(note) for text in left_out)
+    assert any(text.startswith("attention, decode,") and f": {attention}, " in text for text in reasons)
+
+
+class Missing(TritonKernels):
+    """Triton as if its package were not there."""
+
+    def operations(self, device):
+        raise ConfigError("the package triton is not installed")
+
+
+class Broken(FlashAttnKernels):
+    """FlashAttention built for another torch."""
+
+    def operations(self, device):
+        raise ImportError("undefined symbol: planted")
+
+
+def test_without_triton_flash_attention_takes_decodes_too_and_the_run_says_so():
+    kernels = compose(AutoKernels(), lookup(BACKENDS | {"triton": Missing}), "cuda", "bfloat16", 128, 16)
+    assert kernels.chosen["attention"] == "flash_attn" and "decode" not in kernels.chosen
+    assert kernels.attention == "its attention"
+    assert {kernels.chosen[operation] for operation in ("linear", "rms_norm", "rotary", "sample")} == {"torch"}
+    assert str(kernels).splitlines() == [
+        "flash_attn (attention), torch (linear, norm, rope, activation, store, sampling, batch), no CUDA graphs",
+        "  attention, decode: flash_attn, ahead of plain torch",
+        "  linear, norm, rope, activation, store, sampling, batch: torch, nothing faster can run",
+        "  no CUDA graphs: without triton only decodes can be captured; kernels.cuda_graphs=true does so",
+        "  no triton: the package triton is not installed",
+    ]
+
+
+def test_a_package_that_cannot_be_imported_is_left_out_with_its_error():
+    pytest.importorskip("triton")
+    choice, left_out, _ = settled(AutoKernels(), backends=BACKENDS | {"flash_attn": Broken})
+    assert choice.attention == "triton"
+    assert left_out == ["no flash_attn: it is installed and cannot be imported (undefined symbol: planted)"]
+
+
+def test_with_nothing_installed_a_gpu_runs_plain_torch_and_the_run_names_both():
+    kernels = compose(AutoKernels(), lookup(BACKENDS | {"triton": Missing, "flash_attn": Broken}), "cuda", "bfloat16", 128, 16)
+    assert set(kernels.chosen.values()) - {"separate"} == {"torch"}
+    assert [text.partition(":")[0] for text in kernels.left_out] == ["no triton", "no flash_attn"]
 
 
 def test_what_is_given_to_auto_is_used_as_it_is():
     pytest.importorskip("triton")
-    choice, _ = settled(AutoKernels(attention="triton", cuda_graphs=False))
+    choice, _, reasons = settled(AutoKernels(attention="triton", cuda_graphs=False))
     assert (choice.attention, choice.decode, choice.norm, choice.cuda_graphs) == ("triton", None, "triton", False)
+    assert reasons[1:] == ["attention: triton, as given", "cuda_graphs: False, as given"]
+    choice, _, reasons = settled(AutoKernels(decode="flash_attn"))
+    assert (choice.attention, choice.decode) == ("flash_attn", None)
+    assert "decode: flash_attn, as given" in reasons
 
 
-def test_auto_on_a_cpu_is_plain_torch_without_a_word():
+def test_auto_on_a_cpu_is_plain_torch_and_leaves_nothing_out():
     kernels = compose(AutoKernels(), lookup(BACKENDS), "cpu", "float32", 64, 16)
     assert set(kernels.chosen.values()) == {"torch"} | ({"separate"} & set(kernels.chosen.values()))
-    assert not kernels.cuda_graphs and kernels.notes == []
+    assert not kernels.cuda_graphs and kernels.left_out == []
+    assert kernels.reasons == ["plain torch for everything: the model runs on cpu"]

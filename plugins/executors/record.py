@@ -31,7 +31,7 @@ from headway import Engine, HeadwayError, Observer, Request, RequestOutput, RunR
 
 from .cost import Roofline
 
-FORMAT = 2
+FORMAT = 3
 FILE = "replay.npz"
 
 
@@ -168,7 +168,7 @@ class Record:
         limits = dict(meta["limits"])
         if set(limits) != set(LIMITS) or set(map(type, limits.values())) != {int}:
             raise ValueError(f"its limits are {limits}")
-        if not isinstance(meta["facts"], (dict, NoneType)):
+        if not isinstance(meta["facts"], (dict, NoneType)) or not isinstance(meta["derived"], dict):
             raise ValueError("its composition is no table")
         ends = (offsets[0], offsets[-1], len(offsets))
         if offsets != sorted(offsets) or ends != (0, len(tokens), len(ids) + 1):
@@ -189,7 +189,7 @@ class Record:
 
 
 LIMITS = ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_inflight", "max_model_len")
-_META = ("format", "status", "decision_hash", "seed", "limits", "caps", "model", "roofline", "facts")
+_META = ("format", "status", "decision_hash", "seed", "limits", "derived", "caps", "model", "roofline", "facts")
 #: What numpy, zipfile and json raise for a file that is cut, damaged or something else.
 _DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 _BROKEN = (*_DAMAGED, KeyError, TypeError, AttributeError, IndexError)
@@ -259,15 +259,18 @@ def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
             "block_size": engine.pool.block_size,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
-            "max_inflight": config.max_inflight,
+            "max_inflight": engine.max_inflight,
             "max_model_len": engine.max_model_len,
         },
+        "derived": engine.derived,
         "caps": {
             "max_model_len": caps.max_model_len,
             "vocab_size": caps.vocab_size,
             "eos_token_ids": sorted(caps.eos_token_ids),
             "placeholders": caps.placeholders,
             "max_inflight": caps.max_inflight,
+            "default_inflight": caps.default_inflight,
+            "default_token_budget": caps.default_token_budget,
         },
         "model": asdict(caps.model) if is_dataclass(caps.model) else None,
         "roofline": _roofline(cost) if isinstance(cost, Roofline) else None,

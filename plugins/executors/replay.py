@@ -16,6 +16,7 @@ from headway import (
     ModelShape,
     Observer,
     ParallelConfig,
+    Preparation,
     ReplayClock,
     Request,
     RequestOutput,
@@ -119,8 +120,8 @@ class Replay(Executor):
         record = self.record
         if (recorded := record.meta["facts"]) is None:
             raise ReplayError(f"{record.path}: does not hold its run's composition: record one with run.py")
-        limits = record.meta["limits"]
-        then, now = _that_matter(recorded, limits), _that_matter(facts, limits)
+        limits, derived = record.meta["limits"], record.meta["derived"]
+        then, now = _that_matter(recorded, limits, derived), _that_matter(facts, limits, derived)
         differing = fact_differences(then, now)
         lines = "".join(f"\n  {line}" for line in differing)
         if self.inner:
@@ -217,14 +218,14 @@ def _shown(plan: StepPlan) -> str:
     return " ".join(chunks[:8]) + (" ..." if len(chunks) > 8 else "")
 
 
-def _that_matter(facts: dict[str, Any], limits: dict[str, int]) -> dict[str, Any]:
-    """The facts that decide something. A limit that was left open is what the recorded executor made of
-    it."""
+def _that_matter(facts: dict[str, Any], limits: dict[str, int], derived: dict[str, Any]) -> dict[str, Any]:
+    """The facts that decide something. A limit of memory that is left open is the record's, whose executor answers here; what the recorded
+    run derived (`derived`), this one derives from the same capabilities."""
     found = {name: value for name, value in facts.items() if not name.startswith(NO_MATTER)}
-    for name, recorded in limits.items():
-        if found.get(f"engine.{name}") is None:
-            found[f"engine.{name}"] = recorded
-    found["engine.max_inflight"] = max(found["engine.max_inflight"], found.get("parallel.pp", 1))
+    left_open = {f"engine.{name}": recorded for name, recorded in limits.items() if name != "max_inflight"} | derived
+    found |= {name: recorded for name, recorded in left_open.items() if name in found and found[name] is None}
+    if (given := found["engine.max_inflight"]) is not None:
+        found["engine.max_inflight"] = max(given, found.get("parallel.pp", 1))
     return found
 
 
@@ -281,6 +282,10 @@ class RecordedTimes(Executor):
         inner, begin, end = ticket
         result = self.inner.collect(inner)
         return StepResult(result.tokens, begin, end, result.logprobs, result.timings)
+
+    @property
+    def preparation(self) -> Preparation:
+        return self.inner.preparation
 
     def close(self) -> None:
         self.inner.close()

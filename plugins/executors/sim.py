@@ -20,7 +20,7 @@ from headway import (
     param,
 )
 
-from .cost import Roofline
+from .cost import Roofline, default_token_budget
 
 
 @dataclass
@@ -52,7 +52,16 @@ class SimExecutor(Executor):
     def prepare(self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """Before the engine is built: what runs, and on what. The clock starts at 0."""
         self.cost_model = self.roofline = Roofline(shape, hardware, tp, pp)
-        self.caps = ExecutorCaps(shape.max_position_embeddings, shape.vocab_size, eos_token_ids, pp == 1, max(self.max_plans, pp), shape)
+        self.caps = ExecutorCaps(
+            shape.max_position_embeddings,
+            shape.vocab_size,
+            eos_token_ids,
+            placeholders=pp == 1,
+            max_inflight=max(self.max_plans, pp),
+            model=shape,
+            default_inflight=pp,
+            default_token_budget=default_token_budget(shape, hardware),
+        )
         self.clock = VirtualClock()
 
     check = prepare  # it loads nothing, so all of it can be known before a sweep begins

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from headway import ConfigError, hookimpl
 
-from .compose import KernelChoice, check
+from .compose import GROUPS, KernelChoice, Settled, check
 
 
 @dataclass
@@ -31,11 +32,10 @@ class AutoKernels(KernelChoice):
 
     plugin_name = "auto"
 
-    def settled(
-        self, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int
-    ) -> tuple[KernelChoice, list[str]]:
-        """The choice with every field set, and what was left out and why."""
-        notes: list[str] = []
+    def settled(self, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int) -> Settled:
+        """The choice with every field set, what was left out, and why."""
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        left_out: list[str] = []
 
         def able(name: str) -> bool:
             try:
@@ -43,23 +43,56 @@ class AutoKernels(KernelChoice):
                 role.operations(device)  # says which package is missing
                 check(name, role.caps, device, dtype, head_size, block_size)
             except ConfigError as error:
-                notes.append(f"no {name}: {error}")
+                left_out.append(f"no {name}: {error}")
+                return False
+            except (ImportError, OSError) as error:  # a package that was built for another torch, or for another GPU
+                left_out.append(f"no {name}: it is installed and cannot be imported ({error})")
                 return False
             return True
 
-        rest, attention = "torch", "torch"
-        if device == "cuda":
-            rest = attention = "triton" if able("triton") else "torch"
-            attention = "flash_attn" if able("flash_attn") else attention
-        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        settled = KernelChoice(**{f.name: rest for f in fields(self) if f.name not in ("decode", "cuda_graphs")})
-        settled.attention, settled.cuda_graphs = attention, rest == "triton"
-        for name, value in given.items():
-            setattr(settled, name, value)
-        if "attention" not in given and settled.decode is None and attention != rest:
-            settled.decode = rest
+        found = {name for name in ("triton", "flash_attn") if device == "cuda" and able(name)}
+        fastest = _fastest(found)
+        if ATTENTION in given:
+            del fastest[DECODE]  # who names one kernel for attention means all of it
+        settled = KernelChoice(**{group: backend.name for group, backend in fastest.items()} | {"cuda_graphs": "triton" in found} | given)
+        if settled.decode == settled.attention:
+            settled.decode = None
         settled.plugin_name = self.plugin_name
-        return settled, notes
+        return Settled(settled, left_out, _reasons(fastest, given, device, "triton" in found))
+
+
+class Backend(NamedTuple):
+    name: str
+    why: str
+
+
+ATTENTION, DECODE = "attention", "decode"
+REST = tuple(group for group in GROUPS if group != ATTENTION)
+
+
+def _fastest(found: set[str]) -> dict[str, Backend]:
+    """For each group of operations, out of those that can run here; plain torch always can."""
+    rest = Backend("triton", "faster than plain torch") if "triton" in found else Backend("torch", "nothing faster can run")
+    prompts, decodes = rest, rest
+    if "flash_attn" in found:
+        prompts = Backend("flash_attn", "ahead of triton in prompts" if "triton" in found else "ahead of plain torch")
+        decodes = Backend("triton", "ahead of flash_attn in decodes") if "triton" in found else prompts
+    return {ATTENTION: prompts, DECODE: decodes} | dict.fromkeys(REST, rest)
+
+
+def _reasons(fastest: dict[str, Backend], given: dict[str, Any], device: str, graphs: bool) -> list[str]:
+    """Groups that one backend runs for one reason share a line."""
+    if device != "cuda" and not given:
+        return [f"plain torch for everything: the model runs on {device}"]
+    lines: dict[Backend, list[str]] = {}
+    for group, backend in fastest.items():
+        if group not in given:
+            lines.setdefault(backend, []).append(group)
+    said = [f"{', '.join(groups)}: {name}, {why}" for (name, why), groups in lines.items()]
+    said += [f"{group}: {value}, as given" for group, value in given.items()]
+    if device == "cuda" and not graphs and "cuda_graphs" not in given:
+        said.append("no CUDA graphs: without triton only decodes can be captured; kernels.cuda_graphs=true does so")
+    return said
 
 
 @hookimpl

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from headway import ConfigError, near
 
@@ -59,11 +59,17 @@ class KernelChoice(KernelBackend):
         """The object that holds this backend's callables, made once a run. Raises ConfigError when a package is missing."""
         raise NotImplementedError
 
-    def settled(
-        self, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int
-    ) -> tuple[KernelChoice, list[str]]:
-        """The choice with every field set, for a choice that depends on where it runs; and what it left out, with the reason."""
-        return self, []
+    def settled(self, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int) -> Settled:
+        """With every field set, for a choice that depends on where it runs."""
+        return Settled(self, [], [])
+
+
+class Settled(NamedTuple):
+    """A choice with every field set, and why it is this one."""
+
+    choice: KernelChoice
+    left_out: list[str]  # backends that cannot run here, with the reason: a line for each
+    reasons: list[str]  # for what was chosen: a line for each group of operations, or for several
 
 
 @dataclass
@@ -101,16 +107,17 @@ class Kernels:
     chosen: dict[str, str]  # operation -> backend's name, for the run's record
     caps: KernelCaps  # what every chosen backend allows together
     cuda_graphs: bool
-    notes: list[str]  # what could not be chosen here, and why
+    left_out: list[str]  # what could not be chosen here, and why
+    reasons: list[str]  # why the others were
 
     def __str__(self) -> str:
-        """One backend per group of operations, graphs, and what was left out."""
+        """One backend per group of operations, graphs, why, and what was left out."""
         by_backend: dict[str, list[str]] = {}
         for group in ("decode", *GROUPS):
             if name := self.chosen.get(GROUPS.get(group, (group,))[0]):
                 by_backend.setdefault(name, []).append(group)
         words = [f"{name} ({', '.join(groups)})" for name, groups in by_backend.items()]
-        return "\n  ".join([", ".join([*words, "CUDA graphs" if self.cuda_graphs else "no CUDA graphs"]), *self.notes])
+        return "\n  ".join([", ".join([*words, "CUDA graphs" if self.cuda_graphs else "no CUDA graphs"]), *self.reasons, *self.left_out])
 
 
 def check(name: str, caps: KernelCaps, device: str, dtype: str, head_size: int, block_size: int) -> None:
@@ -137,7 +144,7 @@ def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], devic
     """Binds the operations that `choice` names. backends: name -> that backend's config object with its defaults.
 
     An operation that the named backend does not implement comes from `torch`."""
-    choice, notes = choice.settled(backends, device, dtype, head_size, block_size)
+    choice, left_out, reasons = choice.settled(backends, device, dtype, head_size, block_size)
     made: dict[str, tuple[KernelCaps, Any]] = {}
 
     def backend(name: str) -> tuple[KernelCaps, Any]:
@@ -170,7 +177,9 @@ def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], devic
     if choice.cuda_graphs and not all(caps.graph_safe for caps in used):
         unsafe = [name for name in sorted(set(chosen.values()) - {"separate"}) if not made[name][0].graph_safe]
         raise ConfigError(f"kernels.cuda_graphs=true: {_list(unsafe)} cannot be captured. Set kernels=triton, or kernels.cuda_graphs=false.")
-    return Kernels(**calls, chosen=chosen, caps=_together(used), cuda_graphs=choice.cuda_graphs, notes=notes)  # type: ignore[arg-type]
+    return Kernels(
+        **calls, chosen=chosen, caps=_together(used), cuda_graphs=choice.cuda_graphs, left_out=left_out, reasons=reasons,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _by_step(attention: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -73,6 +73,10 @@ class RankExecution(Execution):
         timed = job.parallel.pp > 1 and self.config.profile and mesh.device.type == "cuda"
         self.model = Stage(self.model, mesh, timed)  # type: ignore[assignment]
 
+    def _say(self, what: str) -> None:
+        if self.mesh.rank == 0:  # the others have the same to say
+            super()._say(what)
+
     def _share(self) -> Sharding:
         cut(self.model, self.mesh)
         return shard(self.model, self.mesh)

@@ -62,7 +62,7 @@ class Preemptive(ChunkedPrefill):
         self._leaving = [request for request in self._leaving if request.num_scheduled_tokens]
         seqs = self._max_num_seqs - len(running)
         blocks = view.kv.available + sum(len(request.block_table) for request in self._leaving)
-        tokens = min(step.tokens_left, self.token_budget or step.tokens_left) - sum(request.num_new_tokens for request in running)
+        tokens = min(step.tokens_left, self.token_budget) - sum(request.num_new_tokens for request in running)
         gone: set[int] = set()
         last = rank(running[-1])
         for request in self.order(view):

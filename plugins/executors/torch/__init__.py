@@ -13,9 +13,11 @@ from headway import (
     EngineConfig,
     Executor,
     ExecutorCaps,
+    Hardware,
     ModelConfig,
     ModelShape,
     ParallelConfig,
+    Preparation,
     Request,
     StepPlan,
     StepResult,
@@ -24,6 +26,7 @@ from headway import (
     param,
 )
 
+from ..cost import default_token_budget
 from .threads import wait_asleep
 
 if TYPE_CHECKING:
@@ -69,11 +72,13 @@ class TorchExecutor(Executor):
         backends: Callable[[str], KernelChoice] | None = None,
         seed: int = 0,
         parallel: ParallelConfig | None = None,
+        hardware: Hardware | None = None,
     ) -> None:
         """Loads the model; `caps` and `kv_capacity` are known afterwards.
 
         kernels: the `kernels` role (None: plain torch). backends: name -> kernels role with its defaults, for a composition of several.
         engine: its limits size the profiling pass. parallel: starts the other ranks, or turns this process into one of them.
+        hardware: the card of the GPU, from which the default token budget is derived (None: that of an H200).
         Raises ConfigError and ModelError before weights are read, and RankError when another rank fails.
         """
         parallel = parallel or ParallelConfig()
@@ -87,7 +92,9 @@ class TorchExecutor(Executor):
             from .execution import Execution
 
             self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
-        self.caps = _caps(self._execution.spec.shape, self._execution.spec.eos_token_ids, parallel.pp)
+        execution = self._execution
+        card = (hardware or Hardware()) if execution.device.type == "cuda" else None
+        self.caps = _caps(execution.spec.shape, execution.spec.eos_token_ids, parallel.pp, card)
 
     def check(
         self,
@@ -104,7 +111,7 @@ class TorchExecutor(Executor):
         parallel = parallel or ParallelConfig()
         shape = foresee(self, model, kernels, engine=engine or EngineConfig(), backends=backends, parallel=parallel)
         if shape is not None:
-            self.caps = _caps(shape, frozenset(), parallel.pp)  # until `prepare` has read the checkpoint
+            self.caps = _caps(shape, frozenset(), parallel.pp, None)  # until `prepare` has read the checkpoint
 
     def _before_weights(self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig) -> None:
         """Reads the tokenizer and sizes the KV cache: both may be wrong, and weights take minutes."""
@@ -152,12 +159,18 @@ class TorchExecutor(Executor):
     def collect(self, ticket: Any) -> StepResult:
         return self.execution.collect(ticket, self.clock)
 
+    @property
+    def preparation(self) -> Preparation:
+        return Preparation(self.execution.warmup_seconds, self.execution.late_preparations)
+
     def close(self) -> None:
         if self._execution is not None:
             self._execution.close()
 
 
-def _caps(shape: ModelShape, eos_token_ids: frozenset[int], pp: int) -> ExecutorCaps:
+def _caps(shape: ModelShape, eos_token_ids: frozenset[int], pp: int, card: Hardware | None) -> ExecutorCaps:
+    """card: of the GPU; None on a CPU, which has no time to hide behind a device's and is best at short steps."""
+    default = {} if card is None else {"default_token_budget": default_token_budget(shape, card)}
     # A token that a later stage still samples is unknown to the first, so a pipeline cannot plan it.
     return ExecutorCaps(
         shape.max_position_embeddings,
@@ -166,6 +179,8 @@ def _caps(shape: ModelShape, eos_token_ids: frozenset[int], pp: int) -> Executor
         placeholders=pp == 1,
         max_inflight=max(MAX_PLANS, 2 * pp),
         model=shape,
+        default_inflight=max(pp, 1 if card is None else 2),
+        **default,
     )
 
 

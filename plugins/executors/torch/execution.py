@@ -72,15 +72,19 @@ class Execution:
         check_weights(self.device, model, shape)
         self.kernels = kernels_for(self.device.type, shape, kernels, backends=backends, block_size=engine.block_size)
         if self.device.type == "cuda":
-            print(f"kernels: {self.kernels}", file=sys.stderr)
+            self._say(f"kernels: {self.kernels}")
         self.model = build(self.spec, self.kernels)
         load(self.model, self.device, self._share(), seed=seed)
         self.runner: ModelRunner
         self.warmup_seconds = 0.0
-        self._prepared = 0
+        self._prepared = PREPARATIONS.count
         self._last_end: Any = None  # CUDA event at the end of the last step, when profiling
         self._collected = 0.0
         self._forecast = Forecast()
+
+    def _say(self, what: str) -> None:
+        """To whoever started the run."""
+        print(what, file=sys.stderr)
 
     def _share(self) -> Share:
         """Our part of the weights; may make the model smaller."""
@@ -102,7 +106,7 @@ class Execution:
         if asked is not None and not blocks:
             raise ConfigError(f"executor.kv_cache_gb={asked}: holds no KV block of {block_size} tokens; raise it")
         if self.device.type == "cuda":
-            print(f"KV cache: {blocks:,} blocks of {block_size} tokens, {free / 2**30:.2f} GiB of {self.device}", file=sys.stderr)
+            self._say(f"KV cache: {blocks:,} blocks of {block_size} tokens, {free / 2**30:.2f} GiB of {self.device}")
         return blocks
 
     def start(
@@ -142,12 +146,12 @@ class Execution:
                 captured = runner.mixed_graphs is not None
                 warm_up(runner, [] if captured else batch_sizes(runner.max_num_seqs), sizes[-1:] if captured else sizes)
             self.warmup_seconds = perf_counter() - began
-            print(f"warm-up: {self.warmup_seconds:.1f} s, {done}", file=sys.stderr)
+            self._say(f"warm-up: {self.warmup_seconds:.1f} s, {done}")
         self._prepared = PREPARATIONS.count
 
     @property
     def late_preparations(self) -> int:
-        """Kernels compiled and graphs captured since the warm-up: time that was charged to requests."""
+        """Kernels compiled and graphs captured in this process since the warm-up: time that was charged to requests."""
         return PREPARATIONS.count - self._prepared
 
     def _capture(self, longest: int) -> bool:
