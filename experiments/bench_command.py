@@ -1,10 +1,9 @@
 """The command that a user types, `python run.py ...`, beside the same command with other options: what its defaults cost.
 
-    python experiments/bench_command.py [default] [budgets] [first] [repeats] [tp] [--repeats 3] [--model qwen3_8b]
+    python experiments/bench_command.py [default] [budgets] [repeats] [tp] [--repeats 3] [--model qwen3_8b]
 
 default  no kernel flag at all, against the best flags found by hand
 budgets  scheduler=chunked with 512 and 2,048 tokens per step, and without a number, against scheduler=fcfs
-first    twelve requests one after the other: the first one's time to its first token against the tenth's
 repeats  an open load at 80% of what the GPU can do, the same command in three processes
 tp       one GPU against two with parallel.tp=2
 
@@ -32,27 +31,20 @@ BY_HAND = [
     "engine.block_size=256", "scheduler.token_budget=8192",
 ]  # fmt: skip
 NANO = ["workload=nano_bench"]
-ONE_BY_ONE = [
-    "workload=random", "workload.num_requests=12", "workload.arrival=uniform", "workload.rate=2",
-    "workload.input_len=[512,512]", "workload.output_len=[4,4]",
-]  # fmt: skip
 OPEN = [
     "workload=shared_prefix", "workload.num_requests=240", "workload.groups=8", "workload.arrival=poisson", "workload.rate=26",
     "workload.input_len=[256,1536]", "workload.output_len=[32,384]", "engine.num_blocks=6000", "scheduler.token_budget=2048",
 ]  # fmt: skip
 
 
-def run(model: str, options: list[str], devices: int = 1) -> dict[str, Any]:
-    """The summary of one run, and `ttft`: of each request in order of arrival, seconds."""
-    import pyarrow.parquet as parquet
-
+def run(model: str, options: list[str], devices: str = "0") -> dict[str, Any]:
+    """The summary of one run. devices: numbers of GPUs."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "run.py", f"model={model}", "model.load_format=dummy", "tracking=none", f"hydra.run.dir={folder}/run",
-            "results.files=[summary.json,requests.parquet]", *options,
+            "results.files=[summary.json]", *options,
         ]  # fmt: skip
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(i) for i in range(devices)))
-        environment = dict(os.environ, CUDA_VISIBLE_DEVICES=visible, HF_HUB_OFFLINE="1")
+        environment = dict(os.environ, CUDA_VISIBLE_DEVICES=devices, HF_HUB_OFFLINE="1")
         began = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         seconds = time.perf_counter() - began
@@ -60,16 +52,16 @@ def run(model: str, options: list[str], devices: int = 1) -> dict[str, Any]:
         if done.returncode:
             sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
         found = next(Path(folder).rglob("summary.json"))
-        rows = parquet.read_table(found.parent / "requests.parquet").to_pylist()
-        return json.loads(found.read_text()) | {"ttft": [row["ttft"] for row in sorted(rows, key=lambda r: r["arrival_time"])]}
+        summary: dict[str, Any] = json.loads(found.read_text())
+        return summary
 
 
-def throughputs(args: argparse.Namespace, variants: dict[str, list[str]], gpus: dict[str, int] | None = None) -> dict[str, float]:
+def throughputs(args: argparse.Namespace, variants: dict[str, list[str]], devices: dict[str, str] | None = None) -> dict[str, float]:
     """Medians of output tokens/s per variant, printed with their spread."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(args.repeats):
         for name, options in variants.items():
-            summary = run(args.model, options, (gpus or {}).get(name, 1))
+            summary = run(args.model, options, (devices or {}).get(name, "0"))
             found[name].append(summary["output_throughput"])
             print(f"   {name}: {summary['output_throughput']:,.0f} output tok/s, {late(summary)}", flush=True)
     for name, values in found.items():
@@ -107,16 +99,6 @@ def budgets(args: argparse.Namespace) -> None:
         goal(f"chunked, {name} tokens per step, over fcfs", ratio, ratio >= least, f"at least {least}")
 
 
-def first(args: argparse.Namespace) -> None:
-    ratios = []
-    for _ in range(args.repeats):
-        ttft = run(args.model, [*USUAL, *ONE_BY_ONE])["ttft"]
-        ratios.append(ttft[0] / ttft[9])
-        print(f"   ms: {', '.join(f'{t * 1e3:.1f}' for t in ttft)}")
-    ratio = statistics.median(ratios)
-    goal("first token of the first request over the tenth", ratio, ratio <= 1.2, "at most 1.2")
-
-
 def repeats(args: argparse.Namespace) -> None:
     summaries = [run(args.model, [*USUAL, *OPEN]) for _ in range(3)]
     for name, most in (("mean_ttft_ms", 0.10), ("mean_tpot_ms", 0.05)):
@@ -128,12 +110,12 @@ def repeats(args: argparse.Namespace) -> None:
 
 def tp(args: argparse.Namespace) -> None:
     variants = {"one GPU": [*USUAL, *NANO], "two GPUs": [*USUAL, *NANO, "parallel.tp=2"]}
-    speeds = throughputs(args, variants, gpus={"two GPUs": 2})
+    speeds = throughputs(args, variants, devices={"two GPUs": "0,1"})
     ratio = speeds["two GPUs"] / speeds["one GPU"]
     goal("two GPUs over one", ratio, ratio >= 1.7, "at least 1.7")
 
 
-FIGURES = {"default": default, "budgets": budgets, "first": first, "repeats": repeats, "tp": tp}
+FIGURES = {"default": default, "budgets": budgets, "repeats": repeats, "tp": tp}
 
 
 def main() -> None:

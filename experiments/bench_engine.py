@@ -253,7 +253,9 @@ def online_engine(args: argparse.Namespace, budget: int) -> Any:
 
 
 def ours_online(args: argparse.Namespace) -> None:
-    online.headway_online(online_engine(args, online.BUDGET), RATES, args.repeats, report)
+    llm = online_engine(args, online.BUDGET)
+    online.headway_first(llm, report)
+    online.headway_online(llm, RATES, args.repeats, report)
 
 
 def ours_mixed(args: argparse.Namespace) -> None:
@@ -460,8 +462,15 @@ def online_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
     print("\nonline: Qwen3-8B shape, chunked + hash, 2,048 tokens per step, 6,000 KV blocks of 16")
     for engine, path in {"headway": None, **dict(peer.split("=", 1) for peer in args.peer if peer.startswith("vllm="))}.items():
         results = found[f"online {engine}"] = run_worker(engine, "online", args, path)
+        for r in results:
+            if times := r.get("first_ttft_ms"):
+                ratio = times[0] / times[9]
+                print(f"   first token of each of 12 requests, ms: {', '.join(f'{t:.1f}' for t in times)}")
+                print(f"   the first over the tenth: {ratio:.2f} ({met(ratio <= 1.2)}: at most 1.2)")
+            if "late_preparations" in r:
+                print(f"   compiled or captured after the start: {r['late_preparations']} ({met(not r['late_preparations'])}: 0)")
         for rate in RATES:
-            rows = [r for r in results if r["rate"] == rate and r["repeat"]]
+            rows = [r for r in results if r.get("rate") == rate and r["repeat"]]
             for name in names if rows else ():
                 values = [r[name] for r in rows]
                 medians[engine, rate, name] = statistics.median(values)

@@ -2,6 +2,7 @@
 
 online   240 requests as Poisson arrivals; 70% of them in 8 groups that share 80% of their prompt (256 to 1,536 tokens); answers of
          32 to 384; Qwen3-8B's shape; 6,000 KV blocks of 16 tokens; prefix caching; 2,048 tokens per step. Each repeat is another seed.
+         Before them, twelve requests one after the other: the first one's time to its first token against the tenth's.
 mixed    64 requests decode at about 1,000 tokens of context while a chunk of 512 tokens of another prompt is computed in each step
 """
 
@@ -29,6 +30,11 @@ def load(rate: float, seed: int) -> list[Any]:
     return list(workload.arrivals(seed, VOCABULARY, CONTEXT))
 
 
+def turns(rates: Sequence[float], repeats: int) -> list[tuple[float, int]]:
+    """(rate, repeat) of every load: repeat 0 warms up, at the highest rate alone."""
+    return [(max(rates), 0), *((rate, repeat) for rate in rates for repeat in range(1, repeats + 1))]
+
+
 def figures(requests: Sequence[tuple[float, Times]]) -> dict[str, float]:
     """Of (arrival, token times) of each request: means and 99th percentiles, milliseconds."""
     ttft = sorted((times[0] - arrival) * 1e3 for arrival, times in requests)
@@ -42,12 +48,23 @@ def figures(requests: Sequence[tuple[float, Times]]) -> dict[str, float]:
 
 def headway_online(llm: Any, rates: Sequence[float], repeats: int, report: Callable[..., None]) -> None:
     """llm: a headway.LLM with the limits above."""
-    for rate in rates:
-        for repeat in range(repeats + 1):
-            begin = 0.2  # seconds after the run begins
-            arrivals = [replace(a, time=begin + a.time, id=f"{rate}/{repeat}/{i}") for i, a in enumerate(load(rate, repeat))]
-            outputs = [o for o in llm.engine.run(arrivals).outputs if o.id.startswith(f"{rate}/{repeat}/")]
-            report(engine="headway", rate=rate, repeat=repeat, **figures([(o.arrival_time, o.token_times) for o in outputs]))
+    for rate, repeat in turns(rates, repeats):
+        begin = 0.2  # seconds after the run begins
+        arrivals = [replace(a, time=begin + a.time) for a in load(rate, repeat)]
+        outputs = llm.engine.run(arrivals).outputs
+        report(engine="headway", rate=rate, repeat=repeat, **figures([(o.arrival_time, o.token_times) for o in outputs]))
+    report(engine="headway", late_preparations=llm.engine.executor.preparation.late)
+
+
+def headway_first(llm: Any, report: Callable[..., None]) -> None:
+    """Twelve requests one after the other, of 512 tokens that no other one has, in the first run of an engine."""
+    from headway import Arrival, SamplingParams
+
+    rng = Random(0)
+    draw = lambda n: [rng.randint(0, 10_000) for _ in range(n)]  # noqa: E731
+    arrivals = [Arrival(0.2 + 0.3 * i, draw(512), SamplingParams(ignore_eos=True, max_tokens=4)) for i in range(12)]
+    outputs = llm.engine.run(arrivals).outputs
+    report(engine="headway", first_ttft_ms=[(o.token_times[0] - o.arrival_time) * 1e3 for o in outputs])
 
 
 def vllm_online(model: str, rates: Sequence[float], repeats: int, report: Callable[..., None]) -> None:
@@ -71,11 +88,10 @@ def vllm_online(model: str, rates: Sequence[float], repeats: int, report: Callab
                 max_num_batched_tokens=BUDGET, enable_prefix_caching=True, disable_log_stats=True,
             )
         )  # fmt: skip
-        for rate in rates:
-            for repeat in range(repeats + 1):
-                begin = time.perf_counter() + 0.2
-                asked = [answer(engine, f"{rate}/{repeat}/{i}", begin, a) for i, a in enumerate(load(rate, repeat))]
-                report(engine="vllm", rate=rate, repeat=repeat, **figures(await asyncio.gather(*asked)))
+        for rate, repeat in turns(rates, repeats):
+            begin = time.perf_counter() + 0.2
+            asked = [answer(engine, f"{rate}/{repeat}/{i}", begin, a) for i, a in enumerate(load(rate, repeat))]
+            report(engine="vllm", rate=rate, repeat=repeat, **figures(await asyncio.gather(*asked)))
         engine.shutdown()
 
     asyncio.run(serve())
