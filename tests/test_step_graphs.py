@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch_engines import engine_of
 
-from headway import ConfigError, ModelConfig
+from headway import Arrival, ConfigError, EngineConfig, ModelConfig, SamplingParams
 from plugins.executors.torch import TorchExecutor
 from plugins.executors.torch.batch import PARAMETERS, StepInput
 from plugins.executors.torch.graphs import longest_mixed, token_sizes
+from plugins.executors.torch.warmup import warm_up
 from plugins.kernels.auto import AutoKernels
 from plugins.kernels.compose import compose, lookup
 from plugins.kernels.flash_attn import FlashAttnKernels
@@ -209,3 +211,58 @@ def test_auto_on_a_cpu_is_plain_torch_and_leaves_nothing_out():
     assert set(kernels.chosen.values()) == {"torch"} | ({"separate"} & set(kernels.chosen.values()))
     assert not kernels.cuda_graphs and kernels.left_out == []
     assert kernels.reasons == ["plain torch for everything: the model runs on cpu"]
+
+
+# ---- the warm-up -----------------------------------------------------------------------------------------------------
+
+
+class Listed(SimpleNamespace):
+    """Kernels that note which of their operations are called."""
+
+
+def listed(kernels, called: set[str]) -> Listed:
+    def noting(name, operation):
+        def call(*args, **options):
+            called.add(name)
+            return operation(*args, **options)
+
+        return call
+
+    operations = {name: value for name, value in vars(kernels).items() if callable(value)}
+    return Listed(**(vars(kernels) | {name: noting(name, operation) for name, operation in operations.items()}))
+
+
+def used(work) -> set[str]:
+    """The operations that a runner calls in `work(executor)`, beside those that the model's layers call."""
+    executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
+    executor.prepare(ModelConfig(), TorchKernels(), engine=EngineConfig(block_size=16))
+    executor.execution.start(8, 16, 4, 64, 128, 2, 0)
+    called: set[str] = set()
+    executor.execution.runner.kernels = listed(executor.execution.kernels, called)
+    work(executor)
+    return called
+
+
+def test_every_operation_that_a_step_launches_is_launched_in_the_warm_up():
+    def run(executor):
+        engine = engine_of(executor, num_blocks=8, block_size=16)
+        executor.execution.runner.kernels = listed(executor.execution.kernels, seen)
+        engine.run([Arrival(0.0, [1, 2, 3], SamplingParams(max_tokens=4, temperature=0.7, top_k=3))])
+
+    seen: set[str] = set()
+    used(run)
+    assert {"update_rows", "decode_inputs", "advance", "sample"} <= seen
+    assert seen <= used(lambda executor: warm_up(executor.execution.runner, [1, 4], []))
+
+
+def test_the_warm_up_changes_nothing_that_a_request_has():
+    def state(runner):
+        return [t.clone() for t in (runner.block_tables, runner.numbers, runner.top_k, runner.seeds, runner.lengths)]
+
+    def work(executor):
+        runner = executor.execution.runner
+        before = state(runner)
+        warm_up(runner, [1, 4], [])
+        assert all(torch.equal(a, b) for a, b in zip(before, state(runner), strict=True))
+
+    used(work)

@@ -150,6 +150,7 @@ def test_auto_kernels_are_the_fastest_that_are_there(capsys):
     kernels = executor.execution.kernels
     assert kernels.cuda_graphs and set(kernels.chosen.values()) == {"triton"}
     assert "no flash_attn" in str(kernels) and "kernels: triton" in capsys.readouterr().err
+    assert executor.caps.default_inflight == 2 and executor.caps.default_token_budget >= 1024
 
 
 SAMPLINGS = {

@@ -103,6 +103,15 @@ class ModelRunner:
         if not step.same_rows:
             self.batch_rows.copy_(data)
 
+    def tell_nothing_new(self) -> None:
+        """Says of the row that belongs to nobody what holds already: for the warm-up, as every step launches this."""
+        last = self.max_num_seqs
+        block = int(self.block_tables[last, 0])
+        said = [last * self.block_tables.shape[1], block, last, 0, 0, 0, 0, 0, 0]
+        data = self.staging.send(np.array(said, dtype=np.int32))
+        rows = {"numbers": self.numbers, "top_k": self.top_k, "seeds": self.seeds}
+        self.kernels.update_rows(data, 1, 1, block_tables=self.block_tables, **rows)
+
     @torch.inference_mode()
     def decode(self, num_seqs: int, max_context: int, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
         """One token for each of the first `num_seqs` of `batch_rows`. Reads and writes device state only, at fixed addresses."""

@@ -41,6 +41,7 @@ PREPARATIONS = Preparations()
 def warm_up(runner: ModelRunner, seqs: list[int], tokens: list[int]) -> None:
     """Runs an empty step of each size: decodes of `seqs`, then prompts of `tokens`, with every kind of sampling. What is compiled at a
     first launch is compiled here. Changes no request's state: its rows all belong to no request."""
+    runner.tell_nothing_new()
     runner.batch_rows.fill_(runner.max_num_seqs)
     for count in seqs:
         for sampling in (GREEDY, RANDOM, FILTERED):
@@ -51,4 +52,5 @@ def warm_up(runner: ModelRunner, seqs: list[int], tokens: list[int]) -> None:
         hidden, rows, ends, last = runner.mixed_hidden(1, total, batch, total, runner.max_model_len)
         for sampling in (GREEDY, RANDOM, FILTERED):
             runner.draw(hidden[last], rows, ends, sampling)
-    torch.cuda.synchronize(runner.device)
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize(runner.device)
