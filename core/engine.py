@@ -704,7 +704,7 @@ class Engine:
         result = RunResult(
             sorted(self.finished, key=lambda o: o.index), now - self._began, self.num_steps, self.policy_time, self.busy_time,
             self.pool.num_blocks, self.kv_peak, self.pool.num_evictions, self.num_preemptions, self.planned_tokens, self.decisions.hexdigest,
-            status, error, self.oracles, prepared.seconds, prepared.late - self._prepared, dict(self.derived),
+            status, error, self.oracles, prepared.seconds, prepared.late - self._prepared, self.executor.step_time_basis, dict(self.derived),
         )  # fmt: skip
         if cut_off or status != "finished":
             self._start_over()

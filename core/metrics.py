@@ -99,6 +99,7 @@ def summarize(result: RunResult) -> dict[str, Any]:
         "policy_time_per_step_us": _over(result.policy_time * 1e6, result.num_steps),
         "warmup_seconds": result.warmup_seconds,
         "late_preparations": result.late_preparations,
+        "step_time_basis": result.step_time_basis,
         "decision_hash": result.decision_hash,
     }
     verdicts = [v for v in map(meets_slo, outputs) if v is not None]

@@ -37,7 +37,7 @@ API_VERSION = 1
 #: What a role may require: service -> how to get it where it is missing.
 SERVICES = {
     "predictor": "set predictor=history, oracle, noisy or constant",
-    "step_time": "use executor=sim",
+    "step_time": "use executor=torch or executor=sim",
     "future": "use a workload that knows its arrivals beforehand",
 }
 PREEMPTION_MODES = ("recompute", "drop_tail")
@@ -411,6 +411,11 @@ class Executor(Role):
     caps: ExecutorCaps
     clock: Any
     cost_model: CostModel | None = None
+
+    @property
+    def step_time_basis(self) -> str:
+        """What `cost_model` predicts from, for the reader of results; empty without one."""
+        return ""
 
     def kv_capacity(self, block_size: int) -> int:
         """Blocks that fit into the memory left after the weights."""

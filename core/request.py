@@ -270,4 +270,5 @@ class RunResult:
     oracles: list[str] = field(default_factory=list)
     warmup_seconds: float = 0.0  # that the executor took to compile and capture, before the first step of its first run
     late_preparations: int = 0  # kernels compiled and graphs captured since, in this run
+    step_time_basis: str = ""  # what predicted the times of steps that policies ask for; empty without a cost model
     derived: dict[str, Any] = field(default_factory=dict)  # parameters that were left None -> what this run made of them

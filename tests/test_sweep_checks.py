@@ -75,7 +75,6 @@ def test_what_is_wrong_is_listed_for_all_jobs_together_a_line_for_each_reason(hy
         (("engine.max_model_len=4096,4097",), "job 1: engine.max_model_len=4097: the model's context is 4096 tokens"),
         (("executor=sim,replay",), "job 1: executor.path='': expected a run directory with replay.npz"),
         (("executor=sim,oracle", "parallel.tp=2"), "job 1: parallel.tp=2 parallel.pp=1: executor=oracle runs on one rank"),
-        (("executor=sim,torch", "budget=dynamic_chunk"), "job 1: budget=dynamic_chunk needs step_time"),
         (("executor=torch", "kernels=torch,triton", "executor.device=cpu"), "job 1: kernels: 'triton' runs on cuda, not on cpu"),
         (("executor=torch", "parallel.tp=1,3"), "job 1: parallel.tp=3 does not divide the model's 8 attention heads"),
         (("executor=torch", "executor.device=cpu,warp"), "job 1: executor.device='warp': expected auto, cpu, cuda or cuda:N"),

@@ -18,8 +18,12 @@ only where they are also the output head. `experiments/sim_error.py` says how fa
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from operator import mul
+from typing import Any
 
 from headway import ConfigError, Hardware, ModelShape
 
@@ -95,6 +99,9 @@ class Roofline:
         stage, send = self.stage_time(starts, lengths)
         return self.hardware.step_overhead + self.pp * stage + (self.pp - 1) * send
 
+    def __str__(self) -> str:
+        return f"roofline of {self.hardware.name}, tp={self.tp} pp={self.pp}"
+
     def kv_capacity(self, block_size: int, memory_utilization: float, activation_gb: float) -> int:
         """Blocks that fit on each rank: (memory * utilization - weights - activations) / bytes a block. Raises ConfigError when none does."""
         budget = self.hardware.memory_bytes * memory_utilization
@@ -107,3 +114,51 @@ class Roofline:
                 f"{self.hardware.name}: raise parallel.tp or parallel.pp, or choose a smaller model or larger hardware"
             )
         return blocks
+
+
+class Fitted:
+    """A `CostModel` of an engine that runs its steps: a roofline, times how much longer the last steps took than it says.
+
+    Steps of decodes and steps with prompts have a factor each, the median of the last STEPS, so that one slow step counts
+    for nothing; it is 1 until a first step has been seen. The same steps in the same order give the same predictions, and
+    so a replay takes the decisions of its record."""
+
+    STEPS = 15
+
+    def __init__(self, roofline: Roofline) -> None:
+        self.roofline = roofline
+        self._seen: dict[bool, deque[float]] = {decodes: deque(maxlen=self.STEPS) for decodes in (True, False)}
+        self._factors = {True: 1.0, False: 1.0}
+
+    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
+        return self.roofline.step_time(starts, lengths) * self._factors[_only_decodes(lengths)]
+
+    def observe(self, starts: Sequence[int], lengths: Sequence[int], seconds: float) -> None:
+        """A step with these chunks took so long."""
+        kind = _only_decodes(lengths)
+        self._seen[kind].append(seconds / self.roofline.step_time(starts, lengths))
+        self._factors[kind] = statistics.median(self._seen[kind])
+
+    def __str__(self) -> str:
+        words = {True: "of decodes", False: "with prompts"}
+        found = [f"x {self._factors[kind]:.2f} in steps {words[kind]}" for kind in (True, False) if self._seen[kind]]
+        return ", ".join([str(self.roofline), *found])
+
+
+def _only_decodes(lengths: Sequence[int]) -> bool:
+    return sum(lengths) == len(lengths)
+
+
+def stored(cost: object) -> dict[str, Any] | None:
+    """A cost model as JSON has it; None for one of another kind."""
+    roofline = cost.roofline if isinstance(cost, Fitted) else cost
+    if not isinstance(roofline, Roofline):
+        return None
+    layout = {"hardware": asdict(roofline.hardware), "tp": roofline.tp, "pp": roofline.pp}
+    return layout | {"fitted": isinstance(cost, Fitted)}
+
+
+def restored(shape: ModelShape, kept: dict[str, Any]) -> Roofline | Fitted:
+    """The cost model that was stored, before its first step. Raises KeyError and TypeError for what is none."""
+    roofline = Roofline(shape, Hardware(**kept["hardware"]), kept["tp"], kept["pp"])
+    return Fitted(roofline) if kept["fitted"] else roofline

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from headway import Engine, HeadwayError, Observer, Request, RequestOutput, RunResult, StepPlan, StepRecord, whole
 
-from .cost import Roofline
+from .cost import stored
 
 FORMAT = 3
 FILE = "replay.npz"
@@ -243,10 +243,6 @@ class Recorder(Observer):
             np.savez_compressed(out, allow_pickle=False, **data)
 
 
-def _roofline(cost: Roofline) -> dict[str, Any]:
-    return {"hardware": asdict(cost.hardware), "tp": cost.tp, "pp": cost.pp}
-
-
 def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
     caps, config, cost = engine.executor.caps, engine.config, engine.cost_model
     return {
@@ -273,5 +269,5 @@ def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
             "default_token_budget": caps.default_token_budget,
         },
         "model": asdict(caps.model) if is_dataclass(caps.model) else None,
-        "roofline": _roofline(cost) if isinstance(cost, Roofline) else None,
+        "roofline": stored(cost),
     }

@@ -11,7 +11,6 @@ from headway import (
     ConfigError,
     Executor,
     ExecutorCaps,
-    Hardware,
     ModelError,
     ModelShape,
     Observer,
@@ -29,7 +28,7 @@ from headway import (
     hookimpl,
 )
 
-from .cost import Roofline
+from .cost import Fitted, restored
 from .record import FILE, PlanDigest, Prompt, Record, Recorder, ReplayError, Said
 
 __all__ = ["Record", "RecordedTimes", "Recorder", "Replay", "ReplayError"]
@@ -105,7 +104,7 @@ class Replay(Executor):
             eos = frozenset(caps["eos_token_ids"])
             self.caps = ExecutorCaps(**{**caps, "eos_token_ids": eos, "model": shape})
             if shape and (cost := meta["roofline"]):
-                self.cost_model = Roofline(shape, Hardware(**cost["hardware"]), cost["tp"], cost["pp"])
+                self.cost_model = restored(shape, cost)
         except (TypeError, KeyError) as error:
             problem = f"is no record of this version ({error})"
             raise ReplayError(f"{record.path}: {problem}: record the run again") from error
@@ -140,6 +139,10 @@ class Replay(Executor):
     def over(self, inner: Executor) -> RecordedTimes:
         """`inner`, which is prepared, in the step times of this record."""
         return RecordedTimes(inner, self.record.durations, self.told)
+
+    @property
+    def step_time_basis(self) -> str:
+        return "" if self.cost_model is None else str(self.cost_model)
 
     def kv_capacity(self, block_size: int) -> int:
         return self.record.meta["limits"]["num_blocks"]
@@ -194,7 +197,10 @@ class Replay(Executor):
             known, position = self.record.tokens[request.id], start + length - request.num_prompt_tokens
             # Past the recorded end lies only a token that a step in flight sampled for a request that had ended by then.
             tokens.append(-1 if not sample else known[position] if 0 <= position < len(known) else 0)
-        return StepResult(tokens, *self.record.steps[plan.step])
+        start, end = self.record.steps[plan.step]
+        if isinstance(self.cost_model, Fitted):
+            self.cost_model.observe(plan.starts, plan.lengths, end - start)
+        return StepResult(tokens, start, end)
 
     def stop_text(self, request: Request) -> bool:
         """What the engine asks about stop strings: whether one ended this request here in the recorded
@@ -286,6 +292,10 @@ class RecordedTimes(Executor):
     @property
     def preparation(self) -> Preparation:
         return self.inner.preparation
+
+    @property
+    def step_time_basis(self) -> str:
+        return self.inner.step_time_basis
 
     def close(self) -> None:
         self.inner.close()

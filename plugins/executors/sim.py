@@ -66,6 +66,10 @@ class SimExecutor(Executor):
 
     check = prepare  # it loads nothing, so all of it can be known before a sweep begins
 
+    @property
+    def step_time_basis(self) -> str:
+        return str(self.roofline)
+
     def kv_capacity(self, block_size: int) -> int:
         return self.roofline.kv_capacity(block_size, self.memory_utilization, self.activation_gb)
 

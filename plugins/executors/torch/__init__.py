@@ -26,7 +26,7 @@ from headway import (
     param,
 )
 
-from ..cost import default_token_budget
+from ..cost import Fitted, Roofline, default_token_budget
 from .threads import wait_asleep
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class TorchExecutor(Executor):
 
     def __post_init__(self) -> None:
         self.clock = WallClock()
+        self.cost_model: Fitted | None = None
         self.tokenizer: Tokenizer | None = None  # None for random weights without a checkpoint
         self._execution: Execution | None = None
         self._max_model_len: int | None = None
@@ -78,7 +79,8 @@ class TorchExecutor(Executor):
 
         kernels: the `kernels` role (None: plain torch). backends: name -> kernels role with its defaults, for a composition of several.
         engine: its limits size the profiling pass. parallel: starts the other ranks, or turns this process into one of them.
-        hardware: the card of the GPU, from which the default token budget is derived (None: that of an H200).
+        hardware: the card of the GPU (None: that of an H200), from which the default token budget is derived, and the times of steps
+        that policies ask for, until there are measured ones; on a CPU the latter alone.
         Raises ConfigError and ModelError before weights are read, and RankError when another rank fails.
         """
         parallel = parallel or ParallelConfig()
@@ -93,6 +95,7 @@ class TorchExecutor(Executor):
 
             self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
         execution = self._execution
+        self._foretell(execution.spec.shape, hardware or Hardware(), parallel)
         card = (hardware or Hardware()) if execution.device.type == "cuda" else None
         self.caps = _caps(execution.spec.shape, execution.spec.eos_token_ids, parallel.pp, card)
 
@@ -104,6 +107,7 @@ class TorchExecutor(Executor):
         engine: EngineConfig | None = None,
         backends: Callable[[str], KernelChoice] | None = None,
         parallel: ParallelConfig | None = None,
+        hardware: Hardware | None = None,
     ) -> None:
         """Raises ConfigError and ModelError for what can be known without weights, ranks or a download."""
         from .foresight import foresee
@@ -111,7 +115,12 @@ class TorchExecutor(Executor):
         parallel = parallel or ParallelConfig()
         shape = foresee(self, model, kernels, engine=engine or EngineConfig(), backends=backends, parallel=parallel)
         if shape is not None:
+            self._foretell(shape, hardware or Hardware(), parallel)
             self.caps = _caps(shape, frozenset(), parallel.pp, None)  # until `prepare` has read the checkpoint
+
+    def _foretell(self, shape: ModelShape, hardware: Hardware, parallel: ParallelConfig) -> None:
+        """Policies may ask how long a step will take."""
+        self.cost_model = Fitted(Roofline(shape, hardware, parallel.tp, parallel.pp))
 
     def _before_weights(self, model: ModelConfig, engine: EngineConfig, parallel: ParallelConfig) -> None:
         """Reads the tokenizer and sizes the KV cache: both may be wrong, and weights take minutes."""
@@ -125,6 +134,10 @@ class TorchExecutor(Executor):
         check_blocks(engine, spec.shape, parallel, device_of(self.device))
         if spec.directory is not None and is_there(spec.directory / "tokenizer.json"):
             self.tokenizer = Tokenizer(spec.directory, spec.shape.max_position_embeddings)
+
+    @property
+    def step_time_basis(self) -> str:
+        return "" if self.cost_model is None else str(self.cost_model)
 
     @property
     def execution(self) -> Execution:
@@ -157,7 +170,10 @@ class TorchExecutor(Executor):
         self.execution.linger()
 
     def collect(self, ticket: Any) -> StepResult:
-        return self.execution.collect(ticket, self.clock)
+        result = self.execution.collect(ticket, self.clock)
+        assert self.cost_model is not None  # since `prepare`
+        self.cost_model.observe(ticket.plan.starts, ticket.plan.lengths, result.end - result.start)
+        return result
 
     @property
     def preparation(self) -> Preparation:

@@ -44,6 +44,7 @@ class Ticket:
     """A launched step. Times on the run's clock; seconds in `timings`."""
 
     step: StepInput
+    plan: StepPlan
     launched: float
     slot: int  # of the result ring
     flight: Flight | None = None
@@ -195,7 +196,7 @@ class Execution:
         packed = perf_counter()
         slot = self._slots[0]
         self._slots.rotate(-1)
-        ticket = Ticket(step, now, slot)
+        ticket = Ticket(step, plan, now, slot)
         if step.logprobs != NO_LOGPROBS:
             ticket.wanted = [r.sampling.logprobs for r, sample in zip(plan.requests, plan.samples, strict=True) if sample]
         if self.config.profile:
