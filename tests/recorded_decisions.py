@@ -1,10 +1,12 @@
-"""Decision hashes of every scheduler x order x cache x eviction x victim, which a refactoring leaves as they are.
+"""Decision hashes of every scheduler x order x cache x eviction x victim, which a refactoring leaves as they
+are.
 
     python tests/recorded_decisions.py              runs the whole set (two minutes); names the rows that differ
     python tests/recorded_decisions.py --write      records it again, after decisions changed on purpose
 
-A row is one (scheduler, order, cache, eviction) over all victims, or one run of the real engine on a tiny model.
-Other roles, limits and requests come from a generator seeded with the row's name: rows differ in all of them.
+A row is one (scheduler, order, cache, eviction) over all victims, or one run of the real engine on a tiny
+model. Other roles, limits and requests come from a generator seeded with the row's name: rows differ in all
+of them.
 """
 
 from __future__ import annotations
