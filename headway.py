@@ -20,8 +20,10 @@ from core.errors import (
     WorkloadError,
     near,
 )
+from core.execution import ExecutorCaps, Preparation, StepResult
 from core.facts import differences as fact_differences
 from core.facts import facts as composition_facts
+from core.grants import Granted, NeedBlocks, NoBudget, NotReady
 from core.hooks import hookimpl, load_registry
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
 from core.memory import check_fits
@@ -37,7 +39,6 @@ from core.policy import (
     Defer,
     Eviction,
     Executor,
-    ExecutorCaps,
     KVControl,
     LengthPrediction,
     Need,
@@ -46,21 +47,19 @@ from core.policy import (
     Order,
     Predictor,
     PrefixCache,
-    Preparation,
     Reject,
     Retention,
     Role,
     Scheduler,
     StepRecord,
-    StepResult,
     TokenBudget,
     Victim,
     Workload,
 )
 from core.prompts import token_ids
-from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags
+from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags, TextStop
 from core.results import whole
-from core.step import Granted, NeedBlocks, NoBudget, NotReady, StepBuilder
+from core.step import StepBuilder
 from core.testing.oracle import OracleExecutor
 from core.view import Match, View
 
@@ -70,8 +69,8 @@ __all__ = [
     "HeadwayError", "InvariantError", "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Match", "ModelConfig", "ModelError",
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState",
-    "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TokenBudget",
-    "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
+    "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TextStop",
+    "TokenBudget", "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
     "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
     "param", "prefix_keys", "root_key", "token_ids", "whole",
 ]  # fmt: skip

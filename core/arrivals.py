@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
+from .calls import Calls
 from .clock import is_finite
 from .errors import WorkloadError
-from .request import Arrival
+from .request import Arrival, Request
 
 _END = object()
+#: Closed loop: what arrives after a request has ended.
+OnResult: TypeAlias = Callable[[Request, float], Iterable[Arrival]]
 _TIME = attrgetter("time")
 
 
@@ -37,15 +40,16 @@ def _place(workload: str, index: int) -> str:
     return f"{workload}: arrival {index}"
 
 
-class Coming:
+class ArrivalQueue:
     """Arrivals by time, then by the order in which they were added. Of a stream, only the next one is read ahead."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Calls, workload: Any) -> None:
+        self._calls, self._role = calls, workload
+        self.on_result: OnResult | None = None  # of a closed loop
         self._heap: list[tuple[float, int, Arrival]] = []
         self._serial = 0
         self._stream: Iterator[Arrival] = iter(())
         self._stream_serial: int | None = None  # of the stream's arrival that is in the heap
-        self._workload = ""
         self._began = 0.0
         self._num_read = 0  # of the stream
         self._last_time = 0.0  # of the stream, as the workload says it
@@ -57,11 +61,25 @@ class Coming:
         heapq.heappush(self._heap, (arrival.time, self._serial, arrival))
         self._serial += 1
 
-    def stream(self, arrivals: Iterable[Arrival], workload: str = "the workload", began: float = 0.0) -> None:
+    def stream(self, arrivals: Iterable[Arrival], began: float = 0.0) -> None:
         """The workload, in order of time; may be endless. Its times are seconds since `began` on the run's clock."""
-        self._stream, self._stream_serial = iter(arrivals), None
-        self._workload, self._began = workload, began
+        self._stream = self._calls.each(self._role, iter, arrivals)
+        self._stream_serial, self._began = None, began
         self._num_read, self._last_time = 0, 0.0
+
+    def follow(self, request: Request, now: float) -> None:
+        """Adds what a closed loop asks after this answer; after a refusal, too, since its client goes on."""
+        if self.on_result is None:
+            return
+        source = f"{self._role.plugin_name}: what follows {request.id}"
+        for arrival in self._calls.each(self._role, self.on_result, request, now):
+            self.add(checked(arrival, source, now))
+
+    def clear(self) -> None:
+        """Nothing is to come any more."""
+        self._heap.clear()
+        self._stream, self._stream_serial = iter(()), None
+        self.on_result = None
 
     def until(self, now: float) -> Iterator[Arrival]:
         """Takes out what has arrived. The stream is read on only when the caller is done with an arrival: one that raises
@@ -82,10 +100,10 @@ class Coming:
     def _read_ahead(self) -> None:
         if self._stream_serial is not None or (arrival := next(self._stream, _END)) is _END:
             return
-        arrival = checked(arrival, _place(self._workload, self._num_read))
+        arrival = checked(arrival, _place(self._role.plugin_name, self._num_read))
         if arrival.time < self._last_time:
             raise WorkloadError(
-                f"{_place(self._workload, self._num_read)} is at {arrival.time} s, after one at {self._last_time} s: "
+                f"{_place(self._role.plugin_name, self._num_read)} is at {arrival.time} s, after one at {self._last_time} s: "
                 "a stream yields its arrivals in order of time; sort them, or answer a list, which is sorted here"
             )
         self._num_read, self._last_time = self._num_read + 1, arrival.time

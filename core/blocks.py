@@ -10,10 +10,12 @@ A prefix cache is an index over these blocks and an eviction policy an order ove
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvariantError, PolicyError
+from .calls import Calls
+from .errors import InvariantError
 from .request import Request, Tags
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = -1  # parent of a first block
 NO_TAGS = Tags()
+_NOTHING: Any = object()
 
 
 def root_key(cache_salt: str) -> int:
@@ -78,22 +81,47 @@ class Block:
         return f"Block({self.id}, ref={self.ref_count}, parent={self.parent}, children={self.num_children}, cached={self.cached})"
 
 
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """How tokens lie in KV blocks: `block_size` of them in each."""
+
+    block_size: int
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """That hold so many tokens, the last one perhaps in part."""
+        return -(-num_tokens // self.block_size)
+
+    def num_full_blocks(self, num_tokens: int) -> int:
+        return num_tokens // self.block_size
+
+    def num_tokens(self, num_full_blocks: int) -> int:
+        return num_full_blocks * self.block_size
+
+
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens, a prefix index and an eviction order over them."""
 
-    def __init__(self, num_blocks: int, block_size: int, cache: PrefixCache, eviction: Eviction) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        cache: PrefixCache,
+        eviction: Eviction,
+        calls: Calls | None = None,
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise InvariantError(f"a pool needs at least one block of one token, got {num_blocks} of {block_size}")
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size, self.layout = num_blocks, block_size, KVLayout(block_size)
         self.cache, self.eviction = cache, eviction
+        self._calls = calls or Calls()
         self.blocks: list[Block] = []  # made at first use, so that a large pool costs nothing to start
-        self._free: list[int] = []
+        self.free_blocks: list[int] = []  # of those that were made
         self.num_cached = 0  # blocks in the index
         self.num_evictable = 0  # of those, unreferenced
         self.num_pinned = 0  # blocks held by pins alone or with others
         self._pins: dict[int, int] = {}  # block id -> pins on it
         self.num_evictions = 0
-        self.evicted: list[int] = []  # since the step began; the decision log takes them
+        self._evicted: list[int] = []  # since `take_evicted`
         self.root_version = 0
         self.now = 0.0
         self._touch = 0
@@ -102,9 +130,9 @@ class BlockPool:
     def clear(self) -> None:
         """Forgets every block, as if nothing had ever run. Index and eviction order must be made anew with it (`Role.setup`)."""
         self.blocks.clear()
-        self._free.clear()
+        self.free_blocks.clear()
         self._pins.clear()
-        self.evicted.clear()
+        self._evicted.clear()
         self.num_cached = self.num_evictable = self.num_pinned = self.num_evictions = self._touch = 0
         self.root_version += 1
         self._evicting = False
@@ -114,12 +142,12 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that hold nothing."""
-        return self.num_blocks - len(self.blocks) + len(self._free)
+        return self.num_blocks - len(self.blocks) + len(self.free_blocks)
 
     @property
     def num_available(self) -> int:
         """Blocks that an allocation could get: free ones and evictable ones."""
-        return self.num_blocks - len(self.blocks) + len(self._free) + self.num_evictable
+        return self.num_blocks - len(self.blocks) + len(self.free_blocks) + self.num_evictable
 
     @property
     def num_used(self) -> int:
@@ -137,8 +165,8 @@ class BlockPool:
         return [self.allocate_one() for _ in range(count)]
 
     def allocate_one(self) -> int:
-        if self._free:
-            block = self.blocks[self._free.pop()]
+        if self.free_blocks:
+            block = self.blocks[self.free_blocks.pop()]
         elif len(self.blocks) < self.num_blocks:
             block = Block(len(self.blocks))
             self.blocks.append(block)
@@ -151,20 +179,20 @@ class BlockPool:
 
     def acquire(self, block_ids: Sequence[int], tags: Tags = NO_TAGS, *, hit: bool = True) -> None:
         """One more reference on cached blocks that a request was matched to."""
-        eviction = self.eviction
+        call, eviction = self._calls.call, self.eviction
         for id in block_ids:
             block = self.blocks[id]
             if not block.cached:
-                raise PolicyError(f"matched block {id}, which is not cached", plugin=_name(self.cache))
+                raise self._calls.refusal(self.cache, f"matched block {id}, which is not cached")
             if block.ref_count == 0:
                 self.num_evictable -= 1
                 if block.num_children == 0:
-                    eviction.on_in_use(block)
+                    call(eviction, eviction.on_in_use, block)
             block.ref_count += 1
             if hit:
                 block.hits += 1
                 self._touched(block, tags)
-                eviction.on_hit(block)
+                call(eviction, eviction.on_hit, block)
 
     def release(self, block_ids: Sequence[int], tags: Tags = NO_TAGS) -> None:
         """Gives one reference back on each, tail first, so that a prefix outlives what hangs under it."""
@@ -179,9 +207,9 @@ class BlockPool:
                 if block.cached:
                     self.num_evictable += 1
                     if block.num_children == 0:
-                        self.eviction.on_evictable(block)
+                        self._calls.call(self.eviction, self.eviction.on_evictable, block)
                 else:
-                    self._free.append(id)
+                    self.free_blocks.append(id)
 
     def _touched(self, block: Block, tags: Tags) -> None:
         self._touch += 1
@@ -189,30 +217,25 @@ class BlockPool:
 
     # ---- the prefix index ---------------------------------------------------------------------------------------
 
-    def publish(self, request: Request, upto: int) -> None:
-        """Makes the request's full, computed blocks before index `upto` matchable. Called after the step that wrote them."""
-        size, table, parent = self.block_size, request.block_table, request._parent
-        key = root_key(request.cache_salt) if parent == ROOT else self.blocks[parent].key
-        for index in range(request._published, upto):
-            id = table[index]
-            tokens = tuple(request.token_ids[index * size : (index + 1) * size])
-            key = chain_key(key, tokens)
-            canonical = self.cache.insert(request, parent, tokens, id)
-            if canonical == id:
-                self._cached(self.blocks[id], parent, key, request.tags)
-            else:
-                # Another request published the same content first. The table keeps its own copy (no table is ever
-                # rewritten under a running kernel), and a reference on the twin keeps the prefix closed.
-                if not self.is_cached(canonical) or self.blocks[canonical].parent != parent:
-                    raise PolicyError(
-                        f"insert() named block {canonical} as the twin of {id}, but no such block is cached under {parent}",
-                        plugin=_name(self.cache),
-                        request=request.id,
-                    )
-                self.acquire((canonical,), request.tags, hit=False)
-                request._shadow[index] = canonical
-            request._parent = parent = canonical
-            request._published = index + 1
+    def publish(self, request: Request, parent: int, tokens: tuple[int, ...], id: int) -> int:
+        """Makes a full, computed block of the request matchable after cached block `parent`, or ROOT.
+
+        Returns the block that the index holds for this content: `id`, or a twin that another request
+        published before. Its table keeps its own copy then (no table is ever rewritten under a running kernel), and a
+        reference on the twin keeps the prefix closed.
+        """
+        cache = self.cache
+        canonical = self._calls.call(cache, cache.insert, request, parent, tokens, id)
+        if canonical == id:
+            above = root_key(request.cache_salt) if parent == ROOT else self.blocks[parent].key
+            self._cached(self.blocks[id], parent, chain_key(above, tokens), request.tags)
+        elif self.is_cached(canonical) and self.blocks[canonical].parent == parent:
+            self.acquire((canonical,), request.tags, hit=False)
+        else:
+            message = f"insert() named block {canonical} as the twin of {id}, but no such block is cached"
+            message += f" under {parent}"
+            raise self._calls.refusal(cache, message, request)
+        return canonical
 
     def _cached(self, block: Block, parent: int, key: int, tags: Tags) -> None:
         block.cached, block.parent, block.key, block.num_children, block.hits = True, parent, key, 0, 0
@@ -227,49 +250,51 @@ class BlockPool:
                 raise InvariantError(f"{block} published under {above}, which is not cached")
             block.depth = above.depth + 1
             if above.num_children == 0 and above.ref_count == 0:
-                self.eviction.on_in_use(above)  # no longer a leaf
+                self._calls.call(self.eviction, self.eviction.on_in_use, above)  # no longer a leaf
             above.num_children += 1
             above.version += 1
         self.num_cached += 1
-        self.eviction.on_insert(block)
+        self._calls.call(self.eviction, self.eviction.on_insert, block)
 
     def _evict(self) -> Block:
         if self._evicting:
             raise InvariantError("eviction called from inside an eviction")
         self._evicting = True
+        call, eviction = self._calls.call, self.eviction
         try:
-            candidates = self.eviction.candidates(1)
+            candidates = call(eviction, eviction.candidates, 1)
             if hasattr(candidates, "__iter__"):
-                for block in candidates:
-                    return self._evict_block(block)
+                first: Any = call(eviction, next, call(eviction, iter, candidates), _NOTHING)
+                if first is not _NOTHING:
+                    return self._evict_block(first)
         finally:
             self._evicting = False
-        raise PolicyError(
-            f"candidates() yielded nothing although {self.num_evictable} blocks are evictable, it answered {candidates!r}: "
-            "track on_evictable and on_in_use, and yield every block between the two",
-            plugin=_name(self.eviction),
+        raise self._calls.refusal(
+            eviction,
+            f"candidates() yielded nothing although {self.num_evictable} blocks are evictable, it answered "
+            f"{candidates!r}: track on_evictable and on_in_use, and yield every block between the two",
         )
 
     def _evict_block(self, block: Block) -> Block:
         if not isinstance(block, Block) or not block.cached or block.ref_count or block.num_children:
-            reason = "which is referenced or pinned" if getattr(block, "ref_count", 0) else "which has cached children or is not cached"
-            raise PolicyError(
-                f"candidates() yielded {block}, {reason}: yield only blocks between on_evictable and on_in_use",
-                plugin=_name(self.eviction),
-            )
-        self.cache.remove(block.id)
+            in_use = getattr(block, "ref_count", 0)
+            reason = "is referenced or pinned" if in_use else "has cached children or is not cached"
+            mend = "yield only blocks between on_evictable and on_in_use"
+            raise self._calls.refusal(self.eviction, f"candidates() yielded {block}, which {reason}: {mend}")
+        call, eviction = self._calls.call, self.eviction
+        call(self.cache, self.cache.remove, block.id)
         block.cached = False
         block.generation += 1
         self.num_cached -= 1
         self.num_evictable -= 1
         self.num_evictions += 1
-        self.evicted.append(block.id)
-        self.eviction.on_evict(block)
+        self._evicted.append(block.id)
+        call(eviction, eviction.on_evict, block)
         if block.parent != ROOT:
             above = self.blocks[block.parent]
             above.num_children -= 1
             if above.num_children == 0 and above.ref_count == 0:
-                self.eviction.on_evictable(above)
+                call(eviction, eviction.on_evictable, above)
         return block
 
     # ---- pins (retention) ---------------------------------------------------------------------------------------
@@ -297,11 +322,16 @@ class BlockPool:
         for id in reversed(block_ids):
             block = self.blocks[id]
             if block.cached and not block.ref_count and not block.num_children:
-                self.eviction.on_in_use(block)
+                self._calls.call(self.eviction, self.eviction.on_in_use, block)
                 self._evict_block(block)
-                self._free.append(id)
+                self.free_blocks.append(id)
                 dropped += 1
         return dropped
+
+    def take_evicted(self) -> list[int]:
+        """Blocks evicted since the last call."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
     # ---- checks -------------------------------------------------------------------------------------------------
 
@@ -309,8 +339,8 @@ class BlockPool:
         """The whole pool against its rules: O(total), for tests and the conformance kit. Raises InvariantError."""
         used = [b for b in self.blocks if b.ref_count]
         cached = [b for b in self.blocks if b.cached]
-        free = set(self._free)
-        if len(free) != len(self._free):
+        free = set(self.free_blocks)
+        if len(free) != len(self.free_blocks):
             raise InvariantError("a block is on the free list twice")
         idle = [b for b in cached if not b.ref_count]
         if len(used) + len(idle) + self.num_free != self.num_blocks:
@@ -333,7 +363,3 @@ class BlockPool:
         for block in cached:
             if block.num_children != children.get(block.id, 0):
                 raise InvariantError(f"{block} has {children.get(block.id, 0)} cached children")
-
-
-def _name(role: object) -> str:
-    return getattr(role, "plugin_name", type(role).__name__)

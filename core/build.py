@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
-from .engine import Engine, check_limits
+from .engine import Engine
 from .errors import ConfigError, HeadwayError, PluginError, WorkloadError, near
 from .facts import facts
 from .hooks import Plugin, Registry
@@ -17,6 +17,7 @@ from .params import check as check_values
 from .params import checked, param
 from .policy import SERVICES, Observer, Role, Workload
 from .request import SLO, Arrival, RunResult
+from .roles import check_limits
 
 
 @dataclass
@@ -68,7 +69,8 @@ class Run:
         engine, slo = self.engine, self.composition.slo
         workload: Any = self.roles["workload"]
         try:
-            arrivals = engine.guard.call(workload, workload.arrivals, self.composition.seed, engine.executor.caps.vocab_size, engine.max_model_len)
+            seed, vocab_size = self.composition.seed, engine.executor.caps.vocab_size
+            arrivals = engine.calls.call(workload, workload.arrivals, seed, vocab_size, engine.max_model_len)
             if not hasattr(arrivals, "__iter__"):
                 raise WorkloadError(f"{workload.plugin_name}: arrivals() answered {arrivals!r}: expected an iterable of Arrivals")
             self.registry.call("headway_run_start", run=self)

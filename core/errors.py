@@ -1,4 +1,5 @@
-"""Every error Headway raises on purpose. Each message says what was given, what was expected and what to do."""
+"""Every error Headway raises on purpose. Each message says what was given, what was expected and what to
+do."""
 
 from __future__ import annotations
 
@@ -19,19 +20,29 @@ class PluginError(HeadwayError):
 
 
 class PolicyError(HeadwayError):
-    """A policy broke an invariant or raised. Names the plugin, the step and the request (DESIGN invariants 1-9)."""
+    """A policy broke an invariant or raised. Names the plugin, the step and the request, and shows the
+    view."""
 
     def __init__(self, message: str, *, plugin: str = "", step: int = -1, request: str = "", view: str = "") -> None:
-        where = [f"plugin {plugin}"] if plugin else []
-        where += [f"step {step}"] if step >= 0 else []
-        where += [f"request {request}"] if request else []
-        text = f"{', '.join(where)}: {message}" if where else message
-        super().__init__(f"{text}\n{view}" if view else text)
-        self.plugin, self.step, self.request = plugin, step, request
+        super().__init__(message)
+        self.message, self.plugin, self.step, self.request, self.view = message, plugin, step, request, view
+
+    def locate(self, step: int, view: str) -> None:
+        """Says where it was raised, for one who could not know."""
+        self.step = step if self.step < 0 else self.step
+        self.view = view
+
+    def __str__(self) -> str:
+        where = [f"plugin {self.plugin}"] if self.plugin else []
+        where += [f"step {self.step}"] if self.step >= 0 else []
+        where += [f"request {self.request}"] if self.request else []
+        text = f"{', '.join(where)}: {self.message}" if where else self.message
+        return f"{text}\n{self.view}" if self.view else text
 
 
 class NothingPlanned(PolicyError):
-    """A scheduler planned nothing, said no time to wake, and nothing is in flight: the run would stand still for ever."""
+    """A scheduler planned nothing, said no time to wake, and nothing is in flight: the run would stand still
+    for ever."""
 
 
 class InvariantError(HeadwayError):

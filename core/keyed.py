@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .blocks import Block
-from .errors import PolicyError
+from .errors import HeadwayError, PolicyError
 from .policy import Context, Eviction, Order, Scheduler
 from .request import Request
 
@@ -42,7 +42,13 @@ class KeyOrder(Order):
 
     def rank(self, request: Request) -> tuple[Any, tuple[float, int]]:
         """Compares any two requests, waiting or running, as this order ranks them now: smaller goes first."""
-        return self.key(request), request.sort_key
+        try:
+            return self.key(request), request.sort_key
+        except HeadwayError:
+            raise
+        except Exception as error:  # a scheduler may ask, and it is not the one that raises
+            message = f"key() raised {type(error).__name__}: {error}"
+            raise PolicyError(message, plugin=self.plugin_name, request=request.id) from error
 
     def rekey(self, request: Request) -> None:
         """Reads the key of a waiting request again; anything else is left alone."""

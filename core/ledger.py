@@ -18,12 +18,14 @@ from .plan import StepPlan
 from .request import Request, RequestState
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .blocks import BlockPool
+    from .roles import Roles
+    from .roster import Roster
     from .step import StepBuilder
 
 GIVEN = (
     "id", "index", "arrival_time", "sort_key", "sampling", "tags", "slo", "cache_salt", "prompt", "num_prompt_tokens",
-    "_limit", "_stop_at", "_stop_tokens",
+    "max_num_tokens", "stop_tokens",
 )  # fmt: skip
 _given = attrgetter(*GIVEN)
 
@@ -48,54 +50,59 @@ class _Account:
 
 
 class Ledger:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._accounts: dict[int, _Account] = {}  # request index -> its account, while it is in the system
+    def __init__(self, roster: Roster, pool: BlockPool, roles: Roles) -> None:
+        self._roster, self._pool, self._roles = roster, pool, roles
+        self.accounts: dict[int, _Account] = {}  # request index -> its account, while it is in the system
+
+    def clear(self) -> None:
+        """Nobody is in the system any more."""
+        self.accounts = {}
 
     # ---- what happened -------------------------------------------------------------------------------------------
 
     def arrived(self, request: Request) -> None:
-        self._accounts[request.index] = _Account(_given(request), list(request.token_ids))
+        self.accounts[request.index] = _Account(_given(request), list(request.token_ids))
 
     def planned(self, builder: StepBuilder) -> None:
-        for request in builder._preempted:
-            self._accounts[request.index].num_preemptions += 1
-        for request in builder._admitted:
-            self._accounts[request.index].blocks.clear()
-        for request, first, blocks in builder._allocated:
-            self._accounts[request.index].blocks[first:] = blocks
-        admitted = {request.index for request in builder._admitted}
-        for request, start, length, sample in zip(builder._requests, builder._starts, builder._lengths, builder._samples, strict=True):
-            account = self._accounts[request.index]
+        for request in builder.preempted:
+            self.accounts[request.index].num_preemptions += 1
+        for request in builder.admitted:
+            self.accounts[request.index].blocks.clear()
+        for request, first, blocks in builder.allocated:
+            self.accounts[request.index].blocks[first:] = blocks
+        admitted = {request.index for request in builder.admitted}
+        chunks = (builder.requests, builder.starts, builder.lengths, builder.samples)
+        for request, start, length, sample in zip(*chunks, strict=True):
+            account = self.accounts[request.index]
             if request.index in admitted and not account.num_preemptions:
                 account.num_cached = start
             account.num_recomputed += sum(p in account.computed for p in range(start, start + length))
             account.computed.update(range(start, start + length))
             account.next_position = start + length
             account.in_flight.append((length, sample))
-        self.verify(f"while step {builder.step} was planned")
+        self.verify(f"while step {builder.step} was planned", builder.step)
 
     def collected(self, plan: StepPlan, tokens: Sequence[int]) -> None:
         for request, token in zip(plan.requests, tokens, strict=True):
-            if (account := self._accounts.get(request.index)) is not None:
+            if (account := self.accounts.get(request.index)) is not None:
                 account.in_flight.popleft()
                 if token >= 0:
                     account.tokens.append(token)
-        self.verify(f"after step {plan.step} had come back")
+        self.verify(f"after step {plan.step} had come back", plan.step)
 
     # ---- the comparison ------------------------------------------------------------------------------------------
 
-    def verify(self, when: str) -> None:
+    def verify(self, when: str, step: int) -> None:
         """Raises Mutated for the first request that is not what the books say."""
-        engine = self._engine
         present: dict[int, _Account] = {}
-        for items, runs in ((engine.running.items, True), (engine.waiting.items, False)):
+        for items, runs in ((self._roster.running.items, True), (self._roster.waiting.items, False)):
             for request in items:
-                account = present[request.index] = self._accounts[request.index]
+                account = present[request.index] = self.accounts[request.index]
                 for name, expected in self._expected(request, account, runs).items():
                     if getattr(request, name) != expected:
-                        raise self._mutated(request, name, expected, when)
-        self._accounts = present
+                        message = self._mutated(request, name, expected, when)
+                        raise Mutated(message, step=step, request=request.id)
+        self.accounts = present
 
     def _expected(self, request: Request, account: _Account, runs: bool) -> dict[str, Any]:
         scheduled = sum(length for length, _ in account.in_flight)
@@ -116,14 +123,13 @@ class Ledger:
         expected["state"] = RequestState.PREEMPTED if account.num_preemptions else RequestState.WAITING
         expected["block_table"] = account.blocks[: len(request.block_table)]
         if not account.in_flight:
-            expected["num_computed_tokens"] = len(request.block_table) * self._engine.pool.block_size
+            expected["num_computed_tokens"] = self._pool.layout.num_tokens(len(request.block_table))
         return expected
 
-    def _mutated(self, request: Request, name: str, expected: Any, when: str) -> Mutated:
-        policies = [role.plugin_name for node, role in self._engine.roles.items() if node not in ("executor", "workload")]
-        return Mutated(
-            f"{name} is {getattr(request, name)!r}, and from arrivals, plans and results it is {expected!r}: a policy ({', '.join(policies)}) "
-            f"changed {when} what it may only read; `python -m headway check` finds out which",
-            step=self._engine.view.step,
-            request=request.id,
+    def _mutated(self, request: Request, name: str, expected: Any, when: str) -> str:
+        roles = self._roles.given.items()
+        policies = ", ".join(role.plugin_name for node, role in roles if node not in ("executor", "workload"))
+        return (
+            f"{name} is {getattr(request, name)!r}, and from arrivals, plans and results it is {expected!r}: "
+            f"a policy ({policies}) changed {when} what it may only read; `python -m headway check` finds out which"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
 
 from .blocks import BlockPool
 from .request import Request
@@ -14,7 +15,7 @@ class Pins:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self.dropped: set[int] = set()  # index of requests whose blocks are forgotten once they are released
+        self._dropped: set[int] = set()  # index of requests whose blocks are forgotten once they are released
         self._heap: list[tuple[float, int, Request, tuple[int, ...]]] = []  # by expiry
         self._serial = 0
 
@@ -25,7 +26,7 @@ class Pins:
         """Keeps the request's cached blocks until that time (seconds on the run's clock), or until memory runs out."""
         if not isinstance(until, (float, int)) or math.isnan(until):
             raise ValueError(f"pin(until={until!r}): expected seconds on the run's clock; inf is until memory runs out")
-        held = self._pool.pin([request._shadow.get(i, b) for i, b in enumerate(request.block_table)])
+        held = self._pool.pin(request.canonical_table)
         if held:
             self._serial += 1
             heapq.heappush(self._heap, (until, self._serial, request, held))
@@ -41,7 +42,18 @@ class Pins:
 
     def drop(self, request: Request) -> None:
         """Forgets the request's blocks where nobody else holds them: at once, or when the last step in flight that uses them is back."""
-        self.dropped.add(request.index)
+        self._dropped.add(request.index)
+
+    def take_dropped(self, request: Request) -> bool:
+        """Whether its retention policy said so; asked once, when its blocks are released."""
+        dropped = request.index in self._dropped
+        self._dropped.discard(request.index)
+        return dropped
+
+    @property
+    def held(self) -> Iterator[int]:
+        """Every pinned block, once per pin."""
+        return (block for _, _, _, blocks in self._heap for block in blocks)
 
     def expire(self, now: float) -> None:
         while self._heap and self._heap[0][0] <= now:
@@ -50,7 +62,7 @@ class Pins:
     def clear(self) -> None:
         """Forgets every pin, with the pool that they were on."""
         self._heap.clear()
-        self.dropped.clear()
+        self._dropped.clear()
 
     def give_up_soonest(self) -> bool:
         """Ends the pin that would end first; False when there is none."""

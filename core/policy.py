@@ -16,7 +16,7 @@ from `self.rng`; requests and blocks are read, never written. `python -m headway
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import wraps
 from random import Random
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
 from .errors import ConfigError
+from .execution import ExecutorCaps, Preparation, StepResult
 from .params import check
 from .request import Request
 
@@ -117,7 +118,7 @@ class Role:
         """It waits again, with its generated tokens."""
 
     def on_finish(self, request: Request, now: float) -> None:
-        """It has ended: finished, or rejected by a policy (`request.state`)."""
+        """It has ended: finished, rejected by a policy, or aborted (`request.state`)."""
 
 
 def _check_parameters(role: Role) -> None:
@@ -164,13 +165,15 @@ class CostModel(Protocol):
 class Oracle:
     """The truth that no deployed policy has. Reachable only through roles that declare `oracle = True`."""
 
-    def __init__(self) -> None:
-        self._requests: dict[int, Request] = {}
+    def __init__(self, hidden_ends: Mapping[int, int] | None = None) -> None:
+        """`hidden_ends`: request index -> known tokens at which its emulated answer ends."""
+        self._hidden_ends = {} if hidden_ends is None else hidden_ends
         self.future: list[Any] = []  # Arrivals, in order of time, where the workload knows them beforehand
 
     def output_len(self, request: Request) -> int:
         """Tokens it will have generated when it ends, unless the model ends it first."""
-        return min(request._limit, request._stop_at) - request.num_prompt_tokens
+        longest = request.max_num_tokens
+        return min(longest, self._hidden_ends.get(request.index, longest)) - request.num_prompt_tokens
 
 
 # ---- scheduling ---------------------------------------------------------------------------------------------------
@@ -369,39 +372,6 @@ class Retention(Role):
 
 
 # ---- running ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutorCaps:
-    """What the engine must know of an executor before the first plan."""
-
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: frozenset[int] = frozenset()
-    placeholders: bool = True  # may a plan hold a token that a step in flight is still sampling?
-    max_inflight: int = 2  # most plans in flight
-    model: Any = None  # core.config.ModelShape
-    default_inflight: int = 1  # plans in flight that suit it, no fewer than its pipeline's stages: engine.max_inflight where none is given
-    default_token_budget: int = 512  # tokens of a step that suit it: a scheduler's token_budget where none is given
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What `collect` returns. tokens: one entry a planned request, -1 where the plan does not sample."""
-
-    tokens: Sequence[int]
-    start: float
-    end: float
-    logprobs: Sequence[Any] | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """What an executor compiles and captures so that steps run fast, as far as it knows: of its own process."""
-
-    seconds: float = 0.0  # spent before the first step: the warm-up
-    late: int = 0  # kernels compiled and graphs captured since the warm-up, in time that is charged to requests
 
 
 class Executor(Role):

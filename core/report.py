@@ -49,8 +49,8 @@ def composed(run: Run) -> str:
     if c.parallel.world_size > 1:
         lines.append(f"  {'parallel':<{width}}  tp={c.parallel.tp} pp={c.parallel.pp}")
     lines.append(
-        f"  {'engine':<{width}}  {engine.pool.num_blocks} KV blocks of {engine.pool.block_size} tokens, {engine.max_num_seqs} sequences, "
-        f"{engine.max_num_batched_tokens} tokens a step, max_inflight={engine.max_inflight}, context {engine.max_model_len}"
+        f"  {'engine':<{width}}  {engine.pool.num_blocks} KV blocks of {engine.pool.block_size} tokens, {engine.config.max_num_seqs} sequences, "
+        f"{engine.config.max_num_batched_tokens} tokens a step, max_inflight={engine.max_inflight}, context {engine.max_model_len}"
     )
     return "\n".join(lines)
 

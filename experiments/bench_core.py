@@ -51,12 +51,12 @@ def measure(scheduler: str, cache: str, running: int, waiting: int, steps: int) 
         engine.step()
     gc.collect()
     gc.freeze()
-    policy, began, first = engine.policy_time, time.perf_counter(), engine.num_steps
+    policy, began, first = engine.counts.policy_time, time.perf_counter(), engine.counts.num_steps
     for _ in range(steps):
         engine.step()
     wall = time.perf_counter() - began
-    count = (engine.num_steps - first) * running
-    return (engine.policy_time - policy) / count * 1e6, wall / count * 1e6
+    count = (engine.counts.num_steps - first) * running
+    return (engine.counts.policy_time - policy) / count * 1e6, wall / count * 1e6
 
 
 def main() -> None:

@@ -198,11 +198,11 @@ def ours_prefix(args: argparse.Namespace) -> None:
             prompts = [head + draw(96) for _ in range(70)] + [draw(512) for _ in range(30)]
             rest = prompts[1:]
             rng.shuffle(rest)
-            planned = llm.engine.planned_tokens
+            planned = llm.engine.counts.planned_tokens
             start = time.perf_counter()
             made = run_ours(llm, prompts[:1], [args.output_len]) + run_ours(llm, rest, [args.output_len] * 99)
             seconds = time.perf_counter() - start
-            computed = llm.engine.planned_tokens - planned - (made - 100)
+            computed = llm.engine.counts.planned_tokens - planned - (made - 100)
             report(engine="headway", cache=cache, repeat=repeat, seconds=seconds, saved=1 - computed / (100 * 512))
         llm.close()
         del llm

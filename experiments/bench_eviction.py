@@ -20,6 +20,7 @@ from core.blocks import ROOT, BlockPool
 from core.hooks import Registry, load_registry
 from core.policy import Context, Oracle
 from core.request import Arrival, Request, Tags
+from core.roster import publish
 
 CHAIN = 64  # blocks
 SIZE = 16  # tokens a block
@@ -48,13 +49,13 @@ class Bench:
         request = Request(arrival, serial, max_model_len=1 << 30, eos_token_ids=NO_EOS)
         self.eviction.on_admit(request, pool.now)
         request.block_table = pool.allocate(blocks)
-        pool.publish(request, blocks)
+        publish(pool, request, blocks)
         pool.release(request.block_table, tags)
         if serial % 3:
             found = self.index.match(request, [], blocks)
             pool.acquire(found, tags)
             pool.release(found, tags)
-        assert request._parent != ROOT
+        assert request.published_parent != ROOT
 
     def run(self, evictions: int) -> tuple[float, float]:
         """Nanoseconds an eviction, and a block's whole turn."""

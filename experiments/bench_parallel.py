@@ -181,7 +181,7 @@ class Bench:
         self.engine = Engine(roles, limits)
         self.executor = executor
         self.records: list[Any] = []
-        self.engine.callbacks["on_step_end"].append((executor, self._step_ended))
+        self.engine.calls.callbacks["on_step_end"].append((executor, self._step_ended))
         self.hooks: dict[int, Any] = {}
         report(layout=self.layout, model=args.model, figure="start", load_s=loaded - began, start_s=time.perf_counter() - loaded,
                kv_blocks=self.engine.pool.num_blocks)  # fmt: skip

@@ -121,11 +121,11 @@ def per_step(registry: Any, choice: dict[str, Any], running: int, waiting: int, 
     gc.disable()
     spent, quiet = 0.0, 0
     for _ in range(steps):
-        before = engine.num_preemptions, len(engine.waiting)
+        before = engine.roster.num_preemptions, len(engine.waiting)
         began = time.thread_time()
         engine.step()
         ended = time.thread_time()
-        if (engine.num_preemptions, len(engine.waiting)) == before:
+        if (engine.roster.num_preemptions, len(engine.waiting)) == before:
             spent, quiet = spent + ended - began, quiet + 1
     gc.enable()
     return spent / quiet * 1e6 if quiet else math.nan
@@ -134,11 +134,11 @@ def per_step(registry: Any, choice: dict[str, Any], running: int, waiting: int, 
 def per_call(registry: Any, victim: str, running: int, calls: int) -> float:
     engine = compose(registry, {"victim": victim}, running, 1, 10)
     view = engine.view
-    view._refresh(10**6, engine.clock.inner.now(), 0)
+    view.begin_step(10**6, engine.clock.inner.now(), 0)
     need = Need(view.running[0], 1)
     began = time.thread_time()
     for _ in range(calls):
-        for _ in engine.victim.victims(need, view):
+        for _ in engine.roles.victim.victims(need, view):
             pass
     return (time.thread_time() - began) / calls * 1e6
 

@@ -20,6 +20,7 @@ from core.blocks import BlockPool
 from core.hooks import load_registry
 from core.policy import Context
 from core.request import Arrival, Request
+from core.roster import publish
 from plugins.workloads.trace import Mooncake
 
 
@@ -38,8 +39,8 @@ def hit_rates(rows, capacity: int, cache_name: str = "hash", eviction_name: str 
         found = cache.match(request, [], len(ids))
         pool.acquire(found)
         request.block_table = found + pool.allocate(len(ids) - len(found))
-        request._published, request._parent = len(found), found[-1] if found else request._parent
-        pool.publish(request, len(ids))
+        request.num_published_blocks, request.published_parent = len(found), found[-1] if found else request.published_parent
+        publish(pool, request, len(ids))
         pool.release(request.block_table)
         cache.on_finish(request, row.time)
         hit_blocks += len(found)

@@ -14,37 +14,44 @@ from headway import Allocation, Engine, StepPlan
 def wire(engine: Engine) -> Callable[[], None]:
     """Puts the double in place of the engine's planning. Answers how to take it out again."""
     original = engine._plan
-    pool, size = engine.pool, engine.config.block_size
+    pool, roster = engine.pool, engine.roster
 
-    def plan(now: float) -> tuple[bool, float | None]:
+    def plan(now: float) -> bool:
         running = engine.running.items
         if engine.waiting.items or pool.num_available < len(running) or any(r.num_new_tokens > 1 for r in running):
             return original(now)
-        step = engine.num_steps
+        step = engine.counts.num_steps
         requests, starts, allocated = [], [], []
         for request in running:
-            start = request.num_computed_tokens + request.num_scheduled_tokens
-            if request.num_tokens >= request._limit:
-                continue  # its last token is being sampled
-            if start >= len(request.block_table) * size:
-                blocks = pool.allocate(1)
+            start = roster.schedule_decode(request, step)
+            if start < 0:
+                if request.num_tokens >= request.max_num_tokens:
+                    continue  # its last token is being sampled
+                start, blocks = request.num_computed_tokens + request.num_scheduled_tokens, pool.allocate(1)
                 allocated.append(Allocation(request, len(request.block_table), blocks))
-                request.block_table.extend(blocks)
-            request._planned = step
-            request.num_scheduled_tokens += 1
-            request.num_tokens += 1
-            request._in_flight += 1
+                roster.schedule(request, step, start, 1, blocks)
             requests.append(request)
             starts.append(start)
         if not requests:
-            return False, None
+            return False
         count = len(requests)
-        left, engine._left = engine._left, []
-        made = StepPlan(step, now, requests, starts, [1] * count, [True] * count, count, allocated, [], left, [])
-        engine.num_steps += 1
-        engine.planned_tokens += count
-        engine._inflight.append((made, engine.executor.launch(made), 0.0, 0))
-        return True, None
+        made = StepPlan(
+            step=step,
+            now=now,
+            requests=requests,
+            starts=starts,
+            lengths=[1] * count,
+            samples=[True] * count,
+            num_tokens=count,
+            allocated=allocated,
+            admitted=[],
+            left=roster.take_left(),
+            preempted=[],
+        )
+        engine.counts.num_steps += 1
+        engine.counts.planned_tokens += count
+        engine.flights.launch(made, 0.0, 0)
+        return True
 
     engine._plan = plan  # type: ignore[method-assign]
 

@@ -117,7 +117,7 @@ class KnowsItsExecutor(Scheduler):
     """Decides otherwise when it is replayed."""
 
     def plan(self, step, view):
-        backwards = type(view._engine.executor).__name__ == "Replay"
+        backwards = type(view._roles.executor).__name__ == "Replay"
         for request in view.running:
             step.add(request)
         waiting = list(self.order(view))
@@ -201,7 +201,7 @@ class ReadsTheTrueLength(Order):
     """Shortest answer first, from a field that no deployed policy has."""
 
     def order(self, view):
-        return sorted(view.waiting, key=lambda r: r._stop_at - r.num_prompt_tokens)
+        return sorted(view.waiting, key=lambda r: view._roster.hidden_ends.get(r.index, 1 << 60) - r.num_prompt_tokens)
 
 
 @dataclass
@@ -209,9 +209,9 @@ class ReadsTheFuture(Order):
     """Holds short prompts back when more arrivals lie ahead."""
 
     def order(self, view):
-        engine = view._engine
-        engine.coming._read_ahead()
-        return sorted(view.waiting, key=lambda r: r.num_prompt_tokens, reverse=bool(engine.coming))
+        coming = view._roster._coming
+        coming._read_ahead()
+        return sorted(view.waiting, key=lambda r: r.num_prompt_tokens, reverse=bool(coming))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from core.blocks import BlockPool
 from core.hooks import load_registry
 from core.policy import Context, Eviction, Oracle, Role
 from core.request import Arrival, Request
+from core.roster import publish
 from plugins.cache.hash import HashBlocks
 
 REGISTRY = load_registry()
@@ -41,7 +42,7 @@ def hits(eviction: Eviction, capacity: int, objects: Sequence[int], *, check: bo
             eviction.on_admit(request, arrival.time)
         if not found:
             request.block_table = pool.allocate(1)
-            pool.publish(request, 1)
+            publish(pool, request, 1)
         pool.release(request.block_table)
         answers.append(bool(found))
         if check:

@@ -261,7 +261,7 @@ def refused(of: Try, error: Exception) -> Verdict:
 
 def unfinite(run: Run) -> str:
     """What a run left that no clock can show, "" where there is nothing."""
-    for output in run.engine.finished:
+    for output in run.engine.roster.finished:
         times = [output.arrival_time, *output.token_times, output.finish_time]
         if not all(map(math.isfinite, times)) or any(a > b for a, b in zip(times, times[1:], strict=False)):
             return f"times of request {output.id}: {times[:3]} ... {times[-1]}"

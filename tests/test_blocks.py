@@ -13,6 +13,7 @@ from core.errors import PolicyError
 from core.keyed import BlockHeap
 from core.policy import Context, Eviction
 from core.request import Arrival, Request
+from core.roster import publish
 from plugins.cache.hash import HashBlocks
 from plugins.cache.radix import RadixTree
 
@@ -65,15 +66,15 @@ def start(pool: BlockPool, request: Request) -> int:
     found = pool.cache.match(request, [], full)
     pool.acquire(found, request.tags)
     request.block_table = found + pool.allocate(full - len(found))
-    request._published, request._parent = len(found), found[-1] if found else ROOT
-    pool.publish(request, full)
+    request.num_published_blocks, request.published_parent = len(found), found[-1] if found else ROOT
+    publish(pool, request, full)
     return len(found)
 
 
 def stop(pool: BlockPool, request: Request) -> None:
-    pool.release([request._shadow.pop(i) for i in sorted(request._shadow)])
+    pool.release([request.canonical_blocks.pop(i) for i in sorted(request.canonical_blocks)])
     pool.release(request.block_table)
-    request.block_table, request._published, request._parent = [], 0, ROOT
+    request.block_table, request.num_published_blocks, request.published_parent = [], 0, ROOT
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------
@@ -162,10 +163,10 @@ def test_a_published_duplicate_keeps_its_own_copy_and_holds_the_twin() -> None:
     one, two = request_of([1, 2]), request_of([1, 2], 1)
     for request in (one, two):  # both computed the prompt before either was published
         request.block_table = pool.allocate(2)
-    pool.publish(one, 2)
-    pool.publish(two, 2)
+    publish(pool, one, 2)
+    publish(pool, two, 2)
     assert set(one.block_table).isdisjoint(two.block_table)
-    assert two._shadow == dict(enumerate(one.block_table))
+    assert two.canonical_blocks == dict(enumerate(one.block_table))
     assert [pool.blocks[i].ref_count for i in one.block_table] == [2, 2]
     assert not any(pool.blocks[i].cached for i in two.block_table)
     stop(pool, one)
@@ -216,7 +217,7 @@ def test_a_cache_that_names_a_twin_that_is_not_cached_is_an_error() -> None:
     request = request_of([1])
     request.block_table = pool.allocate(2)[1:]
     with pytest.raises(PolicyError, match="twin"):
-        pool.publish(request, 1)
+        publish(pool, request, 1)
 
 
 def test_a_match_of_an_uncached_block_is_caught() -> None:

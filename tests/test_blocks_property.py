@@ -14,6 +14,7 @@ from core.blocks import ROOT, BlockPool, prefix_keys
 from core.errors import InvariantError, PolicyError
 from core.policy import Context, Eviction, Oracle
 from core.request import Arrival, Request, Tags
+from core.roster import publish
 
 SIZE, BLOCKS = 2, 12
 EVICTIONS = REGISTRY.names("eviction")
@@ -101,8 +102,8 @@ class Pool(RuleBasedStateMachine):
         new = self.pool.allocate(limit - len(found))
         for i, block in enumerate(new, len(found)):
             self.wrote[block] = (salt, *tokens[: SIZE * (i + 1)])
-        request.block_table, request._published = found + new, len(found)
-        request._parent = found[-1] if found else ROOT
+        request.block_table, request.num_published_blocks = found + new, len(found)
+        request.published_parent = found[-1] if found else ROOT
         assert len(set(request.block_table)) == limit
         self.held.append(request)
         return request
@@ -110,20 +111,20 @@ class Pool(RuleBasedStateMachine):
     @rule(request=holding, share=st.floats(0, 1))
     def publish(self, request: Request | None, share: float) -> None:
         if request in self.held:
-            self.pool.publish(request, max(request._published, round(share * len(request.block_table))))
+            publish(self.pool, request, max(request.num_published_blocks, round(share * len(request.block_table))))
 
     @rule(request=holding)
     def give_back(self, request: Request | None) -> None:
         if request in self.held:
             self.held.remove(request)
-            self.pool.release([request._shadow[i] for i in sorted(request._shadow)], request.tags)
+            self.pool.release([request.canonical_blocks[i] for i in sorted(request.canonical_blocks)], request.tags)
             self.pool.release(request.block_table, request.tags)
 
     @rule(target=pinned, request=holding)
     def pin(self, request: Request | None) -> Any:
         if request not in self.held:
             return None
-        self.pins.append(self.pool.pin([request._shadow.get(i, b) for i, b in enumerate(request.block_table)]))
+        self.pins.append(self.pool.pin([request.canonical_blocks.get(i, b) for i, b in enumerate(request.block_table)]))
         return self.pins[-1]
 
     @rule(pin=pinned)
@@ -154,7 +155,7 @@ class Pool(RuleBasedStateMachine):
         idle_leaves = {b.id for b in pool.blocks if b.cached and not b.ref_count and not b.num_children}
         assert self.watched.evictable == idle_leaves
         assert self.watched.known == {b.id for b in pool.blocks if b.cached}
-        references = [id for r in self.held for id in (*r.block_table, *r._shadow.values())] + [id for p in self.pins for id in p]
+        references = [id for r in self.held for id in (*r.block_table, *r.canonical_blocks.values())] + [id for p in self.pins for id in p]
         assert all(b.ref_count == references.count(b.id) for b in pool.blocks)
         for block in pool.blocks:
             if block.cached:
@@ -182,7 +183,7 @@ def pool_of(eviction: Any, num_blocks: int = 4) -> BlockPool:
 def cached(pool: BlockPool, tokens: list[int]) -> list[int]:
     request = Request(Arrival(0.0, tokens), 0, max_model_len=64, eos_token_ids=frozenset())
     request.block_table = pool.allocate(len(tokens))
-    pool.publish(request, len(tokens))
+    publish(pool, request, len(tokens))
     pool.release(request.block_table)
     return request.block_table
 

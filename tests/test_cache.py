@@ -16,6 +16,7 @@ from core.engine import Engine
 from core.hooks import load_registry
 from core.policy import Context
 from core.request import Arrival, Request, RunResult, SamplingParams, Tags
+from core.roster import publish
 from core.testing.oracle import OracleExecutor
 from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks
@@ -52,9 +53,9 @@ class Served:
         found = self.index.match(request, [], full)
         pool.acquire(found)
         request.block_table = found + pool.allocate(full - len(found))
-        request._published, request._parent = len(found), found[-1] if found else ROOT
-        pool.publish(request, full)
-        pool.release([request._shadow[i] for i in sorted(request._shadow)])
+        request.num_published_blocks, request.published_parent = len(found), found[-1] if found else ROOT
+        publish(pool, request, full)
+        pool.release([request.canonical_blocks[i] for i in sorted(request.canonical_blocks)])
         pool.release(request.block_table)
         pool.check()
         return request.block_table

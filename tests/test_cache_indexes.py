@@ -14,6 +14,7 @@ from core.blocks import ROOT, BlockPool, chain_key, prefix_keys, root_key
 from core.config import EngineConfig
 from core.policy import Context, PrefixCache
 from core.request import Arrival, Request, SamplingParams, Tags
+from core.roster import publish
 from headway import ConfigError
 from plugins.cache import hash as hash_module
 
@@ -48,9 +49,9 @@ class Served:
         found = self.cache.match(request, [], len(tokens) // self.size)
         self.pool.acquire(found)
         request.block_table = found + self.pool.allocate(len(tokens) // self.size - len(found))
-        request._published, request._parent = len(found), found[-1] if found else ROOT
-        self.pool.publish(request, len(request.block_table))
-        self.pool.release(list(request._shadow.values()))
+        request.num_published_blocks, request.published_parent = len(found), found[-1] if found else ROOT
+        publish(self.pool, request, len(request.block_table))
+        self.pool.release(list(request.canonical_blocks.values()))
         self.pool.release(request.block_table)
         self.pool.check()
         return request.block_table
@@ -136,8 +137,8 @@ class TestAnIndex:
             request.block_table = served.pool.allocate(2)
             tables.append(request)
         for request in tables:
-            served.pool.publish(request, 2)
-        assert not tables[0]._shadow and [tables[1]._shadow[i] for i in range(2)] == tables[0].block_table
+            publish(served.pool, request, 2)
+        assert not tables[0].canonical_blocks and [tables[1].canonical_blocks[i] for i in range(2)] == tables[0].block_table
         assert served.match([1, 2, 3, 4]) == tables[0].block_table
         assert served.pool.num_cached == 2
 

@@ -104,7 +104,7 @@ def test_a_budget_left_open_is_the_devices_within_the_engines_limit_and_one_that
         EngineConfig(max_num_batched_tokens=most), scheduler=(scheduler, {"token_budget": given}), order=("sjf", {}), predictor=("oracle", {})
     )
     assert run.engine.executor.caps.default_token_budget == 2048
-    assert run.engine.scheduler.token_budget == used
+    assert run.engine.roles.scheduler.token_budget == used
     assert f"token_budget={used}" in report.composed(run)
 
 

@@ -13,7 +13,7 @@ from core.config import EngineConfig
 from core.engine import Engine
 from core.errors import ConfigError, InvariantError
 from core.policy import Observer, Order, Retention, Role, Scheduler
-from core.request import Arrival, SamplingParams
+from core.request import Arrival, SamplingParams, TextStop
 from core.testing.oracle import OracleExecutor, WrongKV
 
 
@@ -63,11 +63,13 @@ def test_endings_by_length_by_hidden_length_by_stop_token_and_by_context() -> No
 
 def test_a_stop_string_is_decided_from_outside() -> None:
     stop = SamplingParams(max_tokens=20, stop=("x",))
-    roles = engine().roles
+    roles = dict(engine().roles.given)
     roles["executor"] = OracleExecutor()
-    running = Engine(roles, EngineConfig(4, 16), stop_text=lambda request: request.num_output_tokens == 3)
+    found = TextStop("the answer", "x")
+    running = Engine(roles, EngineConfig(4, 16), stop_text=lambda r: found if r.num_output_tokens == 3 else None)
     (output,) = running.run([Arrival(0.0, [1, 2], stop)]).outputs
     assert (output.finish_reason, len(output.output_token_ids)) == ("stop", 3)
+    assert (output.text, output.stop_reason) == ("the answer", "x")
 
 
 def test_a_closed_loop_asks_again_after_an_answer_and_after_a_refusal() -> None:

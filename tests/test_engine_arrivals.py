@@ -226,7 +226,7 @@ def test_who_defers_for_ever_is_named(scheduler: str) -> None:
 
 
 def test_who_is_always_woken_a_little_later_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.engine.MOST_IDLE_TURNS", 1000)
+    monkeypatch.setattr("core.patience.MOST_IDLE_TURNS", 1000)
     with pytest.raises(PolicyError, match="asked 1001 times in a row to be woken, 0 times not after now") as caught:
         engine(lambda step, view: step.wake_at(view.now + 0.001)).run([ask()])
     assert caught.value.plugin == "scheduler=scripted"

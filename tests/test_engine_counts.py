@@ -10,8 +10,7 @@ import pytest
 from scripted import ask, engine, everybody
 from test_fuzz_planted_bugs import plant
 
-from core import engine as engine_module
-from core import step as step_module
+from core import roster as roster_module
 from core.policy import Order, Retention
 from core.request import RequestState
 from core.spans import overlap, union
@@ -63,26 +62,26 @@ def test_recomputed_tokens_are_positions_that_were_planned_before(depth: int) ->
 #: What the count could get wrong: (class, method, source, planted source).
 BUGS = {
     "completed steps only": (
-        engine_module.Engine,
-        "_preempt",
+        roster_module.Roster,
+        "preempt",
         "request.num_computed_tokens + request.num_scheduled_tokens",
         "request.num_computed_tokens",
     ),
-    "a hit counts as computed": (engine_module.Engine, "_admit", "request._since = cached", "request._since = 0"),
+    "a hit counts as computed": (roster_module.Roster, "admit", "request.planned_from = cached", "request.planned_from = 0"),
     "everything below the highest position": (
-        engine_module.Engine,
-        "_preempt",
-        "spans.union(request._past, request._since,",
-        "spans.union(request._past, 0,",
+        roster_module.Roster,
+        "preempt",
+        "spans.union(request.planned_before, request.planned_from,",
+        "spans.union(request.planned_before, 0,",
     ),
-    "nothing": (step_module.StepBuilder, "_append", "spans.overlap(request._past, start, start + n)", "0"),
+    "nothing": (roster_module.Roster, "schedule", "spans.overlap(request.planned_before, start, start + n)", "0"),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_wrong_count_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, *BUGS[bug])
-    monkeypatch.setattr("core.engine.Ledger", lambda engine: None)  # the ledger would find it; here the oracle has to
+    monkeypatch.setattr("core.engine.Ledger", lambda *books: None)  # the ledger would find it; here the oracle has to
     assert any(compared("shake", "hash", depth, range(60))[1] for depth in (1, 2))
 
 

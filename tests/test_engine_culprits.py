@@ -18,11 +18,13 @@ from core.hooks import Origin, Registry, hookimpl
 from core.keyed import KeyEviction, KeyOrder
 from core.ledger import Mutated
 from core.policy import Admission, Eviction, LengthPrediction, Observer, Order, Predictor, Retention, StepResult, TokenBudget, Victim, Workload
+from core.request import Arrival, SamplingParams
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 from plugins.cache.hash import HashBlocks
 from plugins.schedulers.chunked import ChunkedPrefill
 from plugins.schedulers.order.fcfs import FirstCome
+from plugins.schedulers.preemptive import Preemptive
 
 NAN = float("nan")
 CROWD = [ask([i, 1, 2, 3] * 3, 6, time=0.01 * i) for i in range(5)]  # too many for eight blocks
@@ -122,6 +124,18 @@ def test_a_key_that_sorts_nowhere_is_named(key: Any) -> None:
         assert error.plugin == f"{role}=wrong" and "which sorts nowhere" in str(error)
 
 
+def test_a_key_that_raises_is_the_order_s_where_a_scheduler_asks_for_it() -> None:
+    class Divides(KeyOrder):
+        plugin_name = "order=wrong"
+
+        def key(self, request):
+            return 1 / (request.state.value != "running")
+
+    error = failing(composed(scheduler=Preemptive(), order=Divides()))
+    assert error.plugin == "order=wrong" and "key() raised ZeroDivisionError" in str(error)
+    assert error.step >= 0 and "view: step=" in str(error)
+
+
 def test_a_step_time_that_is_no_time_is_its_executor_s() -> None:
     class Lost(OracleExecutor):
         plugin_name = "executor=lost"
@@ -187,6 +201,14 @@ def test_an_executor_s_answer_is_one_token_for_each_chunk_that_samples(change: C
     running = engine(everybody, executor=Garbled(change=change, token_seconds=0.0), max_num_batched_tokens=14)
     error = failing(running)
     assert error.plugin == "executor=garbled" and says in str(error)
+
+
+def test_what_decides_stop_strings_is_the_executor_s() -> None:
+    roles = engine(executor=Garbled(change=lambda result: result)).roles.given
+    running = Engine(roles, EngineConfig(4, 16), stop_text=lambda request: 1 / 0)
+    with pytest.raises(PolicyError, match="raised ZeroDivisionError") as caught:
+        running.run([Arrival(0.0, [1, 2], SamplingParams(stop=("x",)))])
+    assert caught.value.plugin == "executor=garbled" and caught.value.step == 0
 
 
 # ---- workloads -----------------------------------------------------------------------------------------------------
@@ -287,7 +309,7 @@ def test_a_hook_that_raises_is_named() -> None:
 
 def test_a_hook_at_the_end_does_not_hide_the_run_s_own_error() -> None:
     run = runnable(hooked(headway_run_end=lambda run, result: 1 / 0))
-    run.engine.scheduler.plan = lambda step, view: 1 / 0
+    run.engine.roles.scheduler.plan = lambda step, view: 1 / 0
     with pytest.raises(PolicyError, match="scheduler") as caught:
         run.execute()
     assert "headway_run_end" in caught.value.__notes__[0]
@@ -348,4 +370,4 @@ def test_a_policy_that_changes_a_request_while_it_plans_is_found_before_the_laun
 
 
 def test_without_the_check_nothing_is_compared() -> None:
-    assert engine(check=False)._ledger is None and engine()._ledger is not None
+    assert engine(check=False).ledger is None and engine().ledger is not None

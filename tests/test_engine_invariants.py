@@ -10,7 +10,7 @@ from core.engine import Engine
 from core.errors import ConfigError, PolicyError
 from core.metrics import summarize
 from core.policy import Admission, Eviction, LengthPrediction, Observer, Oracle, Order, Predictor, Retention
-from core.request import SLO, Arrival, Request, Tags
+from core.request import SLO, Arrival, Tags
 from core.testing.oracle import OracleExecutor
 from plugins.cache.hash import HashBlocks
 from plugins.cache.none import NoCache
@@ -93,7 +93,7 @@ def test_2_pins_end_in_time_and_give_way_when_nothing_else_is_left() -> None:
     result = running.run([ask([1] * 8, 1), ask([2] * 15, 1, time=0.1), ask([3] * 4, 1, time=9.0)])
     assert [o.state for o in result.outputs] == ["finished"] * 3
     assert result.outputs[1].finish_time < 1.0, "the pin was given up for it"
-    running._pins.expire(float("inf"))
+    running.roster.pins.expire(float("inf"))
     assert running.pool.num_used == 0 and running.pool.num_pinned == 0
 
 
@@ -282,8 +282,11 @@ def test_8_only_a_declared_oracle_is_handed_the_truth_and_is_stamped() -> None:
 
 def test_8_the_oracle_says_how_long_the_answer_will_be() -> None:
     for arrival, length in ((ask(4, 9, output_len=3), 3), (ask(4, 9), 9), (ask(60, 9), 4)):
-        request = Request(arrival, 0, max_model_len=64, eos_token_ids=frozenset())
-        assert Oracle().output_len(request) == length
+        running = engine()
+        running.add(arrival)
+        running.step()
+        (request,) = running.running
+        assert running.oracle.output_len(request) == length
 
 
 # ---- invariant 9: an exception in a plugin -------------------------------------------------------------------------
@@ -315,7 +318,7 @@ def test_9_whatever_a_plugin_raises_names_it_the_step_and_the_view(role: str, ba
     def script(step, view):
         for request in view.running:
             step.add(request)
-        for request in view.waiting if role != "order" else step._engine.scheduler.order(view):
+        for request in view.waiting if role != "order" else view.candidates(broken, 256):
             step.add(request)
 
     others = {"order": Waiting()} if role != "order" else {}

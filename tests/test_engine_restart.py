@@ -126,7 +126,7 @@ def test_an_engine_keeps_nothing_of_the_runs_that_are_over() -> None:
     sizes = []
     for _ in range(6):
         running.run([ask(id=f"x{i}", answer=4) for i in range(5)])
-        sizes.append((len(running.finished), len(running._ids), len(running.clock.readings), len(running._ledger._accounts)))
+        sizes.append((len(running.roster.finished), len(running.intake.ids), len(running.clock.readings), len(running.ledger.accounts)))
     assert set(sizes[1:]) == {sizes[1]} and sizes[1][0] == 5
 
 
@@ -141,7 +141,7 @@ def test_policies_are_set_up_anew_only_after_a_run_that_was_cut_off() -> None:
     counts = Counts()
 
     def script(step, view):
-        if view.now == 0.0 and len(step._engine.clock.readings) > 1:
+        if view.now == 0.0 and len(running.clock.readings) > 1:
             raise CutOff
         everybody(step, view)
 
@@ -149,7 +149,7 @@ def test_policies_are_set_up_anew_only_after_a_run_that_was_cut_off() -> None:
     running.run([ask()])
     running.run([ask()])
     assert counts.setups == 1, "what they have learned goes on"
-    cut_off(running, running.scheduler, "plan", 1, CutOff())
+    cut_off(running, running.roles.scheduler, "plan", 1, CutOff())
     with pytest.raises(Exception, match="CutOff"):
         running.run([ask()])
     assert counts.setups == 2

@@ -16,6 +16,7 @@ from core.config import EngineConfig
 from core.errors import ConfigError
 from core.policy import Context, Oracle
 from core.request import Arrival, Request, Tags
+from core.roster import publish
 from plugins.cache.hash import HashBlocks
 
 REFERENCES = {"lru": "LRU", "fifo": "FIFO", "lfu": "LFU", "two_q": "TwoQ", "sieve": "Sieve", "s3fifo": "S3FIFO", "arc": "ARC"}
@@ -155,8 +156,8 @@ class Tree:
         self.pool.acquire(found, request.tags)
         self.eviction.on_admit(request, self.pool.now)
         request.block_table = found + self.pool.allocate(limit - len(found))
-        request._published, request._parent = len(found), found[-1] if found else ROOT
-        self.pool.publish(request, limit)
+        request.num_published_blocks, request.published_parent = len(found), found[-1] if found else ROOT
+        publish(self.pool, request, limit)
         self.pool.release(request.block_table, request.tags)
         self.pool.check()
         return len(found)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
+from types import ModuleType
 
 import pytest
 
-from core import blocks, engine, pins, step, view
+from core import blocks, matching, pins, roster, step
 from core.testing.subject import Subject
 from core.testing.trial import Trial
 from plugins.cache import hash as hash_cache
@@ -17,13 +18,13 @@ from plugins.cache import radix
 SEEDS = 400
 
 
-def plant(monkeypatch, owner: type, method: str, right: str, wrong: str) -> None:
-    """Replaces `right` by `wrong` in the source of a method."""
+def plant(monkeypatch, owner: type | ModuleType, method: str, right: str, wrong: str) -> None:
+    """Replaces `right` by `wrong` in the source of a method, or of a function of a module."""
     source = textwrap.dedent(inspect.getsource(inspect.getattr_static(owner, method)))
     assert source.count(right) == 1, f"{owner.__name__}.{method} no longer holds {right!r} once: plant the bug anew"
     scope: dict = {}
     code = compile("from __future__ import annotations\n" + source.replace(right, wrong), f"<planted {method}>", "exec")
-    exec(code, vars(sys.modules[owner.__module__]), scope)
+    exec(code, vars(owner if isinstance(owner, ModuleType) else sys.modules[owner.__module__]), scope)
     monkeypatch.setattr(owner, method, scope[method])
 
 
@@ -36,74 +37,79 @@ def first_failure(words: tuple[str, ...] = ()):
     return None
 
 
-#: name -> (class, method, source, planted source)
+#: name -> (class or module, method, source, planted source)
 BUGS = {
     "publish before compute": (
-        step.StepBuilder,
-        "_append",
+        roster.Roster,
+        "schedule",
         "sample = start + n == request.num_tokens",
-        "sample = start + n == request.num_tokens; "
-        "self._engine.cache.enabled and self._pool.publish(request, min(start + n, len(request.token_ids)) // self._block_size)",
+        "sample = start + n == request.num_tokens; self._pool.cache.enabled and "
+        "publish(self._pool, request, min(start + n, len(request.token_ids)) // self._pool.block_size)",
     ),
     "free while referenced": (blocks.BlockPool, "release", "block.ref_count -= 1", "block.ref_count = 0"),
-    "free while in flight": (engine.Engine, "_give_back", "if request._in_flight:", "if False:"),
+    "free while in flight": (roster.Roster, "_give_back", "if request.num_steps_in_flight:", "if False:"),
     "dropped while in flight": (
         pins.Pins,
         "drop",
-        "self.dropped.add(request.index)",
+        "self._dropped.add(request.index)",
         "self._pool.release(request.block_table); request.block_table = []",
     ),
     "stale hash after eviction": (hash_cache.HashBlocks, "remove", "if self._by_key.get(key) == block:", "if False:"),
     "stale radix leaf after eviction": (radix.RadixTree, "remove", "if not node.blocks and node.parent is not None:", "if False:"),
-    "last token matched": (view.View, "match", "(request.num_tokens - 1) // pool.block_size", "request.num_tokens // pool.block_size"),
+    "last token matched": (matching.Matches, "match", "num_full_blocks(request.num_tokens - 1)", "num_full_blocks(request.num_tokens)"),
     "double free": (
-        engine.Engine,
+        roster.Roster,
         "_release",
-        "self.pool.release(table[keep:], request.tags)",
-        "self.pool.release([*table[keep:], *table[keep:]], request.tags)",
+        "pool.release(table[keep:], request.tags)",
+        "pool.release([*table[keep:], *table[keep:]], request.tags)",
     ),
-    "freed twice on the free list": (blocks.BlockPool, "release", "self._free.append(id)", "self._free += [id, id]"),
+    "freed twice on the free list": (blocks.BlockPool, "release", "self.free_blocks.append(id)", "self.free_blocks += [id, id]"),
     "remap of a running table": (
-        blocks.BlockPool,
+        roster,
         "publish",
-        "request._shadow[index] = canonical",
-        "request._shadow[index] = canonical; table[index] = canonical",
+        "request.canonical_blocks[index] = canonical",
+        "request.canonical_blocks[index] = canonical; table[index] = canonical",
     ),
     "missing twin reference": (
         blocks.BlockPool,
         "publish",
-        "self.acquire((canonical,), request.tags, hit=False)\n            request._shadow[index] = canonical",
+        "self.acquire((canonical,), request.tags, hit=False)",
         "pass",
     ),
-    "twin never given back": (engine.Engine, "_release", "self.pool.release(twins, request.tags)", "pass"),
-    "wrong parent": (blocks.BlockPool, "publish", "parent = canonical", "parent = id"),
-    "wrong parent after drop_tail": (engine.Engine, "_release", "request._shadow.get(keep - 1, table[keep - 1]) if keep else ROOT", "ROOT"),
+    "twin never given back": (
+        roster.Roster,
+        "_release",
+        "pool.release([twins.pop(i) for i in sorted(twins) if i >= keep], request.tags)",
+        "[twins.pop(i) for i in sorted(twins) if i >= keep]",
+    ),
+    "wrong parent": (roster, "publish", "parent = canonical", "parent = table[index]"),
+    "wrong parent after drop_tail": (roster.Roster, "_release", "twins.get(keep - 1, table[keep - 1]) if keep else ROOT", "ROOT"),
     "generation not bumped": (blocks.BlockPool, "_evict_block", "block.generation += 1", "pass"),
     "version not bumped": (blocks.BlockPool, "_cached", "above.version += 1", "pass"),
     "root version not bumped": (blocks.BlockPool, "_cached", "self.root_version += 1", "pass"),
     "parent evicted before its child": (blocks.BlockPool, "release", "if block.num_children == 0:", "if True:"),
     "parent not evictable after its child": (blocks.BlockPool, "_evict_block", "if above.num_children == 0 and above.ref_count == 0:", "if False:"),
     "evictable count drifts": (blocks.BlockPool, "acquire", "self.num_evictable -= 1", "pass"),
-    "cached block still evictable when hit": (blocks.BlockPool, "acquire", "eviction.on_in_use(block)", "pass"),
-    "preempted in its own step": (step.StepBuilder, "_make_room", "if other._planned == self.step:", "if False:"),
+    "cached block still evictable when hit": (blocks.BlockPool, "acquire", "call(eviction, eviction.on_in_use, block)", "pass"),
+    "preempted in its own step": (step.StepBuilder, "_make_room", "if planned:", "if False:"),
     "token budget not charged": (step.StepBuilder, "_append", "self.tokens_left -= n", "pass"),
-    "hits counted again after preemption": (engine.Engine, "_admit", "if first:", "if True:"),
-    "matched blocks handed out again": (step.StepBuilder, "_supply", "- idle - sum", "- sum"),
+    "hits counted again after preemption": (roster.Roster, "admit", "if first:", "if True:"),
+    "matched blocks handed out again": (step.StepBuilder, "_supply", "- idle - self", "- self"),
     "partial block published": (
-        engine.Engine,
-        "_update",
-        "self.pool.publish(request, computed // size)",
-        "self.pool.publish(request, -(-computed // size))",
+        roster.Roster,
+        "commit",
+        "publish(self._pool, request, computed // size)",
+        "publish(self._pool, request, -(-computed // size))",
     ),
     "one token computed too few": (
-        engine.Engine,
-        "_update",
+        roster.Roster,
+        "commit",
         "request.num_computed_tokens = start + length",
         "request.num_computed_tokens = start + length - (length > 3)",
     ),
-    "token of a preempted request lost": (engine.Engine, "_update", "if request.state is not RequestState.PREEMPTED:", "if True:"),
-    "ended request keeps its pin of drop_tail": (engine.Engine, "_finish", "self._keep.pop(request.index, None)", "pass"),
-    "planned past max_tokens": (step.StepBuilder, "_add_running", "if request.num_tokens >= request._limit:", "if False:"),
+    "token of a preempted request lost": (roster.Roster, "commit", "if request.state is not _PREEMPTED:", "if True:"),
+    "ended request keeps its pin of drop_tail": (roster.Roster, "_give_all_back", "self.kept_heads.pop(request.index, None)", "pass"),
+    "planned past max_tokens": (step.StepBuilder, "_add_running", "if request.num_tokens >= request.max_num_tokens:", "if False:"),
     "hash compares no parents": (
         hash_cache.HashBlocks,
         "insert",

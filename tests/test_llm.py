@@ -285,7 +285,7 @@ def test_a_closed_llm_says_so():
 def test_every_role_can_be_chosen():
     options = {"scheduler": {"name": "chunked", "token_budget": 32}, "cache": "radix", "eviction": "lfu", "order": "fcfs"}
     llm = LLM(str(variant("qwen3")), device="cpu", num_blocks=64, seed=3, **options)
-    assert llm.engine.scheduler.token_budget == 32 and type(llm.engine.cache).__name__ == "RadixTree" and llm.engine.seed == 3
+    assert llm.engine.roles.scheduler.token_budget == 32 and type(llm.engine.roles.cache).__name__ == "RadixTree" and llm.engine.seed == 3
     assert llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0].token_ids == reference_tokens(variant("qwen3"), tuple(PROMPTS[0]), 8)
 
 

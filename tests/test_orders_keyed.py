@@ -52,7 +52,7 @@ class Shuffled(KeyOrder):
 def test_a_keyed_queue_equals_a_fresh_sort_through_admissions_preemptions_and_rekeying(seed):
     order = Shuffled()
     engine = compose(engine=EngineConfig(block_size=2, num_blocks=40, max_num_seqs=4, max_inflight=2))
-    roles = engine.roles | {"order": order}
+    roles = engine.roles.given | {"order": order}
     engine = type(engine)(roles, engine.config, seed=seed)
     result = engine.run(batch(seed, 40, spread=3.0))
     assert all(o.state == "finished" for o in result.outputs)
@@ -106,7 +106,7 @@ def test_sjf_counts_the_whole_job_and_srpt_what_is_left_of_it():
         while len(next(iter(engine.running), ask_nothing).token_times) < 20:
             engine.step()
         long = next(iter(engine.running))
-        engine._preempt(long, 0)  # what a victim policy would have the step builder do
+        engine.roster.preempt(long, 10**6, 0, engine.view.now)  # what a victim policy would have the step builder do
         tail[order] = [r.id for r in engine.roles["order"].order(engine.view)]
     assert tail == {"sjf": ["short", "long"], "srpt": ["long", "short"]}
 

@@ -47,7 +47,7 @@ def warmed(order, later: list, **parameters):
     for a in later:
         engine.add(a)
     engine._ingest(100.0)
-    engine.view._refresh(engine.num_steps, 100.0, 0)
+    engine.view.begin_step(engine.counts.num_steps, 100.0, 0)
     return engine
 
 
@@ -85,7 +85,7 @@ def test_dfs_weight_walks_the_heaviest_subtree_first_and_keeps_groups_together()
     for id, prompt in later:
         engine.add(ask(1.0, prompt, 1, id))
     engine._ingest(100.0)
-    engine.view._refresh(engine.num_steps, 100.0, 0)
+    engine.view.begin_step(engine.counts.num_steps, 100.0, 0)
     # Below the root: the twos (4 requests) before the threes (1); below the twos: a (2) before b (1), then the stem itself.
     assert ids(engine) == ["a1", "a2", "b", "stem", "c", "root"]
 

@@ -57,7 +57,7 @@ def test_vtc_gives_weighted_clients_service_in_proportion():
     engine = compose(order=("vtc", {"weights": {"greedy": 3.0}}), observers=[steps], engine=POOL)
     for a in asked:
         engine.add(a)
-    while {"greedy", "modest"} <= set(engine.roles["order"].queues) or engine.num_steps < 2:
+    while {"greedy", "modest"} <= set(engine.roles["order"].queues) or engine.counts.num_steps < 2:
         engine.step()
     _, total = service(steps)[-1]
     assert total["greedy"] / total["modest"] == pytest.approx(3.0, rel=0.15)
@@ -99,7 +99,7 @@ def test_vtc_passes_over_a_request_that_cannot_start_and_offers_the_next_client(
         engine.add(ask(0.0, 4, 2, client=client))
         engine.add(ask(0.0, 4, 2, client=client))
     engine._ingest(0.0)
-    engine.view._refresh(0, 0.0, 0)
+    engine.view.begin_step(0, 0.0, 0)
     order = engine.roles["order"]
     for _ in range(2):  # nothing is admitted, so the next step sees the same
         assert [r.tags.client for r in order.order(engine.view)] == ["a", "b", "c"]

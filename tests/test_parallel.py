@@ -51,7 +51,7 @@ def decisions(executor: TorchExecutor, scheduler: str, cache: str, depth: int) -
     executor.clock = Ticks()
     engine = engine_of(executor, scheduler, cache, chunk=8, num_blocks=SMALL_POOL, max_inflight=depth)
     tokens = generate(engine, PROMPTS, SHORT, spacing=0.003)
-    assert engine.num_preemptions > 0
+    assert engine.roster.num_preemptions > 0
     assert engine.pool.num_used == 0
     return engine.decisions.hexdigest, tokens
 
@@ -115,7 +115,7 @@ def test_a_stage_has_pp_plans_in_flight(ranks):
     engine = engine_of(ranks, max_inflight=pp)
     depths = []
     launch = ranks.execution.launch
-    ranks.execution.launch = lambda plan, now: (depths.append(len(engine._inflight)), launch(plan, now))[1]
+    ranks.execution.launch = lambda plan, now: (depths.append(len(engine.flights)), launch(plan, now))[1]
     try:
         generate(engine, PROMPTS, SHORT)
     finally:

@@ -53,7 +53,7 @@ def failing(engine, on_step_end=None) -> RankError:
     """The error that ends the run; checks that it came in time, with what was done before, and that every rank is gone."""
     processes = engine.executor.execution.ranks._processes.values()
     if on_step_end is not None:
-        engine.callbacks["on_step_end"].append((engine.executor, on_step_end))
+        engine.calls.callbacks["on_step_end"].append((engine.executor, on_step_end))
     began = time.monotonic()
     with pytest.raises(RankError) as caught:
         engine.run([Arrival(0.0, p, GREEDY, id=f"p{i}") for i, p in enumerate(PROMPTS)])

@@ -41,29 +41,29 @@ def test_a_noisy_predictor_ranks_with_the_kendall_tau_it_is_given(shape, tau):
     rng = Random(0)
     engine, requests = waiting([ask(0.0, 1, LENGTHS[shape](rng)) for _ in range(600)], ("noisy", {"tau": tau}))
     for request in requests[:64]:
-        engine.predictor.predict(request)  # it tunes itself on the first lengths
-    pairs = [(engine.oracle.output_len(r), engine.predictor.predict(r).mean) for r in requests]
+        engine.roles.predictor.predict(request)  # it tunes itself on the first lengths
+    pairs = [(engine.oracle.output_len(r), engine.roles.predictor.predict(r).mean) for r in requests]
     assert kendall_tau(pairs) == pytest.approx(tau, abs=0.06)
 
 
 def test_a_noisy_predictor_of_tau_one_is_the_oracle():
     asked = [ask(0.0, 1, n) for n in (7, 90, 11)]
     engine, requests = waiting(asked, ("noisy", {"tau": 1.0}))
-    assert [engine.predictor.predict(r).mean for r in requests] == [7, 90, 11]
+    assert [engine.roles.predictor.predict(r).mean for r in requests] == [7, 90, 11]
 
 
 def test_noise_belongs_to_the_request_and_the_seed_not_to_the_moment_of_asking():
     asked = [ask(0.0, 1, 100, f"r{i}") for i in range(8)] + [ask(0.0, 1, 50, "x")]
     engine, requests = waiting(asked, "noisy", seed=1)
-    forward = {r.id: engine.predictor.predict(r).mean for r in requests}
-    engine.predictor._logs.clear()
+    forward = {r.id: engine.roles.predictor.predict(r).mean for r in requests}
+    engine.roles.predictor._logs.clear()
     again, requests = waiting(asked, "noisy", seed=1)
     for r in reversed(requests):
-        again.predictor.predict(r)
-    noise = {r.id: again.predictor._noise[r.index] for r in requests}
-    assert noise == {r.id: engine.predictor._noise[r.index] for r in requests}
+        again.roles.predictor.predict(r)
+    noise = {r.id: again.roles.predictor._noise[r.index] for r in requests}
+    assert noise == {r.id: engine.roles.predictor._noise[r.index] for r in requests}
     other, requests = waiting(asked, "noisy", seed=2)
-    assert {r.id: other.predictor.predict(r).mean for r in requests} != forward
+    assert {r.id: other.roles.predictor.predict(r).mean for r in requests} != forward
 
 
 def test_the_oracle_knows_hidden_lengths_caps_and_the_context():
@@ -73,7 +73,7 @@ def test_the_oracle_knows_hidden_lengths_caps_and_the_context():
         Arrival(0.0, [1] * 5, SamplingParams(max_tokens=None)),
     ]
     engine, requests = waiting(asked, "oracle")
-    assert [engine.predictor.predict(r).mean for r in requests] == [33, 10, engine.max_model_len - 5]
+    assert [engine.roles.predictor.predict(r).mean for r in requests] == [33, 10, engine.max_model_len - 5]
 
 
 def test_only_those_who_see_the_truth_are_stamped():
@@ -85,7 +85,7 @@ def test_only_those_who_see_the_truth_are_stamped():
 def test_constant_is_capped_by_what_a_request_may_generate():
     asked = [Arrival(0.0, [1], SamplingParams(max_tokens=m)) for m in (8, None)]
     engine, requests = waiting(asked, ("constant", {"length": 50.0}))
-    assert [engine.predictor.predict(r).mean for r in requests] == [8, 50]
+    assert [engine.roles.predictor.predict(r).mean for r in requests] == [8, 50]
 
 
 # ---- history -----------------------------------------------------------------------------------------------------------
@@ -104,9 +104,9 @@ def test_history_keeps_categories_apart():
     lengths = [("chat", n) for n in (10, 20, 30)] + [("code", n) for n in (100, 200)]
     for by, tags in (("category", {"category": "chat"}), ("client", {"client": "chat"})):
         engine, request = learned({"by": by}, lengths, **tags)
-        assert engine.predictor.predict(request).mean == 20
+        assert engine.roles.predictor.predict(request).mean == 20
     engine, request = learned({"by": "all"}, lengths, category="chat")
-    assert engine.predictor.predict(request).mean == 72
+    assert engine.roles.predictor.predict(request).mean == 72
 
 
 def test_history_answers_the_upper_quantile_of_recent_lengths_only():
@@ -117,7 +117,7 @@ def test_history_answers_the_upper_quantile_of_recent_lengths_only():
     engine.run()
     engine.add(ask(engine.clock.inner.now(), 1, 5))
     engine._ingest(engine.clock.inner.now())
-    prediction = engine.predictor.predict(next(iter(engine.waiting)))
+    prediction = engine.roles.predictor.predict(next(iter(engine.waiting)))
     assert prediction.mean == 5.5 and prediction.upper == 6
 
 
@@ -128,7 +128,7 @@ def test_history_counts_only_lengths_above_what_is_generated_already():
     predicted = []
     for _ in range(60):
         engine.step()
-        predicted.append(engine.predictor.predict(next(iter(engine.running))).mean)
+        predicted.append(engine.roles.predictor.predict(next(iter(engine.running))).mean)
     made = range(1, 61)
     expected = [65 / 3] * 4 + [30.0] * 5 + [50.0] * 40 + [n + 1.0 for n in made if n >= 50]
     assert predicted == pytest.approx(expected)
@@ -136,10 +136,10 @@ def test_history_counts_only_lengths_above_what_is_generated_already():
 
 def test_history_starts_from_a_guess_and_learns_nothing_from_refusals():
     engine, request = learned({"initial": 77.0}, [])
-    assert engine.predictor.predict(request).mean == 77
+    assert engine.roles.predictor.predict(request).mean == 77
     engine = compose(predictor="history", admission=("early_reject", {"ttft": 0.0}))
     engine.run([ask(0.0, 1, 9)])
-    assert engine.finished[0].state == "rejected" and not engine.predictor._sorted
+    assert engine.roster.finished[0].state == "rejected" and not engine.roles.predictor._sorted
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from core.config import EngineConfig, Hardware, ModelShape, ParallelConfig
 from core.engine import Engine
 from core.errors import ConfigError, ModelError
 from core.hooks import load_registry
-from core.request import SLO, Arrival, SamplingParams, Tags
+from core.request import SLO, Arrival, SamplingParams, Tags, TextStop
 from core.testing import kit
 from core.testing.oracle import OracleExecutor
 from plugins.cache.eviction.lru import LeastRecent
@@ -345,9 +345,7 @@ def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
         return Engine({**roles, "executor": executor}, EngineConfig(**LIMITS), stop_text=stop_text, observers=observers)
 
     def stops_at_three(request):
-        request.stop_text = "as it was" if request.num_output_tokens == 3 else None
-        request.stop_reason = "anything" if request.num_output_tokens == 3 else None
-        return request.num_output_tokens == 3
+        return TextStop("as it was", "anything") if request.num_output_tokens == 3 else None
 
     sampling = SamplingParams(max_tokens=9, stop=("anything",))
     arrivals = [Arrival(0.0, Letters().encode(text), sampling, prompt=text) for text in ("one", "two")]

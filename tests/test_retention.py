@@ -137,7 +137,7 @@ class _NoPins:
 
 
 def _set_up(name: str, **parameters):
-    return compose(retention=(name, parameters), cache="hash", engine=EngineConfig(num_blocks=1000), server=_Plain()).retention
+    return compose(retention=(name, parameters), cache="hash", engine=EngineConfig(num_blocks=1000), server=_Plain()).roles.retention
 
 
 class _Plain(Server):

@@ -170,7 +170,7 @@ def test_policy_batch_and_overlap_do_not_change_a_sampled_token(sampling):
     for scheduler, cache, chunk, max_inflight in (("chunked", "hash", 7, 2), ("fcfs", "none", 64, 1), ("pd_split", "radix", 7, 2)):
         engine = engine_of(executor, scheduler, cache, chunk=chunk, num_blocks=20, max_inflight=max_inflight)
         assert generate(engine, PROMPTS, sampling) == alone
-        assert engine.num_preemptions > 0
+        assert engine.roster.num_preemptions > 0
 
 
 def generate_one(executor, id, prompt, sampling, seed=0):

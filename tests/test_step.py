@@ -50,7 +50,7 @@ def test_add_cuts_a_prompt_into_chunks_and_samples_only_at_its_end() -> None:
     def script(step, view):
         for request in (*view.running, *view.waiting):
             step.add(request, 4)
-        chunks.extend((c.start, c.length, c.sample) for c in map(Chunk, step._requests, step._starts, step._lengths, step._samples))
+        chunks.extend((c.start, c.length, c.sample) for c in map(Chunk, step.requests, step.starts, step.lengths, step.samples))
 
     engine(script).run([ask(10, 2)])
     assert chunks == [(0, 4, False), (4, 4, False), (8, 2, True), (10, 1, True)]
@@ -346,11 +346,13 @@ def test_an_order_is_consumed_lazily_and_no_further_than_the_window() -> None:
                     yield request
 
     def script(step, view):
-        for request in step._engine.scheduler.order(view):
+        for request in view.candidates(order, 256):
             if not step.add(request):
                 break
 
-    first_step(script, [ask(4, 1), ask(4, 1)], roles={"order": Endless()}, max_num_seqs=1)
+    order = Endless()
+
+    first_step(script, [ask(4, 1), ask(4, 1)], roles={"order": order}, max_num_seqs=1)
     assert taken == ["r0", "r1"]
 
 

@@ -13,7 +13,7 @@ from tokenizers_made import byte_level, metaspace
 from torch_engines import AutoModelForCausalLM  # noqa: F401 - sets transformers up, offline
 from transformers import AutoTokenizer
 
-from headway import Arrival, Engine, EngineConfig, OracleExecutor, Request, SamplingParams
+from headway import Arrival, Engine, EngineConfig, OracleExecutor, Request, SamplingParams, TextStop
 from plugins.models.tokenizer import Tokenizer, stop_text
 
 KINDS = {"byte_level": byte_level, "metaspace": metaspace}
@@ -56,7 +56,8 @@ def request_of(made: Made, prompt: list[int], answer: list[int], *stops: str) ->
     stopped = stop_text(made.ours)
     for count, token in enumerate(answer, 1):
         request.token_ids.append(token)
-        if stopped(request):
+        if (stop := stopped(request)) is not None:
+            request.stop_text, request.stop_reason = stop
             return request, count
     return request, None
 
@@ -173,8 +174,9 @@ def test_stops_fire_with_the_first_token_that_completes_one(made):
 def run(sampling: SamplingParams, stop_after: int | None = None, **arrival):
     """One request on an executor whose tokens are known; a stop string is completed by its token number
     `stop_after`."""
-    roles = engine().roles | {"executor": OracleExecutor()}
-    running = Engine(roles, EngineConfig(4, 16), stop_text=lambda request: request.num_output_tokens == stop_after)
+    roles = engine().roles.given | {"executor": OracleExecutor()}
+    stop = TextStop("", "x")
+    running = Engine(roles, EngineConfig(4, 16), stop_text=lambda r: stop if r.num_output_tokens == stop_after else None)
     (output,) = running.run([Arrival(0.0, [1, 2], sampling, id="a", **arrival)]).outputs
     return output
 

@@ -33,7 +33,7 @@ def test_greedy_tokens_equal_transformers_under_preemption_and_eviction(schedule
         engine = engine_of(executor, scheduler, cache, chunk=chunk, num_blocks=SMALL_POOL, max_inflight=max_inflight)
         assert generate(engine, PROMPTS) == expected(directory)
         # One token a step leaves fcfs no second request to preempt.
-        assert engine.num_preemptions > 0 or (scheduler, chunk) == ("fcfs", 1)
+        assert engine.roster.num_preemptions > 0 or (scheduler, chunk) == ("fcfs", 1)
         assert engine.pool.num_evictions > 0 or cache == "none"
         assert engine.pool.num_used == 0
 
@@ -73,10 +73,10 @@ def test_a_prefix_hit_is_not_computed_again():
     directory = variant("qwen3")
     engine = engine_of(prepared(directory), num_blocks=256)
     generate(engine, [PROMPTS[2]])
-    first = engine.planned_tokens
+    first = engine.counts.planned_tokens
     result = engine.run([_arrival(PROMPTS[2])])
     assert result.outputs[-1].num_cached_tokens == (len(PROMPTS[2]) - 1) // 4 * 4
-    assert engine.planned_tokens == first - result.outputs[-1].num_cached_tokens
+    assert engine.counts.planned_tokens == first - result.outputs[-1].num_cached_tokens
     assert result.outputs[-1].output_token_ids == expected(directory, [PROMPTS[2]])[0]
 
 
@@ -101,7 +101,7 @@ def test_block_tables_on_the_device_are_those_of_the_plan(monkeypatch):
 
     monkeypatch.setattr(executor, "launch", checked)
     generate(engine, PROMPTS)
-    assert len(steps) > 20 and engine.num_preemptions > 0
+    assert len(steps) > 20 and engine.roster.num_preemptions > 0
 
 
 def test_what_the_cache_held_before_is_never_read():
@@ -146,7 +146,7 @@ def test_profile_says_where_a_step_went():
     executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))))
     engine = engine_of(executor)
     records = []
-    engine.callbacks["on_step_end"].append((executor, records.append))
+    engine.calls.callbacks["on_step_end"].append((executor, records.append))
     generate(engine, PROMPTS[:2])
     assert all({"prepare", "launch", "wait", "collect"} <= set(r.timings) and min(r.timings.values()) >= 0 for r in records)
 
@@ -218,7 +218,7 @@ def test_random_workloads_policies_and_limits(seed):
         prepared(directory), *rng.choice(PAIRS), chunk=rng.choice([2, 5, 16]), block_size=rng.choice([1, 3, 8]),
         num_blocks=rng.randint(60, 90), max_num_seqs=rng.choice([2, 5, 12]), max_inflight=rng.choice([1, 2, 3, 4]),
     )  # fmt: skip
-    engine.victim.mode = rng.choice(["recompute", "drop_tail"])
+    engine.roles.victim.mode = rng.choice(["recompute", "drop_tail"])
     times = sorted(rng.choice([0.0, 0.01, 0.03]) for _ in prompts)
     result = engine.run([Arrival(t, p, s) for t, p, s in zip(times, prompts, sampling, strict=True)])
     for output, prompt, parameters in zip(result.outputs, prompts, sampling, strict=True):

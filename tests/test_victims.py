@@ -30,17 +30,17 @@ def running(victim: str):
 )
 def test_the_order_in_which_victims_are_named(victim, order):
     engine = running(victim)
-    engine.view._refresh(1, 0.01, 0)
-    named = engine.victim.victims(Need(engine.view.running[0], 1), engine.view)
+    engine.view.begin_step(1, 0.01, 0)
+    named = engine.roles.victim.victims(Need(engine.view.running[0], 1), engine.view)
     assert "".join(r.id for r in named) == order
 
 
 def test_random_names_everybody_once_and_each_first_equally_often():
     engine = running("random")
-    engine.view._refresh(1, 0.01, 0)
+    engine.view.begin_step(1, 0.01, 0)
     first = dict.fromkeys("abcd", 0)
     for _ in range(2000):
-        named = [r.id for r in engine.victim.victims(Need(engine.view.running[0], 1), engine.view)]
+        named = [r.id for r in engine.roles.victim.victims(Need(engine.view.running[0], 1), engine.view)]
         assert sorted(named) == list("abcd")
         first[named[0]] += 1
     assert all(400 < count < 600 for count in first.values())

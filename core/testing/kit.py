@@ -15,8 +15,9 @@ from ..clock import VirtualClock
 from ..config import EngineConfig, ModelConfig
 from ..engine import Engine
 from ..errors import HeadwayError
+from ..execution import ExecutorCaps, StepResult
 from ..plan import StepPlan
-from ..policy import Executor, ExecutorCaps, Role, StepResult
+from ..policy import Executor, Role
 from ..request import Arrival, SamplingParams
 from . import starve
 from .case import VOCAB, Case, feasible
@@ -343,16 +344,16 @@ def _step_cost(subject: Subject, running: int = 256, waiting: int = 64, steps: i
     for _ in range(60):
         engine.step()
     gc.collect()
-    spent, first, started = engine.policy_time, engine.num_steps, len(engine.running)
+    spent, first, started = engine.counts.policy_time, engine.counts.num_steps, len(engine.running)
     for _ in range(MOST_TURNS * steps):
-        if engine.num_steps == first + steps or not engine.step():
+        if engine.counts.num_steps == first + steps or not engine.step():
             break
-    if engine.num_steps - first < steps or started < running:
+    if engine.counts.num_steps - first < steps or started < running:
         raise NothingMeasured(
-            f"nothing was measured: after 60 turns {started} of {running} requests that fit were running, and {engine.num_steps - first} of "
+            f"nothing was measured: after 60 turns {started} of {running} requests that fit were running, and {engine.counts.num_steps - first} of "
             f"{steps} steps were planned in the {MOST_TURNS * steps} turns after that"
         )
-    return (engine.policy_time - spent) / steps * 1e6
+    return (engine.counts.policy_time - spent) / steps * 1e6
 
 
 Check = Callable[[Subject, Sequence[int]], Iterator[Verdict]]

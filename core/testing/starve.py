@@ -101,17 +101,17 @@ def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
         if request.id == "odd":
             ended["odd"] = True
             return ()
-        if len(engine.finished) < scene.before:
+        if len(engine.roster.finished) < scene.before:
             return more(1, (scene.odd,), now)
         if request.arrival_time >= start:
             others += request.state is RequestState.FINISHED
         return more(1, scene.others, now) if others < PATIENCE and not ended["odd"] else ()
 
     start = float("inf")
-    engine.on_result = follow
+    engine.coming.on_result = follow
     for arrival in more(scene.backlog, (scene.odd,) if scene.before else scene.others, 0.0):
         engine.add(arrival)
-    while len(engine.finished) < max(scene.before, scene.backlog) and engine.step():
+    while len(engine.roster.finished) < max(scene.before, scene.backlog) and engine.step():
         pass
     start = engine.clock.inner.now()
     engine.add(replace(scene.odd, time=start, id="odd"))

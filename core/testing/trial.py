@@ -14,7 +14,6 @@ from ..errors import HeadwayError, InvariantError, NothingPlanned, PolicyError
 from ..plan import StepPlan
 from ..policy import Executor, Observer, Role, StepRecord
 from ..request import Arrival, Request, RequestState, RunResult
-from ..view import View
 from .case import CONTEXT, STEP_SECONDS, VOCAB, Ask, Case, expected_output, feasible
 from .oracle import OracleExecutor, WrongKV
 from .watch import Mutated, Watch
@@ -103,11 +102,10 @@ class PoolCheck(Observer):
     def on_step(self, record: StepRecord) -> None:
         engine = self._engine
         held: Counter[int] = Counter()
-        for request in {r.index: r for r in (*engine.running.items, *engine.waiting.items, *engine._releasing.values())}.values():
+        for request in {r.index: r for r in (*engine.running.items, *engine.waiting.items, *engine.roster.releasing.values())}.values():
             held.update(request.block_table)
-            held.update(request._shadow.values())
-        for _, _, _, pinned in engine._pins._heap:
-            held.update(pinned)
+            held.update(request.canonical_blocks.values())
+        held.update(engine.roster.pins.held)
         for block in engine.pool.blocks:
             if block.ref_count != held[block.id]:
                 raise InvariantError(f"step {record.step}: {block} is held by {held[block.id]}")
@@ -118,16 +116,16 @@ class PoolCheck(Observer):
 class FreshMatch:
     """`View.match`, checked against an index that is asked without the memo of the last match."""
 
-    def __init__(self, view: View) -> None:
-        self._view, self._match = view, view.match
-        view.match = self  # type: ignore[method-assign]
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._match = engine, engine.view.match
+        engine.view.match = self  # type: ignore[method-assign]
 
     def __call__(self, request: Request) -> Any:
         answer = self._match(request)
-        engine = self._view._engine
-        if engine.cache.enabled and not request.block_table:
+        cache, engine = self._engine.roles.cache, self._engine
+        if cache.enabled and not request.block_table:
             limit = (request.num_tokens - 1) // engine.pool.block_size
-            fresh = engine.cache.match(request, [], limit)
+            fresh = cache.match(request, [], limit)
             if list(answer.blocks) != fresh:
                 raise InvariantError(f"request {request.id}: the remembered match {list(answer.blocks)} is not what the cache holds, {fresh}")
         return answer
@@ -165,7 +163,7 @@ class Trial(Observer):
         self.engine = engine = Engine(roles, config, seed=case.seed)
         engine.observers += [PoolCheck(engine), self]
         engine.decisions = DecisionTrace()
-        FreshMatch(engine.view)
+        FreshMatch(engine)
         if self._watch:
             self._watch.attach(engine)
         self._count_turns(engine)
@@ -180,7 +178,7 @@ class Trial(Observer):
             turn += 1
             if turn == self.case.stop_after:
                 raise KeyboardInterrupt
-            progress = self._emitted + len(engine.finished)
+            progress = self._emitted + len(engine.roster.finished)
             barren, ended = (barren + 1, ended) if progress == ended else (0, progress)
             if barren > MOST_BARREN_TURNS:
                 running, waiting = ([r.id for r in items] for items in (engine.running.items, engine.waiting.items))
@@ -203,13 +201,14 @@ class Trial(Observer):
         engine = self.engine
         assert engine is not None
         interrupted = result.status != "finished"
-        if len(result.outputs) != engine._next_index:
-            raise WrongAnswer(f"{engine._next_index} requests arrived and {len(result.outputs)} have an outcome")
+        if len(result.outputs) != engine.intake.num_requests:
+            raise WrongAnswer(f"{engine.intake.num_requests} requests arrived and {len(result.outputs)} have an outcome")
         engine.pool.check()
         rejected = self._check_answers(result, interrupted)
         if not interrupted:
-            engine._pins.expire(float("inf"))
-            if engine.pool.num_used or engine._releasing or engine.owed or engine._keep:
+            engine.roster.pins.expire(float("inf"))
+            roster = engine.roster
+            if engine.pool.num_used or roster.releasing or roster.reserved_blocks or roster.kept_heads:
                 raise InvariantError(f"all requests have ended, and {engine.pool.num_used} blocks are still held")
         return rejected
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 __all__ = ["Mutated", "Watch"]
-COPIED_FIELDS = ("token_ids", "block_table", "token_times", "_shadow")
-#: The memo of a match is filled by reading; logprobs are no policy's business.
-PLAIN_FIELDS = tuple(name for name in Request.__slots__ if name not in (*COPIED_FIELDS, "_match", "logprobs"))
+COPIED_FIELDS = ("token_ids", "block_table", "token_times", "canonical_blocks")
+#: logprobs are no policy's business.
+PLAIN_FIELDS = tuple(name for name in Request.__slots__ if name not in (*COPIED_FIELDS, "logprobs"))
 _FIELDS, _BLOCK = attrgetter(*PLAIN_FIELDS), attrgetter(*Block.__slots__)
 VERBS = ("add", "admits", "preempt", "reject", "wake_at", "limit")
 
@@ -41,7 +41,7 @@ class Watch:
 
     def attach(self, engine: Engine) -> None:
         self._engine = engine
-        for owner, names in ((engine.builder, VERBS), (engine._pins, ("pin", "unpin", "drop"))):
+        for owner, names in ((engine.builder, VERBS), (engine.roster.pins, ("pin", "unpin", "drop"))):
             for name in names:
                 setattr(owner, name, self._watched(getattr(owner, name), None))
 
@@ -99,12 +99,12 @@ class Watch:
             return []
         builder = engine.builder
         state: list[Any] = [
-            builder.tokens_left, builder.seqs_left, [r.index for r in builder._requests], [r.index for r in engine.running.items],
-            [r.index for r in engine.waiting.items], engine.view.now, engine.pool._free.copy(),
+            builder.tokens_left, builder.seqs_left, [r.index for r in builder.requests], [r.index for r in engine.running.items],
+            [r.index for r in engine.waiting.items], engine.view.now, engine.pool.free_blocks.copy(),
         ]  # fmt: skip
         for request in self._watched_requests:
             state += _FIELDS(request)
-            state += (request.token_ids.copy(), request.block_table.copy(), request.token_times.copy(), request._shadow.copy())
+            state += (request.token_ids.copy(), request.block_table.copy(), request.token_times.copy(), request.canonical_blocks.copy())
         for block in engine.pool.blocks:
             state += _BLOCK(block)
         return state

@@ -244,7 +244,7 @@ class Recorder(Observer):
 
 
 def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
-    caps, config, cost = engine.executor.caps, engine.config, engine.cost_model
+    caps, config, cost = engine.executor.caps, engine.config, engine.executor.cost_model
     return {
         "format": FORMAT,
         "status": result.status,

@@ -22,6 +22,7 @@ from headway import (
     RunResult,
     StepPlan,
     StepResult,
+    TextStop,
     VirtualClock,
     composition_facts,
     fact_differences,
@@ -202,16 +203,15 @@ class Replay(Executor):
             self.cost_model.observe(plan.starts, plan.lengths, end - start)
         return StepResult(tokens, start, end)
 
-    def stop_text(self, request: Request) -> bool:
+    def stop_text(self, request: Request) -> TextStop | None:
         """What the engine asks about stop strings: whether one ended this request here in the recorded
         run."""
         said: Said | None = self._said.get(request.id)
         if said is None or said.text is None:
-            return False
+            return None
         if request.num_output_tokens < len(self.record.tokens[request.id]):
-            return False
-        request.stop_text, request.stop_reason = said.text, said.stop_reason
-        return True
+            return None
+        return TextStop(said.text, said.stop_reason)
 
 
 def _shown(plan: StepPlan) -> str:

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from headway import ModelError, Request, RequestOutput
+from headway import ModelError, Request, RequestOutput, TextStop
 
 from .chat_template import ChatTemplates
 from .special_tokens import load_tokenizer
@@ -157,27 +157,25 @@ class Tokenizer:
         return self.continuation([*prompt_token_ids, *tokens], len(prompt_token_ids))
 
 
-def stop_text(tokenizer: Tokenizer) -> Callable[[Request], bool]:
-    """For `Engine(stop_text=...)`: true when the newest token completes one of the request's stop strings in
-    its answer.
+def stop_text(tokenizer: Tokenizer) -> Callable[[Request], TextStop | None]:
+    """For `Engine(stop_text=...)`: whether the newest token completes one of the request's stop strings in its
+    answer, and which.
 
-    Sets `request.stop_text` to the answer before the stop string that begins first, and `request.stop_reason`
-    to that string. Only as many last tokens are decoded as the longest stop string can span, so the cost of a
+    Of several, the one that begins first counts. Only as many last tokens are decoded as the longest stop string can span, so the cost of a
     token does not grow with the answer.
     """
 
-    def stopped(request: Request) -> bool:
+    def stopped(request: Request) -> TextStop | None:
         known, first, stops = request.token_ids, request.num_prompt_tokens, request.sampling.stop
         newest = known[-1]
         if not tokenizer.has_text(newest) or not _holds(_tail(tokenizer, known, first, stops), stops):
-            return False
+            return None
         text = tokenizer.continuation(known, first)
         found = [(at, stop) for stop in stops if (at := text.find(stop)) >= 0]
         if not found:  # an artefact of where the tail begins
-            return False
-        at, request.stop_reason = min(found, key=lambda found: found[0])
-        request.stop_text = text[:at]
-        return True
+            return None
+        at, stop = min(found, key=lambda found: found[0])
+        return TextStop(text[:at], stop)
 
     return stopped
 

@@ -59,7 +59,7 @@ def test_greedy_tokens_equal_transformers(name, kernels, graphs, max_inflight):
     for scheduler, kv in (("chunked", "hash"), ("fcfs", "none"), ("pd_split", "radix")):
         engine = engine_on_gpu(executor, scheduler, kv, chunk=64 if scheduler == "fcfs" else 7, max_inflight=max_inflight)
         assert generate(engine, PROMPTS) == expected(name)
-        assert engine.num_preemptions > 0
+        assert engine.roster.num_preemptions > 0
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
@@ -102,7 +102,7 @@ def test_steps_with_prompts_answer_the_same_at_every_edge_of_a_graph(budget):
     """Steps of exactly `budget` tokens: whole prompts and a chunk, under preemption and prefix hits."""
     engine = engine_on_gpu(on_gpu("qwen3", "triton", True), "fcfs", "radix", chunk=budget, max_inflight=2)
     assert generate(engine, PROMPTS) == expected("qwen3")
-    assert engine.num_preemptions > 0
+    assert engine.roster.num_preemptions > 0
 
 
 def test_padding_of_a_step_with_prompts_is_written_nowhere():

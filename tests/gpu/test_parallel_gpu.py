@@ -51,7 +51,7 @@ def answers(engine: Engine, name: str = "") -> Answers:
     def tokens(kind: str, sampling: SamplingParams, prompts: list[list[int]]) -> list[list[int]]:
         kind += name
         result = engine.run([Arrival(0.0, p, sampling, id=f"{kind}/{i}") for i, p in enumerate(prompts)])
-        preempted.append(engine.num_preemptions)  # of this run
+        preempted.append(engine.roster.num_preemptions)  # of this run
         return [o.output_token_ids for o in result.outputs if o.id.startswith(f"{kind}/")]
 
     found = tokens("greedy", GREEDY, PROMPTS), tokens("sampled", SAMPLED, PROMPTS[:4])
@@ -93,7 +93,7 @@ def test_a_killed_rank_ends_the_run_though_the_gpu_waits_for_it():
     executor = on_gpus(2, 1)
     engine = engine_of(executor, num_blocks=64, max_inflight=2, max_model_len=128)
     process = executor.execution.ranks._processes[1]
-    engine.callbacks["on_step_end"].append((executor, lambda record: process.kill() if record.step == 8 else None))
+    engine.calls.callbacks["on_step_end"].append((executor, lambda record: process.kill() if record.step == 8 else None))
     began = time.monotonic()
     with pytest.raises(RankError, match="rank 1 was killed by SIGKILL") as caught:
         engine.run([Arrival(0.0, p, GREEDY, id=f"k{i}") for i, p in enumerate(PROMPTS)])

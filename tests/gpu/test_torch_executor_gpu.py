@@ -42,7 +42,7 @@ def test_greedy_tokens_equal_transformers(name, kernels, cuda_graphs, max_inflig
     for scheduler, cached, chunk in (("chunked", "hash", 7), ("fcfs", "none", 64), ("pd_split", "radix", 64)):
         engine = engine_of(on_gpu(name, kernels, cuda_graphs), scheduler, cached, chunk=chunk, max_inflight=max_inflight, **SMALL_POOL)
         assert generate(engine, PROMPTS) == expected
-        assert engine.num_preemptions > 0
+        assert engine.roster.num_preemptions > 0
 
 
 @pytest.mark.parametrize("sampling", [RANDOM, FILTERED])
@@ -80,7 +80,7 @@ def test_bfloat16_logprobs_are_near_float32(kernels):
 def test_profile_measures_the_gpu():
     engine = engine_of(on_gpu("qwen3", "triton", False, profile=True), block_size=16, max_inflight=2)
     records = []
-    engine.callbacks["on_step_end"].append((engine.executor, records.append))
+    engine.calls.callbacks["on_step_end"].append((engine.executor, records.append))
     generate(engine, PROMPTS)
     assert all(r.timings["gpu"] > 0 for r in records) and all(r.timings["gpu_idle"] >= 0 for r in records[1:])
 

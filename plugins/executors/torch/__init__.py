@@ -21,6 +21,7 @@ from headway import (
     Request,
     StepPlan,
     StepResult,
+    TextStop,
     WallClock,
     hookimpl,
     param,
@@ -146,7 +147,7 @@ class TorchExecutor(Executor):
         return self._execution
 
     @property
-    def stop_text(self) -> Callable[[Request], bool] | None:
+    def stop_text(self) -> Callable[[Request], TextStop | None] | None:
         """What the engine asks about stop strings; None without a tokenizer."""
         from ...models.tokenizer import stop_text
 

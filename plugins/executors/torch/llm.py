@@ -220,7 +220,7 @@ class LLM:
             return _unanswered(id, question, "aborted", "")
         if output.state == "rejected":
             return _unanswered(id, question, "rejected", output.finish_reason)
-        by_eos = not sampling.ignore_eos and output.stop_reason in self.engine.eos_token_ids
+        by_eos = not sampling.ignore_eos and output.stop_reason in self.engine.executor.caps.eos_token_ids
         completion = CompletionOutput(
             0,
             "" if self.tokenizer is None else self.tokenizer.answer(question.token_ids, output),

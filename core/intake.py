@@ -1,0 +1,125 @@
+"""Intake: from an arrival to a request that waits, or to a refusal with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from .arrivals import ArrivalQueue
+from .blocks import BlockPool
+from .ledger import Ledger
+from .policy import Executor
+from .prompts import readable
+from .request import Arrival, Request
+from .roster import Roster
+
+
+class Intake:
+    """Makes the requests of an engine. Ids are unique in a run, indices in an engine."""
+
+    def __init__(
+        self,
+        coming: ArrivalQueue,
+        roster: Roster,
+        pool: BlockPool,
+        executor: Executor,
+        *,
+        max_model_len: int,
+        ledger: Ledger | None,
+    ) -> None:
+        self._coming, self._roster, self._pool, self._ledger = coming, roster, pool, ledger
+        self._executor, self._max_model_len = executor, max_model_len
+        self.num_requests = 0  # so far, over all runs: the next index
+        self.ids: set[str] = set()  # of this run
+        self._announced: set[str] = set()  # ids that arrivals are known to bring
+        self._aborted: set[str] = set()  # ids that are to end as soon as they are met
+
+    def begin_run(self, arrivals: Iterable[Arrival], *, forget: bool) -> None:
+        """Of a list, every id is known beforehand; `forget` those of the run before."""
+        if forget:
+            self.ids.clear()
+        self._announced.clear()
+        if isinstance(arrivals, list):
+            self._announced.update(arrival.id for arrival in arrivals if isinstance(arrival.id, str))
+
+    def ingest(self, now: float, welcome: Callable[[Request, float], None]) -> int:
+        """Takes in what has arrived; returns how many. `welcome` is called for each that waits."""
+        count = 0
+        for arrival in self._coming.until(now):
+            count += 1
+            request, refusal, output_len = self._request(arrival)
+            if refusal:
+                self._roster.refuse(request, refusal, now)
+            else:
+                if self._ledger is not None:
+                    self._ledger.arrived(request)
+                self._roster.arrive(request, now, output_len)
+                welcome(request, now)
+        return count
+
+    def abort(self, id: str) -> None:
+        """The request with this id ends at the next `end_aborted`, or when it arrives. Thread-safe."""
+        self._aborted.add(id)
+
+    def end_aborted(self, now: float) -> int:
+        """Ends who was aborted; returns how many. Ids that have ended already are forgotten."""
+        count = 0
+        for id in self._aborted & self.ids if self._aborted else ():
+            self._aborted.discard(id)
+            if (request := self._roster.present.get(id)) is not None:
+                self._roster.abort(request, now)
+                count += 1
+        return count
+
+    def end_run(self) -> None:
+        """Nobody whom an abort was meant for comes any more."""
+        self._aborted.clear()
+
+    def _request(self, arrival: Arrival) -> tuple[Request, str, int | None]:
+        """The request, why it can never run ("" if it can), and the length of its emulated answer."""
+        arrival, unreadable = readable(arrival)
+        eos = self._executor.caps.eos_token_ids
+        request = Request(
+            arrival,
+            self.num_requests,
+            max_model_len=self._max_model_len,
+            eos_token_ids=eos,
+            id=self._automatic_id() if arrival.id is None else None,
+        )
+        self.num_requests += 1
+        refusal = unreadable or self._refusal(request, arrival.output_len)
+        self.ids.add(request.id)
+        return request, refusal, arrival.output_len
+
+    def _automatic_id(self) -> str:
+        """r and the request's index, or the next number that no other request has or is known to bring."""
+        number = self.num_requests
+        while (id := f"r{number}") in self.ids or id in self._announced:
+            number += 1
+        return id
+
+    def _refusal(self, request: Request, output_len: int | None) -> str:
+        """Why a request can never run; "" if it can."""
+        prompt, vocab = request.num_prompt_tokens, self._executor.caps.vocab_size
+        if request.id in self.ids:
+            return f"id {request.id!r} is taken: ids must be unique in a run"
+        if prompt == 0:
+            return "empty prompt: expected at least one token"
+        if prompt >= self._max_model_len:
+            context = f"the context of {self._max_model_len}"
+            return f"prompt of {prompt} tokens does not fit {context}: one token must be left for the answer"
+        if output_len is not None and output_len < 1:
+            return f"output length {output_len}: expected at least 1"
+        if request.sampling.stop and not self._roster.decides_stop_strings:
+            has_none = f"{self._executor.plugin_name} has none for this model"
+            return f"stop strings need a tokenizer, and {has_none}: use stop_token_ids"
+        low, high = min(request.token_ids), max(request.token_ids)
+        if low < 0 or high >= vocab:
+            return f"token id {low if low < 0 else high} is outside the vocabulary of {vocab}"
+        if (wanted := request.sampling.logprobs) is not None and wanted > vocab:
+            return f"logprobs={wanted}: the vocabulary has {vocab} tokens"
+        longest = min(request.max_num_tokens, prompt + (output_len or request.max_num_tokens))
+        need = self._pool.layout.num_blocks(longest - 1)  # the last token is sampled, never computed
+        if need > self._pool.num_blocks:
+            has = f"the pool has {self._pool.num_blocks}"
+            return f"needs up to {need} KV blocks, {has}: lower max_tokens or raise engine.num_blocks"
+        return ""

@@ -1,0 +1,34 @@
+"""Telling the observers of an engine. One that raises is named, and the others are closed all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .calls import Calls
+from .policy import Observer
+from .request import Request, RunResult
+
+
+def tell(observers: Sequence[Observer], calls: Calls, event: str, *args: Any) -> None:
+    for observer in observers:
+        calls.call(observer, getattr(observer, event), *args)
+
+
+def close(
+    observers: Sequence[Observer],
+    calls: Calls,
+    ended: Sequence[Request],
+    result: RunResult,
+) -> BaseException | None:
+    """Closes each of them, also when another one fails: results must not depend on neighbours. `ended`:
+    requests that they have not heard of. Returns the first error."""
+    problem: BaseException | None = None
+    for observer in observers:
+        try:
+            if ended:
+                calls.call(observer, observer.on_requests, ended)
+            calls.call(observer, observer.close, result)
+        except (Exception, SystemExit) as error:
+            problem = problem or error
+    return problem

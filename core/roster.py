@@ -1,0 +1,427 @@
+"""Roster: which requests wait and run, and every way from one to the other. It alone writes a request.
+
+    arrive -> waiting -- admit --> running -- finish --> ended
+                 ^                   |  |
+                 |      preempt      |  schedule, commit: once per step that plans it
+                 '-------------------'
+    waiting -- reject, abort --> ended          running -- abort --> ended: between two steps
+
+Who leaves `running` while steps that contain it are in flight is also `releasing`: its blocks are given back
+when the last of these steps has come back. A request that is set aside with its blocks (paused) would be a
+third list here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from . import spans
+from .arrivals import ArrivalQueue
+from .blocks import ROOT, BlockPool
+from .calls import Calls
+from .matching import Matches
+from .outputs import StopText
+from .pins import Pins
+from .plan import StepPlan
+from .policy import Retention
+from .request import Request, RequestList, RequestOutput, RequestState
+
+_RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, RequestState.PREEMPTED
+
+
+class Committed(NamedTuple):
+    """What a completed step came to."""
+
+    tokens: Sequence[int]  # per planned request, -1 where nothing was sampled or its request had ended
+    emitted: int
+    ended: list[tuple[Request, str]]  # with the reason; still to be finished
+
+
+class Roster:
+    """The requests of an engine, by state. Tells the roles, and the closed loop when a request has ended."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        matches: Matches,
+        calls: Calls,
+        coming: ArrivalQueue,
+        *,
+        max_num_seqs: int,
+        placeholders: bool = True,
+        retention: Retention | None = None,
+        stop_text: StopText | None = None,
+    ) -> None:
+        self._pool, self._matches, self._calls, self._coming = pool, matches, calls, coming
+        self._retention, self._stop_text = retention, stop_text
+        self.max_num_seqs, self.placeholders = max_num_seqs, placeholders
+        self.waiting, self.running = RequestList(), RequestList()
+        self.releasing: dict[int, Request] = {}  # by index: left `running`, with blocks in steps in flight
+        self.kept_heads: dict[int, int] = {}  # index -> head blocks that a drop_tail preemption keeps
+        self.reserved_blocks: dict[int, int] = {}  # index of a running request -> blocks that come back for it
+        self.hidden_ends: dict[int, int] = {}  # index -> known tokens at which an emulated answer ends
+        self.present: dict[str, Request] = {}  # by id: arrived and not ended
+        self.pins = Pins(pool)
+        self.finished: list[RequestOutput] = []  # of the run, in the order of ending
+        self.num_preemptions = 0  # of the run
+        self.preemptions_since_token = 0
+        self._running_at_start: tuple[Request, ...] | None = None
+        self._waiting_at_start: tuple[Request, ...] | None = None
+        self._left: list[Request] = []
+        self._rejected: list[Request] = []
+        self._ended: list[Request] = []
+
+    # ---- the lists as policies see them --------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """From now on `running_at_start` and `waiting_at_start` are the lists as they are now."""
+        self._running_at_start = self._waiting_at_start = None
+
+    @property
+    def running_at_start(self) -> tuple[Request, ...]:
+        if self._running_at_start is None:
+            self._running_at_start = tuple(self.running.items)
+        return self._running_at_start
+
+    @property
+    def waiting_at_start(self) -> tuple[Request, ...]:
+        if self._waiting_at_start is None:
+            self._waiting_at_start = tuple(self.waiting.items)
+        return self._waiting_at_start
+
+    def _freeze(self) -> None:
+        """Snapshots both lists before they change, so that later reads still show the start of the step."""
+        self._running_at_start, self._waiting_at_start = self.running_at_start, self.waiting_at_start
+
+    @property
+    def decides_stop_strings(self) -> bool:
+        return self._stop_text is not None
+
+    # ---- transitions ---------------------------------------------------------------------------------------
+
+    def arrive(self, request: Request, now: float, output_len: int | None = None) -> None:
+        """It waits from now on. Its emulated answer ends after `output_len` tokens, if that is given."""
+        if output_len is not None:
+            self.hidden_ends[request.index] = request.num_prompt_tokens + output_len
+        self.present[request.id] = request
+        self.waiting.add(request)
+        self._calls.notify("on_arrival", request, now)
+
+    def admit(self, request: Request, matched: Sequence[int], cached: int, now: float) -> None:
+        """waiting -> running, on the `matched` cached blocks that hold its first `cached` tokens."""
+        self._freeze()
+        first = request.state is _WAITING
+        if not request.block_table:
+            self._take(request, matched)
+        request.planned_from = cached
+        if first:
+            request.num_cached_tokens = cached
+            request.first_scheduled_time = now
+        self._matches.forget(request)
+        self.waiting.remove(request)
+        self.running.add(request)
+        request.state = _RUNNING
+        self._calls.notify("on_admit", request, now)
+
+    def schedule_decode(self, request: Request, step: int) -> int:
+        """Plans the next token of a running request that has room for it in its last block: the common case.
+
+        Returns the token's position, or -1 if it is not that simple and nothing was done.
+        """
+        known, scheduled = request.num_tokens, request.num_scheduled_tokens
+        start = request.num_computed_tokens + scheduled
+        if (
+            known - start != 1
+            or request.state is not _RUNNING
+            or request.planned_step == step
+            or known >= request.max_num_tokens
+            or start >= len(request.block_table) * self._pool.block_size
+            or (scheduled and not self.placeholders)
+        ):
+            return -1
+        request.planned_step = step
+        request.num_scheduled_tokens = scheduled + 1
+        request.num_tokens = known + 1
+        request.num_steps_in_flight += 1
+        return start
+
+    def schedule(self, request: Request, step: int, start: int, n: int, blocks: Sequence[int]) -> bool:
+        """Plans `n` tokens from `start` on, in a table with `blocks` more. Returns whether one is sampled."""
+        if blocks:
+            request.block_table.extend(blocks)
+            self.reserved_blocks.pop(request.index, None)
+        if request.planned_before:
+            request.num_recomputed_tokens += spans.overlap(request.planned_before, start, start + n)
+        sample = start + n == request.num_tokens
+        request.planned_step = step
+        request.num_scheduled_tokens += n
+        request.num_steps_in_flight += 1
+        if sample:
+            request.num_tokens += 1  # a placeholder until the step comes back
+        return sample
+
+    def preempt(self, request: Request, step: int, keep: int, now: float) -> None:
+        """running -> waiting, with its generated tokens and the first `keep` of its blocks."""
+        self._freeze()
+        request.planned_step = step
+        request.state = _PREEMPTED
+        self.reserved_blocks.pop(request.index, None)
+        request.num_preemptions += 1
+        planned = request.num_computed_tokens + request.num_scheduled_tokens
+        request.planned_before = spans.union(request.planned_before, request.planned_from, planned)
+        self.num_preemptions += 1
+        self.preemptions_since_token += 1
+        self.running.remove(request)
+        self.waiting.add(request)
+        self._left.append(request)
+        if keep:
+            self.kept_heads[request.index] = keep
+        self._calls.notify("on_preempt", request, now)
+        self._give_back(request)
+
+    def commit(
+        self,
+        plan: StepPlan,
+        tokens: Sequence[int],
+        now: float,
+        logprobs: Sequence[Any] | None = None,
+    ) -> Committed:
+        """A step has come back: counts, tokens and full blocks of everyone in it. The hot loop of the
+        host."""
+        size, publishing = self._pool.block_size, self._pool.cache.enabled  # KVLayout, inlined: it is hot
+        hidden_ends, stop_text = self.hidden_ends, self._stop_text
+        emitted = 0
+        ended: list[tuple[Request, str]] = []
+        late: set[int] = set()  # index of requests that ended while this step was in flight
+        for request, start, length, token in zip(plan.requests, plan.starts, plan.lengths, tokens, strict=True):
+            request.num_scheduled_tokens -= length
+            request.num_steps_in_flight -= 1
+            if request.state is _RUNNING:
+                computed = request.num_computed_tokens = start + length
+                if publishing and computed // size > request.num_published_blocks:
+                    publish(self._pool, request, computed // size)
+            else:
+                if not request.num_steps_in_flight and request.index in self.releasing:
+                    del self.releasing[request.index]
+                    self._release(request, self.kept_heads.pop(request.index, 0))
+                if request.state is not _PREEMPTED:
+                    late.add(request.index)
+                    continue
+            if token >= 0:
+                emitted += 1
+                known = request.token_ids
+                known.append(token)
+                request.token_times.append(now)
+                count = len(known)
+                if token in request.stop_tokens:
+                    request.stop_reason = token
+                    ended.append((request, "stop"))
+                elif stop_text and request.sampling.stop and (stop := stop_text(request)) is not None:
+                    request.stop_text, request.stop_reason = stop
+                    ended.append((request, "stop"))
+                elif hidden_ends and count >= hidden_ends.get(request.index, count + 1):
+                    ended.append((request, "stop"))
+                elif count >= request.max_num_tokens:
+                    ended.append((request, "length"))
+        if late:
+            tokens = [-1 if r.index in late else t for r, t in zip(plan.requests, tokens, strict=True)]
+        if logprobs is not None:
+            for request, token, alternatives in zip(plan.requests, tokens, logprobs, strict=True):
+                if token >= 0:
+                    request.logprobs.append(alternatives)
+        if emitted:
+            self.preemptions_since_token = 0
+        return Committed(tokens, emitted, ended)
+
+    def finish(self, request: Request, reason: str, now: float) -> None:
+        """Its last token has come back; it runs, or was preempted meanwhile."""
+        self._leave(request)
+        self._end(request, RequestState.FINISHED, reason, now)
+        if self._retention is not None and self._holds_its_content(request):
+            self._calls.call(self._retention, self._retention.retain, request, self.pins, now)
+        self._give_all_back(request)
+        self._tell_end(request, now)
+        self._coming.follow(request, now)
+
+    def abort(self, request: Request, now: float) -> None:
+        """Ends it wherever it is, between two steps. Tokens of steps in flight are dropped, and nothing
+        follows."""
+        self._leave(request)
+        self._end(request, RequestState.ABORTED, "abort", now)
+        self._give_all_back(request)
+        self._tell_end(request, now)
+
+    def reject(self, request: Request, reason: str, now: float) -> None:
+        """waiting -> ended, by a policy."""
+        self._rejected.append(request)
+        self._freeze()
+        self.waiting.remove(request)
+        self._end(request, RequestState.REJECTED, reason, now)
+        self._tell_end(request, now)
+        self._coming.follow(request, now)
+
+    def refuse(self, request: Request, reason: str, now: float) -> None:
+        """A request that can never run: it ends before any policy hears of it."""
+        self._end(request, RequestState.REJECTED, reason, now)
+        self._coming.follow(request, now)
+
+    def abort_all(self, reason: str, now: float) -> bool:
+        """Ends who is left of a run that is cut off; `clear` must follow. Returns whether there was
+        anybody."""
+        cut_off = [*self.running.items, *self.waiting.items]
+        for request in cut_off:
+            self._end(request, RequestState.ABORTED, reason, now)
+        return bool(cut_off)
+
+    def clear(self) -> None:
+        """Forgets everyone, with every block: nothing is in flight any more."""
+        self._left += self.running.items
+        for held in (self.running.items, self.waiting.items, self.kept_heads, self.reserved_blocks, self.releasing):
+            held.clear()
+        self.hidden_ends.clear()
+        self.preemptions_since_token = 0
+        self.pins.clear()
+        self._pool.clear()
+        self._matches.clear()
+        self.begin_step()
+
+    def begin_run(self) -> None:
+        """Outputs and counts are those of one run."""
+        self.finished = []
+        self.num_preemptions = 0
+
+    def _leave(self, request: Request) -> None:
+        """Takes it off the list that it is on."""
+        if request.state is _RUNNING:
+            self.running.remove(request)
+            self._left.append(request)
+        else:
+            self.waiting.remove(request)
+
+    def _end(self, request: Request, state: RequestState, reason: str, now: float) -> None:
+        request.state, request.finish_reason, request.finish_time = state, reason, now
+        request.num_tokens = len(request.token_ids)
+        if self.present.get(request.id) is request:
+            del self.present[request.id]
+        self._matches.forget(request)
+        self.finished.append(RequestOutput.of(request))
+        self._ended.append(request)
+
+    def _tell_end(self, request: Request, now: float) -> None:
+        self._calls.notify("on_finish", request, now)
+        self.hidden_ends.pop(request.index, None)
+
+    # ---- what others take out of it ------------------------------------------------------------------------
+
+    def take_left(self) -> list[Request]:
+        """Who stopped running since the last launched plan: their rows on the device are free."""
+        left, self._left = self._left, []
+        return left
+
+    def put_back_left(self, left: list[Request]) -> None:
+        """After a launch that failed: the executor may not have heard of them."""
+        self._left = left + self._left
+
+    def take_rejected(self) -> list[Request]:
+        """Who was rejected by a policy since the last call."""
+        rejected, self._rejected = self._rejected, []
+        return rejected
+
+    def take_ended(self) -> list[Request]:
+        """Who ended in any way since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    # ---- blocks --------------------------------------------------------------------------------------------
+
+    @property
+    def thrashing(self) -> bool:
+        """Requests preempt each other before any of them emits a token: a livelock unless somebody is
+        protected."""
+        return self.preemptions_since_token > 2 * self.max_num_seqs + 8
+
+    @property
+    def num_reserved_blocks(self) -> int:
+        return sum(self.reserved_blocks.values())
+
+    @property
+    def num_releasing_blocks(self) -> int:
+        """Blocks that come free when the steps in flight have come back."""
+        blocks, kept = self._pool.blocks, self.kept_heads
+        tables = (r.block_table[kept.get(r.index, 0) :] for r in self.releasing.values())
+        return sum(1 for table in tables for block in table if blocks[block].ref_count == 1)
+
+    def reserve(self, request: Request, num_blocks: int) -> None:
+        """Keeps this many of the blocks that come back for a running request, from those that want to
+        start."""
+        self.reserved_blocks[request.index] = num_blocks
+
+    def reclaim(self, needy: Request | None = None) -> bool:
+        """The last resort before a request preempts itself: the newest head kept by one that waits, then a
+        pin."""
+        for request in reversed(self.waiting.items):
+            if request.block_table and request is not needy and not request.num_steps_in_flight:
+                self._release(request)
+                return True
+        return self.pins.give_up_soonest()
+
+    @property
+    def holds_blocks_for_later(self) -> bool:
+        return bool(self.pins) or any(request.block_table for request in self.waiting.items)
+
+    def _take(self, request: Request, cached: Sequence[int], *, hit: bool = True) -> None:
+        """Its table begins with these blocks of the prefix cache."""
+        self._pool.acquire(cached, request.tags, hit=hit)
+        request.block_table = list(cached)
+        request.num_published_blocks = len(cached)
+        request.published_parent = cached[-1] if cached else ROOT
+        request.num_computed_tokens = self._pool.layout.num_tokens(len(cached))
+
+    def _holds_its_content(self, request: Request) -> bool:
+        """Whether there is anything to retain. A request whose last token came back after a preemption takes
+        what is left of it in the cache, so that its end is like any other."""
+        if not request.block_table and self._pool.cache.enabled:
+            self._take(request, self._matches.content(request), hit=False)
+        return bool(request.block_table)
+
+    def _give_back(self, request: Request) -> None:
+        """Releases blocks now, or when the last step in flight that uses them has come back."""
+        if request.num_steps_in_flight:
+            self.releasing[request.index] = request
+        else:
+            self._release(request, self.kept_heads.pop(request.index, 0))
+
+    def _give_all_back(self, request: Request) -> None:
+        """Of a request that has ended: a head that it kept, too."""
+        self.kept_heads.pop(request.index, None)
+        self.reserved_blocks.pop(request.index, None)
+        self._give_back(request)
+
+    def _release(self, request: Request, keep: int = 0) -> None:
+        """Gives the blocks after the first `keep` back."""
+        pool, table, twins = self._pool, request.block_table, request.canonical_blocks
+        keep = min(keep, pool.layout.num_full_blocks(request.num_computed_tokens))
+        pool.release([twins.pop(i) for i in sorted(twins) if i >= keep], request.tags)
+        pool.release(table[keep:], request.tags)
+        request.block_table = table[:keep]
+        request.num_computed_tokens = pool.layout.num_tokens(keep)
+        if request.num_published_blocks > keep:
+            request.num_published_blocks = keep
+            request.published_parent = twins.get(keep - 1, table[keep - 1]) if keep else ROOT
+        self._matches.forget(request)
+        if self.pins.take_dropped(request) and pool.cache.enabled:
+            pool.drop(self._matches.content(request))
+
+
+def publish(pool: BlockPool, request: Request, upto: int) -> None:
+    """Offers the request's full, computed blocks before index `upto` to the prefix cache, after the step that
+    wrote them."""
+    size, table, parent = pool.block_size, request.block_table, request.published_parent
+    for index in range(request.num_published_blocks, upto):
+        tokens = tuple(request.token_ids[index * size : (index + 1) * size])
+        canonical = pool.publish(request, parent, tokens, table[index])
+        if canonical != table[index]:
+            request.canonical_blocks[index] = canonical
+        request.published_parent = parent = canonical
+        request.num_published_blocks = index + 1
