@@ -78,5 +78,5 @@ class RunResult:
     oracles: list[str] = field(default_factory=list)
     warmup_seconds: float = 0.0  # of compiling and capturing, before the first step of the executor's first run
     late_preparations: int = 0  # kernels compiled and graphs captured since, in this run
-    step_time_basis: str = ""  # what predicted the times of steps that policies ask for; empty without a cost model
+    step_time_basis: str = ""  # what predicted the step times that policies ask for; "" without a cost model
     derived: dict[str, Any] = field(default_factory=dict)  # parameters that were left None -> what became of them

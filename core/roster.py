@@ -56,6 +56,7 @@ class Roster:
         self._pool, self._matches, self._calls, self._coming = pool, matches, calls, coming
         self._retention, self._stop_text = retention, stop_text
         self.max_num_seqs, self.placeholders = max_num_seqs, placeholders
+        self._block_size = pool.layout.block_size  # KVLayout's formulas are inlined where they are hot
         self.waiting, self.running = RequestList(), RequestList()
         self.releasing: dict[int, Request] = {}  # by index: left `running`, with blocks in steps in flight
         self.kept_heads: dict[int, int] = {}  # index -> head blocks that a drop_tail preemption keeps
@@ -136,7 +137,7 @@ class Roster:
             or request.state is not _RUNNING
             or request.planned_step == step
             or known >= request.max_num_tokens
-            or start >= len(request.block_table) * self._pool.block_size
+            or start >= len(request.block_table) * self._block_size
             or (scheduled and not self.placeholders)
         ):
             return -1
@@ -189,7 +190,7 @@ class Roster:
     ) -> Committed:
         """A step has come back: counts, tokens and full blocks of everyone in it. The hot loop of the
         host."""
-        size, publishing = self._pool.block_size, self._pool.cache.enabled  # KVLayout, inlined: it is hot
+        size, publishing = self._block_size, self._pool.cache.enabled
         hidden_ends, stop_text = self.hidden_ends, self._stop_text
         emitted = 0
         ended: list[tuple[Request, str]] = []

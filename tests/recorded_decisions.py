@@ -1,7 +1,7 @@
 """Decision hashes of every scheduler x order x cache x eviction x victim, which a refactoring leaves as they
 are.
 
-    python tests/recorded_decisions.py              runs the whole set (two minutes); names the rows that differ
+    python tests/recorded_decisions.py              runs the whole set (minutes); names the rows that differ
     python tests/recorded_decisions.py --write      records it again, after decisions changed on purpose
 
 A row is one (scheduler, order, cache, eviction) over all victims, or one run of the real engine on a tiny
@@ -113,7 +113,7 @@ def _simulated(rng: Random, **named: str) -> str:
     mode = rng.choice(("recompute", "drop_tail"))
     choices: dict[str, Any] = {**named, "victim": (named["victim"], {"mode": mode}), "predictor": "noisy"}
     if named["scheduler"] in BUDGETED:
-        parameters = {"token_budget": rng.choice((None, 24)), "chunk_size": rng.choice((None, 8))}
+        parameters = {"token_budget": rng.choice((48, 24)), "chunk_size": rng.choice((None, 8))}
         choices["scheduler"] = (named["scheduler"], parameters)
     optional = {
         "budget": (None, ("fixed", {"chunk_size": 8})),
@@ -160,7 +160,7 @@ def tiny() -> Any:
 def on_torch(row: str) -> str:
     """Decisions with too few blocks for all. The requests arrive at once, so the clock has no influence."""
     _, scheduler, prefixes, depth = row.split()
-    parameters = {"token_budget": None, "chunk_size": 16} if scheduler in BUDGETED else {}
+    parameters = {"token_budget": 64, "chunk_size": 16} if scheduler in BUDGETED else {}
     limits = EngineConfig(
         block_size=4,
         num_blocks=22,
