@@ -272,6 +272,8 @@ class Admission(Role):
     """Take, defer or refuse? Asked once when a request arrives and again each time a scheduler tries to start it."""
 
     role = "admission"
+    #: True: also asked before a preempted request starts again, which may be deferred but not rejected.
+    readmits: ClassVar[bool] = False
 
     def admit(self, request: Request, view: View) -> Admit | Defer | Reject:
         """The answer for now. How often it is asked is up to the scheduler, so nothing may hang on the count."""

@@ -33,7 +33,7 @@ from .policy import (
     TokenBudget,
     Victim,
 )
-from .request import Request
+from .request import Request, RequestState
 
 if TYPE_CHECKING:
     from .view import View
@@ -192,13 +192,15 @@ class Roles:
         return found
 
     def admit(self, request: Request, view: View) -> Admit | Defer | Reject:
-        """What admission answers for a waiting request, now."""
-        if self.admission is None:
+        """What admission answers for a request that wants to start, now."""
+        preempted = request.state is RequestState.PREEMPTED
+        if self.admission is None or (preempted and not self.admission.readmits):
             return _ADMIT
         answer = self.calls.call(self.admission, self.admission.admit, request, view)
-        if isinstance(answer, (Admit, Defer, Reject)):
+        if isinstance(answer, (Admit, Defer)) or (isinstance(answer, Reject) and not preempted):
             return answer
-        message = f"admit() answered {answer!r}: expected Admit, Defer or Reject"
+        expected = "Admit or Defer for a request that was preempted" if preempted else "Admit, Defer or Reject"
+        message = f"admit() answered {answer!r}: expected {expected}"
         raise self.calls.refusal(self.admission, message, request)
 
     def prompt_tokens(self, request: Request, left: int, view: View) -> int:

@@ -99,13 +99,13 @@ class StepBuilder:
     def admits(self, request: Request) -> bool:
         """Whether admission lets a waiting request start now. A scheduler that asks more than `add` before it starts one (`fits`, what
         is left of its own budget) asks this first: a request that admission defers then stops nobody behind it."""
-        return request.state is not _WAITING or self._turned_away(request) is None
+        return self._turned_away(request) is None
 
-    def fits(self, request: Request) -> bool:
-        """Whether blocks for all known tokens of a waiting request are available now: what a scheduler that runs prompts
-        to completion asks before it starts one."""
+    def fits(self, request: Request, spare: int = 0) -> bool:
+        """Whether blocks for all known tokens of a waiting request are available now, and `spare` more: what
+        a scheduler that runs prompts to completion asks before it starts one."""
         need, available = self._supply(request, self._matches.match(request).blocks, request.num_tokens)
-        return need <= available
+        return need + spare <= available
 
     # ---- the verbs ----------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class StepBuilder:
         if len(roster.running) >= roster.max_num_seqs or self.tokens_left <= 0 or self.seqs_left <= 0:
             return _NO_BUDGET
         first = request.state is _WAITING
-        if first and (refusal := self._turned_away(request)) is not None:
+        if (refusal := self._turned_away(request)) is not None:
             return refusal
         matched, cached = self._matches.match(request)
         n = self._grantable(request, request.num_tokens - cached, at_most)

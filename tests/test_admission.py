@@ -9,7 +9,8 @@ import pytest
 from policy_runs import Server, ask, compose, run
 
 from core.config import EngineConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, PolicyError
+from core.policy import Admission, Admit, Defer, LengthPrediction, Predictor, Reject
 from core.request import SLO
 
 
@@ -29,22 +30,103 @@ def test_always_decides_as_no_admission_does():
 # ---- past-future -----------------------------------------------------------------------------------------------------
 
 
-def brute_force_peak(batch: list[tuple[float, int]]) -> float:
-    """Tokens held at every future step: each request grows by one a step until it has nothing left."""
-    most = 0.0
-    for step in count():
-        alive = [(-left, now) for left, now in batch if -left >= step]
+def brute_force_peak(batch: list[tuple[int, int]], size: int) -> int:
+    """Blocks held in every future step: each stores one token a step, as many as it has left, and the one
+    that it samples last never.
+    """
+    most = 0
+    for step in count(1):
+        alive = [now - 1 + step for left, now in batch if -left >= step]
         if not alive:
             return most
-        most = max(most, sum(now + step for _, now in alive))
+        most = max(most, sum(-(-stored // size) for stored in alive))
 
 
+@pytest.mark.parametrize("size", [1, 2, 16])
 @pytest.mark.parametrize("seed", range(20))
-def test_the_predicted_peak_is_what_a_walk_through_the_future_finds(seed):
+def test_the_predicted_peak_is_what_a_walk_through_the_future_finds(seed, size):
     rng = Random(seed)
-    batch = [(-float(rng.randint(0, 30)), rng.randint(1, 50)) for _ in range(rng.randint(1, 12))]
-    policy = compose(admission="past_future", predictor="oracle").roles["admission"]
-    assert policy.peak(batch) == brute_force_peak(batch)
+    batch = [(-rng.randint(1, 40), rng.randint(1, 50)) for _ in range(rng.randint(1, 12))]
+    engine = compose(admission="past_future", predictor="oracle", engine=EngineConfig(block_size=size))
+    assert engine.admission.peak(batch) == brute_force_peak(batch, size)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_with_true_lengths_and_nothing_reserved_past_future_never_preempts(seed):
+    """Whole blocks of 16 tokens, and no prompt takes more than a step, whether it has one to itself or shares
+    it with decodes.
+    """
+    config = EngineConfig(block_size=16, num_blocks=40, max_num_seqs=24, max_num_batched_tokens=2048, check=True)
+    asked = load(seed)
+    for scheduler in ("prefill_first", ("chunked", {"token_budget": 2048})):
+        assert run(asked, scheduler=scheduler, engine=config).num_preemptions > 0
+        exact = {"admission": ("past_future", {"reserved": 0}), "predictor": "oracle"}
+        careful = run(asked, scheduler=scheduler, engine=config, **exact)
+        assert careful.num_preemptions == 0 and careful.kv_peak > 36
+        assert {o.state for o in careful.outputs} == {"finished"}
+
+
+class Growing(Predictor):
+    """Predicts one token more each time it is asked of anybody, and remembers of whom."""
+
+    plugin_name = "predictor=growing"
+
+    def setup(self, ctx):
+        super().setup(ctx)
+        self.asked: list[str] = []
+
+    def predict(self, request):
+        self.asked.append(request.id)
+        return LengthPrediction(20.0, 20.0 + len(self.asked))
+
+
+def test_past_future_draws_anew_at_every_decision_and_once_in_each():
+    config = EngineConfig(block_size=4, num_blocks=12, max_num_seqs=4)
+    engine = compose(admission="past_future", predictor="oracle", engine=config)
+    engine.predictor.inner = predictor = Growing()
+    predictor.setup(None)
+    engine.roles["admission"]._predictor = predictor
+    for id in "ab":
+        engine.add(ask(0.0, 16, 9, id))
+    engine.step()
+    assert predictor.asked == ["a", "b"]  # "a" starts alone; its forecast joins the batch
+    engine.step()
+    assert predictor.asked[2:] == ["a", "b"]
+
+
+def test_past_future_is_asked_before_a_preempted_request_starts_again():
+    """Three start together, thought to be short, and preempt each other: who is preempted waits for the peak
+    of the others to pass.
+    """
+    engine = compose(
+        admission=("past_future", {"reserved": 0}), predictor=("constant", {"length": 4}),
+        engine=EngineConfig(block_size=4, num_blocks=30, max_num_seqs=4, max_num_batched_tokens=256, check=True),
+    )  # fmt: skip
+    answers = []
+    admit = engine.admission.admit
+
+    def noted(request, view):
+        answers.append((request.num_preemptions, type(answer := admit(request, view))))
+        return answer
+
+    engine.admission.admit = noted
+    result = engine.run([ask(0.0, 8, 60, id) for id in "abc"])
+    assert result.num_preemptions > 0 and {o.state for o in result.outputs} == {"finished"}
+    assert (1, Defer) in answers and (1, Admit) in answers
+
+
+def test_an_admission_that_readmits_may_not_reject_who_was_preempted():
+    class RefusesTheOld(Admission):
+        readmits = True
+        plugin_name = "admission=refuses"
+
+        def admit(self, request, view):
+            return Reject("no") if request.num_preemptions else Admit()
+
+    engine = compose(engine=EngineConfig(block_size=4, num_blocks=12, max_num_seqs=4))
+    engine.admission = RefusesTheOld()
+    with pytest.raises(PolicyError, match="expected Admit or Defer for a request that was preempted"):
+        engine.run([ask(0.0, 8, 30, id) for id in "abc"])
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -19,8 +19,8 @@ from plugins.cache.hash import HashBlocks
 from plugins.executors.cost import Roofline
 from plugins.executors.sim import SimExecutor
 from plugins.schedulers.chunked import ChunkedPrefill
-from plugins.schedulers.fcfs import PrefillFirst
 from plugins.schedulers.order.fcfs import FirstCome
+from plugins.schedulers.prefill_first import PrefillFirst
 from plugins.schedulers.victim.newest import Newest
 from plugins.workloads.nano_bench import NanoBench
 

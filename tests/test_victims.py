@@ -12,7 +12,7 @@ from core.errors import ConfigError
 from core.metrics import summarize
 from core.policy import Need
 
-VICTIMS = ("newest", "oldest", "random", "lcf", "most_computed", "lowest_priority")
+VICTIMS = ("newest", "last_admitted", "oldest", "random", "lcf", "most_computed", "lowest_priority")
 
 
 def running(victim: str):
@@ -33,6 +33,36 @@ def test_the_order_in_which_victims_are_named(victim, order):
     engine.view.begin_step(1, 0.01, 0)
     named = engine.roles.victim.victims(Need(engine.view.running[0], 1), engine.view)
     assert "".join(r.id for r in named) == order
+
+
+def test_last_admitted_goes_by_admission_where_newest_goes_by_arrival():
+    """Under order=priority "b" starts before "a", which arrived first."""
+    named = {}
+    for victim in ("newest", "last_admitted"):
+        engine = compose(victim=victim, order="priority", engine=EngineConfig(max_num_seqs=4))
+        for id, priority in (("a", 2), ("b", 0), ("c", 1)):
+            engine.add(ask(0.0, 8, 9, id, priority=priority))
+        engine.step()
+        engine.view._refresh(1, 0.01, 0)
+        need = Need(engine.view.running[0], 1)
+        named[victim] = "".join(r.id for r in engine.victim.victims(need, engine.view))
+    assert named == {"newest": "cba", "last_admitted": "acb"}
+
+
+def test_last_admitted_counts_a_readmission_as_the_last():
+    """ "b" arrived before "c", but was preempted and came back after it."""
+    engine = compose(victim="last_admitted", engine=EngineConfig(max_num_seqs=4))
+    for id in "abc":
+        engine.add(ask(0.0, 8, 9, id))
+    engine.step()
+    engine.view._refresh(1, 0.01, 0)
+    b = engine.view.running[1]
+    engine.builder._reset(1, 0.01, 64, 4)
+    engine.builder.preempt(b)
+    engine.step()  # not in the step that preempted it
+    engine.step()
+    engine.view._refresh(3, 0.03, 0)
+    assert [r.id for r in engine.victim.victims(Need(b, 1), engine.view)] == ["b", "c", "a"]
 
 
 def test_random_names_everybody_once_and_each_first_equally_often():

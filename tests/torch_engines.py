@@ -22,9 +22,9 @@ from plugins.executors.torch import TorchExecutor
 from plugins.models.checkpoints import find_checkpoint
 from plugins.models.tiny import LLAMA, QWEN3, write_checkpoint
 from plugins.schedulers.chunked import ChunkedPrefill
-from plugins.schedulers.fcfs import PrefillFirst
 from plugins.schedulers.order.fcfs import FirstCome
 from plugins.schedulers.pd_split import TwoPhase
+from plugins.schedulers.prefill_first import PrefillFirst
 from plugins.schedulers.victim.newest import Newest
 
 CACHES = {"none": NoCache, "hash": HashBlocks, "radix": RadixTree}

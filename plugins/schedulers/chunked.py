@@ -10,14 +10,24 @@ from headway import Context, NeedBlocks, NoBudget, Request, Scheduler, StepBuild
 
 @dataclass
 class ChunkedPrefill(Scheduler):
-    """Sarathi-Serve (OSDI'24, section 4): decodes first, then prompt chunks fill the token budget.
+    """Sarathi-Serve (Agrawal et al., OSDI'24, Algorithm 3): decodes first, then prompt chunks fill the token
+    budget.
 
-    token_budget: tokens per step, tau in the paper (512 there); None is what suits the device, at most engine.max_num_batched_tokens.
+    token_budget: tokens per step, tau in the paper (512 there); None is what suits the device, at most
+    engine.max_num_batched_tokens. Prompts get tau less the decodes.
     chunk_size: most tokens of one prompt in a step; None is what the budget leaves.
+    admit_on: a waiting request starts when the blocks of its whole "prompt" are there, as in the paper, or
+    those of its first "chunk", as in vLLM v1; what starts on a chunk may be preempted before its prompt is
+    done, and computes it again.
+
+    Blocks are allocated chunk by chunk; those that a started prompt still lacks are kept from others that
+    want to start. The authors' code also leaves 1% of the pool free when a request starts; here nothing is
+    set aside.
     """
 
     token_budget: int | None = param(None, min=1, max=2**31 - 1, unit="tokens")
     chunk_size: int | None = param(None, min=1, max=2**31 - 1, unit="tokens")
+    admit_on: str = param("prompt", choices=("prompt", "chunk"))
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
@@ -25,9 +35,9 @@ class ChunkedPrefill(Scheduler):
             self.token_budget = ctx.token_budget
 
     def plan(self, step: StepBuilder, view: View) -> None:
-        self.fill(step, view.running, self.order(view))
+        self.fill(step, view, view.running, self.order(view))
 
-    def fill(self, step: StepBuilder, running: Iterable[Request], waiting: Iterable[Request]) -> None:
+    def fill(self, step: StepBuilder, view: View, running: Iterable[Request], waiting: Iterable[Request]) -> None:
         step.limit(tokens=self.token_budget)
         prefills = []
         for request in running:
@@ -37,9 +47,23 @@ class ChunkedPrefill(Scheduler):
                 step.add(request)
         for request in prefills:
             step.add(request, self.chunk_size)
+        promised = sum(self.lacks(request, view) for request in prefills)
         for request in waiting:
-            if isinstance(step.add(request, self.chunk_size), NoBudget | NeedBlocks):
+            if self.admit_on == "prompt":
+                if not step.admits(request):
+                    continue
+                if not step.fits(request, promised):
+                    break
+            granted = step.add(request, self.chunk_size)
+            if isinstance(granted, NoBudget | NeedBlocks):
                 break
+            promised += self.lacks(request, view)
+
+    def lacks(self, request: Request, view: View) -> int:
+        """Blocks that a running request's prompt, or what it recomputes, needs beside those that it has."""
+        if self.admit_on == "chunk" or not request.block_table or request.num_new_tokens <= 1:
+            return 0
+        return max(0, view.num_blocks_for(request.num_tokens) - len(request.block_table))
 
 
 @hookimpl

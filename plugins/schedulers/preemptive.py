@@ -52,7 +52,7 @@ class Preemptive(ChunkedPrefill):
         better = first is not None and running and rank(first) < rank(running[-1])
         gone = self.make_way(step, view, running) if better else set()
         waiting = (request for request in self.order(view) if request.index not in gone)
-        self.fill(step, [request for request in running if request.index not in gone], waiting)
+        self.fill(step, view, [request for request in running if request.index not in gone], waiting)
 
     def make_way(self, step: StepBuilder, view: View, running: list[Request]) -> set[int]:
         """Preempts from the end of `running` for as many waiting requests as rank before it and may start; returns the indices of those
@@ -62,6 +62,7 @@ class Preemptive(ChunkedPrefill):
         self._leaving = [request for request in self._leaving if request.num_scheduled_tokens]
         seqs = self._max_num_seqs - len(running)
         blocks = view.kv.available + sum(len(request.block_table) for request in self._leaving)
+        blocks -= sum(self.lacks(request, view) for request in running)
         tokens = min(step.tokens_left, self.token_budget) - sum(request.num_new_tokens for request in running)
         gone: set[int] = set()
         last = rank(running[-1])
@@ -75,7 +76,8 @@ class Preemptive(ChunkedPrefill):
             while (seqs < 1 or blocks < need) and movable and rank(request) < rank(movable[-1]):
                 other = movable.pop()
                 others.append(other)
-                seqs, blocks, tokens = seqs + 1, blocks + len(other.block_table), tokens + other.num_new_tokens
+                seqs, tokens = seqs + 1, tokens + other.num_new_tokens
+                blocks += len(other.block_table) + self.lacks(other, view)
             if seqs < 1 or blocks < need or tokens <= 0:
                 break
             for other in others:

@@ -9,7 +9,13 @@ from headway import Request, TokenBudget, View, hookimpl, param
 
 @dataclass
 class FixedChunk(TokenBudget):
-    """At most `chunk_size` tokens of one prompt in a step (Sarathi-Serve, OSDI'24, section 4), under any scheduler."""
+    """At most `chunk_size` tokens of one prompt in a step, under any scheduler (vLLM's
+    long_prefill_token_threshold).
+
+    A cap for each prompt, whatever else the step holds. Sarathi-Serve's budget (OSDI'24, section 4.3) is one
+    for the whole step, of which
+    prompts get what decodes leave: that is scheduler=chunked with its token_budget.
+    """
 
     chunk_size: int = param(512, min=1, max=2**31 - 1, unit="tokens")
 

@@ -10,7 +10,12 @@ from headway import PREEMPTION_MODES, Need, Request, Victim, View, hookimpl, par
 
 @dataclass
 class Newest(Victim):
-    """The running request that arrived last goes first (vLLM, SOSP'23, section 4.5)."""
+    """The running request that arrived last goes first (vLLM, SOSP'23, section 4.5: first come first served,
+    so the latest yields).
+
+    By arrival, as in vLLM's first releases and Sarathi-Serve, which sort what runs by it. vLLM v1 takes the
+    request that was admitted last: victim=last_admitted.
+    """
 
     mode: str = param("recompute", choices=PREEMPTION_MODES)
 
