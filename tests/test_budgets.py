@@ -48,7 +48,7 @@ def deadlines_met(steps: Steps, tpot: float) -> bool:
 
 
 def test_dynamic_chunk_keeps_every_token_of_a_decode_on_time():
-    steps, sizes = long_prompt_joins(("dynamic_chunk", {"tile": 16}), tpot=0.02)
+    steps, sizes = long_prompt_joins(("dynamic_chunk", {"tile": 16, "floor": 0}), tpot=0.02)
     assert deadlines_met(steps, 0.02)
     plain, whole = long_prompt_joins(None, tpot=0.02)
     assert whole == [1500, 1] and max(gaps(plain, "decode")) > 0.15
@@ -57,7 +57,7 @@ def test_dynamic_chunk_keeps_every_token_of_a_decode_on_time():
 
 
 def test_dynamic_chunk_takes_the_largest_tile_that_fits():
-    steps, sizes = long_prompt_joins(("dynamic_chunk", {"tile": 1}), tpot=0.02)
+    steps, sizes = long_prompt_joins(("dynamic_chunk", {"tile": 1, "floor": 0}), tpot=0.02)
     assert deadlines_met(steps, 0.02)
     assert len(sizes) > 5 and set(sizes[1:-2]) <= {148, 149, 150}  # rounding carries over
 
@@ -68,19 +68,41 @@ def test_dynamic_chunk_without_decodes_gives_everything():
     assert chunks(steps, "prompt") == [1500, 1]
 
 
-def test_dynamic_chunk_waits_while_a_decode_is_late_and_everybody_still_finishes():
-    """A target below the time of a decode step alone can't be met: prompts wait until the decode has ended."""
-    steps, sizes = long_prompt_joins(("dynamic_chunk", {}), tpot=0.001)
+def test_dynamic_chunk_takes_its_floor_while_a_decode_is_late():
+    """A target below the time of a decode step alone can't be met: prompts go on by the floor, all of them
+    together.
+    """
+    steps, sizes = long_prompt_joins(("dynamic_chunk", {"floor": 100}), tpot=0.001)
+    assert sizes == [100] * 15 + [1]
+    asked = [ask(0.0, 16, 300, "decode", SLO(tpot=0.001)), ask(0.02, 70, 2, "a"), ask(0.02, 70, 2, "b")]
+    run(asked, server=slow(), budget=("dynamic_chunk", {"floor": 100}), scheduler=WIDE, engine=CONFIG, observers=[steps := Steps()])
+    assert (chunks(steps, "a"), chunks(steps, "b")) == ([70, 1], [30, 40, 1])
+
+
+def test_dynamic_chunk_without_a_floor_waits_until_the_late_one_has_ended():
+    steps, sizes = long_prompt_joins(("dynamic_chunk", {"floor": 0}), tpot=0.001)
     last = max(r.step for r in steps.records if "decode" in [q.id for q in r.plan.requests])
     first = min(r.step for r in steps.records if "prompt" in [q.id for q in r.plan.requests])
     assert first > last and sizes == [1500, 1]
 
 
-def test_dynamic_chunk_uses_its_own_target_where_the_request_has_none():
-    asked = [ask(0.0, 16, 100, "decode"), ask(0.1, 600, 2, "prompt")]
+def test_deadlines_count_from_arrival_so_that_who_is_early_has_slack():
+    """A, due in 6 s and then every 50 ms, has its first token after 7 ms: B's prompt of 2,000 tokens, 205 ms,
+    goes in at once.
+    """
+    asked = [ask(0.0, 16, 100, "A", SLO(ttft=6.0, tpot=0.05)), ask(0.1, 2000, 2, "B")]
     steps = Steps()
-    run(asked, server=slow(), budget=("dynamic_chunk", {"tbt": 0.02}), scheduler=WIDE, engine=CONFIG, observers=[steps])
-    assert deadlines_met(steps, 0.02)
+    run(asked, server=slow(), budget="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
+    assert chunks(steps, "B") == [2000, 1]
+    due = [6.0 + 0.05 * n for n in range(100)]
+    assert all(end <= by for end, by in zip([r.end for r in steps.records if "A" in [q.id for q in r.plan.requests]], due, strict=True))
+
+
+def test_a_request_without_a_target_between_tokens_makes_no_demands():
+    asked = [ask(0.0, 16, 300, "batch", SLO(e2el=60.0)), ask(0.0, 16, 300, "other", SLO(ttft=0.1)), ask(0.1, 1500, 2, "prompt")]
+    steps = Steps()
+    run(asked, server=slow(), budget="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
+    assert chunks(steps, "prompt") == [1500, 1]
 
 
 def test_dynamic_chunk_needs_a_cost_model():
@@ -90,7 +112,7 @@ def test_dynamic_chunk_needs_a_cost_model():
         compose(server=server, budget="dynamic_chunk")
 
 
-@pytest.mark.parametrize("budget", [("fixed", {"chunk_size": 0}), ("dynamic_chunk", {"tbt": 0.0}), ("dynamic_chunk", {"tile": 0})])
+@pytest.mark.parametrize("budget", [("fixed", {"chunk_size": 0}), ("dynamic_chunk", {"floor": -1}), ("dynamic_chunk", {"tile": 0})])
 def test_budgets_refuse_what_would_never_let_a_prompt_through(budget):
     with pytest.raises(ConfigError, match="expected"):
         compose(budget=budget)

@@ -217,6 +217,37 @@ def test_tlru_cuts_tails_that_fit_the_budget_before_it_touches_a_conversation() 
     assert (tree.cached(a), tree.cached(b)) == (7, 3)
 
 
+def test_tlru_protects_the_block_in_which_what_is_needed_ends() -> None:
+    """L = 64, 42 of them needed: block 3 is safe to evict, block 2 holds tokens 32 to 47. Then it is LRU, and
+    b is older.
+    """
+    tree = Tree(make("tlru", xi=30, Q_hat=8), 8, block_size=16)
+    a, b = list(range(100, 164)), list(range(64))
+    tree.ask(b)
+    tree.ask(a)
+    left = []
+    for _ in range(3):
+        tree.pool.allocate_one()
+        left.append((tree.cached(a), tree.cached(b)))
+    assert left == [(4, 3), (3, 3), (3, 2)]
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("xi", [9, 30, 64])
+def test_tlru_cuts_as_much_as_the_next_prefill_can_compute_and_no_more(size: int, xi: int) -> None:
+    """A block is safe exactly if the next turn of Q_hat tokens, without it and what follows it, computes at
+    most xi.
+    """
+    tree = Tree(make("tlru", xi=xi, Q_hat=8), 64, block_size=size)
+    tree.ask(list(range(64)))
+    tail = 64 // size - 1
+    for depth in range(tail, -1, -1):
+        block = tree.pool.blocks[depth]
+        safe = not tree.eviction.key(block)[0]
+        assert safe == (64 - depth * size + 8 <= xi)
+        tree.pool.drop([depth])
+
+
 def test_tlru_with_no_budget_is_lru() -> None:
     stream = zipf(4, 3000, 500)
     assert hits(make("tlru", xi=0, Q_hat=0), 60, stream) == hits(make("lru"), 60, stream)

@@ -11,8 +11,10 @@ from headway import ROOT, Block, Context, KeyEviction, hookimpl, param
 class TailOptimizedLRU(KeyEviction):
     """Of a conversation's L tokens, those beyond L + Q_hat - xi go first, then LRU (T-LRU; Zhang et al., NeurIPS'25, arXiv 2510.15152).
 
-    Also SGLang #34012. The next turn computes what is not cached, so a tail of xi - Q_hat tokens can be missing without a prefill above
-    xi tokens. L is where the conversation's last cached block ends; a block whose tail was evicted remembers it.
+    Also SGLang #34012. The next turn computes what is not cached, so a tail of xi - Q_hat tokens can be
+    missing
+    without a prefill above xi tokens: a block goes first if nothing of it lies before L + Q_hat - xi. L is
+    where the conversation's last cached block ends; a block whose tail was evicted remembers it.
     """
 
     xi: int = param(
@@ -39,7 +41,7 @@ class TailOptimizedLRU(KeyEviction):
         return self._lengths.get(block.id, (block.depth + 1) * self._size)
 
     def key(self, block: Block):
-        needed = (block.depth + 1) * self._size <= self._length(block) + self.Q_hat - self.xi
+        needed = block.depth * self._size < self._length(block) + self.Q_hat - self.xi
         return (needed, block.last_access)
 
     def on_hit(self, block: Block) -> None:
