@@ -240,6 +240,7 @@ def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role]
     workload: Any = roles.get("workload")
     if isinstance(workload, Workload):
         workload.check()
+    _check_targets(roles, composition.slo)
     executor: Any = roles["executor"]
     check_executor(registry, executor, composition, roles)
     if (inner := _inner_executor(registry, executor)) is not None:
@@ -248,6 +249,17 @@ def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role]
     if getattr(executor, "caps", None) is not None:
         _check_limits(executor, composition, roles)
     return roles, plugins
+
+
+def _check_targets(roles: dict[str, Role], slo: SLO) -> None:
+    """Raises ConfigError for a policy that goes by latency targets where no request can have one: it would
+    silently do nothing.
+    """
+    tiers = getattr(roles.get("workload"), "slo_tiers", slo)  # a workload without the parameter may bring targets of its own
+    if slo == SLO() and not tiers:
+        for role in roles.values():
+            if "slo" in role.requires:
+                raise ConfigError(f"{role.plugin_name} goes by latency targets, and no request has any: {SERVICES['slo']}")
 
 
 def _check_limits(executor: Any, composition: Composition, roles: dict[str, Role]) -> None:

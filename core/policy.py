@@ -40,6 +40,7 @@ SERVICES = {
     "predictor": "set predictor=history, oracle, noisy or constant",
     "step_time": "use executor=torch or executor=sim",
     "future": "use a workload that knows its arrivals beforehand",
+    "slo": "set slo.ttft, slo.tpot or slo.e2el, or workload.slo_tiers",
 }
 PREEMPTION_MODES = ("recompute", "drop_tail")
 
@@ -89,7 +90,7 @@ class Role:
     api: ClassVar[int] = API_VERSION
     oracle: ClassVar[bool] = False  # True: sees true output lengths or the future; stamped on the results
     may_starve: ClassVar[str] = ""  # why a request may wait without end, where that is by design; the conformance kit notes it
-    requires: ClassVar[tuple[str, ...]] = ()  # services it cannot work without: "predictor", "step_time", "future"
+    requires: ClassVar[tuple[str, ...]] = ()  # what it cannot work without: see SERVICES
     plugin_name: str = ""
     rng: Random
 

@@ -83,7 +83,10 @@ def test_every_preset_composes(registry, group, option):
     schema.composition(cfg(f"{group}={option}"))
 
 
-SHORT = {"policy": ("executor=sim", "workload.num_requests=6"), "experiment": ("workload.duration=3",)}
+SHORT = {
+    "policy": ("executor=sim", "workload.num_requests=6", "slo.ttft=100", "slo.tpot=10"),
+    "experiment": ("workload.duration=3",),
+}
 
 
 @pytest.mark.parametrize(("group", "option"), [p for p in presets() if p[0] in SHORT])
@@ -328,6 +331,8 @@ def test_a_model_without_a_known_shape_is_refused_by_the_simulator(registry):
     ("overrides", "answer"),
     [
         (("order=sjf",), "order=sjf needs a predictor, and none is chosen: set predictor=history"),
+        (("policy=mooncake", "executor=sim"), "admission=early_reject goes by latency targets, .*: set slo.ttft"),
+        (("order=edf", "workload.slo_tiers=[]"), "order=edf goes by latency targets, and no request has any"),
         (("workload=mooncake", "workload.path=/no/such/trace"), "workload.path=/no/such/trace: there is no such file"),
         (("workload=chat", "workload.path=/no/such/texts"), "workload.path=/no/such/texts: there is no such file"),
     ],
@@ -336,6 +341,14 @@ def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(registry, mon
     monkeypatch.setattr("core.build.prepare_executor", lambda *given: pytest.fail("the executor was prepared"))
     with pytest.raises(HeadwayError, match=answer):
         build(registry, schema.composition(cfg(*overrides)))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [("slo.ttft=9",), ("workload.slo_tiers=[{ttft: 9}]",), ("admission.ttft=9",), ("admission.tbt=9",)],
+)
+def test_early_reject_is_composed_where_somebody_has_a_target(registry, targets):
+    build(registry, schema.composition(cfg("policy=mooncake", "executor=sim", "tracking=none", *targets)))
 
 
 def test_a_run_of_one_rank_refuses_more(registry):

@@ -178,6 +178,25 @@ def test_mlfq_skips_to_the_level_whose_quantum_covers_the_prefill():
     assert [engine.roles["order"].level(r) for r in engine.waiting] == [0, 0, 1, 1, 2, 3]
 
 
+def test_mlfq_has_levels_without_end_unless_it_is_told():
+    """With a quantum of 10 ms that doubles, 8 levels would be used up after 1.27 s of service and all that is
+    older be served by age.
+    """
+    quanta = [0.01 * 2**i for i in range(12)]
+    for queues, expected in ((None, 11), (8, 7)):
+        engine = compose(order=("mlfq", {"num_queues": queues}), server=Server(overhead=0.005))
+        engine.add(ask(0.0, 1, round(1.05 * sum(quanta[:11]) / 0.005)))
+        seen = set()
+        while engine.step():
+            seen |= {engine.roles["order"].level(request) for request in engine.running}
+        assert max(seen) == expected
+    engine = compose(order="mlfq", server=Server(overhead=0.0, per_token=0.01))
+    for tokens in (1, 2, 512, 513):  # prefills of 10 ms, 20 ms, 5.12 s and 5.13 s
+        engine.add(ask(0.0, tokens, 1))
+    engine._ingest(0.0)
+    assert [engine.roles["order"].level(r) for r in engine.waiting] == [0, 1, 9, 10]
+
+
 def test_mlfq_without_a_cost_model_takes_the_seconds_a_token_it_is_given():
     server = Server()
     server.cost_model = None

@@ -14,6 +14,8 @@ class EarlyReject(Admission):
     ttft, tbt: targets in seconds for requests without slo.ttft, slo.tpot; None: no target, never refused for it.
     chunk_size: prompt tokens that a step takes, for the prediction.
 
+    Without targets, neither here nor on the requests, it would admit everybody, so such a run is refused.
+
     TTFT: all prompt tokens before this request and its own, in chunks, each in a step with everything that decodes now; asked again when it
     is about to start, with what is still before it then. TBT: one decode step of what runs now and this request. Step times are
     the executor's cost model. The paper's forecast of the decode load at the end of the prefill is not here.
@@ -22,7 +24,11 @@ class EarlyReject(Admission):
     ttft: float | None = param(None, min=0, max=1e9, unit="seconds")
     tbt: float | None = param(None, min=0, max=1e9, unit="seconds")
     chunk_size: int = param(512, min=1, max=2**31 - 1, unit="tokens")
-    requires = ("step_time",)
+    requires = ("step_time", "slo")
+
+    def __post_init__(self) -> None:
+        if self.ttft is not None or self.tbt is not None:
+            self.requires = ("step_time",)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)

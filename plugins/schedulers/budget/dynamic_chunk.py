@@ -25,7 +25,7 @@ class DynamicChunk(TokenBudget):
 
     tile: int = param(16, min=1, max=2**31 - 1, unit="tokens")
     floor: int = param(128, min=0, max=2**31 - 1, unit="tokens")
-    requires = ("step_time",)
+    requires = ("step_time", "slo")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)

@@ -30,6 +30,7 @@ class EarliestDeadline(KeyOrder):
     """
 
     may_starve = "a request without a target waits for all that have one"
+    requires = ("slo",)
 
     def key(self, request: Request) -> float:
         return deadline(request)

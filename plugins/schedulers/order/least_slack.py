@@ -20,7 +20,7 @@ class LeastSlack(ShortestFirst):
     """
 
     may_starve = "a request without a target waits for all that have one"
-    requires = ("predictor", "step_time")
+    requires = ("predictor", "step_time", "slo")
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)

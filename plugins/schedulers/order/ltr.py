@@ -15,14 +15,15 @@ class LearningToRank(KeyOrder):
     """vLLM-LTR (Fu et al., NeurIPS'24, Algorithm 1): shortest predicted rank first, and whoever starves is promoted.
 
     starvation_threshold: steps without service after which a request is promoted before all others.
-    priority_quantum: steps of service for which it stays promoted.
+    priority_quantum: steps of service for which it stays promoted. 200 and 10 are the authors'
+    (hao-ai-lab/vllm-ltr).
 
     The rank is the predictor's mean, read once when a request arrives. The paper learns it with an OPT model; here predictor=noisy
     with a Kendall tau stands for a ranker of that quality. The paper ranks running requests too: that is scheduler=preemptive.
     """
 
-    starvation_threshold: int = param(256, min=1, max=2**31 - 1, unit="steps")
-    priority_quantum: int = param(32, min=1, max=2**31 - 1, unit="steps")
+    starvation_threshold: int = param(200, min=1, max=2**31 - 1, unit="steps")
+    priority_quantum: int = param(10, min=1, max=2**31 - 1, unit="steps")
     requires = ("predictor",)
 
     def setup(self, ctx: Context) -> None:

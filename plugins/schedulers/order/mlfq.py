@@ -9,6 +9,8 @@ from headway import Context, KeyOrder, Request, StepRecord, View, hookimpl, para
 
 from .alarms import Alarms
 
+MOST_LEVELS = 64  # that a request skips, or by which a quantum grows: beyond any time that a run can have
+
 
 @dataclass
 class _Place:
@@ -21,7 +23,9 @@ class _Place:
 class SkipJoinMLFQ(KeyOrder):
     """FastServe (Wu et al., arXiv 2305.05920, section 4): skip-join MLFQ, for lengths that nobody knows.
 
-    num_queues, quantum, ratio: level i holds a request for quantum * ratio**i seconds of service, the last one for good.
+    num_queues: levels; None is without end, as in the authors' code. Of a given number the last one holds a
+    request for good.
+    quantum, ratio: level i holds a request for quantum * ratio**i seconds of service; 10 ms and 2 are theirs.
     starve_limit: seconds without service after which a request is promoted to the first level (alpha in the paper).
     seconds_per_token: prefill time of a prompt token, where the executor has no cost model; 0 lets everybody join the first level.
 
@@ -30,7 +34,7 @@ class SkipJoinMLFQ(KeyOrder):
     Not here: proactive swapping. A preempted request recomputes its KV, and that time counts as service.
     """
 
-    num_queues: int = param(8, min=1, max=64)
+    num_queues: int | None = param(None, min=1, max=64)
     quantum: float = param(0.01, min=1e-9, max=1e9, unit="seconds")
     ratio: float = param(2.0, min=1, max=1000)
     starve_limit: float = param(3.0, above=0, max=1e9, unit="seconds")
@@ -38,11 +42,15 @@ class SkipJoinMLFQ(KeyOrder):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        self._quanta = [self.quantum * self.ratio**i for i in range(self.num_queues - 1)]
-        self._quanta.append(float("inf"))
         self._cost = ctx.cost_model
         self._places: dict[int, _Place] = {}
         self._starving, self._serial = Alarms(), 0
+
+    def held_for(self, level: int) -> float:
+        """Seconds of service that a request gets in a level."""
+        if self.num_queues is not None and level >= self.num_queues - 1:
+            return float("inf")
+        return self.quantum * self.ratio ** min(level, MOST_LEVELS)
 
     def level(self, request: Request) -> int:
         """0 is the first queue."""
@@ -61,7 +69,10 @@ class SkipJoinMLFQ(KeyOrder):
     def on_arrival(self, request: Request, now: float) -> None:
         tokens = request.num_prompt_tokens
         first = self._cost.step_time([0], [tokens]) if self._cost else tokens * self.seconds_per_token
-        self._enter(request, next(i for i, quantum in enumerate(self._quanta) if first <= quantum))
+        level = 0
+        while first > self.held_for(level) and level < MOST_LEVELS:
+            level += 1
+        self._enter(request, level)
         super().on_arrival(request, now)
         self._starving.set(request, now + self.starve_limit)
 
@@ -74,11 +85,11 @@ class SkipJoinMLFQ(KeyOrder):
         self._starving.clear(request)
 
     def on_step_end(self, record: StepRecord) -> None:
-        spent, quanta = record.end - record.start, self._quanta
+        spent = record.end - record.start
         for request in record.plan.requests:
             if (place := self._places.get(request.index)) is not None:
                 place.attained += spent
-                if place.attained > quanta[place.level]:
+                if place.attained > self.held_for(place.level):
                     self._enter(request, place.level + 1)
                     self.rekey(request)
 
