@@ -65,7 +65,7 @@ def in_the_box() -> list[str]:
 
 
 #: What a composition needs beside the policy that is checked.
-COMPANIONS = {"scheduler=preemptive": ("order=srpt",)}
+COMPANIONS = {"scheduler=preemptive": ("order=srpt",), "scheduler=selective": ("order=niyama",)}
 
 
 @pytest.mark.parametrize("word", in_the_box())
