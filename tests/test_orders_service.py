@@ -242,14 +242,83 @@ def test_plas_charges_all_calls_of_a_program_that_run_together():
 
 def test_plas_promotes_a_call_whose_program_waits_too_long_for_what_it_got():
     def asked() -> list:
-        old = [ask(0.0, 1, 10, "old0", session="old"), ask(0.08, 1, 10, "old1", session="old")]
-        return old + [ask(0.08 + 0.04 * i, 1, 5, f"new{i}", session=f"s{i}") for i in range(40)]
+        old = [ask(0.0, 1, 10, "old0", session="old"), ask(0.105, 1, 10, "old1", session="old")]
+        return old + [ask(0.1 + 0.04 * i, 1, 5, f"new{i}", session=f"s{i}") for i in range(40)]
 
     place = {}
     for beta in (1e9, 2.0):
         order = finishing(run(asked(), order=("plas", {"num_queues": 4, "quantum": 0.06, "beta": beta})))
         place[beta] = order.index("old1")
     assert place[1e9] == 41 and place[2.0] < 20
+
+
+PLAS = {"num_queues": 4, "quantum": 0.1, "ratio": 2.0, "beta": 1e9}
+
+
+def plas_after(*calls, parameters=PLAS):
+    """An engine after these have run, one after the other, and its order."""
+    engine = compose(order=("plas", parameters), engine=EngineConfig(max_num_seqs=8))
+    engine.run(list(calls))
+    return engine, engine.roles["order"]
+
+
+def arriving(engine, *calls) -> list:
+    for call in calls:
+        engine.add(call)
+    engine._ingest(engine.clock.inner.now())
+    return list(engine.waiting)
+
+
+def test_plas_takes_a_call_without_a_session_for_a_program_of_its_own():
+    """ "c" has been served for a second in one call; its next one is as new as anybody's, unless both name a
+    session.
+    """
+    engine, order = plas_after(ask(0.0, 1, 100, client="c"), ask(0.0, 1, 100, client="c", session="s"))
+    fresh, known = arriving(engine, ask(0.0, 1, 1, client="c"), ask(0.0, 1, 1, client="c", session="s"))
+    assert order.level(fresh) == 0 and order.level(known) == 3
+
+
+def test_plas_gives_a_call_the_whole_quantum_of_its_queue():
+    """After 90 ms of its program's 104 in the first queue a call still has 104 ms there, then 208 in the
+    second.
+    """
+    engine, order = plas_after(ask(0.0, 1, 9, session="s"), parameters=PLAS | {"quantum": 0.104})
+    engine.add(ask(engine.clock.inner.now(), 1, 60, session="s"))
+    levels = []
+    while engine.step():
+        levels += [order.level(request) for request in engine.running]
+    assert [levels.count(level) for level in range(3)] == [10, 21, 28]
+
+
+def test_plas_counts_completed_calls_only():
+    """While a call of a second runs, the next one of its program starts at the top; when it has ended, at the
+    bottom.
+    """
+    engine = compose(order=("plas", PLAS), engine=EngineConfig(max_num_seqs=8))
+    order = engine.roles["order"]
+    engine.add(ask(0.0, 1, 100, "long", session="s"))
+    engine.add(ask(0.5, 1, 100, "beside", session="s"))
+    engine.add(ask(1.2, 1, 100, "after", session="s"))
+    first = {}
+    while engine.step():
+        for request in engine.running:
+            first.setdefault(request.id, order.level(request))
+    assert first == {"long": 0, "beside": 0, "after": 3}
+
+
+def test_plas_promotion_begins_the_window_of_the_call_and_not_that_of_its_program():
+    """The program has been served for 1 s: with beta = 0.5 a call is promoted after half a second, and the
+    program keeps its second.
+    """
+    engine, order = plas_after(ask(0.0, 1, 100, session="s"), parameters=PLAS | {"beta": 0.5})
+    (call,) = arriving(engine, ask(0.0, 1, 1, session="s"))
+    began = engine.clock.inner.now()
+    assert order.program(call).served == pytest.approx(1.0) and order.level(call) == 3
+    for now, level in ((began + 0.49, 3), (began + 0.51, 0)):
+        engine.view._refresh(1, now, 0)
+        order.order(engine.view)
+        assert order.level(call) == level
+    assert order.program(call).served == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("order", ["mlfq", "plas"])

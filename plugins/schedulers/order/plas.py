@@ -11,24 +11,46 @@ from .alarms import Alarms
 
 
 @dataclass
-class _Program:
-    served: float = 0.0  # seconds of service of all its calls, ended ones included
-    waited: float = 0.0  # seconds its calls have waited since the last promotion
-    served_at_promotion: float = 0.0
+class Program:
+    """What its completed calls have had."""
+
+    served: float = 0.0  # seconds
+    waited: float = 0.0  # seconds
+
+
+@dataclass
+class Call:
+    """A request that has not ended. Seconds of service and of waiting: in all, and since it was last promoted
+    (its window).
+    """
+
+    level: int
+    attained: float = 0.0  # seconds of service in this level
+    served: float = 0.0
+    waited: float = 0.0
+    window_served: float = 0.0
+    window_waited: float = 0.0
 
 
 @dataclass
 class ProgramService(KeyOrder):
-    """Autellix (Luo et al., arXiv 2502.13965, section 4): PLAS, the program that was served least goes first.
+    """Autellix (Luo et al., arXiv 2502.13965, section 4): PLAS, the program whose completed calls were served
+    least goes first.
 
-    A program is a session (tags.session), or a client where there is none; its calls share one level of K queues, by the service that
-    the program has attained so far.
-    num_queues, quantum, ratio: a program leaves level i when its service exceeds quantum * (1 + ratio + ... + ratio**i) seconds.
-    beta: promote a call to the first level once its program has waited beta times as long as it was served, since the last promotion.
+    A program is a session (tags.session); a call without one is a program of its own.
+    num_queues, quantum, ratio: queue i holds a call for quantum * ratio**i seconds of service, the last one
+    for good. A call joins the queue
+    in which its program stands: the first i for which its completed calls have had at most quantum * (1 + ...
+    + ratio**i) seconds.
+    beta: promote a call to the first queue once it and its program's completed calls have waited beta times
+    as long as they were served. A promotion begins the call's window anew; what the program has had stays.
 
-    A new call starts where its program stands, not at the top, which is what MLFQ over calls gets wrong for programs of many short calls.
-    Service is the duration of the steps that held a call. Use scheduler=preemptive for preemption; it recomputes, the paper swaps.
-    Programs are never forgotten: state grows by a few words a session.
+    A new call starts where its program stands, not at the top, which is what MLFQ over calls gets wrong for
+    programs of many short calls; there it has a whole quantum. Service is the duration of the steps that held
+    a call. Use scheduler=preemptive for preemption; it recomputes, the paper swaps. Programs are never
+    forgotten: state grows by a few words a session.
+    Not here: routing long programs to one engine. Parallel calls of a program are weighed by their critical
+    path in ATLAS.
     """
 
     num_queues: int = param(8, min=1, max=64)
@@ -38,37 +60,37 @@ class ProgramService(KeyOrder):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        self._limits: list[float] = []  # service at which a program leaves level i
-        total = 0.0
-        for i in range(self.num_queues - 1):
-            total += self.quantum * self.ratio**i
-            self._limits.append(total)
-        self._limits.append(float("inf"))
-        self._programs: dict[str, _Program] = {}
-        self._levels: dict[int, int] = {}  # request index -> level
+        self._quanta = [self.quantum * self.ratio**i for i in range(self.num_queues - 1)]
+        self._quanta.append(float("inf"))
+        self._limits = [sum(self._quanta[: i + 1]) for i in range(self.num_queues)]  # service at which a program leaves queue i
+        self._programs: dict[str, Program] = {}
+        self._calls: dict[int, Call] = {}  # by request index
+        self._ended: list[Request] = []  # in the step that comes back now: its time is theirs too
         self._since: dict[int, float] = {}  # waiting request index -> when it began to wait
         self._starving = Alarms()
 
-    def program(self, request: Request) -> _Program:
-        name = request.tags.session or request.tags.client
-        if (found := self._programs.get(name)) is None:
-            found = self._programs[name] = _Program()
-        return found
+    def program(self, request: Request) -> Program:
+        """Its own, of which nothing is kept, where the request belongs to no session."""
+        session = request.tags.session
+        return self._programs.setdefault(session, Program()) if session else Program()
+
+    def level(self, request: Request) -> int:
+        """0 is the first queue."""
+        return self._calls[request.index].level
 
     def key(self, request: Request) -> int:
-        return self._levels[request.index]
+        return self._calls[request.index].level
 
     def order(self, view: View) -> Sequence[Request]:
         for request in self._starving.ring(view.now):
-            program = self.program(request)
-            program.waited, program.served_at_promotion = 0.0, program.served
-            self._levels[request.index] = 0
-            self.rekey(request)
+            self._enter(request, 0)
+            call = self._calls[request.index]
+            call.window_served, call.window_waited = 0.0, self._since[request.index] - view.now  # what it has waited so far is over
         return super().order(view)
 
     def on_arrival(self, request: Request, now: float) -> None:
         served = self.program(request).served
-        self._levels[request.index] = next(i for i, limit in enumerate(self._limits) if served <= limit)
+        self._calls[request.index] = Call(next(i for i, limit in enumerate(self._limits) if served <= limit))
         super().on_arrival(request, now)
         self._wait(request, now)
 
@@ -79,28 +101,44 @@ class ProgramService(KeyOrder):
     def on_admit(self, request: Request, now: float) -> None:
         super().on_admit(request, now)
         self._starving.clear(request)
-        self.program(request).waited += now - self._since.pop(request.index)
+        call, waited = self._calls[request.index], now - self._since.pop(request.index)
+        call.waited += waited
+        call.window_waited += waited
 
     def on_step_end(self, record: StepRecord) -> None:
-        spent, levels, limits = record.end - record.start, self._levels, self._limits
+        spent = record.end - record.start
         for request in record.plan.requests:
-            program = self.program(request)
-            program.served += spent
-            # A promoted call sinks again from where its program stands, so it is served for one step at least.
-            if program.served > limits[levels.get(request.index, -1)]:
-                levels[request.index] += 1
-                self.rekey(request)
+            if (call := self._calls.get(request.index)) is not None:
+                self._serve(request, call, spent)
+        for request in self._ended:
+            call, program = self._calls.pop(request.index), self.program(request)
+            program.served += call.served
+            program.waited += call.waited
+        self._ended.clear()
 
     def on_finish(self, request: Request, now: float) -> None:
         super().on_finish(request, now)
         self._starving.clear(request)
         self._since.pop(request.index, None)
-        self._levels.pop(request.index, None)
+        self._ended.append(request)
+
+    def _serve(self, request: Request, call: Call, seconds: float) -> None:
+        call.served += seconds
+        call.window_served += seconds
+        call.attained += seconds
+        if call.attained > self._quanta[call.level]:
+            self._enter(request, call.level + 1)
+
+    def _enter(self, request: Request, level: int) -> None:
+        call = self._calls[request.index]
+        call.level, call.attained = level, 0.0
+        self.rekey(request)
 
     def _wait(self, request: Request, now: float) -> None:
         self._since[request.index] = now
-        program = self.program(request)
-        self._starving.set(request, now + max(0.0, self.beta * (program.served - program.served_at_promotion) - program.waited))
+        call, program = self._calls[request.index], self.program(request)
+        due = self.beta * (program.served + call.window_served) - program.waited - call.window_waited
+        self._starving.set(request, now + max(0.0, due))
 
 
 @hookimpl
