@@ -53,6 +53,7 @@ class ProgramService(KeyOrder):
     path in ATLAS.
     """
 
+    may_starve = "behind new programs a call waits beta times as long as its program was served"
     num_queues: int = param(8, min=1, max=64)
     quantum: float = param(0.1, min=1e-9, max=1e9, unit="seconds")
     ratio: float = param(2.0, min=1, max=1000)
@@ -62,7 +63,8 @@ class ProgramService(KeyOrder):
         super().setup(ctx)
         self._quanta = [self.quantum * self.ratio**i for i in range(self.num_queues - 1)]
         self._quanta.append(float("inf"))
-        self._limits = [sum(self._quanta[: i + 1]) for i in range(self.num_queues)]  # service at which a program leaves queue i
+        # Service at which a program leaves queue i.
+        self._limits = [sum(self._quanta[: i + 1]) for i in range(self.num_queues)]
         self._programs: dict[str, Program] = {}
         self._calls: dict[int, Call] = {}  # by request index
         self._ended: list[Request] = []  # in the step that comes back now: its time is theirs too
@@ -85,7 +87,8 @@ class ProgramService(KeyOrder):
         for request in self._starving.ring(view.now):
             self._enter(request, 0)
             call = self._calls[request.index]
-            call.window_served, call.window_waited = 0.0, self._since[request.index] - view.now  # what it has waited so far is over
+            # What it has waited so far is over; on_admit will count from when it began to wait.
+            call.window_served, call.window_waited = 0.0, self._since[request.index] - view.now
         return super().order(view)
 
     def on_arrival(self, request: Request, now: float) -> None:
