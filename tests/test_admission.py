@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from random import Random
 
@@ -11,7 +12,7 @@ from policy_runs import Server, ask, compose, run
 from core.config import EngineConfig
 from core.errors import ConfigError, PolicyError
 from core.policy import Admission, Admit, Defer, LengthPrediction, Predictor, Reject
-from core.request import SLO
+from core.request import SLO, SamplingParams
 
 
 def load(seed: int, n: int = 60) -> list:
@@ -151,6 +152,35 @@ def test_past_future_learns_from_finished_requests():
 def test_past_future_starts_a_request_alone_however_long_it_may_get():
     result = run([ask(0.0, 4, 30)], admission=("past_future", {"reserved": 0.9}), predictor=("constant", {"length": 1e6}), engine=TIGHT)
     assert result.outputs[0].state == "finished"
+
+
+# ---- peak memory -------------------------------------------------------------------------------------------
+
+
+def declared(seed: int, n: int = 60) -> list:
+    """Requests that may ask for up to 120 tokens, and end when nobody knows."""
+    rng = Random(seed)
+    caps = [rng.randint(10, 120) for _ in range(n)]
+    asked = [ask(0.0, rng.randint(4, 40), rng.randint(1, cap)) for cap in caps]
+    return [replace(a, sampling=SamplingParams(max_tokens=cap)) for a, cap in zip(asked, caps, strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_peak_memory_never_preempts_and_starts_more_than_orca_whose_reservation_holds_to_the_end(seed):
+    asked = declared(seed)
+    config = EngineConfig(block_size=4, num_blocks=160, max_num_seqs=24, max_num_batched_tokens=1024, check=True)
+    assert run(asked, scheduler="prefill_first", engine=config).num_preemptions > 0
+    peak = run(asked, scheduler="prefill_first", admission="peak_memory", engine=config)
+    orca = run(asked, scheduler="orca", engine=config)
+    assert peak.num_preemptions == orca.num_preemptions == 0
+    assert {o.state for o in peak.outputs} == {"finished"}
+    assert peak.num_steps < orca.num_steps
+
+
+def test_peak_memory_takes_a_request_without_max_tokens_to_fill_the_context():
+    config = EngineConfig(block_size=4, num_blocks=160, max_num_seqs=24, max_num_batched_tokens=1024)
+    result = run([ask(0.0, 4, 10, "a"), ask(0.0, 4, 10, "b")], admission="peak_memory", engine=config)
+    assert result.outputs[1].first_scheduled_time >= result.outputs[0].finish_time
 
 
 # ---- early rejection ---------------------------------------------------------------------------------------------------
