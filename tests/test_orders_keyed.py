@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from random import Random
 
@@ -12,7 +12,7 @@ from policy_runs import Server, Steps, ask, compose, finishing, mean_completion,
 from core.config import EngineConfig
 from core.errors import ConfigError
 from core.keyed import KeyOrder
-from core.request import SLO
+from core.request import SLO, Tags
 
 SEEDS = range(8)
 
@@ -178,6 +178,16 @@ def test_a_preemptive_edf_meets_deadlines_of_requests_that_arrive_later():
 def test_least_slack_puts_the_longest_work_first_when_deadlines_are_equal():
     asked = [ask(0.0, 1, n, str(n), SLO(e2el=1.0)) for n in (3, 20, 10)] + [ask(0.0, 1, 1, "no target")]
     assert finishing(run(asked, order="least_slack", predictor="oracle")) == ["20", "10", "3", "no target"]
+
+
+def test_program_fcfs_serves_the_next_turn_of_a_program_before_programs_that_came_later():
+    """A.0 and X were there first; A.1 comes when B.0 waits already, and goes before it."""
+    asked = [ask(0.0, 1, 5, "A.0", session="A"), ask(0.001, 1, 10, "X", session="X"), ask(0.002, 1, 5, "B.0", session="B")]
+    asked.append(ask(0.1, 1, 5, "A.1", session="A", turn=1))
+    assert finishing(run(asked, order="program_fcfs")) == ["A.0", "X", "A.1", "B.0"]
+    assert finishing(run(asked, order="fcfs")) == ["A.0", "X", "B.0", "A.1"]
+    alone = [replace(a, tags=Tags()) for a in asked]
+    assert finishing(run(alone, order="program_fcfs")) == ["A.0", "X", "B.0", "A.1"]
 
 
 # ---- learning to rank ----------------------------------------------------------------------------------------------

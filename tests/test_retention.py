@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isclose, log
+from random import Random
 
 import pytest
 from policy_runs import REGISTRY, Server, ask, compose, run
@@ -12,6 +14,7 @@ from core.errors import ConfigError
 from core.request import Arrival, Request
 from core.testing.subject import Subject
 from core.testing.trial import Trial
+from plugins.cache.retention.ttl import Memory
 
 CACHED = {"cache": "hash", "eviction": "lru"}
 CONFIG = EngineConfig(block_size=4, num_blocks=12, max_num_seqs=1, check=True)
@@ -92,37 +95,83 @@ class TestTimeToLive:
 
     def test_a_pin_gives_way_when_memory_runs_out(self) -> None:
         arrivals = [ask(0.0, AGENT, 2, "first", session="a", tool="search"), ask(0.1, list(range(300, 340)), 4, "large")]  # 11 of 12 blocks
-        assert cached_tokens(arrivals, ("ttl", {"prior": 100.0})) == {"first": 0, "large": 0}
+        assert cached_tokens(arrivals, ("ttl", {"prior": 5.0})) == {"first": 0, "large": 0}
 
     def test_the_time_covers_short_calls_and_gives_up_long_ones(self) -> None:
-        """Nine calls of 1 s and one of 1000 s: waiting for the last is not worth the memory."""
-        policy = _set_up("ttl", min_calls=4)
-        request = _finished(num_tokens=4000, blocks=100)
-        for seconds in [1.0] * 9 + [1000.0]:
-            policy.retain(_finished(1, 1), _NoPins(), 0.0)
-            policy.on_arrival(_arriving(seconds), seconds)
-        assert policy.time_to_live(request) == 1.0
+        """Nine calls of 1 s and one of 1000 s, a prefill of 20 s: waiting for the last costs more than it
+        saves.
+        """
+        policy = _set_up("ttl", min_calls=4, prefill_rate=200.0)
+        _calls(policy, [1.0] * 9 + [1000.0])
+        assert policy.time_to_live(_finished(num_tokens=4000, blocks=100)) == 1.0
 
-    def test_the_time_is_where_the_benefit_less_the_cost_peaks(self) -> None:
+    def test_the_time_is_where_the_benefit_less_the_wait_peaks(self) -> None:
         policy = _set_up("ttl", min_calls=1, prefill_rate=1000.0)  # 1000 tokens are worth 1 s
         durations = [0.5, 2.0, 3.0, 8.0]
-        for seconds in durations:
-            policy.retain(_finished(1, 1), _NoPins(), 0.0)
-            policy.on_arrival(_arriving(seconds), seconds)
-        for blocks in (1, 50, 100, 300, 600, 999):
-            price = blocks / 1000
-            worth = {0.0: 0.0} | {tau: sum(d <= tau for d in durations) / 4 - tau * price for tau in durations}
-            assert worth[policy.time_to_live(_finished(1000, blocks))] == max(worth.values())
+        _calls(policy, durations)
+        for tokens in (100, 1000, 3000, 9000, 20_000, 100_000):
+            worth = {0.0: 0.0} | {tau: sum(d <= tau for d in durations) / 4 * tokens / 1000 - tau for tau in durations}
+            assert worth[policy.time_to_live(_finished(tokens, 10))] == max(worth.values())
 
-    def test_an_unknown_tool_counts_as_exponential(self) -> None:
-        policy = _set_up("ttl", prior=2.0, prefill_rate=1000.0)
-        assert isclose(policy.time_to_live(_finished(1000, 100)), 2.0 * log(1.0 / (0.1 * 2.0)))
-        assert policy.time_to_live(_finished(100, 999)) == 0.0  # 0.1 s of prefill is not worth the whole pool
+    def test_the_price_of_a_pin_is_its_time_whatever_its_size(self) -> None:
+        policy = _set_up("ttl", min_calls=1, prefill_rate=1000.0)
+        _calls(policy, [0.5, 2.0])
+        assert len({policy.time_to_live(_finished(9000, blocks)) for blocks in (1, 500, 999)}) == 1
 
-    def test_a_longer_context_is_pinned_longer(self) -> None:
+    def test_a_tool_with_few_calls_goes_by_those_of_all_tools_and_without_many_by_the_prior(self) -> None:
+        policy = _set_up("ttl", min_calls=4, prior=2.0, prefill_rate=1000.0)
+        assert isclose(policy.time_to_live(_finished(9000, 10)), 2.0 * log(9.0 / 2.0))
+        assert policy.time_to_live(_finished(1999, 10)) == 0.0  # 2 s of prefill are not worth waiting for
+        _calls(policy, [3.0] * 4, tool="other")
+        assert policy.time_to_live(_finished(9000, 10)) == 3.0
+        _calls(policy, [1.0] * 4)
+        assert policy.time_to_live(_finished(9000, 10)) == 1.0
+
+    def test_queueing_counts_for_turns_whose_blocks_were_evicted_and_for_no_others(self) -> None:
+        """The first agent waits 0.2 s behind another and finds its blocks gone, or, in a large pool, in
+        place.
+        """
+        for num_blocks, queueing in ((12, True), (64, False)):
+            config = EngineConfig(block_size=4, num_blocks=num_blocks, max_num_seqs=1, check=True)
+            engine = compose(retention=("ttl", {"min_calls": 1}), engine=config, server=Server(), **CACHED)
+            first, _, second = interrupted_agent(0.15)
+            between = ask(0.1, list(range(300, 340)), 4, "between")
+            engine.run([first, between, ask(0.12, list(range(400, 440)), 4, "also"), second])
+            times = engine.retention._queueing
+            assert bool(times) is queueing
+            assert all(time > 0.02 for time in times)
+
+    def test_eta_is_minus_the_correlation_of_calls_made_and_calls_left(self) -> None:
+        rng = Random(0)
+        for lengths in ([5] * 9, [2, 9, 3, 30, 4], [1 + int(rng.expovariate(0.1)) for _ in range(4000)]):
+            memory = Memory()
+            made, left = [], []
+            for calls in lengths:
+                memory.learn(calls)
+                made += range(1, calls)
+                left += range(calls - 1, 0, -1)
+            assert memory.eta == pytest.approx(-correlation(made, left), abs=1e-9)
+        assert abs(memory.eta) < 0.1, "what has no memory says nothing about the calls that are left"
+        assert Memory().eta == 1.0
+
+    def test_eta_weighs_the_queueing(self) -> None:
+        policy = _set_up("ttl", min_calls=1, prefill_rate=1000.0)
+        _calls(policy, [3.0])
+        policy._queueing.append(8.0)
+        assert policy.time_to_live(_finished(1000, 10)) == 3.0  # 1 s of prefill and 8 of queueing
+        for calls in (1, 2, 2, 2, 3, 5, 9, 17):
+            policy.memory.learn(calls)
+        assert 8.0 * policy.memory.eta + 1.0 < 3.0
+        assert policy.time_to_live(_finished(1000, 10)) == 0.0
+
+    def test_a_program_ends_with_a_request_that_calls_no_tool(self) -> None:
         policy = _set_up("ttl")
-        times = [policy.time_to_live(_finished(n, 10)) for n in (100, 1000, 10000, 100000)]
-        assert times == sorted(times) and times[0] < times[-1]
+        for _ in range(4):
+            _calls(policy, [1.0, 1.0])
+            policy.retain(_finished(10, 1, tool=""), _NoPins(), 0.0)
+        alike = Memory()
+        alike.learn(3)
+        assert policy.memory.eta == alike.eta == pytest.approx(1.0)
 
     @pytest.mark.parametrize("bad", [{"prior": 0.0}, {"min_calls": 0}, {"history": 2}, {"prefill_rate": -1.0}])
     def test_senseless_parameters_are_refused(self, bad: dict) -> None:
@@ -148,16 +197,26 @@ class _Plain(Server):
         self.cost_model = None
 
 
-def _arriving(time: float):
-    return _of(Arrival(time, [1], tags=_TAGS))
+def _calls(policy, durations: list[float], tool: str = "search") -> None:
+    """Turns of a session that call the tool, which takes so long."""
+    for seconds in durations:
+        policy.retain(_finished(1, 1, tool), _NoPins(), 0.0)
+        policy.on_arrival(_of(Arrival(seconds, [1], tags=_TAGS)), seconds)
 
 
 def _of(arrival: Arrival):
     return Request(arrival, 0, max_model_len=1 << 20, eos_token_ids=frozenset())
 
 
-def _finished(num_tokens: int, blocks: int):
-    request = _of(Arrival(0.0, [1] * num_tokens, tags=_TAGS))
+def correlation(x: list[int], y: list[int]) -> float:
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    spread = sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y)
+    return covariance / spread**0.5
+
+
+def _finished(num_tokens: int, blocks: int, tool: str = "search"):
+    request = _of(Arrival(0.0, [1] * num_tokens, tags=replace(_TAGS, tool=tool)))
     request.block_table = list(range(blocks))
     return request
 
