@@ -183,6 +183,67 @@ def test_peak_memory_takes_a_request_without_max_tokens_to_fill_the_context():
     assert result.outputs[1].first_scheduled_time >= result.outputs[0].finish_time
 
 
+# ---- new token ratio ---------------------------------------------------------------------------------------
+
+
+def may_ask(prompt: int, cap: int, output: int, id: str, time: float = 0.0):
+    return replace(ask(time, prompt, output, id), sampling=SamplingParams(max_tokens=cap))
+
+
+RATIO = {"init": 0.5, "min_factor": 0.2, "decay_steps": 10, "retract_steps": 5}
+
+
+def ratio_engine(num_blocks: int, *asked, **parameters):
+    config = EngineConfig(block_size=1, num_blocks=num_blocks, max_num_seqs=8, max_num_batched_tokens=256, check=True)
+    engine = compose(admission=("new_token_ratio", RATIO | parameters), scheduler="sglang", victim="fewest_outputs", engine=config)
+    for a in asked:
+        engine.add(a)
+    return engine
+
+
+@pytest.mark.parametrize(("num_blocks", "together"), [(134, False), (135, True)])
+def test_a_request_starts_when_all_it_may_need_fits_beside_half_of_what_the_others_may(num_blocks: int, together: bool):
+    """When B comes A holds 10 tokens, and half of its 99 more count: 49.5. B may need 5 + 70, less than what
+    is left.
+    """
+    engine = ratio_engine(num_blocks, may_ask(10, 100, 50, "A"), may_ask(5, 70, 2, "B", 0.005))
+    engine.step()
+    engine.step()
+    assert (len(engine.running) == 2) is together
+
+
+def test_who_starts_counts_in_full_until_the_next_step():
+    engine = ratio_engine(150, may_ask(10, 60, 50, "A"), may_ask(10, 60, 50, "B"), may_ask(4, 40, 2, "C"))
+    engine.step()
+    assert [r.id for r in engine.running] == ["A", "B"]  # 150 - 20 - 120 are not enough for C
+    engine.step()
+    assert [r.id for r in engine.running] == ["A", "B", "C"]  # half of what they may need, 59, is
+
+
+def test_the_ratio_decays_with_decode_steps_to_its_least():
+    engine = ratio_engine(1000, may_ask(10, 60, 30, "A"))
+    seen = []
+    while engine.step():
+        seen.append(engine.admission.ratio)
+    assert seen[0] == 0.5  # a prefill
+    assert seen[1:12] == pytest.approx([0.5 - 0.04 * i for i in range(1, 11)] + [0.1])
+    assert seen[-1] == pytest.approx(0.1)
+
+
+def test_after_a_retraction_the_ratio_is_what_was_used():
+    """Two of 10 + 60 in a pool of 110 start when little is thought to be needed, and both need all."""
+    engine = ratio_engine(110, may_ask(10, 60, 60, "A"), may_ask(10, 60, 60, "B", 0.025), init=0.3)
+    before: dict[str, int] = {}
+    while not engine.num_preemptions:
+        before = {r.id: r.num_output_tokens for r in engine.running}
+        assert engine.step()
+    assert set(before) == {"A", "B"} and [r.id for r in engine.running] == ["A"]
+    assert engine.admission.ratio == pytest.approx((before["A"] + 1 + 5) / 60)
+    while engine.step():
+        pass
+    assert {o.state for o in engine.finished} == {"finished"}
+
+
 # ---- early rejection ---------------------------------------------------------------------------------------------------
 
 

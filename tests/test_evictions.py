@@ -205,6 +205,22 @@ def test_priority_evicts_the_least_urgent_first_and_the_oldest_among_equals() ->
     assert gone == [2, 4, 3, 1]
 
 
+@pytest.mark.parametrize("name", ["fifo", "sieve", "s3fifo", "two_q", "arc"])
+def test_on_chains_of_prefixes_a_head_goes_after_all_that_hangs_under_it(name: str) -> None:
+    """FIFO over all blocks would take the head first: it was published first, and never hit."""
+    tree = Tree(make(name), 6)
+    tree.ask([1, 2, 3])
+    tree.ask([7, 8, 9])
+    order = []
+    for _ in range(6):
+        before = {block.id: block.depth for block in tree.pool.blocks if block.cached}
+        tree.pool.allocate_one()
+        (gone,) = {block for block in before if not tree.pool.blocks[block].cached}
+        order.append(before[gone])
+    chains = [[depth for depth in order if depth == d] for d in (2, 1, 0)]
+    assert [len(chain) for chain in chains] == [2, 2, 2] and order[0] == 2 and order[-1] == 0
+
+
 def test_tlru_cuts_tails_that_fit_the_budget_before_it_touches_a_conversation() -> None:
     """xi - Q_hat = 3 tokens may be missing of each conversation: those go first, from both, although B is the older one."""
     tree = Tree(make("tlru", xi=5, Q_hat=2), 20)

@@ -193,7 +193,28 @@ def test_fcfs_is_the_other_name_of_prefill_first():
     assert len(hashes) == 1
 
 
+# ---- sglang ------------------------------------------------------------------------------------------------
+
+
+def test_sglang_fills_a_chunk_with_prompts_and_decodes_when_there_are_none():
+    config = EngineConfig(block_size=4, num_blocks=256, max_num_seqs=8, max_num_batched_tokens=64, check=True)
+    asked = [ask(0.0, 6, 3, "A"), ask(0.0, 10, 3, "B"), ask(0.005, 12, 2, "C")]
+    steps, _ = composed(asked, ("sglang", {"chunk_size": 10}), config)
+    assert steps[:5] == [{"A": 6, "B": 4}, {"B": 6, "C": 4}, {"C": 8}, {"A": 1, "B": 1, "C": 1}, {"A": 1, "B": 1}]
+
+
+def test_sglang_retracts_who_has_generated_least():
+    """A has generated most when memory runs out, B least: B goes, though C arrived last and A first."""
+    config = EngineConfig(block_size=4, num_blocks=14, max_num_seqs=8, max_num_batched_tokens=64, check=True)
+    asked = [ask(0.0, 8, 40, "A"), ask(0.08, 8, 30, "B", priority=1), ask(0.08, 4, 30, "C")]
+    steps = Steps()
+    run(asked, scheduler="sglang", victim="fewest_outputs", engine=config, observers=[steps])
+    first = next(r.plan for r in steps.records if r.plan.preempted)
+    assert [r.id for r in first.preempted] == ["B"]
+    assert "A" in [r.id for r in first.requests]
+
+
 def test_a_server_without_pressure_takes_any_of_them():
-    for scheduler in ("orca", "running_first", "prefill_first", "chunked", "pd_split"):
+    for scheduler in ("orca", "sglang", "running_first", "prefill_first", "chunked", "pd_split"):
         engine = compose(scheduler=scheduler, engine=ROOMY, server=Server())
         assert {o.state for o in engine.run(load(1)).outputs} == {"finished"}

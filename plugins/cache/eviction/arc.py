@@ -17,7 +17,9 @@ class AdaptiveReplacement(Eviction):
 
     Agrees with libCacheSim's ARC hit for hit on flat streams. The paper looks at the page it missed, adapts the target p and then makes room. The
     core makes room before a block has content, so the misses of a prompt are read when its request is admitted, and each eviction takes the
-    next one as its cause; generated blocks adapt p when they are published. A list whose blocks are all in use lets the other one pay.
+    next one as its cause; generated blocks adapt p when they are published. A list whose blocks are all in
+    use lets the other one pay. On chains of prefixes it is leaf-ARC: of a list the first block goes that
+    nothing hangs under.
     """
 
     def setup(self, ctx: Context) -> None:

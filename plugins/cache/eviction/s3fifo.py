@@ -15,7 +15,9 @@ class S3FIFO(Eviction):
     """A small FIFO filters blocks used once, the main FIFO gives used ones another round, ghosts come back to main (Yang et al., SOSP'23).
 
     Agrees with libCacheSim's S3FIFO hit for hit on flat streams; as there, what the small queue has no room for goes to main until the pool
-    overflows for the first time. Blocks in use are passed over: they keep their place and their count.
+    overflows for the first time. Blocks in use are passed over: they keep their place and their count. So
+    are, on chains of prefixes,
+    those that others hang under: there it is leaf-S3-FIFO.
     """
 
     small_size_ratio: float = param(0.1, min=0, max=1)

@@ -14,8 +14,10 @@ from .queues import Queue
 class Sieve(Eviction):
     """A hand walks from old to new over a FIFO, spares each visited block once and evicts the first that is not (Zhang et al., NSDI'24).
 
-    Agrees with libCacheSim's Sieve hit for hit on flat streams. The queue is kept as what lies ahead of the hand and what lies behind it, so that
-    blocks in use, which the hand must not touch, are never walked over.
+    Agrees with libCacheSim's Sieve hit for hit on flat streams. On chains of prefixes it is leaf-SIEVE: the
+    hand sees only blocks that nothing hangs under, so a head is not judged before its tails are gone. The
+    queue is kept as what lies ahead of the hand and what lies behind it, so that blocks in use, which the
+    hand must not touch, are never walked over.
     """
 
     def setup(self, ctx: Context) -> None:

@@ -16,6 +16,8 @@ class ProgramFirstCome(KeyOrder):
     Programs are never forgotten: a few words a session.
     """
 
+    may_starve = "a program that never ends is served before all that came after it"
+
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
         self._came: dict[str, tuple[float, int]] = {}  # session -> the place of its first request
