@@ -19,7 +19,7 @@ from .policy import ROLES
 #: Verb -> (module, its function of argv that answers the exit code, one line). Imported only when it is asked for.
 VERBS = {
     "plugins": ("core.cli", "plugins", "list every available plugin, its parameters and where it comes from"),
-    "check": ("core.testing.check", "main", "run the conformance kit on a composition: check scheduler=chunked order=mypaper"),
+    "check": ("conf.presets", "check", "run the conformance kit on a composition: check policy=vtc, check order=mypaper"),
     "new": ("core.scaffold", "main", "write an installable plugin package: new order mypaper"),
     "trace": ("core.tracing", "trace", "count and measure a trace file, or convert it to JSON lines"),
 }

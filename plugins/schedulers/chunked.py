@@ -21,8 +21,8 @@ class ChunkedPrefill(Scheduler):
     done, and computes it again.
 
     Blocks are allocated chunk by chunk; those that a started prompt still lacks are kept from others that
-    want to start. The authors' code also leaves 1% of the pool free when a request starts; here nothing is
-    set aside.
+    want to start.
+    Differs: the authors' code leaves 1% of the pool free when a request starts; here nothing is set aside.
     """
 
     token_budget: int | None = param(None, min=1, max=2**31 - 1, unit="tokens")

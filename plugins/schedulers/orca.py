@@ -16,7 +16,7 @@ class Orca(Scheduler):
     max_bs) or the first whose reservation does not fit; nobody behind that one starts. The reservation is
     prompt and max_tokens (the model's context, where there is none) in whole blocks, so nobody is ever
     preempted with cache=none, as in the paper. Twins of a running request's blocks, which a prefix cache may
-    hold for it, come on top. The paper has no token budget. Here a step holds at most
+    hold for it, come on top. Differs: the paper has no token budget; here a step holds at most
     engine.max_num_batched_tokens: a prompt that exceeds what is left waits, but for the first of a step,
     which is split.
     """

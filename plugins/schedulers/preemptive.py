@@ -27,8 +27,9 @@ class Preemptive(ChunkedPrefill):
 
     Before each step the best waiting requests are given, in the order's ranking, what is free of sequences and blocks; where that is
     short, the last-ranked running requests go, but only if that is enough for the request to start. Running requests are then planned
-    in the same ranking. Papers that preempt swap KV to the host (FastServe, Autellix); here it is recomputed, so preemption costs
-    more than theirs, and a request that was preempted before stays until it has generated a token: nobody recomputes for ever.
+    in the same ranking. Differs: papers that preempt swap KV to the host (FastServe, Autellix); here it is
+    recomputed, so preemption costs more than theirs, and a request that was preempted before stays until it
+    has generated a token: nobody recomputes for ever.
     Needs an order with a key: a KeyOrder, not a queue discipline as fcfs, lpm, vtc or dlpm.
     """
 

@@ -18,7 +18,7 @@ class EarlyReject(Admission):
 
     TTFT: all prompt tokens before this request and its own, in chunks, each in a step with everything that decodes now; asked again when it
     is about to start, with what is still before it then. TBT: one decode step of what runs now and this request. Step times are
-    the executor's cost model. The paper's forecast of the decode load at the end of the prefill is not here.
+    the executor's cost model. Not here: the paper's forecast of the decode load at the end of the prefill.
     """
 
     ttft: float | None = param(None, min=0, max=1e9, unit="seconds")

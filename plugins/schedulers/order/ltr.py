@@ -18,8 +18,9 @@ class LearningToRank(KeyOrder):
     priority_quantum: steps of service for which it stays promoted. 200 and 10 are the authors'
     (hao-ai-lab/vllm-ltr).
 
-    The rank is the predictor's mean, read once when a request arrives. The paper learns it with an OPT model; here predictor=noisy
-    with a Kendall tau stands for a ranker of that quality. The paper ranks running requests too: that is scheduler=preemptive.
+    The rank is the predictor's mean, read once when a request arrives. Differs: the paper learns it with an
+    OPT model; here predictor=noisy with a Kendall tau stands for a ranker of that quality. The paper ranks
+    running requests too: that is scheduler=preemptive.
     """
 
     starvation_threshold: int = param(200, min=1, max=2**31 - 1, unit="steps")

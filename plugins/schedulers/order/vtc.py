@@ -20,8 +20,8 @@ class VirtualTokenCounter(ClientOrder):
 
     A client that comes back after a pause is lifted to the least counter among those that wait, so it cannot save up service.
     The service of two backlogged clients differs by at most 2 max(wp * longest prompt, wq * KV tokens of the pool).
-    The authors' code never preempts, since it admits by the peak of memory (policy=vtc has it); here a
-    preempted request waits again in its client's queue and is not charged a second time.
+    Differs: the authors' code never preempts, since it admits by the peak of memory (policy=vtc has it); here
+    a preempted request waits again in its client's queue and is not charged a second time.
     """
 
     wp: float = param(1.0, min=0, max=1e6)
