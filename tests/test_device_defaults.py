@@ -111,7 +111,7 @@ def test_a_budget_left_open_is_the_devices_within_the_engines_limit_and_one_that
 def test_sarathis_preset_keeps_the_papers_budget_and_others_do_not() -> None:
     assert composition("policy=sarathi").choices["scheduler"][1]["token_budget"] == 512
     assert composition("policy=sarathi", "scheduler.token_budget=2048").choices["scheduler"][1]["token_budget"] == 2048
-    assert composition("policy=vtc").choices["scheduler"][1]["token_budget"] is None
+    assert composition("policy=dlpm").choices["scheduler"][1]["token_budget"] is None
 
 
 # ---- steps in flight -------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_a_budget_of_the_step_is_what_decodes_leave_and_one_of_each_prompt_is_a_
     asked = [*decodes, ask(0.1, 30, 2, "A"), ask(0.1, 30, 2, "B")]
     tau, _ = composed(asked, ("chunked", {"token_budget": 16}))
     assert next(s for s in tau if "A" in s) == {"d0": 1, "d1": 1, "d2": 1, "A": 13}
-    cap, _ = composed(asked, ("chunked", {"token_budget": None}), budget=("fixed", {"chunk_size": 16}))
+    cap, _ = composed(asked, ("chunked", {"token_budget": 64}), budget=("fixed", {"chunk_size": 16}))
     assert next(s for s in cap if "A" in s) == {"d0": 1, "d1": 1, "d2": 1, "A": 16, "B": 16}
 
 
