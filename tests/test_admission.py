@@ -244,6 +244,32 @@ def test_after_a_retraction_the_ratio_is_what_was_used():
     assert {o.state for o in engine.finished} == {"finished"}
 
 
+# ---- requests per minute -----------------------------------------------------------------------------------
+
+
+def minute(over: str, limit: int = 3):
+    """Every 10 s for 2 minutes a request of "busy", and one of "calm" each minute."""
+    asked = [ask(10.0 * i, 2, 2, f"busy{i}", client="busy") for i in range(12)]
+    asked += [ask(60.0 * i + 1, 2, 2, f"calm{i}", client="calm") for i in range(2)]
+    return run(asked, admission=("rpm", {"limit": limit, "over": over}))
+
+
+def test_rpm_takes_so_many_of_a_clients_requests_in_any_minute_and_rejects_the_rest():
+    result = minute("reject")
+    taken = [o.id for o in result.outputs if o.state == "finished"]
+    assert taken == ["busy0", "calm0", "busy1", "busy2", "busy6", "calm1", "busy7", "busy8"]
+    refused = next(o for o in result.outputs if o.id == "busy3")
+    assert refused.finish_reason == "client 'busy' has 3 requests per 60 s, and this is one more"
+
+
+def test_rpm_that_defers_starts_at_most_so_many_in_any_minute_and_all_in_the_end():
+    result = minute("defer")
+    assert {o.state for o in result.outputs} == {"finished"}
+    starts = sorted(o.first_scheduled_time for o in result.outputs if o.tags.client == "busy")
+    assert all(later - earlier >= 60.0 for earlier, later in zip(starts, starts[3:], strict=False))
+    assert starts[-1] == pytest.approx(200.0, abs=0.1)  # 12 requests, 3 per minute: the last three come 3 minutes after 20 s
+
+
 # ---- early rejection ---------------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,24 @@ def test_of_requests_that_share_an_uncached_prefix_one_goes_and_the_others_wait_
     assert ids(warmed(order, salted)) == ["salt0", "salt1", "salt2"]  # other salts share nothing
 
 
+def test_k_lpm_takes_the_oldest_and_then_k_minus_one_with_the_longest_prefix():
+    """ "hot" requests hit what "first" has cached, "cold" ones hit nothing and are older."""
+    head = list(range(2, 66))
+    asked = [ask(0.0, [*head, 1], 2, "first")]
+    asked += [ask(0.5, [1000 + i] * 64, 1, f"cold{i}") for i in range(3)]
+    asked += [ask(0.5, [*head, 100 + i], 1, f"hot{i}") for i in range(4)]
+    config = EngineConfig(block_size=8, num_blocks=256, max_num_seqs=1, max_num_batched_tokens=256)
+
+    def order(k: int) -> list[str]:
+        return finishing(run(asked, order=("k_lpm", {"k": k}), cache="radix", engine=config))[1:]
+
+    cold, hot = [f"cold{i}" for i in range(3)], [f"hot{i}" for i in range(4)]
+    assert order(1) == [*cold, *hot]
+    assert order(1000) == [*hot, *cold]
+    # "first" was the oldest once; of every three that start one is.
+    assert order(3) == ["hot0", "hot1", "cold0", "hot2", "hot3", "cold1", "cold2"]
+
+
 def test_dfs_weight_walks_the_heaviest_subtree_first_and_keeps_groups_together():
     engine = compose(order="dfs_weight", cache="radix", engine=CONFIG)
     for i, head in enumerate(([2] * 32, [2] * 16 + [4] * 16, [3] * 32)):
