@@ -66,6 +66,8 @@ class Tags:
     category: str = ""  # e.g. chat, api, agent
     priority: int = 0  # smaller is more urgent, as in vLLM
     tool: str = ""  # the tool call that follows this request, "" for none
+    parents: tuple[str, ...] = ()  # ids of the calls of its program whose answers it waited for, where known
+    last: bool = False  # nothing of its program follows, where that is known
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ TESTS = {
             "vtc": "test_orders_service.py::test_vtc_bounds_the_service_difference_of_backlogged_clients_and_fcfs_does_not",
             "dlpm": "test_orders_service.py::test_dlpm_is_more_local_than_vtc_and_fairer_than_lpm",
             "mlfq": "test_orders_service.py::test_mlfq_has_levels_without_end_unless_it_is_told",
+            "atlas": "test_orders_service.py::test_atlas_charges_the_critical_path_and_plas_all_calls",
             "plas": "test_orders_service.py::test_plas_gives_a_call_the_whole_quantum_of_its_queue",
         },
     ),

@@ -321,6 +321,33 @@ def test_plas_promotion_begins_the_window_of_the_call_and_not_that_of_its_progra
     assert order.program(call).served == pytest.approx(1.0)
 
 
+def test_atlas_charges_the_critical_path_and_plas_all_calls():
+    """Three calls in parallel, of 80, 40 and 40 ms, then one that waits for all of them, and one for the
+    shorter ones alone.
+    """
+    levels = {}
+    for order in ("plas", "atlas"):
+        engine = compose(order=(order, PLAS | {"quantum": 0.05}), engine=EngineConfig(max_num_seqs=8))
+        engine.run([ask(0.0, 1, answer, f"c{i}", session="s") for i, answer in enumerate((8, 4, 4))])
+        join = ask(0.0, 1, 1, "join", session="s", turn=1, parents=("c0", "c1", "c2"))
+        short = ask(0.0, 1, 1, "short", session="s", turn=1, parents=("c1", "c2"))
+        unsaid = ask(0.0, 1, 1, "unsaid", session="s", turn=1)
+        fork = ask(0.0, 1, 1, "fork", session="s")
+        levels[order] = [engine.roles["order"].level(r) for r in arriving(engine, join, short, unsaid, fork)]
+    # Queues end at 50, 150 and 350 ms: all calls had 160 ms, the longest path 80, the shorter ones 40.
+    assert levels == {"plas": [2, 2, 2, 2], "atlas": [1, 0, 1, 0]}
+
+
+def test_atlas_adds_up_along_a_chain():
+    engine = compose(order=("atlas", PLAS | {"quantum": 0.05}))
+    before: tuple[str, ...] = ()
+    for i in range(4):
+        engine.run([ask(0.0, 1, 4, f"c{i}", session="s", turn=i, parents=before)])
+        before = (f"c{i}",)
+    (call,) = arriving(engine, ask(0.0, 1, 1, session="s", turn=4, parents=before))
+    assert engine.roles["order"].standing(call) == pytest.approx(4 * 0.04)
+
+
 @pytest.mark.parametrize("order", ["mlfq", "plas"])
 def test_feedback_queues_refuse_parameters_that_make_no_queue(order):
     with pytest.raises(ConfigError, match="order.quantum=0"):

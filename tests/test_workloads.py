@@ -352,6 +352,8 @@ def test_agent_calls_follow_the_answer_and_the_tool_and_reuse_their_own_prefix(t
         assert (sub.arrival_time, last.arrival_time) == pytest.approx((first.finish_time + 2, sub.finish_time + 5))
         assert [o.num_cached_tokens for o in (first, sub, last)] == [0, 0, 128], "ids are local to the session"
         assert [o.tags.tool for o in (first, sub, last)] == ["tool", "", ""]
+        assert [o.tags.parents for o in (first, sub, last)] == [(), (first.id,), (sub.id,)]
+        assert [o.tags.last for o in (first, sub, last)] == [False, False, True]
 
 
 def test_agent_sessions_are_scaled_and_end_with_the_context(tmp_path):

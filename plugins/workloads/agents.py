@@ -73,7 +73,15 @@ class Agents(Paced):
         calls = self._sessions[id].calls
         call, length = calls[turn], self._length(id, turn)
         prompt = self._prompt(id, turn) if length < self._max_model_len else only_its_length(length)
-        tags = Tags(client=id, session=id, turn=turn, category="agent", tool=call.tool)
+        tags = Tags(
+            client=id,
+            session=id,
+            turn=turn,
+            category="agent",
+            tool=call.tool,
+            parents=(f"{id}.{turn - 1}",) if turn else (),
+            last=turn + 1 == len(calls),
+        )
         time = now + call.think_time * self.think_scale if turn else now
         return Arrival(time, prompt, self.sampling(), self._scaled(call.output_len), f"{id}.{turn}", tags)
 

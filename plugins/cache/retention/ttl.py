@@ -53,8 +53,9 @@ class TimeToLive(Retention):
     exponential of mean `prior`. The paper has 100 and 1 s.
     history: calls and queueing times that are remembered, of each tool and of all.
 
-    A program ends with a request that calls no tool. The session's next turn, the end of tau, or a lack of
-    memory ends the pin. Not here: reloading from the host, which the paper weighs against computing again.
+    A program ends with a request that calls no tool, or that says it is the last. The session's next turn,
+    the end of tau, or a lack of memory ends the pin. Not here: reloading from the host, which the paper
+    weighs against computing again.
     """
 
     prior: float = param(1.0, min=1e-6, max=1e6, unit="seconds")
@@ -105,7 +106,7 @@ class TimeToLive(Retention):
             return
         kv.unpin(session)
         made = self._made.get(session, 0) + 1
-        if not tool:
+        if not tool or request.tags.last:
             self._made.pop(session, None)
             self.memory.learn(made)
             return

@@ -47,10 +47,9 @@ class ProgramService(KeyOrder):
 
     A new call starts where its program stands, not at the top, which is what MLFQ over calls gets wrong for
     programs of many short calls; there it has a whole quantum. Service is the duration of the steps that held
-    a call. Use scheduler=preemptive for preemption; it recomputes, the paper swaps. Programs are never
-    forgotten: state grows by a few words a session.
-    Not here: routing long programs to one engine. Parallel calls of a program are weighed by their critical
-    path in ATLAS.
+    a call. Use scheduler=preemptive for preemption. Programs are never forgotten: state grows by a few
+    words a session. Parallel calls of a program are weighed by their critical path in order=atlas.
+    Differs: preemption recomputes, the paper swaps. Not here: routing long programs to one engine.
     """
 
     may_starve = "behind new programs a call waits beta times as long as its program was served"
@@ -76,6 +75,16 @@ class ProgramService(KeyOrder):
         session = request.tags.session
         return self._programs.setdefault(session, Program()) if session else Program()
 
+    def standing(self, request: Request) -> float:
+        """Seconds of service that decide which queue a new call joins."""
+        return self.program(request).served
+
+    def completed(self, request: Request, call: Call) -> None:
+        """A call has ended, and what it had is its program's."""
+        program = self.program(request)
+        program.served += call.served
+        program.waited += call.waited
+
     def level(self, request: Request) -> int:
         """0 is the first queue."""
         return self._calls[request.index].level
@@ -92,7 +101,7 @@ class ProgramService(KeyOrder):
         return super().order(view)
 
     def on_arrival(self, request: Request, now: float) -> None:
-        served = self.program(request).served
+        served = self.standing(request)
         self._calls[request.index] = Call(next(i for i, limit in enumerate(self._limits) if served <= limit))
         super().on_arrival(request, now)
         self._wait(request, now)
@@ -114,9 +123,7 @@ class ProgramService(KeyOrder):
             if (call := self._calls.get(request.index)) is not None:
                 self._serve(request, call, spent)
         for request in self._ended:
-            call, program = self._calls.pop(request.index), self.program(request)
-            program.served += call.served
-            program.waited += call.waited
+            self.completed(request, self._calls.pop(request.index))
         self._ended.clear()
 
     def on_finish(self, request: Request, now: float) -> None:
