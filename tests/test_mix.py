@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from core.errors import WorkloadError
 from core.metrics import summarize
 from core.report import run_table
 from headway import SLO, Arrival, ConfigError, Request, RequestOutput, RequestState, RunResult, Tags, load_registry
@@ -32,7 +33,7 @@ def test_every_workload_can_be_dealt():
     for name in registry.names("workload"):
         plugin = registry.get("workload", name)
         assert issubclass(plugin.config, Mix), name
-        assert {"clients", "client_skew", "priorities", "slo_tiers"} <= {f.name for f in plugin.parameters()}, name
+        assert {"clients", "client_skew", "priorities", "slo_tiers", "slo_shares"} <= {f.name for f in plugin.parameters()}, name
 
 
 @dataclass
@@ -69,6 +70,19 @@ def test_priorities_and_tiers_are_uniform_and_change_nothing_else():
     assert set(Counter(a.tags.priority for a in dealt)) == {0, 1, 2}
     assert all(250 < n < 350 for n in Counter(a.tags.priority for a in dealt).values())
     assert all(400 < n < 500 for n in Counter(a.slo for a in dealt).values())
+
+
+def test_tiers_have_the_shares_that_they_are_given():
+    made = arrivals(SharedPrefix(num_requests=3000, input_len=8, slo_tiers=TIERS, slo_shares=[1.0, 3.0]))
+    counts = Counter(a.slo for a in made)
+    assert [counts[tier] / 3000 for tier in TIERS] == pytest.approx([0.25, 0.75], abs=0.03)
+    assert {a.slo for a in arrivals(SharedPrefix(slo_tiers=TIERS, slo_shares=[0.0, 2.0]))} == {TIERS[1]}
+
+
+@pytest.mark.parametrize(("tiers", "shares"), [(2, [1.0]), (2, [0.0, 0.0]), (0, [1.0])])
+def test_shares_that_are_not_those_of_the_tiers_are_refused(tiers, shares):
+    with pytest.raises(WorkloadError, match=r"workload.slo_shares=\[.*expected one for each of the"):
+        arrivals(SharedPrefix(slo_tiers=TIERS[:tiers], slo_shares=shares))
 
 
 def test_one_choice_does_not_move_another():

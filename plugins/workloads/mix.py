@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from random import Random
 from typing import ClassVar
 
-from headway import SLO, Arrival, Workload, param
+from headway import SLO, Arrival, Workload, WorkloadError, param
 
 MOST = 1_000_000
 
@@ -21,6 +21,7 @@ class Mix(Workload):
     client_skew: float | None = param(None, min=0, max=100, doc="dealt at random instead: the k-th client has a share of 1 / k ** skew")
     priorities: int | None = param(None, min=1, max=MOST, doc="priority classes, drawn uniformly; 0 is the most urgent")
     slo_tiers: list[SLO] | None = param(None, doc="latency targets, drawn uniformly: [{ttft: 0.5}, {ttft: 5, tpot: 0.2}]; slo.* is for the rest")
+    slo_shares: list[float] | None = param(None, min=0, max=1e9, doc="weight of each tier, where they are not alike")
 
     dealt_by_itself: ClassVar[tuple[str, ...]] = ()  # parameters of these that a workload takes care of
 
@@ -30,6 +31,7 @@ class Mix(Workload):
         self._dealt: dict[str, int] = {}
         weights = (k ** -(self.client_skew or 0.0) for k in range(1, (self.clients or 1) + 1))
         self._shares = list(accumulate(weights))
+        self._tier_shares = self._of_tiers()
         return (self.dealt(arrival, i) for i, arrival in enumerate(arrivals))
 
     def dealt(self, arrival: Arrival, number: int = 0) -> Arrival:
@@ -48,10 +50,23 @@ class Mix(Workload):
         if "priorities" in own:
             tags = replace(tags, priority=int(priority * (self.priorities or 1)))
         if "slo_tiers" in own and slo == SLO() and self.slo_tiers:
-            slo = self.slo_tiers[int(tier * len(self.slo_tiers))]
+            slo = self.slo_tiers[_share_of(tier, self._tier_shares)]
         return replace(arrival, tags=tags, slo=slo)
 
     def _dealt_client(self, number: int, drawn: float) -> int:
-        if self.client_skew is None:
-            return number % len(self._shares)
-        return next(k for k, upto in enumerate(self._shares) if drawn * self._shares[-1] < upto)
+        return number % len(self._shares) if self.client_skew is None else _share_of(drawn, self._shares)
+
+    def _of_tiers(self) -> list[float]:
+        """Shares of the tiers, added up. Raises WorkloadError for shares that are not one for each tier, or all 0."""
+        tiers, shares = self.slo_tiers or [], self.slo_shares
+        if shares is None:
+            return list(accumulate(1.0 for _ in tiers))
+        if len(shares) != len(tiers) or not sum(shares) > 0:
+            expected = f"one for each of the {len(tiers)} workload.slo_tiers, not all of them 0"
+            raise WorkloadError(f"workload.slo_shares={shares}: expected {expected}")
+        return list(accumulate(shares))
+
+
+def _share_of(drawn: float, shares: Sequence[float]) -> int:
+    """Whose share of shares, added up, a number from 0 to 1 falls into."""
+    return next(k for k, upto in enumerate(shares) if drawn * shares[-1] < upto)
