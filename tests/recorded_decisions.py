@@ -1,5 +1,5 @@
-"""Decision hashes of every scheduler x order x cache x eviction x victim, which a refactoring leaves as they
-are.
+"""Decision hashes of compositions, which a refactoring leaves as they are: scheduler=chunked with every order x
+cache x eviction x victim, every other scheduler with every order x cache x victim and an eviction drawn for it.
 
     python tests/recorded_decisions.py              runs the whole set (minutes); names the rows that differ
     python tests/recorded_decisions.py --write      records it again, after decisions changed on purpose
@@ -41,7 +41,9 @@ RECORD = Path(__file__).with_suffix(".json")
 SIMULATED = "simulated"
 TORCH = "torch"
 SAMPLING = SamplingParams(max_tokens=24)
-BUDGETED = ("chunked", "preemptive")  # schedulers with a token budget of their own
+BUDGETED = ("chunked", "preemptive", "selective", "running_first")  # schedulers with a token budget of their own
+RANKED = ("preemptive", "selective")  # schedulers that rank running requests as well, and refuse orders that do not
+OTHER_NAMES = ("fcfs",)  # of schedulers that are there under another one
 
 
 @dataclass
@@ -58,12 +60,21 @@ class Pipeline(Server):
 
 def simulated_rows() -> Iterator[str]:
     for scheduler in REGISTRY.names("scheduler"):
+        if scheduler in OTHER_NAMES:
+            continue
         for order in REGISTRY.names("order"):
-            if scheduler == "preemptive" and not issubclass(factory_of(order), KeyOrder):
-                continue  # it needs to rank running requests as well, and refuses the others
+            if scheduler in RANKED and not issubclass(factory_of(order), KeyOrder):
+                continue
             for prefixes in REGISTRY.names("cache"):
-                for eviction in ["lru"] if prefixes == "none" else REGISTRY.names("eviction"):
+                for eviction in evictions(scheduler, order, prefixes):
                     yield f"{SIMULATED} {scheduler} {order} {prefixes} {eviction}"
+
+
+def evictions(scheduler: str, order: str, prefixes: str) -> list[str]:
+    if prefixes == "none":
+        return ["lru"]
+    names = REGISTRY.names("eviction")
+    return names if scheduler == "chunked" else [Random(f"{scheduler} {order} {prefixes}").choice(names)]
 
 
 def factory_of(order: str) -> Any:
@@ -117,7 +128,7 @@ def _simulated(rng: Random, **named: str) -> str:
         choices["scheduler"] = (named["scheduler"], parameters)
     optional = {
         "budget": (None, ("fixed", {"chunk_size": 8})),
-        "admission": (None, "always", "past_future"),
+        "admission": (None, "always", "past_future", "peak_memory", "new_token_ratio"),
         "retention": (None, ("ttl", {}), "keep", "drop"),
     }
     choices |= {role: choice for role, among in optional.items() if (choice := rng.choice(among)) is not None}

@@ -49,7 +49,7 @@ def test_the_predicted_peak_is_what_a_walk_through_the_future_finds(seed, size):
     rng = Random(seed)
     batch = [(-rng.randint(1, 40), rng.randint(1, 50)) for _ in range(rng.randint(1, 12))]
     engine = compose(admission="past_future", predictor="oracle", engine=EngineConfig(block_size=size))
-    assert engine.admission.peak(batch) == brute_force_peak(batch, size)
+    assert engine.roles.admission.peak(batch) == brute_force_peak(batch, size)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -84,9 +84,9 @@ class Growing(Predictor):
 def test_past_future_draws_anew_at_every_decision_and_once_in_each():
     config = EngineConfig(block_size=4, num_blocks=12, max_num_seqs=4)
     engine = compose(admission="past_future", predictor="oracle", engine=config)
-    engine.predictor.inner = predictor = Growing()
+    predictor = Growing()
     predictor.setup(None)
-    engine.roles["admission"]._predictor = predictor
+    engine.roles.admission._predictor = predictor
     for id in "ab":
         engine.add(ask(0.0, 16, 9, id))
     engine.step()
@@ -104,13 +104,13 @@ def test_past_future_is_asked_before_a_preempted_request_starts_again():
         engine=EngineConfig(block_size=4, num_blocks=30, max_num_seqs=4, max_num_batched_tokens=256, check=True),
     )  # fmt: skip
     answers = []
-    admit = engine.admission.admit
+    admit = engine.roles.admission.admit
 
     def noted(request, view):
         answers.append((request.num_preemptions, type(answer := admit(request, view))))
         return answer
 
-    engine.admission.admit = noted
+    engine.roles.admission.admit = noted
     result = engine.run([ask(0.0, 8, 60, id) for id in "abc"])
     assert result.num_preemptions > 0 and {o.state for o in result.outputs} == {"finished"}
     assert (1, Defer) in answers and (1, Admit) in answers
@@ -125,7 +125,7 @@ def test_an_admission_that_readmits_may_not_reject_who_was_preempted():
             return Reject("no") if request.num_preemptions else Admit()
 
     engine = compose(engine=EngineConfig(block_size=4, num_blocks=12, max_num_seqs=4))
-    engine.admission = RefusesTheOld()
+    engine.roles.admission = RefusesTheOld()
     with pytest.raises(PolicyError, match="expected Admit or Defer for a request that was preempted"):
         engine.run([ask(0.0, 8, 30, id) for id in "abc"])
 
@@ -224,7 +224,7 @@ def test_the_ratio_decays_with_decode_steps_to_its_least():
     engine = ratio_engine(1000, may_ask(10, 60, 30, "A"))
     seen = []
     while engine.step():
-        seen.append(engine.admission.ratio)
+        seen.append(engine.roles.admission.ratio)
     assert seen[0] == 0.5  # a prefill
     assert seen[1:12] == pytest.approx([0.5 - 0.04 * i for i in range(1, 11)] + [0.1])
     assert seen[-1] == pytest.approx(0.1)
@@ -234,14 +234,14 @@ def test_after_a_retraction_the_ratio_is_what_was_used():
     """Two of 10 + 60 in a pool of 110 start when little is thought to be needed, and both need all."""
     engine = ratio_engine(110, may_ask(10, 60, 60, "A"), may_ask(10, 60, 60, "B", 0.025), init=0.3)
     before: dict[str, int] = {}
-    while not engine.num_preemptions:
+    while not engine.roster.num_preemptions:
         before = {r.id: r.num_output_tokens for r in engine.running}
         assert engine.step()
     assert set(before) == {"A", "B"} and [r.id for r in engine.running] == ["A"]
-    assert engine.admission.ratio == pytest.approx((before["A"] + 1 + 5) / 60)
+    assert engine.roles.admission.ratio == pytest.approx((before["A"] + 1 + 5) / 60)
     while engine.step():
         pass
-    assert {o.state for o in engine.finished} == {"finished"}
+    assert {o.state for o in engine.roster.finished} == {"finished"}
 
 
 # ---- requests per minute -----------------------------------------------------------------------------------

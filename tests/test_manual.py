@@ -51,7 +51,8 @@ def test_every_parameter_is_there_as_it_would_be_typed(registry):
 
 
 def test_a_policy_says_what_it_chooses(registry):
-    assert "[scheduler=chunked order=vtc]" in sections(manual([], registry))["policy"]
+    said = " ".join(sections(manual([], registry))["policy"].split())
+    assert "[scheduler=prefill_first order=vtc admission=peak_memory cache=none]" in said
 
 
 @pytest.mark.parametrize(

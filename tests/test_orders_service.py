@@ -315,7 +315,7 @@ def test_plas_promotion_begins_the_window_of_the_call_and_not_that_of_its_progra
     began = engine.clock.inner.now()
     assert order.program(call).served == pytest.approx(1.0) and order.level(call) == 3
     for now, level in ((began + 0.49, 3), (began + 0.51, 0)):
-        engine.view._refresh(1, now, 0)
+        engine.view.begin_step(1, now, 0)
         order.order(engine.view)
         assert order.level(call) == level
     assert order.program(call).served == pytest.approx(1.0)

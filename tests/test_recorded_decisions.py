@@ -7,7 +7,7 @@ from recorded_decisions import SIMULATED, TORCH, differences, recorded, rows
 
 from core.blocks import BlockPool
 
-EVERY = 97  # of the simulated rows; a prime, so that the sample meets every choice of every role
+EVERY = 23  # of the simulated rows; a prime, so that the sample meets every choice of every role
 
 
 def sample() -> list[str]:

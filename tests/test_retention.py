@@ -137,7 +137,7 @@ class TestTimeToLive:
             first, _, second = interrupted_agent(0.15)
             between = ask(0.1, list(range(300, 340)), 4, "between")
             engine.run([first, between, ask(0.12, list(range(400, 440)), 4, "also"), second])
-            times = engine.retention._queueing
+            times = engine.roles.retention._queueing
             assert bool(times) is queueing
             assert all(time > 0.02 for time in times)
 

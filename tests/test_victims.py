@@ -43,9 +43,9 @@ def test_last_admitted_goes_by_admission_where_newest_goes_by_arrival():
         for id, priority in (("a", 2), ("b", 0), ("c", 1)):
             engine.add(ask(0.0, 8, 9, id, priority=priority))
         engine.step()
-        engine.view._refresh(1, 0.01, 0)
+        engine.view.begin_step(1, 0.01, 0)
         need = Need(engine.view.running[0], 1)
-        named[victim] = "".join(r.id for r in engine.victim.victims(need, engine.view))
+        named[victim] = "".join(r.id for r in engine.roles.victim.victims(need, engine.view))
     assert named == {"newest": "cba", "last_admitted": "acb"}
 
 
@@ -55,14 +55,14 @@ def test_last_admitted_counts_a_readmission_as_the_last():
     for id in "abc":
         engine.add(ask(0.0, 8, 9, id))
     engine.step()
-    engine.view._refresh(1, 0.01, 0)
+    engine.view.begin_step(1, 0.01, 0)
     b = engine.view.running[1]
-    engine.builder._reset(1, 0.01, 64, 4)
+    engine.builder.begin(1, 0.01, 64, 4)
     engine.builder.preempt(b)
     engine.step()  # not in the step that preempted it
     engine.step()
-    engine.view._refresh(3, 0.03, 0)
-    assert [r.id for r in engine.victim.victims(Need(b, 1), engine.view)] == ["b", "c", "a"]
+    engine.view.begin_step(3, 0.03, 0)
+    assert [r.id for r in engine.roles.victim.victims(Need(b, 1), engine.view)] == ["b", "c", "a"]
 
 
 def test_random_names_everybody_once_and_each_first_equally_often():
