@@ -13,6 +13,7 @@ from .oracle import OracleExecutor
 
 BACKLOG = 12  # requests in the system at any time; four of them run at once
 PATIENCE = 1000  # later arrivals that may end before the odd one does
+RETRY = 1.0  # seconds until who was refused asks again: at once, a policy that refuses would be asked without end
 TIGHT = SLO(0.5, 0.05, 1.0)
 SHARED = [1, 2, 3, 4, 1, 2, 3, 4]
 
@@ -101,6 +102,8 @@ def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
         if request.id == "odd":
             ended["odd"] = True
             return ()
+        if request.state is RequestState.REJECTED:
+            now += RETRY
         if len(engine.roster.finished) < scene.before:
             return more(1, (scene.odd,), now)
         if request.arrival_time >= start:
