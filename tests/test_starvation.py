@@ -41,6 +41,12 @@ def test_every_scene_that_sets_one_request_apart_has_its_mirror() -> None:
     assert len(apart) == 18 and all((other, odd) in apart for odd, other in apart)
 
 
+def test_a_stream_that_is_refused_comes_to_its_end() -> None:
+    """Who is refused asks again later: asked at once, a limit of two requests for good would be asked without end."""
+    found = verdict("admission=rpm", "admission.limit=2", "admission.window=1e9")
+    assert (found.verdict, found.runs) == (kit.PASS, len(starve.SCENES))
+
+
 def test_an_order_that_starves_in_many_scenes_is_told_after_a_few() -> None:
     found = verdict("order=by", "order.rule=newest_first")
     assert found.failed and found.detail.count("has not started") == kit.ENOUGH_SCENES

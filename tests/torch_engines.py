@@ -87,7 +87,8 @@ def prepared(directory: Path, dtype: str | None = None) -> TorchExecutor:
 def scheduler_of(name: str, chunk: int) -> tuple[Any, int]:
     """The scheduler that computes prompts `chunk` tokens at a time, and the step's token budget it needs for that."""
     if name == "chunked":
-        return ChunkedPrefill(token_budget=None, chunk_size=chunk), 128
+        # Started on a chunk, prompts are preempted before they are done: the harder case.
+        return ChunkedPrefill(token_budget=None, chunk_size=chunk, admit_on="chunk"), 128
     if name == "pd_split":
         return TwoPhase(prefill_tokens=chunk), 128
     return PrefillFirst(), chunk
