@@ -1,7 +1,7 @@
 """Decision hashes of every scheduler x order x cache x eviction x victim, which a refactoring leaves as they
 are.
 
-    python tests/recorded_decisions.py              runs the whole set (minutes); names the rows that differ
+    python tests/recorded_decisions.py              runs the whole set (a few minutes); names the rows that differ
     python tests/recorded_decisions.py --write      records it again, after decisions changed on purpose
 
 A row is one (scheduler, order, cache, eviction) over all victims, or one run of the real engine on a tiny
