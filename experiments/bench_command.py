@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import online
+
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = ["scheduler=chunked", "cache=radix"]
 BY_HAND = [
@@ -32,8 +34,8 @@ BY_HAND = [
 ]  # fmt: skip
 NANO = ["workload=nano_bench"]
 OPEN = [
-    "workload=shared_prefix", "workload.num_requests=240", "workload.groups=8", "workload.arrival=poisson", "workload.rate=26",
-    "workload.input_len=[256,1536]", "workload.output_len=[32,384]", "engine.num_blocks=6000", "scheduler.token_budget=2048",
+    "workload=shared_prefix", "workload.rate=26", *(f"workload.{name}={value}" for name, value in online.LOAD.items()),
+    f"engine.num_blocks={online.BLOCKS}", f"scheduler.token_budget={online.BUDGET}",
 ]  # fmt: skip
 
 
@@ -56,7 +58,11 @@ def run(model: str, options: list[str], devices: str = "0") -> dict[str, Any]:
         return summary
 
 
-def throughputs(args: argparse.Namespace, variants: dict[str, list[str]], devices: dict[str, str] | None = None) -> dict[str, float]:
+def throughputs(
+    args: argparse.Namespace,
+    variants: dict[str, list[str]],
+    devices: dict[str, str] | None = None,
+) -> dict[str, float]:
     """Medians of output tokens/s per variant, printed with their spread."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(args.repeats):

@@ -262,7 +262,7 @@ class Bench:
     def bubbles(self, requests: int) -> None:
         self.scheduler.token_budget = 2048
         for depth in (self.args.pp, self.args.pp + 1):
-            self.engine.max_inflight = depth
+            self.engine.flights.max_inflight = depth
             window = Window(self.executor.execution.all_stage_times, first=16, last=16 + self.args.window)
             self.hooks["window"] = window
             seconds = self.run(requests, 1024, 64)

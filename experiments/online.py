@@ -17,6 +17,9 @@ from random import Random
 from typing import Any
 
 BLOCKS, BLOCK_SIZE, CONTEXT, BUDGET = 6000, 16, 4096, 2048
+LOAD: dict[str, Any] = {
+    "num_requests": 240, "groups": 8, "input_len": [256, 1536], "output_len": [32, 384], "arrival": "poisson"
+}  # fmt: skip
 VOCABULARY = 151_936
 DECODES, CHUNK, PROMPT = 64, 512, 900
 
@@ -26,8 +29,13 @@ Times = Sequence[float]  # seconds at which a request arrived and got each of it
 def load(rate: float, seed: int) -> list[Any]:
     from plugins.workloads.shared_prefix import SharedPrefix
 
-    workload = SharedPrefix(num_requests=240, groups=8, input_len=[256, 1536], output_len=[32, 384], arrival="poisson", rate=rate)
+    workload = SharedPrefix(**LOAD, rate=rate)
     return list(workload.arrivals(seed, VOCABULARY, CONTEXT))
+
+
+def drawn(rng: Random, length: int) -> list[int]:
+    """A prompt of so many tokens that no other one has."""
+    return [rng.randint(0, 10_000) for _ in range(length)]
 
 
 def turns(rates: Sequence[float], repeats: int) -> list[tuple[float, int]]:
@@ -61,8 +69,7 @@ def headway_first(llm: Any, report: Callable[..., None]) -> None:
     from headway import Arrival, SamplingParams
 
     rng = Random(0)
-    draw = lambda n: [rng.randint(0, 10_000) for _ in range(n)]  # noqa: E731
-    arrivals = [Arrival(0.2 + 0.3 * i, draw(512), SamplingParams(ignore_eos=True, max_tokens=4)) for i in range(12)]
+    arrivals = [Arrival(0.2 + 0.3 * i, drawn(rng, 512), SamplingParams(ignore_eos=True, max_tokens=4)) for i in range(12)]
     outputs = llm.engine.run(arrivals).outputs
     report(engine="headway", first_ttft_ms=[(o.token_times[0] - o.arrival_time) * 1e3 for o in outputs])
 
@@ -102,11 +109,10 @@ def mixed_steps(llm: Any, repeat: int) -> None:
     from headway import Arrival, SamplingParams
 
     rng = Random(repeat)
-    draw = lambda n: [rng.randint(0, 10_000) for _ in range(n)]  # noqa: E731
     begin = 0.05  # seconds after the run begins
     answer = lambda n: SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n)  # noqa: E731
-    arrivals = [Arrival(begin, draw(PROMPT), answer(600)) for _ in range(DECODES)]
-    arrivals += [Arrival(begin + 3.0, draw(7 * CHUNK), answer(1)) for _ in range(4)]
+    arrivals = [Arrival(begin, drawn(rng, PROMPT), answer(600)) for _ in range(DECODES)]
+    arrivals += [Arrival(begin + 3.0, drawn(rng, 7 * CHUNK), answer(1)) for _ in range(4)]
     llm.engine.run(arrivals)
 
 

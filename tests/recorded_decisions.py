@@ -1,7 +1,7 @@
 """Decision hashes of compositions, which a refactoring leaves as they are: scheduler=chunked with every order x
 cache x eviction x victim, every other scheduler with every order x cache x victim and an eviction drawn for it.
 
-    python tests/recorded_decisions.py              runs the whole set (minutes); names the rows that differ
+    python tests/recorded_decisions.py              runs the whole set (a few minutes); names the rows that differ
     python tests/recorded_decisions.py --write      records it again, after decisions changed on purpose
 
 A row is one (scheduler, order, cache, eviction) over all victims, or one run of the real engine on a tiny

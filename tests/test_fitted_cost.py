@@ -47,6 +47,13 @@ def test_one_slow_step_counts_for_nothing_and_a_change_that_lasts_is_followed():
     assert cost.step_time(*DECODES) == pytest.approx(7 * usual)
 
 
+def test_a_step_that_nobody_asks_about_costs_no_roofline(monkeypatch):
+    cost = fitted()
+    monkeypatch.setattr(cost.roofline, "step_time", lambda *_: pytest.fail("worked out though nobody asked"))
+    for chunks in (DECODES, PROMPT):
+        cost.observe(*chunks, 0.1)
+
+
 @given(steps)
 def test_the_same_steps_give_the_same_predictions_after_a_round_trip(seen):
     first = fitted()

@@ -24,7 +24,7 @@ from plugins.kernels.torch import TorchKernels
 from plugins.models.loading import build, load, targets
 from plugins.models.spec import read_model
 from plugins.parallel import launch, symmetric
-from plugins.parallel.execution import Job
+from plugins.parallel.execution import Job, RankExecution
 from plugins.parallel.pipeline import cut, layers_of
 from plugins.parallel.tensor import shard
 
@@ -225,6 +225,13 @@ def test_a_wrong_number_of_processes_under_torchrun_is_refused(monkeypatch):
 
 
 # ---- the simulator ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_without_memory_for_graphs_ends_the_run_and_names_the_flag():
+    """Others have theirs, and would wait for sums of padded steps that never come."""
+    rank = SimpleNamespace(mesh=SimpleNamespace(rank=1))
+    with pytest.raises(ConfigError, match="rank 1: no memory is left to capture CUDA graphs.*kernels.cuda_graphs=false"):
+        RankExecution._go_without_graphs(rank)
 
 
 def test_the_simulator_charges_a_rank_its_share_and_the_link():

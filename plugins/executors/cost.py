@@ -28,6 +28,7 @@ from typing import Any
 from headway import ConfigError, Hardware, ModelShape
 
 GIB = 1 << 30
+Step = tuple[Sequence[int], Sequence[int], float]  # starts and lengths of its chunks, and what it took in seconds
 
 
 def default_token_budget(shape: ModelShape, hardware: Hardware) -> int:
@@ -127,21 +128,28 @@ class Fitted:
 
     def __init__(self, roofline: Roofline) -> None:
         self.roofline = roofline
-        self._seen: dict[bool, deque[float]] = {decodes: deque(maxlen=self.STEPS) for decodes in (True, False)}
-        self._factors = {True: 1.0, False: 1.0}
+        # (starts, lengths, seconds) of the last steps: worked out when somebody asks, since most runs ask for nothing.
+        self._seen: dict[bool, deque[Step]] = {decodes: deque(maxlen=self.STEPS) for decodes in (True, False)}
+        self._factors: dict[bool, float] = {}  # of the kinds that were asked for since their last step
 
     def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
-        return self.roofline.step_time(starts, lengths) * self._factors[_only_decodes(lengths)]
+        return self.roofline.step_time(starts, lengths) * self._factor(_only_decodes(lengths))
 
     def observe(self, starts: Sequence[int], lengths: Sequence[int], seconds: float) -> None:
         """A step with these chunks took so long."""
         kind = _only_decodes(lengths)
-        self._seen[kind].append(seconds / self.roofline.step_time(starts, lengths))
-        self._factors[kind] = statistics.median(self._seen[kind])
+        self._seen[kind].append((starts, lengths, seconds))
+        self._factors.pop(kind, None)
+
+    def _factor(self, kind: bool) -> float:
+        if kind not in self._factors:
+            found = [seconds / self.roofline.step_time(starts, lengths) for starts, lengths, seconds in self._seen[kind]]
+            self._factors[kind] = statistics.median(found) if found else 1.0
+        return self._factors[kind]
 
     def __str__(self) -> str:
         words = {True: "of decodes", False: "with prompts"}
-        found = [f"x {self._factors[kind]:.2f} in steps {words[kind]}" for kind in (True, False) if self._seen[kind]]
+        found = [f"x {self._factor(kind):.2f} in steps {words[kind]}" for kind in (True, False) if self._seen[kind]]
         return ", ".join([str(self.roofline), *found])
 
 

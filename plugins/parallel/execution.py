@@ -14,7 +14,7 @@ import torch
 from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig
 
 from ..executors.torch import TorchExecutor
-from ..executors.torch.execution import Execution, Ticket
+from ..executors.torch.execution import MEMORY_REMEDY, NO_MEMORY, Execution, Ticket
 from ..executors.torch.runner import Sampled
 from .launch import Ranks
 from .pipeline import Stage, StageBatcher, StageRunner, cut
@@ -86,14 +86,9 @@ class RankExecution(Execution):
         With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0) else."""
         return self.model.times()
 
-    def _capture(self, longest: int) -> bool:
-        captured = super()._capture(longest)
-        if self.kernels.cuda_graphs and not captured:  # others have theirs, and would send and sum padded steps
-            raise ConfigError(
-                f"rank {self.mesh.rank}: no memory is left to capture CUDA graphs, which all ranks have or none: "
-                "lower executor.gpu_memory_utilization or engine.max_num_seqs, or set kernels.cuda_graphs=false"
-            )
-        return captured
+    def _go_without_graphs(self) -> None:
+        """Not a rank alone: others have their graphs, and would send and sum padded steps."""
+        raise ConfigError(f"rank {self.mesh.rank}: {NO_MEMORY}, which all ranks have or none: {MEMORY_REMEDY}")
 
     def linger(self) -> None:
         """At once in a pipeline, whose stages work on several steps."""

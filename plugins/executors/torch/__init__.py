@@ -84,7 +84,7 @@ class TorchExecutor(Executor):
         that policies ask for, until there are measured ones; on a CPU the latter alone.
         Raises ConfigError and ModelError before weights are read, and RankError when another rank fails.
         """
-        parallel = parallel or ParallelConfig()
+        parallel, card = parallel or ParallelConfig(), hardware or Hardware()
         self._before_weights(model, engine or EngineConfig(), parallel)
         if parallel.world_size > 1:
             from ...parallel.execution import Job, drive
@@ -95,10 +95,9 @@ class TorchExecutor(Executor):
             from .execution import Execution
 
             self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
-        execution = self._execution
-        self._foretell(execution.spec.shape, hardware or Hardware(), parallel)
-        card = (hardware or Hardware()) if execution.device.type == "cuda" else None
-        self.caps = _caps(execution.spec.shape, execution.spec.eos_token_ids, parallel.pp, card)
+        spec, on_gpu = self._execution.spec, self._execution.device.type == "cuda"
+        self._foretell(spec.shape, card, parallel)
+        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel.pp, card if on_gpu else None)
 
     def check(
         self,

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from . import TorchExecutor
 
 
+NO_MEMORY = "no memory is left to capture CUDA graphs"
+MEMORY_REMEDY = "lower executor.gpu_memory_utilization or engine.max_num_seqs, or set kernels.cuda_graphs=false"
+
+
 class TokenLogprobs(NamedTuple):
     """Log-probabilities at one sampled token, of the model's own distribution."""
 
@@ -47,10 +51,10 @@ class Ticket:
     plan: StepPlan
     launched: float
     slot: int  # of the result ring
-    flight: Flight | None = None
     logprobs: tuple[Any, ...] | None = None  # as in Sampled, on the host
     wanted: list[int | None] = field(default_factory=list)  # alternatives each sampled request asked for; filled when any does
     timings: dict[str, float] = field(default_factory=dict)
+    flight: Flight = field(init=False)  # once it is launched
     began: Any = None  # CUDA events around the step's work, when profiling
     ended: Any = None
 
@@ -142,7 +146,7 @@ class Execution:
             longest = self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
             covered = f"prompts of up to {longest:,} tokens and decodes" if longest else "decodes"
             done = f"CUDA graphs of {covered}" if self._capture(longest) else "no CUDA graphs"
-            if longest:  # else prompts are read on the host row by row, or by several ranks
+            if longest:  # else prompts are read on the host row by row
                 sizes = token_sizes(runner.max_num_batched_tokens)
                 captured = runner.mixed_graphs is not None
                 warm_up(runner, [] if captured else batch_sizes(runner.max_num_seqs), sizes[-1:] if captured else sizes)
@@ -166,14 +170,14 @@ class Execution:
         except torch.OutOfMemoryError:
             gc.collect()
             torch.cuda.empty_cache()
-            print(
-                "warning: no memory is left to capture CUDA graphs, so steps run without them: lower executor.gpu_memory_utilization "
-                "or engine.max_num_seqs, or set kernels.cuda_graphs=false",
-                file=sys.stderr,
-            )
+            self._go_without_graphs()
             return False
         runner.decode_step, runner.mixed_graphs = decode.decode, mixed
         return True
+
+    def _go_without_graphs(self) -> None:
+        """There was no memory to capture them."""
+        self._say(f"warning: {NO_MEMORY}, so steps run without them: {MEMORY_REMEDY}")
 
     def _longest_mixed(self, at_most: int) -> int:
         """Tokens of the largest step with prompts that gets a graph: the same on every rank, or some would wait for others."""
@@ -232,8 +236,7 @@ class Execution:
         began = perf_counter()
         self._wait(ticket)
         waited = perf_counter()
-        if ticket.flight is not None:
-            self._forecast.collected(ticket.flight, waited)
+        self._forecast.collected(ticket.flight, waited)
         step = ticket.step
         drawn = self._read[ticket.slot][: step.num_samples].tolist()
         logprobs = None if ticket.logprobs is None else _logprobs(drawn, ticket)

@@ -83,15 +83,18 @@ class ModelRunner:
         if len(step.data):  # else it is the last decode step again
             data = self.staging.send(step.data)
             self._tell(step, data)
-            self._set_batch(step, data[2 * step.num_updates :])
+            self._set_batch(step, data[step.num_told :])
         return self.decode_step(step.num_seqs, step.max_context, step.sampling, step.logprobs)
 
     def _tell(self, step: StepInput, data: Tensor) -> None:
         """Applies what the step says about rows, at the front of `data`."""
+        self._update_rows(data, step.num_updates, step.num_admitted)
+
+    def _update_rows(self, data: Tensor, num_updates: int, num_admitted: int) -> None:
         self.kernels.update_rows(
             data,
-            step.num_updates,
-            step.num_admitted,
+            num_updates,
+            num_admitted,
             block_tables=self.block_tables,
             numbers=self.numbers,
             top_k=self.top_k,
@@ -108,9 +111,7 @@ class ModelRunner:
         last = self.max_num_seqs
         block = int(self.block_tables[last, 0])
         said = [last * self.block_tables.shape[1], block, last, 0, 0, 0, 0, 0, 0]
-        data = self.staging.send(np.array(said, dtype=np.int32))
-        rows = {"numbers": self.numbers, "top_k": self.top_k, "seeds": self.seeds}
-        self.kernels.update_rows(data, 1, 1, block_tables=self.block_tables, **rows)
+        self._update_rows(self.staging.send(np.array(said, dtype=np.int32)), 1, 1)
 
     @torch.inference_mode()
     def decode(self, num_seqs: int, max_context: int, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
@@ -138,10 +139,7 @@ class ModelRunner:
         """Chunks of any length, as CUDA graphs where some are large enough."""
         graphs = self.mixed_graphs
         size = graphs.size_of(step) if graphs is not None else None
-        if size is not None:
-            data = self.staging.send(step.padded(*size, self.max_num_seqs))
-        else:
-            data = self.staging.send(step.data)
+        data = self.staging.send(step.data if size is None else step.padded(*size, self.max_num_seqs))
         self._tell(step, data)
         told, samples = step.num_told, step.num_samples
         if size is not None:
