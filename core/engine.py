@@ -20,6 +20,7 @@ from .arrivals import ArrivalQueue, OnResult, checked, in_order
 from .blocks import BlockPool
 from .calls import Calls
 from .clock import RecordingClock
+from .collecting import rare_collections
 from .config import EngineConfig
 from .counts import Counts
 from .decisions import DecisionLog
@@ -234,6 +235,7 @@ class Engine:
 
     # ---- whole runs ----------------------------------------------------------------------------------------
 
+    @rare_collections()
     def run(self, arrivals: Iterable[Arrival] = (), on_result: OnResult | None = None) -> RunResult:
         """Runs until nothing is left. Ctrl-C and errors end the run but keep what was done; an error is
         raised again with the partial result as its `partial` attribute.
