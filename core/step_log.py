@@ -1,9 +1,9 @@
 """StepLog: the steps of a run as columns, written once and read by every observer that makes a file of them.
 
 A step's numbers are copied into arrays that grow, so no plan, request or list of the engine stays alive. The
-readers get them in pieces of at most `MOST_STEPS` steps, the last one maybe empty, and after that the arrays are empty again: what a log
-holds is 144 bytes per step, 24 per planned request and 8 per allocated block, under 60 MB as long as no step has
-more than a million planned requests and blocks.
+readers get them in pieces of at most `MOST_STEPS` steps, the last one maybe empty, and after that the arrays
+are empty again. A log holds 136 bytes per step, 24 per planned request, 8 per allocated block and 24 per
+allocation: about 50 MB at most before a piece is handed over, and as much again while it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOST_STEPS = 4096
-MOST_NUMBERS = 2_000_000  # of planned requests and blocks, 8 bytes each
+MOST_NUMBERS = 2_000_000  # planned requests, allocated blocks
 
 #: Columns of whole numbers, then of seconds: a StepRecord's, and its plan's.
 COUNTS = (
