@@ -235,7 +235,6 @@ class Engine:
 
     # ---- whole runs ----------------------------------------------------------------------------------------
 
-    @rare_collections()
     def run(self, arrivals: Iterable[Arrival] = (), on_result: OnResult | None = None) -> RunResult:
         """Runs until nothing is left. Ctrl-C and errors end the run but keep what was done; an error is
         raised again with the partial result as its `partial` attribute.
@@ -246,7 +245,7 @@ class Engine:
         """
         status, problem = "finished", None
         try:
-            with interrupts.stepping():
+            with rare_collections(), interrupts.stepping():
                 self._begin(arrivals, on_result)
                 while self.step():
                     interrupts.check()
