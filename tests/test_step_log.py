@@ -153,7 +153,7 @@ def test_plans_do_not_stay_alive() -> None:
         def on_step(self, record) -> None:
             nonlocal most
             if record.step % 10 == 9:
-                most = max(most, sum(isinstance(thing, StepPlan) for thing in gc.get_objects()))
+                most = max(most, sum(type(thing) is StepPlan for thing in gc.get_objects()))
 
     gc.collect()
     crowded(StepLog(lambda steps: None), Counting())
