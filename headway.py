@@ -60,16 +60,18 @@ from core.prompts import token_ids
 from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags, TextStop
 from core.results import whole
 from core.step import StepBuilder
+from core.step_log import Lists, StepColumns, StepLog
 from core.testing.oracle import OracleExecutor
 from core.view import Match, View
 
 __all__ = [
     "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "BlockHeap", "Chunk", "Composition",
     "ConfigError", "Context", "CostModel", "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware",
-    "HeadwayError", "InvariantError", "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Match", "ModelConfig", "ModelError",
+    "HeadwayError", "InvariantError", "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Lists", "Match", "ModelConfig", "ModelError",
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState",
-    "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepPlan", "StepRecord", "StepResult", "Tags", "TextStop",
+    "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
+    "StepResult", "Tags", "TextStop",
     "TokenBudget", "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
     "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
     "param", "prefix_keys", "root_key", "token_ids", "whole",

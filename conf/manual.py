@@ -89,7 +89,8 @@ def _picked(argument: str, groups: dict[str, list[Option]]) -> dict[str, list[Op
     key, _, value = argument.partition("=")
     head = key.partition(".")[0]
     if head in groups:
-        chosen = [o for o in groups[head] if o.name in value.split(",")]
+        names = value.split(",") if value else []
+        chosen = [o for o in groups[head] if o.name in names]
         return {head: chosen or groups[head]}
     found = {name: [o for o in options if o.name == key] for name, options in groups.items()}
     if any(found.values()):

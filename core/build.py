@@ -18,6 +18,7 @@ from .params import checked, param
 from .policy import SERVICES, Observer, Role, Workload
 from .request import SLO, Arrival, RunResult
 from .roles import check_limits
+from .step_log import StepLog
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)  # the whole composed config as plain data
     overrides: list[str] = field(default_factory=list)  # what the user typed
     group: str = ""  # name of the sweep, "" for a single run
+    step_log: StepLog = field(default_factory=StepLog, repr=False)  # observers that write files read it
     _executed: bool = field(default=False, init=False, repr=False)
 
     @property
@@ -293,7 +295,9 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
         stop_text = getattr(executor, "stop_text", None)
         engine = Engine(roles, _limits(composition), seed=composition.seed, stop_text=stop_text)
         run = Run(composition, roles, plugins, engine, registry, **about)
-        engine.observers.extend([*observers, *registry.observers(run)])
+        found = registry.observers(run)
+        logs = [run.step_log] if run.step_log.readers else []
+        engine.observers.extend([*observers, *logs, *found])
     except BaseException:
         executor.close()  # it may hold other processes
         raise

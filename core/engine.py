@@ -20,6 +20,7 @@ from .arrivals import ArrivalQueue, OnResult, checked, in_order
 from .blocks import BlockPool
 from .calls import Calls
 from .clock import RecordingClock
+from .collecting import rare_collections
 from .config import EngineConfig
 from .counts import Counts
 from .decisions import DecisionLog
@@ -244,7 +245,7 @@ class Engine:
         """
         status, problem = "finished", None
         try:
-            with interrupts.stepping():
+            with rare_collections(), interrupts.stepping():
                 self._begin(arrivals, on_result)
                 while self.step():
                     interrupts.check()

@@ -59,6 +59,8 @@ def test_a_policy_says_what_it_chooses(registry):
     ("asked", "groups", "there", "absent"),
     [
         (["cache"], {"cache"}, "radix", "vtc"),
+        (["results"], {"results"}, "\n  summary ", "vtc"),
+        (["model"], {"model"}, "\n  tiny ", "vtc"),
         (["order=vtc,fcfs"], {"order"}, "order.wq", "mlfq"),
         (["lru"], {"eviction"}, "lru", "sieve"),
         (["vtc"], {"order", "policy"}, "order.wp", "niyama"),

@@ -8,10 +8,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from core import step_log
 from core.build import Composition, Run, build
 from core.hooks import Registry, load_registry
 from headway import EngineConfig, Observer
-from plugins.observers import tables, timeline
+from plugins.observers import timeline
 from plugins.observers.progress import Progress
 
 CHOICES = {
@@ -57,7 +58,7 @@ def test_the_timeline_is_bounded_and_says_what_it_left_out(registry, tmp_path, m
 
 
 def test_tables_written_in_pieces_hold_every_row_once(registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "ROWS", 7)
+    monkeypatch.setattr(step_log, "MOST_STEPS", 7)
     run = watched(registry, tmp_path)
     result = run.execute()
     steps = pq.read_table(tmp_path / "steps.parquet").to_pydict()

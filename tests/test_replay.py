@@ -20,10 +20,10 @@ from core.testing import kit
 from core.testing.oracle import OracleExecutor
 from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks
+from plugins.executors.record import recording
 from plugins.executors.replay import (
     Record,
     RecordedTimes,
-    Recorder,
     Replay,
     ReplayError,
     Verifier,
@@ -101,7 +101,7 @@ def open_loop(seed: int = 1, n: int = 20) -> list[Arrival]:
 def run_recorded(tmp_path, max_inflight, arrivals, follow=None, executor=None):
     executor = executor or oracle()
     executor.clock = JitteryClock(9)
-    engine = build(executor, max_inflight, observers=[Recorder(tmp_path)])
+    engine = build(executor, max_inflight, observers=recording(tmp_path))
     return engine.run(arrivals, follow)
 
 
@@ -183,7 +183,7 @@ def test_two_executors_under_the_same_step_times_take_the_same_decisions(tmp_pat
 
 def test_the_cost_model_of_a_recorded_simulation_is_there_on_replay(tmp_path):
     executor = sim()
-    build(executor, observers=[Recorder(tmp_path)]).run(open_loop(n=3))
+    build(executor, observers=recording(tmp_path)).run(open_loop(n=3))
     again = Replay(str(tmp_path))
     again.prepare()
     assert again.cost_model.step_time([3], [2]) == executor.cost_model.step_time([3], [2])
@@ -351,7 +351,7 @@ def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
     arrivals = [Arrival(0.0, Letters().encode(text), sampling, prompt=text) for text in ("one", "two")]
     executor = oracle()
     executor.tokenizer = Letters()
-    original = engine(executor, stops_at_three, [Recorder(tmp_path)]).run(arrivals)
+    original = engine(executor, stops_at_three, recording(tmp_path)).run(arrivals)
     again = Replay(str(tmp_path))
     again.prepare()
     repeated = engine(again, again.stop_text).run(arrivals)

@@ -391,6 +391,22 @@ def test_the_files_of_a_run_can_be_chosen(tmp_path):
     assert {p.name for p in only(tmp_path).iterdir()} == {".hydra", "config.yaml", "result.json", "requests.parquet"}
 
 
+def test_a_run_can_leave_its_summary_alone_and_its_files_can_still_be_named(tmp_path):
+    always = {".hydra", "config.yaml", "result.json"}
+    assert run(tmp_path, *SIM, "results=summary").returncode == 0
+    assert {p.name for p in only(tmp_path).iterdir()} == {*always, "summary.json", "versions.json"}
+    again = run(tmp_path, *SIM, "results=summary", "results.files=[steps.parquet]", "hydra.run.dir=named")
+    assert again.returncode == 0, again.stderr
+    assert {p.name for p in (tmp_path / "named").iterdir()} == {*always, "steps.parquet"}
+
+
+def test_all_files_are_the_default_and_can_be_asked_for(tmp_path):
+    for options in ([], ["results=all"]):
+        folder = f"run{len(options)}"
+        assert run(tmp_path, *SIM, *options, f"hydra.run.dir={folder}").returncode == 0
+        assert {p.name for p in (tmp_path / folder).iterdir()} == {*results.FILES, results.RESULT, results.CONFIG, ".hydra"}
+
+
 FOREIGN_GROUPS = {
     "callbacks": ("experiment/mine.yaml", "# @package _global_\nhydra: {callbacks: {c: {_target_: os.getcwd}}}\n"),
     "job_logging": ("experiment/mine.yaml", "# @package _global_\nhydra: {job_logging: {version: 1}}\n"),

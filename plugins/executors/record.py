@@ -20,14 +20,27 @@ import json
 import math
 import zipfile
 import zlib
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from itertools import pairwise
 from pathlib import Path
+from struct import pack
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from headway import Engine, HeadwayError, Observer, Request, RequestOutput, RunResult, StepPlan, StepRecord, whole
+from headway import (
+    Engine,
+    HeadwayError,
+    Lists,
+    Observer,
+    Request,
+    RequestOutput,
+    RunResult,
+    StepColumns,
+    StepLog,
+    StepPlan,
+    whole,
+)
 
 from .cost import stored
 
@@ -81,8 +94,27 @@ _COMPARED = {
 }
 
 
-def checksum(numbers: Iterable[int]) -> int:
-    return zlib.crc32(array("q", numbers).tobytes())
+def checksum(numbers: Sequence[int]) -> int:
+    return zlib.crc32(pack(f"{len(numbers)}q", *numbers))
+
+
+def digests(steps: StepColumns) -> Any:
+    """PlanDigest.of every step's plan, as rows."""
+    import numpy as np
+
+    numbers, sizes = steps.numbers, steps.allocation_sizes
+    blocks = np.concatenate([[0], np.cumsum(sizes.values)])[sizes.offsets]
+    counts = (numbers["num_seqs"], numbers["num_tokens"], np.diff(blocks), numbers["num_preempted"])
+    sums = map(_checksums, (steps.requests, steps.chunks, steps.allocations, steps.preempted))
+    return np.stack([*counts, *sums], axis=1).astype(np.uint32)
+
+
+def _checksums(lists: Lists) -> Any:
+    """`checksum` of each list; they are 64-bit words already."""
+    import numpy as np
+
+    words, bounds = memoryview(lists.values), pairwise(lists.offsets.tolist())
+    return np.array([zlib.crc32(words[a:b]) if a < b else 0 for a, b in bounds], np.int64)
 
 
 class Prompt(NamedTuple):
@@ -197,20 +229,19 @@ _BROKEN = (*_DAMAGED, KeyError, TypeError, AttributeError, IndexError)
 
 class Recorder(Observer):
     """Writes `replay.npz` when the run ends. `facts` is the composition; None for an engine that was built by
-    hand."""
+    hand, which needs the observers `recording` answers: steps come from a log."""
 
     def __init__(self, path: str | Path, facts: dict[str, Any] | None = None) -> None:
         self.path, self.facts = Path(path), facts
 
     def on_start(self, run: Engine) -> None:
         self._engine = run
-        self._steps: list[tuple[int, float, float]] = []
-        self._plans = array("I")  # rows of PlanDigest: a step is 32 bytes
+        self._steps: list[tuple[Any, Any, Any, Any]] = []  # pieces of the columns step, start, end and plans
         self._prompts: dict[int, Prompt] = {}  # by index of the request
 
-    def on_step(self, step: StepRecord) -> None:
-        self._steps.append((step.step, step.start, step.end))
-        self._plans.extend(PlanDigest.of(step.plan))
+    def read(self, steps: StepColumns) -> None:
+        numbers = steps.numbers
+        self._steps.append((numbers["step"].copy(), numbers["start"].copy(), numbers["end"].copy(), digests(steps)))
 
     def on_requests(self, requests: Sequence[Request]) -> None:
         for r in requests:
@@ -219,6 +250,8 @@ class Recorder(Observer):
     def close(self, result: RunResult) -> None:
         import numpy as np
 
+        if not self._steps:
+            raise ReplayError(f"{self.path}: the recorder heard of no step: give the engine the observers of `recording`")
         file = self.path / FILE if self.path.is_dir() else self.path
         outputs = result.outputs
         tokenizer = getattr(self._engine.executor, "tokenizer", None)
@@ -227,10 +260,7 @@ class Recorder(Observer):
         tokens = (token for o in outputs for token in o.output_token_ids)
         data = {
             "readings": np.array(self._engine.clock.readings, np.float64),
-            "step": np.array([n for n, _, _ in self._steps], np.int64),
-            "start": np.array([s for _, s, _ in self._steps], np.float64),
-            "end": np.array([e for _, _, e in self._steps], np.float64),
-            "plans": np.array(self._plans, np.uint32).reshape(-1, len(PlanDigest._fields)),
+            **dict(zip(("step", "start", "end", "plans"), map(np.concatenate, zip(*self._steps, strict=True)), strict=True)),
             "tokens": np.fromiter(tokens, np.int64, int(offsets[-1])),
             "offsets": offsets,
             "ids": np.array([o.id for o in outputs], dtype=np.str_) if outputs else np.zeros(0, "U1"),
@@ -240,7 +270,23 @@ class Recorder(Observer):
             "meta": np.array(json.dumps(_meta(self._engine, result) | {"facts": self.facts})),
         }
         with whole(file) as scratch, scratch.open("wb") as out:
-            np.savez_compressed(out, allow_pickle=False, **data)
+            _save(out, data)
+
+
+def recording(path: str | Path) -> list[Observer]:
+    """The observers that record the runs of an engine that was built by hand."""
+    recorder = Recorder(path)
+    return [StepLog(recorder.read), recorder]
+
+
+def _save(out: IO[bytes], data: dict[str, Any]) -> None:
+    """numpy's `savez_compressed` at the fastest level: a quarter of the time, for a file 8% larger."""
+    import numpy as np
+
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, values in data.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
 
 
 def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:

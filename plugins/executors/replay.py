@@ -308,7 +308,9 @@ def headway_observers(run):
     file = run.directory / FILE if run.writes(FILE) else None
     if file is None or (observers and file.resolve() == executor.record.path.resolve()):
         return observers  # a record is not written over by its own replay
-    return [*observers, Recorder(file, composition_facts(run.registry, run.composition))]
+    recorder = Recorder(file, composition_facts(run.registry, run.composition))
+    run.step_log.readers.append(recorder.read)
+    return [*observers, recorder]
 
 
 @hookimpl

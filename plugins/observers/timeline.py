@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from headway import Engine, Observer, RequestOutput, RunResult, StepRecord, hookimpl, whole
+from headway import Engine, Observer, RequestOutput, RunResult, StepColumns, hookimpl, whole
 
 FILE = "timeline.json"
 MAX_STEPS = 20_000  # the first steps of a run; with the requests below, about 10 MB at most
 MAX_REQUESTS = 5_000
+PIECE = 500  # steps or requests whose events are made at once
 STEPS, REQUESTS = 1, 2  # the two processes of the picture
 
 
+T = TypeVar("T")
+
+#: What `_step` takes of a step, in its order.
+SHOWN = ("step", "start", "end", "num_tokens", "num_seqs", "num_running", "num_waiting", "kv_used", "num_preempted")
+
+
 class Timeline(Observer):
-    """Steps on one track with counters below, every request on a track of its own: queued, prefill, decode."""
+    """Steps on one track with counters below, every request on a track of its own: queued, prefill, decode. Steps come from the run's log."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -23,25 +31,44 @@ class Timeline(Observer):
     def on_start(self, engine: Engine) -> None:
         self._steps: list[tuple[Any, ...]] = []
 
-    def on_step(self, r: StepRecord) -> None:
-        if len(self._steps) < MAX_STEPS:
-            plan = r.plan
-            self._steps.append(
-                (r.step, r.start, r.end, plan.num_tokens, len(plan.requests), r.num_running, r.num_waiting, r.kv_used, r.num_preempted)
-            )
+    def read(self, steps: StepColumns) -> None:
+        left = MAX_STEPS - len(self._steps)
+        self._steps += zip(*(steps.numbers[name][:left].tolist() for name in SHOWN), strict=True)
 
     def close(self, result: RunResult) -> None:
-        events = [_name(STEPS, "engine"), _name(REQUESTS, "requests")]
+        with whole(self.directory / FILE) as scratch, scratch.open("w", encoding="utf-8") as file:
+            file.write('{"traceEvents":[')
+            file.write(_listed([_name(STEPS, "engine"), _name(REQUESTS, "requests")]))
+            for events in self._events(result):
+                if events:
+                    file.write("," + _listed(events))
+            file.write(f'],"displayTimeUnit":"ms","otherData":{_json(self._about(result))}}}')
+
+    def _events(self, result: RunResult) -> Iterator[list[dict[str, Any]]]:
+        """In pieces, so that what is held beside the log stays small."""
         shown: dict[str, dict[str, int]] = {}
-        for step in self._steps:
-            events += _step(shown, *step)
-        for output in result.outputs[:MAX_REQUESTS]:
-            events += _request(output)
+        for piece in _pieces(self._steps):
+            yield [event for step in piece for event in _step(shown, *step)]
+        for outputs in _pieces(result.outputs[:MAX_REQUESTS]):
+            yield [event for output in outputs for event in _request(output)]
+
+    def _about(self, result: RunResult) -> dict[str, str]:
         cut = [f"the first {MAX_STEPS:,} of {result.num_steps:,} steps"] if result.num_steps > MAX_STEPS else []
         cut += [f"the first {MAX_REQUESTS:,} of {len(result.outputs):,} requests"] if len(result.outputs) > MAX_REQUESTS else []
-        other = {"status": result.status, "shown": "; ".join(cut) or "everything", "decision_hash": result.decision_hash}
-        with whole(self.directory / FILE) as scratch, scratch.open("w", encoding="utf-8") as file:
-            json.dump({"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}, file, separators=(",", ":"))
+        return {"status": result.status, "shown": "; ".join(cut) or "everything", "decision_hash": result.decision_hash}
+
+
+#: `json.dump` to a file and an encoder made anew for each piece are several times slower.
+_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _listed(events: list[dict[str, Any]]) -> str:
+    """As they stand in a list that goes on."""
+    return _json(events)[1:-1]
+
+
+def _pieces(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (items[i : i + PIECE] for i in range(0, len(items), PIECE))
 
 
 def _name(pid: int, name: str) -> dict[str, Any]:
@@ -94,4 +121,8 @@ def _request(o: RequestOutput) -> list[dict[str, Any]]:
 
 @hookimpl
 def headway_observers(run):
-    return [Timeline(run.directory)] if run.writes(FILE) else []
+    if not run.writes(FILE):
+        return []
+    timeline = Timeline(run.directory)
+    run.step_log.readers.append(timeline.read)
+    return [timeline]
