@@ -12,7 +12,7 @@ from typing import Any
 
 from ..build import Composition, Run, build
 from ..clock import VirtualClock
-from ..config import EngineConfig, ModelConfig
+from ..config import EngineConfig, ModelConfig, ResultsConfig
 from ..engine import Engine
 from ..errors import HeadwayError
 from ..execution import ExecutorCaps, StepResult
@@ -286,10 +286,9 @@ def check_parity(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
 
 def _simulated(subject: Subject, case: Case, executor: tuple[str, dict[str, Any]], directory: Path | None) -> str:
     config = EngineConfig(case.block_size, case.num_blocks, case.max_num_seqs, case.max_num_batched_tokens, case.max_inflight)
-    run: Run = build(
-        subject.registry, Composition({**subject.plain_choices(), "executor": executor}, config, SHAPE, seed=case.seed), directory=directory
-    )
-    run.engine.observers = [o for o in run.engine.observers if type(o).__name__ == "Recorder"]
+    composition = Composition({**subject.plain_choices(), "executor": executor}, config, SHAPE, results=ResultsConfig(["replay.npz"]), seed=case.seed)
+    run: Run = build(subject.registry, composition, directory=directory)
+    run.engine.observers = [o for o in run.engine.observers if type(o).__name__ in ("StepLog", "Recorder")]
     return run.engine.run([ask.arrival() for ask in case.asks]).decision_hash
 
 
