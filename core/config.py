@@ -241,9 +241,9 @@ class ParallelConfig:
         doc="of each stage; None: as evenly as can be",
     )
     all_reduce: str = param(
-        "library",
-        choices=("library", "symmetric"),
-        doc="NCCL or gloo; or symmetric: GPUs of one host read each other's memory",
+        "auto",
+        choices=("auto", "library", "symmetric"),
+        doc="library: NCCL or gloo; symmetric: GPUs of one host read each other's memory; auto: symmetric where they can",
     )
     overlap_tokens: int = param(
         2048,

@@ -47,6 +47,11 @@ from plugins.kernels.triton import TritonKernels  # noqa: E402
 
 SHAPES = {
     "tiny": {"name_or_path": "tiny", "load_format": "auto"},
+    "qwen3_8b": {
+        "architecture": "Qwen3ForCausalLM", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960,
+        "rope_theta": 1e6, "dtype": "bfloat16", "load_format": "dummy",
+    },
     "qwen3_32b": {
         "architecture": "Qwen3ForCausalLM", "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
         "head_dim": 128, "intermediate_size": 25600, "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960,

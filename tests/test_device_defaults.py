@@ -52,6 +52,11 @@ def run_of(engine: EngineConfig | None = None, *, directory=None, parallel: Para
 # ---- tokens of a step ------------------------------------------------------------------------------------------------
 
 
+def test_ranks_that_share_a_step_get_a_longer_one() -> None:
+    card = composition("hardware=h100").hardware
+    assert default_token_budget(SHAPE, card, tp=4) == 4 * default_token_budget(SHAPE, card)
+
+
 @pytest.mark.parametrize(("card", "dtype", "budget"), [
     ("h100", "bfloat16", 2048), ("h200", "bfloat16", 2048), ("a100", "bfloat16", 2048), ("rtx4090", "float16", 2048), ("h200", "float32", 4096),
 ])  # fmt: skip

@@ -36,7 +36,7 @@ def mesh_of(tp: int, pp: int, rank: int, layers: list[int] | None = None) -> Sim
     stage, place = divmod(rank, tp)
     return SimpleNamespace(
         parallel=ParallelConfig(tp, pp, layers), stage=stage, place=place, is_first=stage == 0, is_last=stage == pp - 1,
-        gathered_linear=lambda product, *args: product(*args),
+        gathered_linear=lambda product, *args: product(*args), add_norm=lambda norm, *args: norm(*args),
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
     def mapped(rank, length, dtype, device):
         memory[rank] = torch.full((length,), torch.nan, dtype=dtype)
         meeting.wait()
-        return memory[rank], SimpleNamespace(rank=rank, get_buffer=lambda peer, shape, dtype: memory[peer], barrier=meeting.wait)
+        return memory[rank], SimpleNamespace(rank=rank, get_buffer=lambda peer, shape, dtype: memory[peer])
 
     monkeypatch.setattr(symmetric, "_mapped", mapped)
     monkeypatch.setattr(symmetric, "dist", SimpleNamespace(get_world_size=lambda rank: tp, barrier=lambda group: meeting.wait()))
@@ -154,7 +154,7 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
     results: dict[int, torch.Tensor] = {}
 
     def rank(place: int) -> None:
-        products = symmetric.OverlappedProducts(place, rows + 1, size, torch.float64, torch.device("cpu"))
+        products = symmetric.OverlappedProducts(place, rows + 1, size, torch.float64, torch.device("cpu"), barrier=meeting.wait)
         columns = slice(place * inner // tp, (place + 1) * inner // tp)
         pairs = slice(2 * columns.start, 2 * columns.stop)
         part = torch.nn.functional.pad(x, (0, 0, 0, tp * rows - tokens))[place * rows : (place + 1) * rows]

@@ -31,8 +31,9 @@ GIB = 1 << 30
 Step = tuple[Sequence[int], Sequence[int], float]  # starts and lengths of its chunks, and what it took in seconds
 
 
-def default_token_budget(shape: ModelShape, hardware: Hardware) -> int:
-    """Tokens of a step that suit a card: 8 ridges of its roofline, rounded up to a power of two. 2,048 on an H100 or H200 in bf16.
+def default_token_budget(shape: ModelShape, hardware: Hardware, tp: int = 1) -> int:
+    """Tokens of a step that suit a card: 8 ridges of its roofline, rounded up to a power of two, for each of the ranks that share a
+    step's arithmetic, whose steps take as long then as one card's. 2,048 on an H100 or H200 in bf16.
 
     One weight is read once a step and costs 2 FLOPs per token, so products take as long as reading their weights until a step holds
 
@@ -43,7 +44,7 @@ def default_token_budget(shape: ModelShape, hardware: Hardware) -> int:
     peak_flops is bf16's, so that a float32 model, whose products are slower, gets more than 8 of its ridges."""
     flops, bandwidth = hardware.peak_flops * hardware.flops_fraction, hardware.memory_bandwidth * hardware.bandwidth_fraction
     ridge = flops / bandwidth * shape.dtype_bytes / 2
-    return int(2 ** math.ceil(math.log2(max(1.0, 8 * ridge))))
+    return tp * int(2 ** math.ceil(math.log2(max(1.0, 8 * ridge))))
 
 
 class Roofline:

@@ -60,7 +60,7 @@ class SimExecutor(Executor):
             max_inflight=max(self.max_plans, pp),
             model=shape,
             default_inflight=pp,
-            default_token_budget=default_token_budget(shape, hardware),
+            default_token_budget=default_token_budget(shape, hardware, tp),
         )
         self.clock = VirtualClock()
 

@@ -35,6 +35,7 @@ FUSED = {
     "qk_norm_rope_store": ("rms_norm", "rotary", "store_kv"),
     "gated_linear": ("linear", "silu_and_mul"),
     "linear_parts": ("linear", "add_rms_norm"),
+    "sample_part": ("sample",),
 }
 
 
@@ -101,6 +102,7 @@ class Kernels:
     store_kv: Callable[..., None]
     attention: Callable[..., Tensor]
     sample: Callable[..., Tensor]
+    sample_part: Callable[..., tuple[Tensor, Tensor]] | None  # None: the backend of `sample` has none
     decode_inputs: Callable[..., tuple[Tensor, ...]]
     advance: Callable[..., None]
     update_rows: Callable[..., None]
@@ -218,7 +220,12 @@ def _gated_linear(linear: Any, silu_and_mul: Any) -> Callable[..., Tensor]:
     return gated_linear
 
 
-SEPARATE = {"qk_norm_rope_store": separate, "gated_linear": _gated_linear, "linear_parts": lambda linear, add_rms_norm: linear}
+SEPARATE: dict[str, Callable[..., Any]] = {
+    "qk_norm_rope_store": separate,
+    "gated_linear": _gated_linear,
+    "linear_parts": lambda linear, add_rms_norm: linear,
+    "sample_part": lambda sample: None,
+}
 
 
 def _together(used: list[KernelCaps]) -> KernelCaps:

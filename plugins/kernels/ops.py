@@ -104,6 +104,11 @@ class KernelBackend(Role):
         Filters apply to softmax(logits / temperature), top_k first, then top_p on what is left, then min_p."""
         raise NotImplementedError
 
+    def sample_part(self, logits: Tensor, temperature: Tensor | None, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """As `sample` without filters, of logits [B, V] that are a part of the vocabulary and begin with token `first`: the best token
+        int64 [B], and its score float32 [B], by which the best of several parts is the best of all of them."""
+        raise NotImplementedError
+
     def decode_inputs(self, rows: Tensor, lengths: Tensor, last_tokens: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tensor, ...]:
         """What a step of decodes reads of its rows int64 [B]; lengths and last_tokens int64 [R], block_tables int32 [R, M].
         -> tokens, positions, ends = positions + 1, slots: int64 [B]; contexts = ends int32 [B]; tables int32 [B, M]."""

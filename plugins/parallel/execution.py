@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,10 @@ from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig
 from ..executors.torch import TorchExecutor
 from ..executors.torch.execution import MEMORY_REMEDY, NO_MEMORY, Execution, Ticket
 from ..executors.torch.runner import Sampled
-from .launch import Ranks
+from .launch import Ranks, can_map_peers
 from .pipeline import Stage, StageBatcher, StageRunner, cut
 from .start import end
-from .tensor import Sharding, shard
+from .tensor import Sharding, ShardRunner, shard
 from .torchrun import under_torchrun
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Job:
 
 def drive(job: Job, backends: Callable[[str], KernelChoice] | None) -> DriverExecution:
     """Rank 0's Execution, with all other ranks loaded. On another rank of torchrun's it serves rank 0 and then ends the process."""
+    if job.parallel.all_reduce == "auto":
+        job = replace(job, parallel=replace(job.parallel, all_reduce="symmetric" if can_map_peers(job) else "library"))
     if under_torchrun() and os.environ["RANK"] != "0":
         from .worker import serve_torchrun
 
@@ -65,11 +67,12 @@ class RankExecution(Execution):
         self.mesh = mesh
         if job.parallel.pp > 1:
             self.batcher_class = StageBatcher
-            self.runner_class = partial(_stage_runner, mesh)  # type: ignore[assignment]
+        runner = StageRunner if job.parallel.pp > 1 else ShardRunner
+        self.runner_class = partial(_runner_of, runner, mesh)  # type: ignore[assignment]
         super().__init__(TorchExecutor(**job.executor | {"device": str(mesh.device)}), job.model, job.kernels, job.engine, backends, job.seed)
         if job.parallel.all_reduce == "symmetric" and job.parallel.tp > 1:
-            shape = self.spec.shape
-            mesh.map_peers(max(job.engine.max_num_batched_tokens, job.engine.max_num_seqs), shape.hidden_size, getattr(torch, shape.dtype))
+            shape, rows = self.spec.shape, max(job.engine.max_num_batched_tokens, job.engine.max_num_seqs)
+            mesh.map_peers(rows, shape.hidden_size, getattr(torch, shape.dtype), self.kernels.chosen["add_rms_norm"] == "triton")
         timed = job.parallel.pp > 1 and self.config.profile and mesh.device.type == "cuda"
         self.model = Stage(self.model, mesh, timed)  # type: ignore[assignment]
 
@@ -102,8 +105,8 @@ class RankExecution(Execution):
         self._prepare_steps()
 
 
-def _stage_runner(mesh: Mesh, *args: Any, **options: Any) -> StageRunner:
-    runner = StageRunner(*args, **options)
+def _runner_of(kind: type[ShardRunner], mesh: Mesh, *args: Any, **options: Any) -> ShardRunner:
+    runner = kind(*args, **options)
     runner.mesh = mesh
     return runner
 
@@ -114,6 +117,7 @@ class DriverExecution(RankExecution):
     def __init__(self, job: Job, ranks: Ranks, backends: Callable[[str], KernelChoice] | None) -> None:
         self.ranks = ranks
         super().__init__(job, ranks.mesh, backends)
+        self._say(f"ranks: tp={job.parallel.tp} pp={job.parallel.pp}, parallel.all_reduce={job.parallel.all_reduce}")
         ranks.answers()  # every rank has loaded its part
 
     def kv_capacity(self, block_size: int) -> int:

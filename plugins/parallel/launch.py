@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,14 @@ def check(job: Job) -> str:
             f"{parallel.world_size} ranks: start one process a rank"
         )
     return kind
+
+
+def can_map_peers(job: Job) -> bool:
+    """Whether all ranks are GPUs of one host that can read each other's memory. Raises ConfigError as `check` does."""
+    on_gpus, parallel = check(job) == "cuda", job.parallel
+    if not on_gpus or parallel.tp == 1 or (under_torchrun() and not torchrun.on_one_host()):
+        return False
+    return all(torch.cuda.can_device_access_peer(*pair) for pair in permutations(range(parallel.world_size), 2))
 
 
 def facts(job: Job) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from headway import ConfigError, HeadwayError, ModelShape
 from headway import ParallelConfig as Parallel
 
-from .symmetric import OverlappedProducts, SymmetricReduce
+from .symmetric import Meeting, Norm, OverlappedProducts, SymmetricReduce
 
 # renamed in torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -65,6 +65,8 @@ class Mesh:
         self.long_steps, self.transport = "split", parallel.all_reduce
         self._tokens = 0  # of the step that is running, when its residual stream is split over the ranks
         self._peers: tuple[SymmetricReduce, OverlappedProducts] | None = None  # see map_peers
+        self._meeting: Meeting | None = None
+        self._unsummed: Tensor | None = None  # this rank's part of a product, in mapped memory
         self._sending: Any = None  # the last send, not known to be over; and what it sends
         # NCCL makes communicators at their first use: now, while nothing else is under way.
         self.all_reduce(torch.zeros(1, device=device))
@@ -136,14 +138,42 @@ class Mesh:
             return self.reduced(F.linear(x, weight))
         self.entered += 1
         symmetric, overlapped = self._peers
-        return overlapped.reduced_linear(x, weight, self._part) if self._tokens else symmetric.linear(x, weight)
+        if self._tokens:
+            return overlapped.reduced_linear(x, weight, self._part)
+        return symmetric.summed(symmetric.product(x, weight))
 
-    def map_peers(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+    def partial_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As `reduced_linear`, or this rank's part of the sum: `add_norm` or `whole` comes next and sums it."""
+        if self._peers is None or self._tokens or self.transport == "library":
+            return self.reduced_linear(x, weight)
+        self._unsummed = self._peers[0].product(x, weight)
+        return self._unsummed
+
+    def add_norm(self, norm: Norm, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """norm(x, residual, weight, eps), of what `partial_linear` or anything else returned."""
+        if x is not self._unsummed or self._peers is None:
+            return norm(x, residual, weight, eps)
+        self.entered += 1
+        self._unsummed = None
+        return self._peers[0].add_norm(norm, x, residual, weight, eps)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """x, or its sum over the ranks if it is what `partial_linear` left."""
+        if x is not self._unsummed or self._peers is None:
+            return x
+        self.entered += 1
+        self._unsummed = None
+        return self._peers[0].summed(x)
+
+    def map_peers(self, rows: int, columns: int, dtype: torch.dtype, fused_norm: bool) -> None:
         """From now on layers communicate through memory that the GPUs of a stage map into each other, for sums of at most
-        [rows, columns]. Every rank of a stage calls this at once. Raises ConfigError where GPUs cannot."""
+        [rows, columns]; fused_norm: see SymmetricReduce. Every rank of a stage calls this at once. Raises ConfigError where GPUs cannot."""
+        group, device = self.tp_group, self.device
+        self._meeting = Meeting(group, rows, device)
+        peers, part = self._meeting.peers, -(-rows // self.parallel.tp)
         self._peers = (
-            SymmetricReduce(self.tp_group, rows, columns, dtype, self.device),
-            OverlappedProducts(self.tp_group, -(-rows // self.parallel.tp), columns, dtype, self.device),
+            SymmetricReduce(group, rows, columns, dtype, device, peers=peers, fused_norm=fused_norm),
+            OverlappedProducts(group, part, columns, dtype, device, barrier=peers.barrier),
         )
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -153,6 +183,11 @@ class Mesh:
         parts = x.new_empty(self.parallel.tp * len(x), x.shape[1])
         self._guarded(_all_gather, parts, x.contiguous(), group=self.tp_group)
         return parts.view(self.parallel.tp, *x.shape).movedim(0, 1).reshape(len(x), -1)
+
+    def best(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """The tokens int64 [S] with the highest of the ranks' scores float32 [S]; of equal ones the first rank's."""
+        both = self.all_gather(torch.stack((scores.double(), tokens.double()), dim=1)).view(len(tokens), -1, 2)  # exact below 2^53
+        return both[..., 1].gather(1, both[..., 0].argmax(1, keepdim=True)).squeeze(1).long()
 
     def send(self, x: Tensor) -> None:
         """To the same place in the next stage. The stage goes on with its next step while that one is still busy; in a CUDA
@@ -184,6 +219,8 @@ class Mesh:
     def abort(self) -> None:
         """From any thread: ends collectives on a GPU that wait for a rank which will not come. On a CPU they end by themselves."""
         with self._closing:
+            if self._meeting is not None:
+                self._meeting.stop()
             if self.device.type == "cuda" and dist.is_initialized():
                 dist.distributed_c10d._abort_process_group()
 

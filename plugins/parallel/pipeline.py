@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from headway import ParallelConfig
 
 from ..executors.torch.batch import Batcher, StepInput
-from ..executors.torch.runner import ModelRunner, Sampled
+from ..executors.torch.runner import Sampled
+from .tensor import ShardRunner
 
 if TYPE_CHECKING:
     from ..kernels.ops import BatchMetadata
@@ -60,7 +61,8 @@ class Stage:
     """A model of which ranks hold parts, loaded, with the face of a whole one: what it returns is for the last stage to use."""
 
     def __init__(self, model: CausalLM, mesh: Mesh, timed: bool = False) -> None:
-        self.spec, self.model, self.compute_logits, self._mesh = model.spec, model.model, model.compute_logits, mesh
+        self.spec, self.model, self.lm_head, self._mesh = model.spec, model.model, model.lm_head, mesh
+        self.compute_logits = model.compute_logits
         self._timed = timed
         self._marks: list[list[torch.cuda.Event]] = []  # of each step: its input is there; its output is
 
@@ -82,7 +84,7 @@ class Stage:
             return mesh.gathered(decoder.finish(hidden, residual))
         if hidden.dim() == 3:  # in parts, [parts, T, N], as the next norm would take it
             hidden = hidden.sum(0).to(residual.dtype)
-        hidden = hidden + residual
+        hidden = mesh.whole(hidden) + residual
         self.mark()
         mesh.send(hidden)
         return hidden if rows == len(tokens) else hidden.new_empty(len(tokens), hidden.shape[1])
@@ -103,11 +105,9 @@ class Stage:
         return sum(marks[0].elapsed_time(marks[-1]) for marks in steps) / 1e3, steps[0][0].elapsed_time(steps[-1][-1]) / 1e3
 
 
-class StageRunner(ModelRunner):
+class StageRunner(ShardRunner):
     """Runs its layers on what the stage before sent. Only the last stage samples, and nobody sends tokens back over the
     device: the driver puts the tokens of a decode step, which it knows by then, behind its rows."""
-
-    mesh: Mesh
 
     def _tell(self, step: StepInput, data: Tensor) -> None:
         self.mesh.flush()  # what this step's graph sends must not overtake what was sent last

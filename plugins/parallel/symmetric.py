@@ -11,7 +11,7 @@ decomposition"). Copy engines carry the parts, which leaves all SMs to the produ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,25 +19,90 @@ from torch import Tensor
 
 from headway import ConfigError
 
+if TYPE_CHECKING:
+    from .peers import Peers
 
-class SymmetricReduce:
-    """Two buffers in turn, so that a result lives until the next but one all-reduce: a layer's two never meet."""
+#: Above two ranks, the largest part in bytes that is summed in one shot: every rank reads all parts, where two shots read and write
+#: 2/ranks of them. vLLM's custom all-reduce (csrc/custom_all_reduce.cuh) draws the line at 512 KiB for four GPUs and at 256 KiB for
+#: eight; two always take one shot.
+ONE_SHOT = 256 << 10
 
-    def __init__(self, group: Any, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Room for [rows, columns]. Every rank of `group` calls this at once."""
-        self._columns, self._group, self._next = columns, group.group_name, 0
-        self._buffers, self._handles = zip(*(_mapped(group, rows * columns, dtype, device) for _ in range(2)), strict=True)
+Norm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+class Meeting:
+    """Flags in mapped memory at which the ranks' kernels wait for each other, until `stop`."""
+
+    def __init__(self, group: Any, rows: int, device: torch.device) -> None:
+        """For sums of at most so many rows. Every rank of `group` calls this at once."""
+        from .peers import Peers
+
+        self._flags, self._handle = _mapped(group, rows * dist.get_world_size(group), torch.int32, device)
+        self._flags.zero_()
+        # On the host, where a thread can write it whatever the device is doing and the main thread is waiting for.
+        self._stopped = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.peers = Peers(self._handle.rank, addresses(self._handle, device), self._stopped)
+        torch.cuda.synchronize(device)
         dist.barrier(group=group)
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, K], weight [N, K] -> the sum of x @ weight.T over the ranks, [T, N]. Valid until the next call but one."""
-        buffer = self._buffers[self._next]
+    def stop(self) -> None:
+        """From any thread: nobody waits any more for a rank that will not come. What is summed from now on is of no meaning."""
+        self._stopped[0] = 1
+
+
+class SymmetricReduce:
+    """Products whose parts lie in mapped memory, in two buffers in turn, so that a result lives until the next but one: a layer's two
+    never meet. `product` leaves a part; `summed`, or `add_norm` with a norm in the same kernel, ends what it began."""
+
+    def __init__(
+        self,
+        group: Any,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        peers: Peers,
+        fused_norm: bool,
+    ) -> None:
+        """Room for [rows, columns]. fused_norm: whether Triton's norm is the one that comes next. Every rank of `group` calls this at
+        once."""
+        self._peers, self._fused_norm, self._next = peers, fused_norm, 0
+        self._buffers, self._handles = zip(*(_mapped(group, rows * columns, dtype, device) for _ in range(3)), strict=True)
+        self._addresses = [addresses(handle, device) for handle in self._handles]
+        self._ranks, self._columns = dist.get_world_size(group), columns
+        dist.barrier(group=group)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, K], weight [N, K] -> this rank's part of x @ weight.T, [T, N]."""
+        product = self._room(self._next, len(x))
         self._next ^= 1
-        flat = buffer[: len(x) * self._columns]
-        product = flat.view(len(x), self._columns)
-        torch.mm(x, weight.t(), out=product)
-        torch.ops.symm_mem.two_shot_all_reduce_(flat, "sum", self._group)
-        return product
+        return torch.mm(x, weight.t(), out=product)
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The last product's sum over the ranks, [T, N]."""
+        self._peers.barrier()
+        handle, size = self._handles[self._next ^ 1], part.shape
+        parts = [handle.get_buffer(rank, size, part.dtype).float() for rank in range(self._ranks)]
+        return sum(parts[1:], parts[0]).to(part.dtype)
+
+    def add_norm(self, norm: Norm, part: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`norm` of the last product's sum and the residual stream, and their sum, [T, N] each."""
+        if not self._fused_norm:
+            return norm(self.summed(part), residual, weight, eps)
+        parts, sums = self._addresses[self._next ^ 1], self._addresses[2]
+        if self._ranks == 2 or part.nbytes <= ONE_SHOT:
+            return self._peers.sum_add_rms_norm(parts, residual, weight, eps)
+        self._peers.sum_rows(parts, self._room(2, len(part)))
+        return self._peers.sum_add_rms_norm(sums, residual, weight, eps, summed=True)
+
+    def _room(self, buffer: int, rows: int) -> Tensor:
+        return self._buffers[buffer][: rows * self._columns].view(rows, self._columns)
+
+
+def addresses(handle: Any, device: torch.device) -> Tensor:
+    """int64 [ranks]: where this process finds each rank's part of mapped memory."""
+    return torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
 
 
 class OverlappedProducts:
@@ -48,8 +113,19 @@ class OverlappedProducts:
     be: a peer that has passed the barrier of the one kind is done with what the other kind left in its memory and in ours.
     """
 
-    def __init__(self, group: Any, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Room for [rows, columns] of each rank. Every rank of `group` calls this at once."""
+    def __init__(
+        self,
+        group: Any,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        barrier: Callable[[], None],
+    ) -> None:
+        """Room for [rows, columns] of each rank; barrier: what every rank has written before is there for all. Every rank of `group`
+        calls this at once."""
+        self._barrier = barrier
         self._size, self._ranks = rows * columns, dist.get_world_size(group)
         buffer, self._handle = _mapped(group, (1 + self._ranks) * self._size, dtype, device)
         self._place = self._handle.rank
@@ -64,7 +140,7 @@ class OverlappedProducts:
         others' arrive. A product with an activation in it may answer fewer columns than `weight` has rows, never more."""
         here, side, copies = torch.cuda.current_stream(), self._side, self._copies
         self._outgoing(self._place, x.shape).copy_(x)
-        self._handle.barrier()  # every rank's rows are there
+        self._barrier()  # every rank's rows are there
         side.wait_stream(here)
         copies.wait_stream(here)
         everything = x.new_empty(self._ranks, *x.shape)
@@ -107,7 +183,7 @@ class OverlappedProducts:
                     self._incoming(peer, self._place, shape).copy_(product)
         here.wait_stream(side)
         here.wait_stream(copies)
-        self._handle.barrier()  # every rank's parts have arrived
+        self._barrier()  # every rank's parts have arrived
         first = self._incoming(self._place, 0, shape)
         return first.as_strided((self._ranks, *shape), (self._size, shape[1], 1)).sum(0)
 

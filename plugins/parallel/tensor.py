@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..executors.torch.batch import FILTERED, GREEDY, NO_LOGPROBS
+from ..executors.torch.runner import ModelRunner, Sampled
+
 if TYPE_CHECKING:
     from ..models.layers import Attention, CausalLM, PackedLinear
     from .mesh import Mesh
@@ -35,8 +38,9 @@ class RowParallelLinear(nn.Linear):
     mesh: Mesh
 
     def forward(self, x: Tensor) -> Tensor:
-        total = self.mesh.reduced_linear(x, self.weight)
-        return total if self.bias is None else total + self.bias
+        if self.bias is None:
+            return self.mesh.partial_linear(x, self.weight)  # the norm that comes next sums it
+        return self.mesh.reduced_linear(x, self.weight) + self.bias
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
@@ -60,6 +64,35 @@ class VocabularyParallelHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.mesh.all_gather(F.linear(hidden, self.weight))[:, : self.vocab_size]
+
+    @property
+    def first(self) -> int:
+        """The first token of this rank's part."""
+        return self.mesh.place * self.out_features
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every rank's part has a token: a small vocabulary may end before the last rank's."""
+        return (self.mesh.parallel.tp - 1) * self.out_features < self.vocab_size
+
+    def part(self, hidden: Tensor) -> Tensor:
+        """hidden [S, N] -> logits of this rank's tokens."""
+        return F.linear(hidden, self.weight)[:, : self.vocab_size - self.first]
+
+
+class ShardRunner(ModelRunner):
+    """Samples without all logits where it can: the best token of each rank's part, of which the best is the best of all."""
+
+    mesh: Mesh
+
+    def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
+        head, sample = self.model.lm_head, self.kernels.sample_part
+        divided = isinstance(head, VocabularyParallelHead) and head.everywhere
+        if sample is None or not divided or sampling == FILTERED or logprobs != NO_LOGPROBS:
+            return super()._sample(hidden, rows, positions, sampling, logprobs)
+        temperature = None if sampling == GREEDY else self.numbers[0, rows]
+        best = sample(head.part(hidden), temperature, self.seeds[rows], positions, head.first)
+        return Sampled(self.mesh.best(*best), None)
 
 
 class Sharding:
@@ -127,6 +160,8 @@ def shard(model: CausalLM, mesh: Mesh) -> Sharding:
         _shard_attention(layer.self_attn, mesh)
         _column_parallel(layer.mlp.gate_up_proj, {name: rows // tp for name, rows in layer.mlp.gate_up_proj.parts.items()}, mesh)
         layer.mlp.down_proj = _row_parallel(layer.mlp.down_proj, mesh)
+        layer._add_norm = partial(mesh.add_norm, layer._add_norm)
+    model.model._add_norm = partial(mesh.add_norm, model.model._add_norm)
     _shard_vocabulary(model, mesh)
     return share
 

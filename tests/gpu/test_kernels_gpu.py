@@ -21,6 +21,7 @@ from plugins.kernels.ops import BatchMetadata  # noqa: E402
 from plugins.kernels.torch import ops as reference  # noqa: E402
 from plugins.kernels.triton import ops as kernels  # noqa: E402
 from plugins.kernels.triton.linear import TileShape, tile_shape  # noqa: E402
+from plugins.parallel.peers import Peers  # noqa: E402
 
 # ||out - ref|| / ||ref|| allowed, by dtype. The interpreter has no bfloat16 arithmetic of its own; loads and stores convert.
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -254,6 +255,67 @@ def test_caches_past_2_to_the_31_elements():
         close(kernels.attention(q[:queries], k_cache, v_cache, batch, 0.1), attend(q[:queries], [queries], [100], [k], [v], 0.1), torch.bfloat16)
 
 
+# ---- sums over ranks ----------------------------------------------------------------------------------------------
+
+
+def where(tensors):
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], device=DEVICE)
+
+
+def on_the_host(value):
+    word = torch.tensor([value], dtype=torch.int32)
+    return word if INTERPRETED else word.pin_memory()
+
+
+class Alone:
+    """One rank of several, with all ranks' memory on one device, and every peer at the meeting already."""
+
+    def __init__(self, place, ranks, rows):
+        self.place, self.flags = place, [torch.zeros(rows, ranks, dtype=torch.int32, device=DEVICE) for _ in range(ranks)]
+        self.peers = Peers(place, where(self.flags), on_the_host(0))
+
+    def met(self, call, programs):
+        """What `call` answers; it takes each peer's flag of so many programs, and sets its own with every peer."""
+        for flag in self.flags:
+            flag.zero_()
+        self.flags[self.place][:programs] = 1
+        self.flags[self.place][:, self.place] = 0
+        result = call(self.peers)
+        for rank, flag in enumerate(self.flags):
+            assert flag[:, self.place].sum() == programs * (rank != self.place)
+            assert flag.sum() == flag[:, self.place].sum()
+        return result
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("n", [48, 1024])
+def test_the_norm_of_a_sum_over_ranks_reads_every_part_and_meets_every_peer(ranks, n):
+    dtype, rows = DTYPES[-1], 5
+    parts = [random(rows, n, dtype=dtype) for _ in range(ranks)]
+    residual, weight = random(rows, n, dtype=dtype), random(n, dtype=dtype)
+    expected = reference.add_rms_norm(sum(part.float() for part in parts).to(dtype), residual.clone(), weight, 1e-6)
+    everyone = [Alone(place, ranks, rows) for place in range(ranks)]
+    sums = [torch.full((rows, n), float("nan"), dtype=dtype, device=DEVICE) for _ in range(ranks)]
+    for rank in everyone:  # each fills its rows of the sum
+        rank.met(lambda peers, place=rank.place: peers.sum_rows(where(parts), sums[place]), -(-rows // ranks))
+        assert sums[rank.place].isnan().any(1).tolist() == [row % ranks != rank.place for row in range(rows)]
+    for rank in everyone:
+        for lies, summed in ((parts, False), (sums, True)):
+            args = where(lies), residual.clone(), weight, 1e-6
+            norm, added = rank.met(lambda peers, args=args, summed=summed: peers.sum_add_rms_norm(*args, summed=summed), rows)
+            assert torch.equal(added, expected[1])
+            close(norm, expected[0], dtype)
+        rank.met(Peers.barrier, 1)
+
+
+def test_nobody_waits_for_a_peer_once_the_run_has_failed():
+    flags = [torch.zeros(3, 2, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    peers = Peers(0, where(flags), on_the_host(1))
+    peers.barrier()
+    peers.barrier()  # its own flag is still with the peer, which never took it
+    assert flags[1].sum() == 1
+
+
 # ---- sampling -----------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +353,22 @@ def test_sampled_tokens_are_the_reference_backends(vocab, dtype):
     expected = reference.sample(logits, temperature, None, None, None, seeds, positions)
     assert out.dtype == torch.int64
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", [kernels, reference], ids=["triton", "torch"])
+@pytest.mark.parametrize("parts", [(1, 36), (2048, 2048, 904), (2500, 2500)], ids=str)
+def test_the_best_of_the_parts_of_a_vocabulary_is_the_best_of_all(backend, parts):
+    logits, temperature, seeds, positions = sampling(32, sum(parts))
+    temperature[::5] = 0
+    logits[5] = 1.0  # greedy, and all alike: the first part's first token
+    for warmth in (temperature, None):
+        found, first = [], 0
+        for part in logits.split(parts, dim=1):
+            found.append(backend.sample_part(part, warmth, seeds, positions, first))
+            first += part.shape[1]
+        tokens, scores = (torch.stack(each) for each in zip(*found, strict=True))
+        best = tokens.gather(0, scores.argmax(0, keepdim=True)).squeeze(0)
+        assert torch.equal(best, backend.sample(logits, warmth, None, None, None, seeds, positions))
 
 
 @pytest.mark.parametrize(

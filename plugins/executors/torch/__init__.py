@@ -97,7 +97,7 @@ class TorchExecutor(Executor):
             self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
         spec, on_gpu = self._execution.spec, self._execution.device.type == "cuda"
         self._foretell(spec.shape, card, parallel)
-        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel.pp, card if on_gpu else None)
+        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None)
 
     def check(
         self,
@@ -116,7 +116,7 @@ class TorchExecutor(Executor):
         shape = foresee(self, model, kernels, engine=engine or EngineConfig(), backends=backends, parallel=parallel)
         if shape is not None:
             self._foretell(shape, hardware or Hardware(), parallel)
-            self.caps = _caps(shape, frozenset(), parallel.pp, None)  # until `prepare` has read the checkpoint
+            self.caps = _caps(shape, frozenset(), parallel, None)  # until `prepare` has read the checkpoint
 
     def _foretell(self, shape: ModelShape, hardware: Hardware, parallel: ParallelConfig) -> None:
         """Policies may ask how long a step will take."""
@@ -184,9 +184,10 @@ class TorchExecutor(Executor):
             self._execution.close()
 
 
-def _caps(shape: ModelShape, eos_token_ids: frozenset[int], pp: int, card: Hardware | None) -> ExecutorCaps:
+def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelConfig, card: Hardware | None) -> ExecutorCaps:
     """card: of the GPU; None on a CPU, which has no time to hide behind a device's and is best at short steps."""
-    default = {} if card is None else {"default_token_budget": default_token_budget(shape, card)}
+    default = {} if card is None else {"default_token_budget": default_token_budget(shape, card, parallel.tp)}
+    pp = parallel.pp
     # A token that a later stage still samples is unknown to the first, so a pipeline cannot plan it.
     return ExecutorCaps(
         shape.max_position_embeddings,

@@ -20,7 +20,7 @@ class TorchKernels(KernelChoice):
         devices=frozenset(("cpu", "cuda")),
         dtypes=frozenset(("float32", "bfloat16", "float16", "float64")),
         graph_safe=True,
-        ops=frozenset(op for ops in GROUPS.values() for op in ops) | {"qk_norm_rope_store"},
+        ops=frozenset(op for ops in GROUPS.values() for op in ops) | {"qk_norm_rope_store", "sample_part"},
     )
 
     def operations(self, device: str) -> Any:

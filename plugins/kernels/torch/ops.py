@@ -133,12 +133,29 @@ def sample(
 ) -> Tensor:
     if temperature is None:
         return logits.argmax(-1)
-    greedy = temperature == 0
-    scaled = logits.float() / temperature.masked_fill(greedy, 1.0).unsqueeze(1)
+    scaled = _scaled(logits, temperature)
     if top_k is not None and top_p is not None and min_p is not None:
         scaled = _filtered(scaled, top_k, top_p, min_p)
-    noise = _gumbel(seeds, positions, logits.shape[-1]).masked_fill(greedy.unsqueeze(1), 0.0)
-    return (scaled + noise).argmax(-1)
+    return (scaled + _noise(scaled, temperature, seeds, positions)).argmax(-1)
+
+
+def sample_part(logits: Tensor, temperature: Tensor | None, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    scores = logits.float()
+    if temperature is not None:
+        scores = _scaled(logits, temperature)
+        scores = scores + _noise(scores, temperature, seeds, positions, first)
+    best = scores.argmax(-1, keepdim=True)
+    return best.squeeze(1) + first, scores.gather(1, best).squeeze(1)
+
+
+def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
+    """float32 [B, V]; greedy rows as they are."""
+    return logits.float() / temperature.masked_fill(temperature == 0, 1.0).unsqueeze(1)
+
+
+def _noise(scaled: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int = 0) -> Tensor:
+    """Of the tokens from `first` on; none in greedy rows."""
+    return _gumbel(seeds, positions, first, scaled.shape[-1]).masked_fill((temperature == 0).unsqueeze(1), 0.0)
 
 
 def _filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -155,12 +172,12 @@ def _filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
     return scaled.masked_fill(scaled < floor, float("-inf"))
 
 
-def _gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
-    """float32 [B, V]: `plugins.kernels.ops.gumbel` for every row and token."""
+def _gumbel(seeds: Tensor, positions: Tensor, first: int, count: int) -> Tensor:
+    """float32 [B, count]: `plugins.kernels.ops.gumbel` for every row and token from `first` on."""
     low, high, at = _int32(seeds), _int32(seeds >> 32), _int32(positions)
     key0 = _mix32(_mix32(_mix32(low ^ _signed(0x9E3779B9)) ^ high) ^ at).unsqueeze(1)
     key1 = _mix32(_mix32(_mix32(high ^ _signed(0x85EBCA6B)) ^ low) ^ at).unsqueeze(1)
-    token = torch.arange(vocab, dtype=torch.int32, device=seeds.device)
+    token = torch.arange(first, first + count, dtype=torch.int32, device=seeds.device)
     bits = _fold32(_fold32(_unsigned(token ^ key0), 0xD6E8FEB9) ^ _unsigned(key1), 0x9E3779B1)
     u = bits.float().mul_(2.0**-32 - 2.0**-56).add_(2.0**-33)
     return u.neg_().log1p_().neg_().log_().neg_()

@@ -12,7 +12,7 @@ from .overlap import overlap, release, wait
 
 
 @triton.jit
-def _normed(x, weight, eps, N: tl.constexpr, dtype: tl.constexpr):
+def normed(x, weight, eps, N: tl.constexpr, dtype: tl.constexpr):
     """x float32 [ROWS, BLOCK], zero beyond N."""
     rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + eps)
     return (x * rstd[:, None]).to(dtype).to(tl.float32) * weight
@@ -28,7 +28,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, eps, stride, N: tl.conste
     wait(PDL)
     x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + row[:, None] * N + col[None, :], _normed(x, weight, eps, N, dtype).to(dtype), mask=mask)
+    tl.store(out_ptr + row[:, None] * N + col[None, :], normed(x, weight, eps, N, dtype).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -51,10 +51,10 @@ def _add_rms_norm_kernel(
     x = x.to(dtype).to(tl.float32)  # as a product that is not in parts
     total = (x + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)).to(dtype)
     tl.store(residual_ptr + at, total, mask=mask)
-    tl.store(out_ptr + at, _normed(total.to(tl.float32), weight, eps, N, dtype).to(dtype), mask=mask)
+    tl.store(out_ptr + at, normed(total.to(tl.float32), weight, eps, N, dtype).to(dtype), mask=mask)
 
 
-def _row_shape(n: int) -> tuple[int, int, int]:
+def row_shape(n: int) -> tuple[int, int, int]:
     """(BLOCK, ROWS, warps) for rows of n elements: about 8 to 16 elements a thread."""
     block = triton.next_power_of_2(n)
     rows = max(1, 1024 // block)
@@ -65,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     n = x.shape[-1]
     flat = x.reshape(-1, n)  # a view for a contiguous x; heads cut out of a fused projection are copied
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block, rows, warps = _row_shape(n)
+    block, rows, warps = row_shape(n)
     if flat.shape[0]:
         _rms_norm_kernel[(triton.cdiv(flat.shape[0], rows),)](
             flat, weight, out, flat.shape[0], eps, flat.stride(0), N=n, BLOCK=block, ROWS=rows, num_warps=warps, **overlap(x.device)
@@ -76,7 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [..., N] or what `linear_parts` returned, contiguous. In place: the residual becomes the sum, and x [..., N] the norm."""
     n = residual.shape[-1]
-    block, rows, warps = _row_shape(n)
+    block, rows, warps = row_shape(n)
     count = residual.numel() // n
     parts = x.numel() // residual.numel() if count else 1
     out = x if x.dtype == residual.dtype else torch.empty_like(residual)

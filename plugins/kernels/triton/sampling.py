@@ -6,6 +6,8 @@ is exact. Without filters the logits are read once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -76,10 +78,10 @@ def _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED: tl
 @triton.jit
 def _scores(
     logits_ptr, start, V, temperature, key0, key1, floor,
-    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, minus_log2: tl.constexpr,
+    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, FIRST: tl.constexpr, minus_log2: tl.constexpr,
 ):  # fmt: skip
-    """The scores of BLOCK tokens from `start`, a multiple of BLOCK: a greedy row's logits; another's logits over temperature, with
-    noise, in units of ln 2."""
+    """The scores of BLOCK logits from `start`, a multiple of BLOCK, which belong to the tokens from FIRST + start: a greedy row's
+    logits; another's logits over temperature, with noise, in units of ln 2."""
     lane = tl.arange(0, BLOCK)
     score = _scaled(logits_ptr, start + lane, V, 1.0)
     if SAMPLED:
@@ -87,7 +89,10 @@ def _scores(
             inverse = 1.0 / temperature
             if FILTERED:
                 score = tl.where(score * inverse < floor, float("-inf"), score)
-            x = lane.to(tl.uint32) ^ (start.to(tl.uint32) ^ key0)  # (start + lane) ^ key0, with what is the same for all lanes in one
+            if FIRST % BLOCK == 0:
+                x = lane.to(tl.uint32) ^ ((FIRST + start).to(tl.uint32) ^ key0)  # token ^ key0, with what all lanes share in one
+            else:
+                x = (FIRST + start + lane).to(tl.uint32) ^ key0
             score = tl.fma(score, inverse * 1.4426950408889634, _noise(x, key1, minus_log2))
     return score
 
@@ -95,7 +100,8 @@ def _scores(
 @triton.jit
 def _best_of_chunk_kernel(
     logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, V, stride, chunks,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, minus_log2: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, FIRST: tl.constexpr,
+    minus_log2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best score of TILES * BLOCK vocabulary entries of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -106,7 +112,7 @@ def _best_of_chunk_kernel(
     temperature, key0, key1, floor = _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     for _ in range(TILES):
-        score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, BLOCK, SAMPLED, FILTERED, minus_log2)
+        score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, BLOCK, SAMPLED, FILTERED, FIRST, minus_log2)
         best = tl.maximum(best, score)
         start += BLOCK
     tl.store(best_ptr + row * chunks + chunk, tl.max(best))
@@ -114,10 +120,12 @@ def _best_of_chunk_kernel(
 
 @triton.jit
 def _best_of_row_kernel(
-    logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, out_ptr, V, stride, chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, minus_log2: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, out_ptr, score_ptr, V, stride, chunks,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, FIRST: tl.constexpr,
+    minus_log2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The best token: the scores of the best chunk once more, which is cheaper than to carry an index beside every score."""
+    """The best token: the scores of the best chunk once more, which is cheaper than to carry an index beside every score. Its score as
+    well where score_ptr is given."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, CHUNKS)
     release(PDL)
@@ -125,8 +133,10 @@ def _best_of_row_kernel(
     temperature, key0, key1, floor = _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED)
     best = tl.load(best_ptr + row * chunks + at, mask=at < chunks, other=float("-inf"))
     start = tl.argmax(best, axis=0) * CHUNK  # ties: the first
-    score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, CHUNK, SAMPLED, FILTERED, minus_log2)
-    tl.store(out_ptr + row, (start + tl.argmax(score, axis=0)).to(tl.int64))
+    score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, CHUNK, SAMPLED, FILTERED, FIRST, minus_log2)
+    tl.store(out_ptr + row, (FIRST + start + tl.argmax(score, axis=0)).to(tl.int64))
+    if score_ptr is not None:
+        tl.store(score_ptr + row, tl.max(score))
 
 
 @triton.jit
@@ -246,35 +256,59 @@ def _shape(rows: int, vocab: int) -> tuple[int, int, int]:
 def sample(
     logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, seeds: Tensor, positions: Tensor
 ) -> Tensor:
+    logits = _rows(logits)
+    if temperature is None or top_k is None or not len(logits):
+        return _best(logits, temperature, seeds, positions)[0]
     rows, vocab = logits.shape
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+    floor = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    near = torch.empty((rows, NEAR), dtype=torch.float32, device=logits.device)
+    _floor_kernel[(rows,)](
+        logits, temperature, top_k, top_p, min_p, floor, near, vocab, logits.stride(0),
+        BLOCK=min(8192, max(32, triton.next_power_of_2(vocab))), NEAR=NEAR, REACH=REACH, num_warps=16,
+    )  # fmt: skip
+    return _best(logits, temperature, seeds, positions, floor=floor)[0]
+
+
+def sample_part(logits: Tensor, temperature: Tensor | None, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    scores = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    return _best(_rows(logits), temperature, seeds, positions, first=first, scores=scores)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _best(
+    logits: Tensor,
+    temperature: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    floor: Tensor | None = None,
+    first: int = 0,
+    scores: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """(best token of each row, `scores` with its score); floor: of rows with filters."""
+    rows, vocab = logits.shape
     device = logits.device
+    out = torch.empty(rows, dtype=torch.int64, device=device)
+    if not rows:
+        return out, scores
     block, tiles, warps = _shape(rows, vocab)
     chunk = block * tiles
     chunks = triton.cdiv(vocab, chunk)
     best = torch.empty((rows, chunks), dtype=torch.float32, device=device)
-    out = torch.empty(rows, dtype=torch.int64, device=device)
-    if not rows:
-        return out
-    filtered = temperature is not None and top_k is not None
-    floor = torch.empty(rows, dtype=torch.float32, device=device) if filtered else None
-    if filtered:
-        near = torch.empty((rows, NEAR), dtype=torch.float32, device=device)
-        _floor_kernel[(rows,)](
-            logits, temperature, top_k, top_p, min_p, floor, near, vocab, logits.stride(0),
-            BLOCK=min(8192, max(32, triton.next_power_of_2(vocab))), NEAR=NEAR, REACH=REACH, num_warps=16,
-        )  # fmt: skip
     chance = (logits, temperature, seeds, positions, floor, best)
     options = {
         "SAMPLED": temperature is not None,
-        "FILTERED": filtered,
+        "FILTERED": floor is not None,
+        "FIRST": first,
         "minus_log2": _fast_minus_log2 if logits.is_cuda else _minus_log2,
         **overlap(device),
     }
     _best_of_chunk_kernel[(rows, chunks)](*chance, vocab, logits.stride(0), chunks, BLOCK=block, TILES=tiles, num_warps=warps, **options)
     _best_of_row_kernel[(rows,)](
-        *chance, out, vocab, logits.stride(0), chunks,
+        *chance, out, scores, vocab, logits.stride(0), chunks,
         CHUNK=chunk, CHUNKS=max(2, triton.next_power_of_2(chunks)), num_warps=max(1, min(8, chunk // 256)), **options,
     )  # fmt: skip
-    return out
+    return out, scores
