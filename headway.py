@@ -3,11 +3,16 @@
 from importlib import import_module
 from typing import Any
 
-from core import checkpoint, hf_config, metrics
 from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
-from core.build import Composition, build
 from core.clock import ReplayClock, VirtualClock, WallClock
-from core.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
+from core.compose import checkpoint, hf_config
+from core.compose.build import Composition, build
+from core.compose.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
+from core.compose.facts import differences as fact_differences
+from core.compose.facts import facts as composition_facts
+from core.compose.hooks import hookimpl, load_registry
+from core.compose.memory import check_fits
+from core.compose.params import describe, param
 from core.engine import Engine
 from core.errors import (
     ConfigError,
@@ -21,13 +26,11 @@ from core.errors import (
     near,
 )
 from core.execution import ExecutorCaps, Preparation, StepResult
-from core.facts import differences as fact_differences
-from core.facts import facts as composition_facts
 from core.grants import Granted, NeedBlocks, NoBudget, NotReady
-from core.hooks import hookimpl, load_registry
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
-from core.memory import check_fits
-from core.params import describe, param
+from core.measure import metrics
+from core.measure.results import whole
+from core.measure.step_log import Lists, StepColumns, StepLog
 from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
     API_VERSION,
@@ -58,9 +61,7 @@ from core.policy import (
 )
 from core.prompts import token_ids
 from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags, TextStop
-from core.results import whole
 from core.step import StepBuilder
-from core.step_log import Lists, StepColumns, StepLog
 from core.testing.oracle import OracleExecutor
 from core.view import Match, View
 
@@ -92,6 +93,6 @@ def __getattr__(name: str) -> Any:
 if __name__ == "__main__":
     import sys
 
-    from core.cli import main
+    from core.cli.main import main
 
     sys.exit(main(sys.argv[1:]))

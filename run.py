@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+from core.cli import CONF
 from core.interrupts import interrupts
-
-CONF = Path(__file__).resolve().parent / "conf"
 
 
 def main() -> int:
@@ -18,8 +16,8 @@ def main() -> int:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import DictConfig
 
-        from conf import torchrun
-        from conf.launch import PORTABLE, Command, Job, ending
+        from core.cli import torchrun
+        from core.cli.launch import PORTABLE, Command, Job, ending
     except BaseException as error:
         if not interrupts.caused(error):
             raise

@@ -21,7 +21,7 @@ from .blocks import BlockPool
 from .calls import Calls
 from .clock import RecordingClock
 from .collecting import rare_collections
-from .config import EngineConfig
+from .compose.config import EngineConfig
 from .counts import Counts
 from .decisions import DecisionLog
 from .errors import NothingPlanned

@@ -23,9 +23,9 @@ from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
+from .compose.params import check
 from .errors import ConfigError
 from .execution import ExecutorCaps, Preparation, StepResult
-from .params import check
 from .request import Request
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Context:
     max_num_batched_tokens: int
     roles: dict[str, Role]
     cost_model: CostModel | None = None
-    model: Any = None  # core.config.ModelShape, where the executor knows it
+    model: Any = None  # core.compose.config.ModelShape, where the executor knows it
     oracle: Oracle | None = None  # only for roles that declare `oracle = True`
     token_budget: int = 512  # tokens of a step that suit the executor, for a scheduler that is given no number of its own
 

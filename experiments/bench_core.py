@@ -15,7 +15,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from core.hooks import load_registry
+from core.compose.hooks import load_registry
 from headway import Arrival, Engine, EngineConfig, Executor, ExecutorCaps, SamplingParams, StepResult, VirtualClock
 
 

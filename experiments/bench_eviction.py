@@ -17,7 +17,7 @@ import time
 from random import Random
 
 from core.blocks import ROOT, BlockPool
-from core.hooks import Registry, load_registry
+from core.compose.hooks import Registry, load_registry
 from core.policy import Context, Oracle
 from core.request import Arrival, Request, Tags
 from core.roster import publish

@@ -24,8 +24,8 @@ from typing import Any
 
 import yaml
 
-from core.build import build_roles
-from core.hooks import load_registry
+from core.compose.build import build_roles
+from core.compose.hooks import load_registry
 from core.policy import Need
 from headway import SLO, Arrival, Engine, EngineConfig, Executor, ExecutorCaps, Hardware, ModelConfig, SamplingParams, StepResult, Tags, VirtualClock
 from plugins.executors.cost import Roofline

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.blocks import BlockPool
-from core.hooks import load_registry
+from core.compose.hooks import load_registry
 from core.policy import Context
 from core.request import Arrival, Request
 from core.roster import publish

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from core.blocks import BlockPool
-from core.hooks import load_registry
+from core.compose.hooks import load_registry
 from core.policy import Context, Eviction, Oracle, Role
 from core.request import Arrival, Request
 from core.roster import publish

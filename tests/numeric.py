@@ -26,12 +26,12 @@ from zlib import crc32
 
 import numpy as np
 
-from core.build import Composition, Run, build
-from core.config import EngineConfig, Hardware, ModelConfig, ParallelConfig
+from core.compose.build import Composition, Run, build
+from core.compose.config import EngineConfig, Hardware, ModelConfig, ParallelConfig
+from core.compose.hooks import Registry, load_registry
+from core.compose.params import Limits, limits_of
 from core.errors import HeadwayError
-from core.hooks import Registry, load_registry
-from core.metrics import summarize
-from core.params import Limits, limits_of
+from core.measure.metrics import summarize
 from core.policy import Observer, Workload
 from core.request import SLO, Arrival, SamplingParams, Tags
 from plugins.executors.sim import SimExecutor

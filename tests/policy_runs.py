@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.build import build_roles
-from core.config import EngineConfig
+from core.compose.build import build_roles
+from core.compose.config import EngineConfig
+from core.compose.hooks import load_registry
 from core.engine import Engine
-from core.hooks import load_registry
 from core.policy import Executor, ExecutorCaps, Observer, StepRecord, StepResult
 from core.request import SLO, Arrival, RunResult, SamplingParams, Tags
 from headway import VirtualClock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.policy import Scheduler
 from core.request import Arrival, SamplingParams, Tags

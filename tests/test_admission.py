@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from policy_runs import Server, ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError, PolicyError
 from core.policy import Admission, Admit, Defer, LengthPrediction, Predictor, Reject
 from core.request import SLO, SamplingParams

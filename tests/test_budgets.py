@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from policy_runs import Server, Steps, ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
 from core.request import SLO
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import plugins.cache.hash as hash_module
 from core.blocks import ROOT, BlockPool
-from core.build import build_roles
-from core.config import EngineConfig
+from core.compose.build import build_roles
+from core.compose.config import EngineConfig
+from core.compose.hooks import load_registry
 from core.engine import Engine
-from core.hooks import load_registry
 from core.policy import Context
 from core.request import Arrival, Request, RunResult, SamplingParams, Tags
 from core.roster import publish

@@ -11,7 +11,7 @@ import pytest
 from policy_runs import REGISTRY, compose, run
 
 from core.blocks import ROOT, BlockPool, chain_key, prefix_keys, root_key
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.policy import Context, PrefixCache
 from core.request import Arrival, Request, SamplingParams, Tags
 from core.roster import publish

@@ -13,11 +13,11 @@ from hydra import initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf import schema
-from core import report
-from core.build import Composition, build
-from core.hooks import load_registry
-from core.metrics import summarize
+from core.cli import schema
+from core.compose.build import Composition, build
+from core.compose.hooks import load_registry
+from core.measure import report
+from core.measure.metrics import summarize
 from core.testing import kit
 from headway import Arrival, ConfigError, EngineConfig, Hardware, ModelConfig, ParallelConfig, Preparation, SamplingParams
 from plugins.executors.cost import default_token_budget

@@ -13,10 +13,10 @@ from types import ModuleType
 import pyarrow.parquet as pq
 import pytest
 
-from core.build import Composition, build
-from core.config import EngineConfig
-from core.hooks import load_registry
-from core.metrics import summarize
+from core.compose.build import Composition, build
+from core.compose.config import EngineConfig
+from core.compose.hooks import load_registry
+from core.measure.metrics import summarize
 from core.request import SLO
 from core.testing import kit
 from core.testing.subject import Subject

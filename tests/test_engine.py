@@ -9,7 +9,7 @@ import pytest
 from scripted import Scripted, ask, engine, everybody
 
 from core.clock import RecordingClock, ReplayClock, VirtualClock
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.errors import ConfigError, InvariantError
 from core.policy import Observer, Order, Retention, Role, Scheduler

@@ -10,7 +10,7 @@ from policy_runs import REGISTRY, compose
 from recorded_decisions import arrivals
 from scripted import ask, engine, everybody
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.policy import Observer, Order
 from core.request import RequestState, RunResult
 from plugins.cache.hash import HashBlocks

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from scripted import ask, engine, everybody
 
-from core.build import Composition, Run
-from core.config import EngineConfig
+from core.compose.build import Composition, Run
+from core.compose.config import EngineConfig
+from core.compose.hooks import Origin, Registry, hookimpl
 from core.engine import Engine
 from core.errors import ConfigError, PluginError, PolicyError, WorkloadError
-from core.hooks import Origin, Registry, hookimpl
 from core.keyed import KeyEviction, KeyOrder
 from core.ledger import Mutated
 from core.policy import Admission, Eviction, LengthPrediction, Observer, Order, Predictor, Retention, StepResult, TokenBudget, Victim, Workload

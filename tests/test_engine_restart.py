@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from scripted import ask, engine, everybody
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.policy import Observer, Retention
 from core.request import Arrival

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from policy_runs import ask, compose, run
 
 from core.blocks import ROOT, Block, BlockPool, prefix_keys
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
 from core.policy import Context, Oracle
 from core.request import Arrival, Request, Tags

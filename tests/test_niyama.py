@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from policy_runs import Server, Steps, ask, compose, finishing, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
 from core.request import SLO, Arrival
 

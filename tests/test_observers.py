@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from core import step_log
-from core.build import Composition, Run, build
-from core.hooks import Registry, load_registry
+from core.compose.build import Composition, Run, build
+from core.compose.hooks import Registry, load_registry
+from core.measure import step_log
 from headway import EngineConfig, Observer
 from plugins.observers import timeline
 from plugins.observers.progress import Progress

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from policy_runs import Server, Steps, ask, compose, finishing, run, service
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
 
 # ---- virtual token counter ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from policy_runs import ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
 from core.keyed import KeyOrder
 from core.request import Arrival, SamplingParams

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from core.build import Composition, check
-from core.build import build as compose
-from core.config import EngineConfig, Hardware, ModelShape, ParallelConfig
+from core.compose.build import Composition, check
+from core.compose.build import build as compose
+from core.compose.config import EngineConfig, Hardware, ModelShape, ParallelConfig
+from core.compose.hooks import load_registry
 from core.engine import Engine
 from core.errors import ConfigError, ModelError
-from core.hooks import load_registry
 from core.request import SLO, Arrival, SamplingParams, Tags, TextStop
 from core.testing import kit
 from core.testing.oracle import OracleExecutor

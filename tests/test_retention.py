@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from policy_runs import REGISTRY, Server, ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
 from core.request import Arrival, Request
 from core.testing.subject import Subject

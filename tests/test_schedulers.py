@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from policy_runs import Server, Steps, ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.request import Arrival, RunResult, SamplingParams
 
 ROOMY = EngineConfig(block_size=4, num_blocks=256, max_num_seqs=8, max_num_batched_tokens=64, check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import GIB, EngineConfig, Hardware, ModelConfig, ModelShape
+from core.compose.config import GIB, EngineConfig, Hardware, ModelConfig, ModelShape
 from core.engine import Engine
 from core.errors import ConfigError
 from core.request import Arrival, SamplingParams

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from scripted import ask, engine
 
-from core import step_log
-from core.build import Composition, build
+from core.compose.build import Composition, build
+from core.compose.hooks import load_registry
 from core.execution import StepResult
-from core.hooks import load_registry
+from core.measure import step_log
+from core.measure.step_log import StepColumns, StepLog
 from core.plan import StepPlan
 from core.policy import Observer
-from core.step_log import StepColumns, StepLog
 from core.testing.oracle import OracleExecutor
 from headway import EngineConfig
 from plugins.executors.record import PlanDigest, Recorder, ReplayError, digests

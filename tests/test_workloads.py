@@ -14,8 +14,8 @@ from itertools import islice, pairwise
 
 import pytest
 
-from core import cli
-from core.config import EngineConfig, Hardware, ModelShape
+from core.cli import main as cli
+from core.compose.config import EngineConfig, Hardware, ModelShape
 from core.engine import Engine
 from core.errors import ConfigError, WorkloadError
 from plugins.cache.eviction.lru import LeastRecent

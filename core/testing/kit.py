@@ -10,9 +10,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..build import Composition, Run, build
 from ..clock import VirtualClock
-from ..config import EngineConfig, ModelConfig, ResultsConfig
+from ..compose.build import Composition, Run, build
+from ..compose.config import EngineConfig, ModelConfig, ResultsConfig
 from ..engine import Engine
 from ..errors import HeadwayError
 from ..execution import ExecutorCaps, StepResult

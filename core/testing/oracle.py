@@ -12,9 +12,9 @@ from typing import Any
 
 from ..blocks import ROOT, BlockPool
 from ..clock import VirtualClock
+from ..compose.params import param
 from ..errors import InvariantError
 from ..execution import ExecutorCaps, StepResult
-from ..params import param
 from ..plan import StepPlan
 from ..policy import Executor
 from ..request import Request

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..config import EngineConfig
+from ..compose.config import EngineConfig
 from ..engine import Engine
 from ..policy import Role
 from ..request import SLO, Arrival, Request, RequestState, SamplingParams, Tags

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import policy
-from ..build import build_roles
-from ..config import EngineConfig
+from ..compose.build import build_roles
+from ..compose.config import EngineConfig
+from ..compose.hooks import OPTIONAL, Origin, Registry, load_registry
 from ..engine import Engine
 from ..errors import ConfigError, near
-from ..hooks import OPTIONAL, Origin, Registry, load_registry
 from ..policy import Role
 from . import shake
 from .case import Case, random_case

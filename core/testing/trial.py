@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import EngineConfig
+from ..compose.config import EngineConfig
 from ..decisions import DecisionLog
 from ..engine import Engine
 from ..errors import HeadwayError, InvariantError, NothingPlanned, PolicyError

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from . import keyed, policy
-from .errors import ConfigError, HeadwayError, PluginError, near
+from .. import keyed, policy
+from ..errors import ConfigError, HeadwayError, PluginError, near
+from ..policy import API_VERSION, ROLES, Observer, Role
 from .params import checked
-from .policy import API_VERSION, ROLES, Observer, Role
 
 if TYPE_CHECKING:
+    from ..request import RunResult
     from .build import Run
-    from .request import RunResult
 
 PROJECT = "headway"
 BLOCK = "HEADWAY_PLUGINS_BLOCK"  # comma-separated plugin names to leave out; "*" leaves out every installed package
@@ -315,7 +315,7 @@ def _default_problem(parameter: dataclasses.Field[Any]) -> str:
 
 def _relative(module: Any) -> str:
     file = Path(module.__file__)
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
 
 

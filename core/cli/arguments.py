@@ -10,8 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-from core.errors import ConfigError
-
+from ..errors import ConfigError
 from . import foreign
 
 _BRACKETS = "[]{}()"  # lists, mappings, functions of overrides: what is wrong there is Hydra's to say

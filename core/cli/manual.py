@@ -14,15 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError, near
-from core.hooks import OPTIONAL, Plugin, Registry
-from core.params import describe, limits_of
-from core.policy import ROLES
-
-from . import schema
+from ..compose.hooks import OPTIONAL, Plugin, Registry
+from ..compose.params import describe, limits_of
+from ..errors import ConfigError, near
+from ..policy import ROLES
+from . import CONF, schema
 from .explain import complain
 
-FOLDER = Path(__file__).parent
 #: Groups that are no role -> what they say. A role's question is in core/policy.py.
 TOPICS = {
     "policy": "a paper's policy: sets every role that it fills",
@@ -111,7 +109,7 @@ def _options(group: str, registry: Registry) -> Iterator[Option]:
         yield Option("none", "without one")
     if group in ("parallel", "engine", "slo", "results"):
         yield Option("", "", node)
-    for file in sorted((FOLDER / group).glob("*.yaml")):
+    for file in sorted((CONF / group).glob("*.yaml")):
         yield Option(file.stem, _about(file))
     if group in ("model", "hardware"):
         yield Option("", f"parameters of every {group}", node)

@@ -11,17 +11,17 @@ from dataclasses import MISSING, Field
 from importlib import import_module
 from typing import Any
 
-from .errors import HeadwayError, near
-from .hooks import Plugin, Registry, load_registry
-from .params import describe, limits_of
-from .policy import ROLES
+from ..compose.hooks import Plugin, Registry, load_registry
+from ..compose.params import describe, limits_of
+from ..errors import HeadwayError, near
+from ..policy import ROLES
 
 #: Verb -> (module, its function of argv that answers the exit code, one line). Imported only when it is asked for.
 VERBS = {
-    "plugins": ("core.cli", "plugins", "list every available plugin, its parameters and where it comes from"),
-    "check": ("conf.presets", "check", "run the conformance kit on a composition: check policy=vtc, check order=mypaper"),
-    "new": ("core.scaffold", "main", "write an installable plugin package: new order mypaper"),
-    "trace": ("core.tracing", "trace", "count and measure a trace file, or convert it to JSON lines"),
+    "plugins": ("core.cli.main", "plugins", "list every available plugin, its parameters and where it comes from"),
+    "check": ("core.cli.presets", "check", "run the conformance kit on a composition: check policy=vtc, check order=mypaper"),
+    "new": ("core.cli.scaffold", "main", "write an installable plugin package: new order mypaper"),
+    "trace": ("core.cli.tracing", "trace", "count and measure a trace file, or convert it to JSON lines"),
 }
 
 

@@ -8,17 +8,17 @@ from dataclasses import MISSING, Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..engine import Engine
+from ..errors import ConfigError, HeadwayError, PluginError, WorkloadError, near
+from ..measure.step_log import StepLog
+from ..policy import SERVICES, Observer, Role, Workload
+from ..request import SLO, Arrival, RunResult
+from ..roles import check_limits
 from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
-from .engine import Engine
-from .errors import ConfigError, HeadwayError, PluginError, WorkloadError, near
 from .facts import facts
 from .hooks import Plugin, Registry
 from .params import check as check_values
 from .params import checked, param
-from .policy import SERVICES, Observer, Role, Workload
-from .request import SLO, Arrival, RunResult
-from .roles import check_limits
-from .step_log import StepLog
 
 
 @dataclass

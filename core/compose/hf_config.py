@@ -1,7 +1,7 @@
 """What config.json and generation_config.json of a Hugging Face checkpoint say: the one reader of both.
 
 Values, defaults and precedences are those of transformers 5. What this code does not compute as transformers
-does is refused with a ConfigError that names the field. No file is known here; `core/checkpoint.py` adds its name.
+does is refused with a ConfigError that names the field. No file is known here; `core/compose/checkpoint.py` adds its name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import HeadwayError
-from .hooks import load_registry
-from .metrics import percentile
+from ..compose.hooks import load_registry
+from ..errors import HeadwayError
+from ..measure.metrics import percentile
 
 
 class Row(Protocol):

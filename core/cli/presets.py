@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from core.errors import ConfigError, near
-from core.testing import check as kit
+from ..errors import ConfigError, near
+from ..testing import check as kit
+from . import CONF
 
-FOLDER = Path(__file__).resolve().parent / "policy"
+FOLDER = CONF / "policy"
 
 
 def names() -> list[str]:

@@ -14,10 +14,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from core.build import Composition, check
-from core.errors import ConfigError, HeadwayError
-from core.hooks import Registry
-
+from ..compose.build import Composition, check
+from ..compose.hooks import Registry
+from ..errors import ConfigError, HeadwayError
 from . import schema
 from .explain import explain
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from string import Template
 
-from .errors import ConfigError, near
-from .hooks import load_registry
-from .policy import ROLES
+from ..compose.hooks import load_registry
+from ..errors import ConfigError, near
+from ..policy import ROLES
 
 TEMPLATES = Path(__file__).parent / "templates"
 #: Roles that the conformance kit drives; the others bring tests of their own.

@@ -21,9 +21,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from core import results
-from core.errors import ConfigError
-from core.interrupts import say
+from ..errors import ConfigError
+from ..interrupts import say
+from ..measure import results
 
 HYDRA = ".hydra"  # where Hydra's own tools look for a job's config and overrides
 IDENTITY = "identity"  # in HYDRA: the hash of the composed config

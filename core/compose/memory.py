@@ -6,7 +6,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 GIB = 1 << 30
 _CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container

@@ -17,7 +17,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError, near
+from ..errors import ConfigError, near
 
 KEY = "headway"  # of a field's metadata
 

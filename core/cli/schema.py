@@ -12,19 +12,19 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from core.build import Composition
-from core.config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
-from core.errors import ConfigError, PluginError, near
-from core.hooks import OPTIONAL, Broken, Registry
-from core.policy import ROLES
-from core.request import SLO
+from ..compose.build import Composition
+from ..compose.config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
+from ..compose.hooks import OPTIONAL, Broken, Registry
+from ..errors import ConfigError, PluginError, near
+from ..policy import ROLES
+from ..request import SLO
+from . import CONF
 
 #: Root nodes that are no role, with their dataclasses.
 NODES = {"engine": EngineConfig, "slo": SLO, "model": ModelConfig, "hardware": Hardware, "parallel": ParallelConfig, "results": ResultsConfig}
@@ -93,18 +93,20 @@ def closed_but_for_dicts(schema: type) -> DictConfig:
 
 def _open_dicts(config: DictConfig) -> None:
     for key in config:
-        child = config._get_node(key)
+        if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, str(key)):
+            continue
+        child = config[key]
         if not isinstance(child, DictConfig):
             continue
         if OmegaConf.get_type(child) is dict:
             OmegaConf.set_struct(child, False)
-        elif not (child._is_none() or child._is_missing()):
+        else:
             _open_dicts(child)
 
 
 def options(group: str) -> list[str]:
     """What a group can be set to: the files of conf/, and what `register` has stored."""
-    files = {p.stem for p in (Path(__file__).parent / group).glob("*.yaml")}
+    files = {p.stem for p in (CONF / group).glob("*.yaml")}
     stored = ConfigStore.instance().repo.get(group, {})
     return sorted(files | {name.removesuffix(".yaml") for name in stored})
 

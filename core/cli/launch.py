@@ -14,15 +14,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core import report, results
-from core.build import Run, build
-from core.errors import ConfigError, HeadwayError
-from core.hooks import Registry, load_registry
-from core.interrupts import interrupts, say
-from core.metrics import summarize
-from core.policy import Observer
-from core.request import RunResult
-
+from ..compose.build import Run, build
+from ..compose.hooks import Registry, load_registry
+from ..errors import ConfigError, HeadwayError
+from ..interrupts import interrupts, say
+from ..measure import report, results
+from ..measure.metrics import summarize
+from ..policy import Observer
+from ..request import RunResult
 from . import manual, schema
 from . import sweep as sweeps
 from .arguments import arguments

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .errors import HeadwayError
+from ..errors import HeadwayError
 
 RESULT, SUMMARY, VERSIONS, CONFIG = "result.json", "summary.json", "versions.json", "config.yaml"
 #: What `results.files` chooses from. result.json and the config are written always.
@@ -108,7 +108,7 @@ def environment() -> dict[str, Any]:
 
 def git_sha() -> str:
     """Of the checkout this code lies in, "-dirty" where it differs from it, "" outside of one."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     try:
         sha = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         dirty = subprocess.run(["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, timeout=10, check=False).returncode

@@ -10,10 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from core.build import build
-from core.errors import ConfigError, HeadwayError
-from core.hooks import Registry
-
+from ..compose.build import build
+from ..compose.hooks import Registry
+from ..errors import ConfigError, HeadwayError
 from . import schema
 
 REFUSED = 2  # exit code, as for anything that is refused before the first step

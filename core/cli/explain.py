@@ -12,9 +12,8 @@ from typing import Any, get_args, get_type_hints
 
 from hydra.errors import OverrideParseException
 
-from core.errors import HeadwayError, near
-from core.hooks import Plugin, Registry
-
+from ..compose.hooks import Plugin, Registry
+from ..errors import HeadwayError, near
 from . import schema
 from .stored import hide
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .build import Run
+from ..compose.build import Run
 from .metrics import LATENCIES, PERCENTILES
 from .results import comparison, same_decisions, varied
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError, ModelError
+from ..measure.results import FILES
 from . import checkpoint
-from .errors import ConfigError, ModelError
 from .hf_config import read_hf
 from .memory import check_fits
 from .params import check, param
-from .results import FILES
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1}
 GIB = 1 << 30

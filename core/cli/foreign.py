@@ -16,8 +16,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from core.errors import ConfigError
-from core.interrupts import say
+from ..errors import ConfigError
+from ..interrupts import say
 
 SAVED = "saved"  # the name under which the config of an earlier run is composed
 HYDRA = "hydra"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError
 from .hf_config import HFConfig, read_eos, read_hf
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
