@@ -7,7 +7,7 @@ from itertools import count
 from random import Random
 
 import pytest
-from policy_runs import Server, ask, compose, run
+from helpers.policy_runs import Server, ask, compose, run
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError, PolicyError

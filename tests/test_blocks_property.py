@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from helpers.policy_runs import REGISTRY
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from policy_runs import REGISTRY
 
 from core.blocks import ROOT, BlockPool, prefix_keys
 from core.errors import InvariantError, PolicyError

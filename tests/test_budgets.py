@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, run
+from helpers.policy_runs import Server, Steps, ask, compose, run
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from policy_runs import REGISTRY, compose, run
+from helpers.policy_runs import REGISTRY, compose, run
 
 from core.blocks import ROOT, BlockPool, chain_key, prefix_keys, root_key
 from core.compose.config import EngineConfig

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import hydra
 import pytest
+from helpers.torch_engines import engine_of
 from hydra import initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,6 @@ from plugins.executors.sim import SimExecutor
 from plugins.executors.torch import TorchExecutor
 from plugins.executors.torch.warmup import PREPARATIONS
 from plugins.kernels.torch import TorchKernels
-from tests.torch_engines import engine_of
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SHAPE = kit.SHAPE.shape()

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from scripted import Scripted, ask, engine, everybody
+from helpers.scripted import Scripted, ask, engine, everybody
 
 from core.clock import RecordingClock, ReplayClock, VirtualClock
 from core.compose.config import EngineConfig

@@ -6,9 +6,9 @@ from random import Random
 from threading import Thread
 
 import pytest
-from policy_runs import REGISTRY, compose
-from recorded_decisions import arrivals
-from scripted import ask, engine, everybody
+from helpers.policy_runs import REGISTRY, compose
+from helpers.recorded_decisions import arrivals
+from helpers.scripted import ask, engine, everybody
 
 from core.compose.config import EngineConfig
 from core.policy import Observer, Order

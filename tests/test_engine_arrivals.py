@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from scripted import ask, engine
+from helpers.scripted import ask, engine
 
 from core.compose.config import EngineConfig
 from core.engine import Engine

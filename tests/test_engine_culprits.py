@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
 from core.compose.build import Composition, Run
 from core.compose.config import EngineConfig

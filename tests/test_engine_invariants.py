@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
 from core.compose.config import EngineConfig
 from core.engine import Engine

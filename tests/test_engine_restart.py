@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
 from core.compose.config import EngineConfig
 from core.engine import Engine

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import flat_stream
 import pytest
-from flat_stream import EVICTIONS, hits, make, zipf
+from helpers import flat_stream
+from helpers.flat_stream import EVICTIONS, hits, make, zipf
+from helpers.policy_runs import ask, compose, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_runs import ask, compose, run
 
 from core.blocks import ROOT, Block, BlockPool, prefix_keys
 from core.compose.config import EngineConfig

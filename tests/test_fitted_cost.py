@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.torch_engines import engine_of, generate, prepared, shared_prompts, variant
 from hypothesis import given
 from hypothesis import strategies as st
-from torch_engines import engine_of, generate, prepared, shared_prompts, variant
 
 from core.compose.config import Hardware, ModelShape
 from plugins.executors.cost import Fitted, Roofline, restored, stored

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, finishing, run
+from helpers.policy_runs import Server, Steps, ask, compose, finishing, run
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError

@@ -7,7 +7,7 @@ from itertools import permutations
 from random import Random
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, finishing, mean_completion, run
+from helpers.policy_runs import Server, Steps, ask, compose, finishing, mean_completion, run
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError

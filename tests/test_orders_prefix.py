@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from policy_runs import ask, compose, finishing, run
+from helpers.policy_runs import ask, compose, finishing, run
 
 from core.compose.config import EngineConfig
 

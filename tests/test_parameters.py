@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numeric import Table, Try, judge, numbered_registry, slice_of, tries
+from helpers.numeric import Table, Try, judge, numbered_registry, slice_of, tries
 
 from core.cli import schema
 from core.compose.build import Composition, build_roles
@@ -311,7 +311,7 @@ def registry() -> Registry:
 
 
 def test_every_number_of_every_parameter_is_refused_by_name_or_runs_to_finite_results(registry):
-    """A slice that is the same every time; `python -m tests.numeric` tries them all."""
+    """A slice that is the same every time; `python -m tests.helpers.numeric` tries them all."""
     table = Table([judge(of, registry) for of in slice_of([of for of in tries(registry) if is_cheap(of)], 4)])
     wrong = [f"{verdict.of}: {verdict.kind}: {verdict.said}" for verdict in table.verdicts if verdict.wrong]
     assert not wrong, "\n".join(wrong)

@@ -6,7 +6,7 @@ from itertools import combinations
 from random import Random
 
 import pytest
-from policy_runs import ask, compose, run
+from helpers.policy_runs import ask, compose, run
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError

@@ -7,7 +7,7 @@ from math import isclose, log
 from random import Random
 
 import pytest
-from policy_runs import REGISTRY, Server, ask, compose, run
+from helpers.policy_runs import REGISTRY, Server, ask, compose, run
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, run
+from helpers.policy_runs import Server, Steps, ask, compose, run
 
 from core.compose.config import EngineConfig
 from core.request import Arrival, RunResult, SamplingParams

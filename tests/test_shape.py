@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripted import engine
+from helpers.scripted import engine
 
 from core.request import Request
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
 from core.errors import PolicyError
 from core.plan import Chunk

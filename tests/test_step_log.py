@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scripted import ask, engine
+from helpers.scripted import ask, engine
 
 from core.compose.build import Composition, build
 from core.compose.hooks import load_registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from policy_runs import Steps, ask, compose, run
+from helpers.policy_runs import Steps, ask, compose, run
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError

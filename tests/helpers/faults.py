@@ -1,7 +1,7 @@
 """What a run leaves behind when something goes wrong: every fault, at every moment, in every layout, with a verdict.
 
-    python -m tests.faults                      the whole matrix, some minutes
-    python -m tests.faults tp=2 SIGKILL         only the rows that contain all of these words
+    python -m tests.helpers.faults                      the whole matrix, some minutes
+    python -m tests.helpers.faults tp=2 SIGKILL         only the rows that contain all of these words
 
 A fault is brought in by an installed package that acts on itself at a moment of the run, so nothing here depends on timing.
 tests/test_faults.py runs a small part of the matrix; docs/reliability.md says what it stands for.
@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GONE = 20.0  # seconds in which every process of a run that ends must be gone
 REQUESTS = 6
 

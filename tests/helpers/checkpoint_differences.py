@@ -1,4 +1,4 @@
-"""Random combinations of config fields and file layouts against transformers: `python -m tests.checkpoint_differences --count 300`.
+"""Random combinations of config fields and file layouts against transformers: `python -m tests.helpers.checkpoint_differences --count 300`.
 
 What `test_checkpoint_matrix.py` checks one by one, crossed by chance; minutes, so not in the suite. Prints every case where
 Headway answers other than transformers, answers where transformers refuses, or raises anything but a ModelError.
@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import test_checkpoint_matrix as matrix
 import torch

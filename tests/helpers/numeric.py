@@ -4,8 +4,8 @@ The tries follow from the registry and from the core's own config classes. Each 
 refused when the run is composed, by an error that names `node.parameter=value`, or a small run ends, or goes on
 producing tokens, with finite results.
 
-    python -m tests.numeric            the whole matrix, with a table of verdicts
-    python -m tests.numeric order slo  these nodes alone
+    python -m tests.helpers.numeric            the whole matrix, with a table of verdicts
+    python -m tests.helpers.numeric order slo  these nodes alone
 """
 
 from __future__ import annotations

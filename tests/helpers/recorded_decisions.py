@@ -1,8 +1,8 @@
 """Decision hashes of compositions, which a refactoring leaves as they are: scheduler=chunked with every order x
 cache x eviction x victim, every other scheduler with every order x cache x victim and an eviction drawn for it.
 
-    python tests/recorded_decisions.py              runs the whole set (a few minutes); names the rows that differ
-    python tests/recorded_decisions.py --write      records it again, after decisions changed on purpose
+    python -m tests.helpers.recorded_decisions              runs the whole set (a few minutes); names the rows that differ
+    python -m tests.helpers.recorded_decisions --write      records it again, after decisions changed on purpose
 
 A row is one (scheduler, order, cache, eviction) over all victims, or one run of the real engine on a tiny
 model. Other roles, limits and requests come from a generator seeded with the row's name: rows differ in all
@@ -23,8 +23,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from policy_runs import REGISTRY, Server, compose
-
 from headway import (
     SLO,
     Arrival,
@@ -36,6 +34,8 @@ from headway import (
     SamplingParams,
     Tags,
 )
+
+from .policy_runs import REGISTRY, Server, compose
 
 RECORD = Path(__file__).with_suffix(".json")
 SIMULATED = "simulated"
