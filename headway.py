@@ -27,10 +27,12 @@ from core.errors import (
 )
 from core.execution import ExecutorCaps, Preparation, StepResult
 from core.grants import Granted, NeedBlocks, NoBudget, NotReady
+from core.inputs import SLO, Arrival, SamplingParams, Tags
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
 from core.measure import metrics
 from core.measure.results import whole
 from core.measure.step_log import Lists, StepColumns, StepLog
+from core.outputs import RequestOutput, RunResult, TextStop
 from core.plan import Allocation, Chunk, StepPlan
 from core.policy import (
     API_VERSION,
@@ -60,7 +62,7 @@ from core.policy import (
     Workload,
 )
 from core.prompts import token_ids
-from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags, TextStop
+from core.request import Request, RequestState
 from core.step import StepBuilder
 from core.testing.oracle import OracleExecutor
 from core.view import Match, View

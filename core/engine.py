@@ -26,14 +26,15 @@ from .counts import Counts
 from .decisions import DecisionLog
 from .errors import NothingPlanned
 from .flights import Flights
+from .inputs import Arrival
 from .intake import Intake
 from .interrupts import interrupts
 from .ledger import Ledger
 from .matching import Matches
-from .outputs import StopText
+from .outputs import RunResult, StopText
 from .patience import Patience
 from .policy import Observer, Oracle, Reject, Role, StepRecord
-from .request import Arrival, Request, RequestList, RunResult
+from .request import Request, RequestList
 from .roles import Roles, check_limits, derived, num_blocks
 from .roster import Roster
 from .step import StepBuilder

@@ -12,8 +12,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from core.blocks import ROOT, BlockPool, prefix_keys
 from core.errors import InvariantError, PolicyError
+from core.inputs import Arrival, Tags
 from core.policy import Context, Eviction, Oracle
-from core.request import Arrival, Request, Tags
+from core.request import Request
 from core.roster import publish
 
 SIZE, BLOCKS = 2, 12

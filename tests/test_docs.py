@@ -16,8 +16,8 @@ import pytest
 from core.compose.build import Composition, build
 from core.compose.config import EngineConfig
 from core.compose.hooks import load_registry
+from core.inputs import SLO
 from core.measure.metrics import summarize
-from core.request import SLO
 from core.testing import kit
 from core.testing.subject import Subject
 from core.testing.trial import Trial

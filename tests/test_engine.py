@@ -12,8 +12,9 @@ from core.clock import RecordingClock, ReplayClock, VirtualClock
 from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.errors import ConfigError, InvariantError
+from core.inputs import Arrival, SamplingParams
+from core.outputs import TextStop
 from core.policy import Observer, Order, Retention, Role, Scheduler
-from core.request import Arrival, SamplingParams, TextStop
 from core.testing.oracle import OracleExecutor, WrongKV
 
 

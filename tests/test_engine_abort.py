@@ -11,8 +11,9 @@ from helpers.recorded_decisions import arrivals
 from helpers.scripted import ask, engine, everybody
 
 from core.compose.config import EngineConfig
+from core.outputs import RunResult
 from core.policy import Observer, Order
-from core.request import RequestState, RunResult
+from core.request import RequestState
 from plugins.cache.hash import HashBlocks
 from plugins.schedulers.chunked import ChunkedPrefill
 

@@ -10,9 +10,9 @@ from helpers.scripted import ask, engine
 from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.errors import NothingPlanned, PolicyError, WorkloadError
+from core.inputs import SLO, Tags
 from core.measure.metrics import ttft
 from core.policy import Admission, Admit, Defer, Executor, Reject, Workload
-from core.request import SLO, Tags
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from core.blocks import ROOT, Block, BlockPool, prefix_keys
 from core.compose.config import EngineConfig
 from core.errors import ConfigError
+from core.inputs import Arrival, Tags
 from core.policy import Context, Oracle
-from core.request import Arrival, Request, Tags
+from core.request import Request
 from core.roster import publish
 from plugins.cache.hash import HashBlocks
 

@@ -11,8 +11,8 @@ from helpers.policy_runs import Server, Steps, ask, compose, finishing, mean_com
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError
+from core.inputs import SLO, Tags
 from core.keyed import KeyOrder
-from core.request import SLO, Tags
 
 SEEDS = range(8)
 

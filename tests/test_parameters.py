@@ -22,7 +22,7 @@ from core.compose.hooks import Registry, load_registry
 from core.compose.memory import host_memory
 from core.compose.params import check, describe, limits_of, param
 from core.errors import ConfigError, PluginError
-from core.request import SLO, SamplingParams
+from core.inputs import SLO, SamplingParams
 from headway import LLM, KeyOrder, Order
 from plugins.executors.sim import SimExecutor
 from plugins.workloads.pace import arrival_times

@@ -10,8 +10,8 @@ from helpers.policy_runs import ask, compose, run
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError
+from core.inputs import Arrival, SamplingParams
 from core.keyed import KeyOrder
-from core.request import Arrival, SamplingParams
 
 
 def waiting(arrivals: list, predictor, seed: int = 0):

@@ -15,7 +15,8 @@ from core.compose.config import EngineConfig, Hardware, ModelShape, ParallelConf
 from core.compose.hooks import load_registry
 from core.engine import Engine
 from core.errors import ConfigError, ModelError
-from core.request import SLO, Arrival, SamplingParams, Tags, TextStop
+from core.inputs import SLO, Arrival, SamplingParams, Tags
+from core.outputs import TextStop
 from core.testing import kit
 from core.testing.oracle import OracleExecutor
 from plugins.cache.eviction.lru import LeastRecent

@@ -11,7 +11,8 @@ from helpers.policy_runs import REGISTRY, Server, ask, compose, run
 
 from core.compose.config import EngineConfig
 from core.errors import ConfigError
-from core.request import Arrival, Request
+from core.inputs import Arrival
+from core.request import Request
 from core.testing.subject import Subject
 from core.testing.trial import Trial
 from plugins.cache.retention.ttl import Memory

@@ -9,7 +9,8 @@ import pytest
 from helpers.policy_runs import Server, Steps, ask, compose, run
 
 from core.compose.config import EngineConfig
-from core.request import Arrival, RunResult, SamplingParams
+from core.inputs import Arrival, SamplingParams
+from core.outputs import RunResult
 
 ROOMY = EngineConfig(block_size=4, num_blocks=256, max_num_seqs=8, max_num_batched_tokens=64, check=True)
 

@@ -11,7 +11,7 @@ import yaml
 from core.compose.config import GIB, EngineConfig, Hardware, ModelConfig, ModelShape
 from core.engine import Engine
 from core.errors import ConfigError
-from core.request import Arrival, SamplingParams
+from core.inputs import Arrival, SamplingParams
 from experiments import sim_error
 from headway import Scheduler
 from plugins.cache.eviction.lru import LeastRecent

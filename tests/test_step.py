@@ -6,9 +6,10 @@ import pytest
 from helpers.scripted import ask, engine, everybody
 
 from core.errors import PolicyError
+from core.inputs import Tags
 from core.plan import Chunk
 from core.policy import Admission, Admit, Defer, Order, Reject, TokenBudget, Victim
-from core.request import RequestList, RequestState, Tags
+from core.request import RequestList, RequestState
 from core.step import Granted, NeedBlocks, NoBudget, NotReady
 from core.testing.oracle import OracleExecutor
 from plugins.cache.none import NoCache

@@ -13,8 +13,8 @@ from core.cli import schema
 from core.compose.build import build
 from core.compose.hooks import load_registry
 from core.measure.fairness import ClientService, by_client
+from core.outputs import RunResult
 from core.policy import Observer, StepRecord
-from core.request import RunResult
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

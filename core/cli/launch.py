@@ -20,8 +20,8 @@ from ..errors import ConfigError, HeadwayError
 from ..interrupts import interrupts, say
 from ..measure import report, results
 from ..measure.metrics import summarize
+from ..outputs import RunResult
 from ..policy import Observer
-from ..request import RunResult
 from . import manual, schema
 from . import sweep as sweeps
 from .arguments import arguments

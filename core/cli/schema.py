@@ -22,8 +22,8 @@ from ..compose.build import Composition
 from ..compose.config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
 from ..compose.hooks import OPTIONAL, Broken, Registry
 from ..errors import ConfigError, PluginError, near
+from ..inputs import SLO
 from ..policy import ROLES
-from ..request import SLO
 from . import CONF
 
 #: Root nodes that are no role, with their dataclasses.

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..engine import Engine
 from ..errors import ConfigError, HeadwayError, PluginError, WorkloadError, near
+from ..inputs import SLO, Arrival
 from ..measure.step_log import StepLog
+from ..outputs import RunResult
 from ..policy import SERVICES, Observer, Role, Workload
-from ..request import SLO, Arrival, RunResult
 from ..roles import check_limits
 from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
 from .facts import facts

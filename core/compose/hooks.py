@@ -27,7 +27,7 @@ from ..policy import API_VERSION, ROLES, Observer, Role
 from .params import checked
 
 if TYPE_CHECKING:
-    from ..request import RunResult
+    from ..outputs import RunResult
     from .build import Run
 
 PROJECT = "headway"

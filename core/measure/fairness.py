@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..request import RequestOutput
+from ..outputs import RequestOutput
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0  # a token's service, as in VTC: w_p and w_q
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..request import RequestOutput, RunResult
+from ..outputs import RequestOutput, RunResult
 from .fairness import fairness
 
 PERCENTILES = (50, 90, 99)

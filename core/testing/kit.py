@@ -16,9 +16,9 @@ from ..compose.config import EngineConfig, ModelConfig, ResultsConfig
 from ..engine import Engine
 from ..errors import HeadwayError
 from ..execution import ExecutorCaps, StepResult
+from ..inputs import Arrival, SamplingParams
 from ..plan import StepPlan
 from ..policy import Executor, Role
-from ..request import Arrival, SamplingParams
 from . import starve
 from .case import VOCAB, Case, feasible
 from .shrink import shrink

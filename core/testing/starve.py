@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from ..compose.config import EngineConfig
 from ..engine import Engine
+from ..inputs import SLO, Arrival, SamplingParams, Tags
 from ..policy import Role
-from ..request import SLO, Arrival, Request, RequestState, SamplingParams, Tags
+from ..request import Request, RequestState
 from .oracle import OracleExecutor
 
 BACKLOG = 12  # requests in the system at any time; four of them run at once

@@ -8,8 +8,9 @@ from itertools import accumulate
 
 from core.blocks import BlockPool
 from core.compose.hooks import load_registry
+from core.inputs import Arrival
 from core.policy import Context, Eviction, Oracle, Role
-from core.request import Arrival, Request
+from core.request import Request
 from core.roster import publish
 from plugins.cache.hash import HashBlocks
 

@@ -31,9 +31,9 @@ from core.compose.config import EngineConfig, Hardware, ModelConfig, ParallelCon
 from core.compose.hooks import Registry, load_registry
 from core.compose.params import Limits, limits_of
 from core.errors import HeadwayError
+from core.inputs import SLO, Arrival, SamplingParams, Tags
 from core.measure.metrics import summarize
 from core.policy import Observer, Workload
-from core.request import SLO, Arrival, SamplingParams, Tags
 from plugins.executors.sim import SimExecutor
 from plugins.kernels.compose import GROUPS
 

@@ -9,8 +9,10 @@ from core.compose.build import build_roles
 from core.compose.config import EngineConfig
 from core.compose.hooks import load_registry
 from core.engine import Engine
-from core.policy import Executor, ExecutorCaps, Observer, StepRecord, StepResult
-from core.request import SLO, Arrival, RunResult, SamplingParams, Tags
+from core.execution import ExecutorCaps, StepResult
+from core.inputs import SLO, Arrival, SamplingParams, Tags
+from core.outputs import RunResult
+from core.policy import Executor, Observer, StepRecord
 from headway import VirtualClock
 
 REGISTRY = load_registry()

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from core.compose.config import EngineConfig
 from core.engine import Engine
+from core.inputs import Arrival, SamplingParams, Tags
 from core.policy import Scheduler
-from core.request import Arrival, SamplingParams, Tags
 from core.testing.oracle import OracleExecutor
 from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks
