@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import Any
 
 from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
-from core.clock import ReplayClock, VirtualClock, WallClock
+from core.clock import ReplayClock, VirtualClock, VirtualServer, WallClock
 from core.compose import checkpoint, hf_config
 from core.compose.build import Composition, build
 from core.compose.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
+from core.compose.defaults import default_choices, default_names
 from core.compose.facts import differences as fact_differences
 from core.compose.facts import facts as composition_facts
 from core.compose.hooks import hookimpl, load_registry
@@ -65,6 +66,7 @@ from core.prompts import token_ids
 from core.request import Request, RequestState
 from core.step import StepBuilder
 from core.testing.oracle import OracleExecutor
+from core.testing.virtual import VirtualExecutor
 from core.view import Match, View
 
 __all__ = [
@@ -75,8 +77,10 @@ __all__ = [
     "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState",
     "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
     "StepResult", "Tags", "TextStop",
-    "TokenBudget", "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
-    "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
+    "TokenBudget", "Victim", "View", "VirtualClock", "VirtualExecutor", "VirtualServer", "WallClock", "Workload", "WorkloadError", "build",
+    "chain_key", "check_fits", "checkpoint",
+    "composition_facts", "default_choices", "default_names", "describe",
+    "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
     "param", "prefix_keys", "root_key", "token_ids", "whole",
 ]  # fmt: skip
 

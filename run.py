@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from core.cli import CONF
 from core.interrupts import interrupts
 
 
@@ -18,6 +17,7 @@ def main() -> int:
 
         from core.cli import torchrun
         from core.cli.launch import PORTABLE, Command, Job, ending
+        from core.compose.defaults import CONF
     except BaseException as error:
         if not interrupts.caused(error):
             raise

@@ -76,14 +76,8 @@ class Engine:
             stop_text=partial(calls.call, executor, stop_text) if stop_text is not None else None,
         )
         self.ledger = Ledger(self.roster, pool, self.roles) if config.check else None
-        self.intake = Intake(
-            self.coming,
-            self.roster,
-            pool,
-            executor,
-            max_model_len=self.max_model_len,
-            ledger=self.ledger,
-        )
+        longest, ledger = self.max_model_len, self.ledger
+        self.intake = Intake(self.coming, self.roster, pool, executor, max_model_len=longest, ledger=ledger)
         self.builder = StepBuilder(self.roles, self.roster, pool, matches)
         self.view = calls.view = View(self.roles, self.roster, pool, matches, self.builder)
         max_inflight = executor.caps.default_inflight if config.max_inflight is None else config.max_inflight

@@ -22,6 +22,7 @@ from core.cli.arguments import arguments
 from core.cli.explain import explain
 from core.compose.build import Composition, build, build_roles
 from core.compose.config import EngineConfig, ModelConfig, ParallelConfig, ResultsConfig
+from core.compose.defaults import PLANNING, default_choices, default_names
 from core.compose.hooks import OPTIONAL, Registry, load_registry
 from core.errors import PluginError
 from core.policy import ROLES
@@ -61,6 +62,17 @@ def test_the_default_composition_is_what_the_plugins_say(registry):
     for role, (name, parameters) in c.choices.items():
         default = registry.get(role, name).build()
         assert all(_same(getattr(default, k), v) for k, v in parameters.items()), role
+
+
+def test_what_is_composed_without_hydra_is_the_same_composition(registry):
+    choices = schema.composition(cfg()).choices
+    assert dict(default_names()) == {role: name for role, (name, _) in choices.items()} | {"parallel": "mesh"}
+    assert default_choices() == {role: (choices[role][0], {}) for role in PLANNING}
+
+
+def test_the_default_composition_is_changed_and_added_to_by_role():
+    changed = default_choices(order="sjf", predictor=("noisy", {"cv": 0.5}))
+    assert changed == default_choices() | {"order": ("sjf", {}), "predictor": ("noisy", {"cv": 0.5})}
 
 
 def _same(a: Any, b: Any) -> bool:

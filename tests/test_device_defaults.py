@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from core.cli import schema
 from core.compose.build import Composition, build
+from core.compose.defaults import default_choices
 from core.compose.hooks import load_registry
 from core.measure import report
 from core.measure.metrics import summarize
@@ -32,7 +33,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 SHAPE = kit.SHAPE.shape()
 H100 = Hardware(name="h100", memory_bandwidth=3.35e12)
 CHOICES = {
-    "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+    **default_choices(),
     "executor": ("sim", {}), "workload": ("random", {"num_requests": 12, "input_len": [5, 40], "output_len": 6}),
 }  # fmt: skip
 

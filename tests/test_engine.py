@@ -219,7 +219,7 @@ def test_every_role_has_a_random_stream_of_its_own_from_the_seed() -> None:
 
     assert numbers(1) == numbers(1) != numbers(2)
     assert numbers(1)[0] != numbers(1)[1]
-    assert random.Random("1/order=FirstCome").random() == numbers(1)[0]
+    assert random.Random("1/order=fcfs").random() == numbers(1)[0]
 
 
 def test_a_role_that_needs_a_service_is_refused_when_there_is_none() -> None:

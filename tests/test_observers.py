@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from core.compose.build import Composition, Run, build
+from core.compose.defaults import default_choices
 from core.compose.hooks import Registry, load_registry
 from core.measure import step_log
 from headway import EngineConfig, Observer
@@ -16,7 +17,7 @@ from plugins.observers import timeline
 from plugins.observers.progress import Progress
 
 CHOICES = {
-    "scheduler": ("chunked", {"token_budget": 32}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+    **default_choices(scheduler=("chunked", {"token_budget": 32})),
     "executor": ("oracle", {"vocab_size": 512, "max_model_len": 256}),
     "workload": ("random", {"num_requests": 20, "input_len": 24, "output_len": 12}),
 }  # fmt: skip

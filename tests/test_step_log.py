@@ -13,6 +13,7 @@ import pytest
 from helpers.scripted import ask, engine
 
 from core.compose.build import Composition, build
+from core.compose.defaults import default_choices
 from core.compose.hooks import load_registry
 from core.execution import StepResult
 from core.measure import step_log
@@ -173,7 +174,7 @@ def test_a_reader_that_fails_takes_no_step_from_the_others() -> None:
 
 def test_one_log_serves_all_files_of_a_run_and_none_is_kept_where_nobody_reads(tmp_path: Path) -> None:
     choices = {
-        "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+        **default_choices(),
         "executor": ("oracle", {"vocab_size": 512, "max_model_len": 256}), "workload": ("random", {"num_requests": 2}),
     }  # fmt: skip
     composition = Composition(choices, engine=EngineConfig(block_size=4, num_blocks=12))

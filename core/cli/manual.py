@@ -14,11 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..compose.defaults import CONF
 from ..compose.hooks import OPTIONAL, Plugin, Registry
 from ..compose.params import describe, limits_of
 from ..errors import ConfigError, near
 from ..policy import ROLES
-from . import CONF, schema
+from . import schema
 from .explain import complain
 
 #: Groups that are no role -> what they say. A role's question is in core/policy.py.

@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ..compose.defaults import CONF
 from ..errors import ConfigError, near
 from ..testing import check as kit
-from . import CONF
 
 FOLDER = CONF / "policy"
 

@@ -20,11 +20,11 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from ..compose.build import Composition
 from ..compose.config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
+from ..compose.defaults import CONF
 from ..compose.hooks import OPTIONAL, Broken, Registry
 from ..errors import ConfigError, PluginError, near
 from ..inputs import SLO
 from ..policy import ROLES
-from . import CONF
 
 #: Root nodes that are no role, with their dataclasses.
 NODES = {"engine": EngineConfig, "slo": SLO, "model": ModelConfig, "hardware": Hardware, "parallel": ParallelConfig, "results": ResultsConfig}

@@ -24,6 +24,7 @@ from headway import (
     StepResult,
     TextStop,
     VirtualClock,
+    VirtualServer,
     composition_facts,
     fact_differences,
     hookimpl,
@@ -269,7 +270,7 @@ class RecordedTimes(Executor):
         self.caps, self.cost_model = inner.caps, inner.cost_model
         self.tokenizer, self.stop_text = getattr(inner, "tokenizer", None), getattr(inner, "stop_text", None)
         self.clock = VirtualClock()
-        self._busy_until = 0.0
+        self._server = VirtualServer(self.clock)
         self._launched = 0
 
     def kv_capacity(self, block_size: int) -> int:
@@ -279,10 +280,9 @@ class RecordedTimes(Executor):
         self.inner.start(num_blocks, block_size, max_num_seqs, max_num_batched_tokens, seed)
 
     def launch(self, plan: StepPlan) -> Any:
-        begin = max(self.clock.now(), self._busy_until)
-        self._busy_until = begin + self.durations[self._launched % len(self.durations)]
+        begin, end = self._server.serve(self.durations[self._launched % len(self.durations)])
         self._launched += 1
-        return self.inner.launch(plan), begin, self._busy_until
+        return self.inner.launch(plan), begin, end
 
     def collect(self, ticket: Any) -> StepResult:
         inner, begin, end = ticket

@@ -28,6 +28,7 @@ import numpy as np
 
 from core.compose.build import Composition, Run, build
 from core.compose.config import EngineConfig, Hardware, ModelConfig, ParallelConfig
+from core.compose.defaults import default_choices
 from core.compose.hooks import Registry, load_registry
 from core.compose.params import Limits, limits_of
 from core.errors import HeadwayError
@@ -279,7 +280,7 @@ def composed(of: Try, registry: Registry, directory: Path | None = None) -> Run:
     """A small run that holds the value."""
     given = {of.parameter: of.value}
     choices: dict[str, tuple[str, dict[str, Any]]] = {
-        "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+        **default_choices(),
         "predictor": ("oracle", {}), "executor": ("speaking", {}), "workload": ("mixed", {}),
     }  # fmt: skip
     if of.plugin:

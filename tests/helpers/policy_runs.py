@@ -1,4 +1,4 @@
-"""What the tests of policies share: a virtual server whose step times are a straight line, and runs composed by name."""
+"""What the tests of policies share: runs composed by name on a server whose step times are a straight line."""
 
 from __future__ import annotations
 
@@ -7,46 +7,17 @@ from typing import Any
 
 from core.compose.build import build_roles
 from core.compose.config import EngineConfig
+from core.compose.defaults import default_choices
 from core.compose.hooks import load_registry
 from core.engine import Engine
-from core.execution import ExecutorCaps, StepResult
 from core.inputs import SLO, Arrival, SamplingParams, Tags
 from core.outputs import RunResult
 from core.policy import Executor, Observer, StepRecord
-from headway import VirtualClock
+from core.testing.virtual import VirtualExecutor
 
 REGISTRY = load_registry()
+Server = VirtualExecutor
 NO_SLO = SLO()
-
-
-@dataclass
-class Server(Executor):
-    """A step takes `overhead` + `per_token` * its tokens seconds; every sampled token is 1, so output_len alone ends a request."""
-
-    overhead: float = 0.01
-    per_token: float = 0.0
-    max_model_len: int = 1 << 16
-
-    def __post_init__(self) -> None:
-        self.caps = ExecutorCaps(self.max_model_len, 1 << 20, max_inflight=2)
-        self.clock = VirtualClock()
-        self.cost_model = self
-        self._free = 0.0
-
-    def step_time(self, starts: Any, lengths: Any) -> float:
-        return self.overhead + self.per_token * sum(lengths)
-
-    def kv_capacity(self, block_size: int) -> int:
-        return 1 << 20
-
-    def launch(self, plan: Any) -> Any:
-        start = max(self.clock.now(), self._free)
-        self._free = start + self.step_time(plan.starts, plan.lengths)
-        return plan, start, self._free
-
-    def collect(self, ticket: Any) -> StepResult:
-        plan, start, end = ticket
-        return StepResult([1 if sample else -1 for sample in plan.samples], start, end)
 
 
 @dataclass
@@ -67,9 +38,7 @@ def ask(time: float, prompt: int | list[int], output: int, id: str | None = None
 
 def compose(*, server: Executor | None = None, seed: int = 0, observers: Any = (), engine: EngineConfig | None = None, **choices: Any) -> Engine:
     """An engine of plugins by name: order="vtc", or order=("vtc", {"wq": 4.0})."""
-    named = {"scheduler": "chunked", "order": "fcfs", "victim": "newest", "cache": "none", "eviction": "lru"} | choices
-    pairs = {role: (choice, {}) if isinstance(choice, str) else choice for role, choice in named.items()}
-    roles, _ = build_roles(REGISTRY, pairs)
+    roles, _ = build_roles(REGISTRY, default_choices(**({"cache": "none"} | choices)))
     roles["executor"] = server or Server()
     return Engine(roles, engine or EngineConfig(max_num_seqs=1), seed=seed, observers=observers)
 

@@ -9,10 +9,8 @@ from core.engine import Engine
 from core.inputs import Arrival, SamplingParams, Tags
 from core.policy import Scheduler
 from core.testing.oracle import OracleExecutor
-from plugins.cache.eviction.lru import LeastRecent
-from plugins.cache.hash import HashBlocks
-from plugins.schedulers.order.fcfs import FirstCome
-from plugins.schedulers.victim.newest import Newest
+
+from .roles import default_roles
 
 
 class Scripted(Scheduler):
@@ -35,10 +33,8 @@ def everybody(step, view) -> None:
 def engine(script: Callable = everybody, *, roles=None, executor=None, seed: int = 0, observers=(), **limits) -> Engine:
     """Blocks of 4 tokens, 16 of them, unless `limits` say otherwise."""
     limits = {"block_size": 4, "num_blocks": 16, "max_num_seqs": 4, "max_num_batched_tokens": 32, "check": True, **limits}
-    built = {
-        "scheduler": Scripted(script), "order": FirstCome(), "victim": Newest(), "cache": HashBlocks(), "eviction": LeastRecent(),
-        "executor": executor or OracleExecutor(num_blocks=limits["num_blocks"]), **(roles or {}),
-    }  # fmt: skip
+    executor = executor or OracleExecutor(num_blocks=limits["num_blocks"])
+    built = default_roles(**({"scheduler": Scripted(script), "executor": executor} | (roles or {})))
     return Engine(built, EngineConfig(**limits), seed=seed, observers=observers)
 
 

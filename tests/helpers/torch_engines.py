@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from headway import Arrival, Engine, EngineConfig, ModelConfig, SamplingParams
-from plugins.cache.eviction.lru import LeastRecent
 from plugins.cache.hash import HashBlocks
 from plugins.cache.none import NoCache
 from plugins.cache.radix import RadixTree
@@ -22,10 +21,10 @@ from plugins.executors.torch import TorchExecutor
 from plugins.models.checkpoints import find_checkpoint
 from plugins.models.tiny import LLAMA, QWEN3, write_checkpoint
 from plugins.schedulers.chunked import ChunkedPrefill
-from plugins.schedulers.order.fcfs import FirstCome
 from plugins.schedulers.pd_split import TwoPhase
 from plugins.schedulers.prefill_first import PrefillFirst
-from plugins.schedulers.victim.newest import Newest
+
+from .roles import default_roles
 
 CACHES = {"none": NoCache, "hash": HashBlocks, "radix": RadixTree}
 SCHEDULERS = ("fcfs", "chunked", "pd_split")
@@ -96,9 +95,7 @@ def scheduler_of(name: str, chunk: int) -> tuple[Any, int]:
 
 def engine_of(executor: TorchExecutor, scheduler: str = "chunked", cache: str = "hash", *, chunk: int = 64, seed: int = 0, **limits: Any) -> Engine:
     policy, budget = scheduler_of(scheduler, chunk)
-    roles = {
-        "scheduler": policy, "order": FirstCome(), "victim": Newest(), "cache": CACHES[cache](), "eviction": LeastRecent(), "executor": executor,
-    }  # fmt: skip
+    roles = default_roles(scheduler=policy, cache=CACHES[cache](), executor=executor)
     config = EngineConfig(**{"block_size": 4, "num_blocks": 256, "max_num_seqs": 8, "max_num_batched_tokens": budget, "check": True} | limits)
     return Engine(roles, config, seed=seed, stop_text=executor.stop_text)
 

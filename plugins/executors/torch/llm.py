@@ -22,6 +22,7 @@ from headway import (
     ParallelConfig,
     SamplingParams,
     build,
+    default_names,
     load_registry,
     near,
     token_ids,
@@ -37,9 +38,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Sampling = SamplingParams | Sequence[SamplingParams | None] | None
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
-DEFAULTS = {
-    "scheduler": "chunked", "order": "fcfs", "victim": "newest", "cache": "hash", "eviction": "lru", "executor": "torch", "kernels": "auto",
-}  # fmt: skip
+ROLES = ("scheduler", "order", "victim", "cache", "eviction", "executor", "kernels")
 OPTIONAL = ("budget", "admission", "predictor", "retention")
 PARALLEL = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp"}
 
@@ -244,13 +243,14 @@ def _compose(model: str, options: dict[str, Any]) -> Composition:
     engine = {f.name for f in fields(EngineConfig)}
     executor = {f.name for f in fields(TorchExecutor)}
     models = {f.name for f in fields(ModelConfig)} - {"name_or_path"}
-    known = {*DEFAULTS, *OPTIONAL, *engine, *executor, *models, *PARALLEL, "seed"}
+    defaults = default_names()
+    known = {*ROLES, *OPTIONAL, *engine, *executor, *models, *PARALLEL, "seed"}
     if unknown := [name for name in options if name not in known]:
         raise ConfigError(f"LLM has no option {unknown[0]!r}.{near(unknown[0], known)}")
     choices: dict[str, tuple[str, dict[str, Any]]] = {}
-    for role in (*DEFAULTS, *OPTIONAL):
-        choice = options.get(role, DEFAULTS.get(role))
-        if choice is not None or role in DEFAULTS:
+    for role in (*ROLES, *OPTIONAL):
+        choice = options.get(role, defaults.get(role))
+        if choice is not None or role in ROLES:
             choices[role] = _choice(role, choice)
     name, parameters = choices["executor"]
     choices["executor"] = name, parameters | {n: v for n, v in options.items() if n in executor}
@@ -267,7 +267,7 @@ def _compose(model: str, options: dict[str, Any]) -> Composition:
 def _choice(role: str, choice: Any) -> tuple[str, dict[str, Any]]:
     """A plugin's name, or a dict of its name and parameters."""
     parameters = dict(choice) if isinstance(choice, Mapping) else {"name": choice}
-    name = parameters.pop("name", DEFAULTS.get(role))
+    name = parameters.pop("name", default_names().get(role))
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{role}={choice!r}: expected a plugin's name, or a dict of its name and parameters")
     return name, parameters
