@@ -253,7 +253,7 @@ class Patient(OracleExecutor):
 
     def linger(self) -> None:
         self.asked += 1
-        self.clock.wait_until(self._busy_until - 1e-4)
+        self.clock.wait_until(self.server.free_at - 1e-4)
 
 
 @pytest.mark.parametrize(("executor", "served"), [(OracleExecutor, 0.02), (Patient, 0.01)])

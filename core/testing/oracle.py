@@ -90,7 +90,7 @@ class OracleExecutor(Executor):
         self._flights: list[_Flight] = []
         self._tokens: dict[int, list[int]] = {}  # request index -> tokens as a device would know them
         self._known: dict[int, list[int]] = {}  # request index -> prefix number at each position
-        self._server = VirtualServer(self.clock)
+        self.server = VirtualServer(self.clock)
 
     def kv_capacity(self, block_size: int) -> int:
         return self.num_blocks
@@ -120,7 +120,7 @@ class OracleExecutor(Executor):
                 raise WrongKV(f"step {plan.step}, request {request.id}: sample={sample}, but its chunk ends at {start + length}")
             sampled.append(self._sample(request, start + length) if sample else -1)
         self._flights.append(flight)
-        return sampled, *self._server.serve(self.step_time(plan.starts, plan.lengths))
+        return sampled, *self.server.serve(self.step_time(plan.starts, plan.lengths))
 
     def collect(self, ticket: Any) -> StepResult:
         sampled, start, end = ticket

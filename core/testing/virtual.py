@@ -28,7 +28,7 @@ class VirtualExecutor(Executor):
         self.caps = ExecutorCaps(self.max_model_len, self.vocab_size, max_inflight=self.max_inflight)
         self.clock = VirtualClock()
         self.cost_model: CostModel = self
-        self._server = VirtualServer(self.clock)
+        self.server = VirtualServer(self.clock)
 
     def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
         return self.overhead + self.per_token * sum(lengths)
@@ -37,7 +37,7 @@ class VirtualExecutor(Executor):
         return 1 << 20
 
     def launch(self, plan: StepPlan) -> Any:
-        return plan.samples, *self._server.serve(self.step_time(plan.starts, plan.lengths))
+        return plan.samples, *self.server.serve(self.step_time(plan.starts, plan.lengths))
 
     def collect(self, ticket: Any) -> StepResult:
         samples, begin, end = ticket
