@@ -1,7 +1,14 @@
 """Headway's public surface: everything a plugin author imports. `python -m headway` is the command line."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+import core
+
+if Path(core.__file__ or "").resolve().parent != Path(__file__).resolve().parent / "core":
+    found = core.__file__ or list(core.__path__)
+    raise ImportError(f"the package `core` that is imported here is {found}, not Headway's: uninstall the one or leave it off the path")
 
 from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
 from core.clock import ReplayClock, VirtualClock, VirtualServer, WallClock
