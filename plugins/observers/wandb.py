@@ -97,7 +97,8 @@ class Wandb(Observer):
         try:
             import wandb  # noqa: F401
         except ImportError as error:
-            _warn(f"wandb cannot be imported ({error}); nothing is tracked. Set tracking=none to silence this")
+            cure = '`pip install -e ".[wandb]"`, or set tracking=none to silence this'
+            _warn(f"wandb cannot be imported ({error}); nothing is tracked: {cure}")
             return
         self._wandb = self._started(mode, left)
 
