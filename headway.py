@@ -13,12 +13,12 @@ if Path(core.__file__ or "").resolve().parent != Path(__file__).resolve().parent
 from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
 from core.clock import ReplayClock, VirtualClock, VirtualServer, WallClock
 from core.compose import checkpoint, hf_config
-from core.compose.build import Composition, build
+from core.compose.build import Composition, Run, build
 from core.compose.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
 from core.compose.defaults import default_choices, default_names
 from core.compose.facts import differences as fact_differences
 from core.compose.facts import facts as composition_facts
-from core.compose.hooks import hookimpl, load_registry
+from core.compose.hooks import Registry, hookimpl, load_registry
 from core.compose.memory import check_fits
 from core.compose.params import describe, param
 from core.engine import Engine
@@ -81,8 +81,9 @@ __all__ = [
     "ConfigError", "Context", "CostModel", "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware",
     "HeadwayError", "InvariantError", "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Lists", "Match", "ModelConfig", "ModelError",
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
-    "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState",
-    "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
+    "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Registry",
+    "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState",
+    "Retention", "Role", "Run", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
     "StepResult", "Tags", "TextStop",
     "TokenBudget", "Victim", "View", "VirtualClock", "VirtualExecutor", "VirtualServer", "WallClock", "Workload", "WorkloadError", "build",
     "chain_key", "check_fits", "checkpoint",

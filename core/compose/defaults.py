@@ -21,7 +21,7 @@ Choices = dict[str, tuple[str, dict[str, Any]]]  # role -> (plugin, its paramete
 @cache
 def default_names() -> Mapping[str, str]:
     """Role -> the plugin that `python run.py` composes; optional roles that it leaves out are absent."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     entries = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     chosen = {role: name for entry in entries if isinstance(entry, dict) for role, name in entry.items()}

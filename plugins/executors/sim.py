@@ -12,6 +12,7 @@ from headway import (
     ExecutorCaps,
     Hardware,
     ModelShape,
+    Registry,
     Request,
     StepPlan,
     StepResult,
@@ -125,5 +126,5 @@ class SimExecutor(Executor):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("executor", "sim", SimExecutor)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from headway import Arrival, SamplingParams, hookimpl, param
+from headway import Arrival, Registry, SamplingParams, hookimpl, param
 
 from .mix import Mix
 
@@ -47,5 +47,5 @@ def requests(repeat: int = 0, count: int = 256) -> tuple[list[list[int]], list[i
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "nano_bench", NanoBench)

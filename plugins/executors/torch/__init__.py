@@ -18,6 +18,7 @@ from headway import (
     ModelShape,
     ParallelConfig,
     Preparation,
+    Registry,
     Request,
     StepPlan,
     StepResult,
@@ -205,5 +206,5 @@ def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelCo
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("executor", "torch", TorchExecutor)

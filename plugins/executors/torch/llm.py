@@ -76,7 +76,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
     error: str = ""
@@ -151,7 +151,7 @@ class LLM:
             "documents": documents,
         }
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        asked = [partial(self._read_chat, conversation, options) for conversation in conversations]
+        asked: list[Callable[[], _Question]] = [partial(self._read_chat, conversation, options) for conversation in conversations]
         return self._answer(asked, sampling_params)
 
     def close(self) -> None:
@@ -204,6 +204,7 @@ class LLM:
         return _Question(prompt, self.tokenizer.encode(prompt), salt)
 
     def _read_chat(self, conversation: Any, options: dict[str, Any]) -> _Question:
+        assert self.tokenizer is not None  # since `chat` asked
         return _Question(token_ids=self.tokenizer.encode_chat(conversation, **options))
 
     # ---- what is answered ----------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ class LLM:
         return {token: Logprob(logprob, rank, piece(token)) for token, (logprob, rank) in ranked.items()}
 
 
-def _compose(model: str, options: dict[str, Any]) -> Composition:
+def _compose(model: str | os.PathLike[str], options: dict[str, Any]) -> Composition:
     """Each option to where it belongs. Raises ConfigError with the near names for an unknown one."""
     engine = {f.name for f in fields(EngineConfig)}
     executor = {f.name for f in fields(TorchExecutor)}
@@ -291,8 +292,9 @@ def _as_list(prompts: Any) -> list[Any]:
         return [prompts]
     if (dimensions := getattr(prompts, "ndim", None)) == 0:
         return [prompts]
-    prompts = prompts.tolist() if dimensions == 1 else list(prompts)
-    return [prompts] if prompts and all(isinstance(token, Integral) for token in prompts) else prompts
+    array: Any = prompts
+    listed: list[Any] = array.tolist() if dimensions == 1 else list(prompts)
+    return [listed] if listed and all(isinstance(token, Integral) for token in listed) else listed
 
 
 def _one_each(sampling_params: Any, count: int) -> list[Any]:
