@@ -16,7 +16,7 @@ class ExecutorCaps:
     eos_token_ids: frozenset[int] = frozenset()
     placeholders: bool = True  # may a plan hold a token that a step in flight is still sampling?
     max_inflight: int = 2  # most plans in flight
-    model: Any = None  # core.config.ModelShape
+    model: Any = None  # core.compose.config.ModelShape
     default_inflight: int = 1  # plans in flight that suit it, no fewer than its pipeline's stages: engine.max_inflight where none is given
     default_token_budget: int = 512  # tokens of a step that suit it: a scheduler's token_budget where none is given
 

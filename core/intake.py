@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 
 from .arrivals import ArrivalQueue
 from .blocks import BlockPool
+from .inputs import Arrival
 from .ledger import Ledger
 from .policy import Executor
 from .prompts import readable
-from .request import Arrival, Request
+from .request import Request
 from .roster import Roster
 
 

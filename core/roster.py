@@ -21,11 +21,11 @@ from .arrivals import ArrivalQueue
 from .blocks import ROOT, BlockPool
 from .calls import Calls
 from .matching import Matches
-from .outputs import StopText
+from .outputs import RequestOutput, StopText
 from .pins import Pins
 from .plan import StepPlan
 from .policy import Retention
-from .request import Request, RequestList, RequestOutput, RequestState
+from .request import Request, RequestList, RequestState
 
 _RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, RequestState.PREEMPTED
 

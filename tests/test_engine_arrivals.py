@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from scripted import ask, engine
+from helpers.scripted import ask, engine
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.errors import NothingPlanned, PolicyError, WorkloadError
-from core.metrics import ttft
+from core.inputs import SLO, Tags
+from core.measure.metrics import ttft
 from core.policy import Admission, Admit, Defer, Executor, Reject, Workload
-from core.request import SLO, Tags
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 
@@ -52,7 +52,7 @@ def test_what_is_no_arrival_is_refused_and_does_not_end_the_workload() -> None:
 
 
 def test_latency_targets_of_the_run_leave_a_list_a_list() -> None:
-    from core.build import with_slo
+    from core.compose.build import with_slo
 
     given = with_slo([ask(time=5.0), ask(time=1.0)], SLO(ttft=1.0))
     assert [o.arrival_time for o in engine().run(given).outputs] == [1.0, 5.0]
@@ -253,7 +253,7 @@ class Patient(OracleExecutor):
 
     def linger(self) -> None:
         self.asked += 1
-        self.clock.wait_until(self._busy_until - 1e-4)
+        self.clock.wait_until(self.server.free_at - 1e-4)
 
 
 @pytest.mark.parametrize(("executor", "served"), [(OracleExecutor, 0.02), (Patient, 0.01)])

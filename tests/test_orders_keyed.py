@@ -7,12 +7,12 @@ from itertools import permutations
 from random import Random
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, finishing, mean_completion, run
+from helpers.policy_runs import Server, Steps, ask, compose, finishing, mean_completion, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
+from core.inputs import SLO, Tags
 from core.keyed import KeyOrder
-from core.request import SLO, Tags
 
 SEEDS = range(8)
 

@@ -9,6 +9,7 @@ from headway import (
     ConfigError,
     Context,
     KeyOrder,
+    Registry,
     Request,
     StepBuilder,
     View,
@@ -42,12 +43,13 @@ class Preemptive(ChunkedPrefill):
                 f"{self.plugin_name} needs an order that ranks running requests too, and {self._order.plugin_name} does not: "
                 "choose order=priority, sjf, srpt, edf, least_slack, ltr, mlfq or plas, or derive yours from headway.KeyOrder"
             )
+        self._rank = self._order.rank
         self._max_num_seqs = ctx.max_num_seqs
         self._leaving: list[Request] = []  # preempted, with blocks that come back with a step in flight
         self._paid: dict[int, int] = {}  # preempted request index -> tokens it had generated then
 
     def plan(self, step: StepBuilder, view: View) -> None:
-        rank = self._order.rank
+        rank = self._rank
         running = sorted(view.running, key=rank)
         first = next(self.order(view), None)
         better = first is not None and running and rank(first) < rank(running[-1])
@@ -58,13 +60,14 @@ class Preemptive(ChunkedPrefill):
     def make_way(self, step: StepBuilder, view: View, running: list[Request]) -> set[int]:
         """Preempts from the end of `running` for as many waiting requests as rank before it and may start; returns the indices of those
         that went."""
-        rank, paid = self._order.rank, self._paid
+        rank, paid = self._rank, self._paid
         movable = [request for request in running if request.num_output_tokens > paid.get(request.index, -1)]
         self._leaving = [request for request in self._leaving if request.num_scheduled_tokens]
         seqs = self._max_num_seqs - len(running)
         blocks = view.kv.available + sum(len(request.block_table) for request in self._leaving)
         blocks -= sum(self.lacks(request, view) for request in running)
-        tokens = min(step.tokens_left, self.token_budget) - sum(request.num_new_tokens for request in running)
+        budget = step.tokens_left if self.token_budget is None else min(step.tokens_left, self.token_budget)
+        tokens = budget - sum(request.num_new_tokens for request in running)
         gone: set[int] = set()
         last = rank(running[-1])
         for request in self.order(view):
@@ -94,5 +97,5 @@ class Preemptive(ChunkedPrefill):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("scheduler", "preemptive", Preemptive)

@@ -15,7 +15,7 @@ if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch_engines import GREEDY, engine_of, shared_prompts, variant  # noqa: E402
+from helpers.torch_engines import GREEDY, engine_of, shared_prompts, variant  # noqa: E402
 
 from headway import Arrival, Engine, EngineConfig, ModelConfig, ParallelConfig, RankError, SamplingParams  # noqa: E402
 from plugins.executors.torch import TorchExecutor  # noqa: E402

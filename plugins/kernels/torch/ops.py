@@ -124,8 +124,8 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, context
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """q [B, Q, H, D], k and v [B, L, K, D], mask bool, true where a query sees a key, broadcast to [B, H, Q, L] -> [B, Q, H, D]."""
-    wide = (_wide(x).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2).to(q.dtype)
+    queries, keys, values = (_wide(x).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2).to(q.dtype)
 
 
 def sample(
