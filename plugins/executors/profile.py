@@ -131,7 +131,7 @@ def read(path: Path) -> Profile:
 def restored(kept: dict[str, Any]) -> Profile:
     """A profile from plain data. Raises KeyError, TypeError and ValueError for what is none."""
     kinds = {kind: Terms(**kept[kind]) for kind in KINDS}
-    return Profile(**{key: value for key, value in kept.items() if key not in KINDS}, **kinds)
+    return Profile(**kept | kinds)
 
 
 def write(profile: Profile, path: Path) -> None:
