@@ -52,7 +52,8 @@ class Terms:
         units = features(starts, lengths)
         tokens = padded(int(units[0]), self.sizes)
         total = self.floor + sum(slope * (tokens - knot) for slope, knot in zip(self.slopes, self.knots, strict=True) if tokens > knot)
-        return total + sum(getattr(self, name) * unit for name, unit in zip(TERMS, units[1:], strict=True))
+        rest: float = sum(getattr(self, name) * unit for name, unit in zip(TERMS, units[1:], strict=True))
+        return total + rest
 
 
 def features(starts: Sequence[int], lengths: Sequence[int]) -> tuple[float, ...]:
