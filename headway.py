@@ -20,7 +20,7 @@ from core.errors import (
     WorkloadError,
     near,
 )
-from core.execution import ExecutorCaps, Preparation, StepResult
+from core.execution import ExecutorCaps, Preparation, StepResult, Tokens
 from core.facts import differences as fact_differences
 from core.facts import facts as composition_facts
 from core.grants import Granted, NeedBlocks, NoBudget, NotReady
@@ -71,8 +71,8 @@ __all__ = [
     "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
     "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState",
     "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
-    "StepResult", "Tags", "TextStop",
-    "TokenBudget", "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
+    "StepResult", "Tags", "TextStop", "TokenBudget", "Tokens",
+    "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
     "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
     "param", "prefix_keys", "root_key", "token_ids", "whole",
 ]  # fmt: skip

@@ -70,7 +70,7 @@ class Engine:
             calls,
             self.coming,
             max_num_seqs=config.max_num_seqs,
-            placeholders=executor.caps.placeholders,
+            placeholders=executor.caps.placeholders and executor.caps.tokens_per_step == 1,
             retention=self.roles.retention,
             stop_text=partial(calls.call, executor, stop_text) if stop_text is not None else None,
         )
@@ -194,11 +194,11 @@ class Engine:
         return min(max(1, share), config.max_num_seqs)
 
     def _collect(self) -> None:
-        flight, result = self.flights.collect()
+        flight, result, tokens = self.flights.collect()
         now = self.clock.now()
         began = time.thread_time()
         self.pool.now = now
-        done = self.roster.commit(flight.plan, result.tokens, now, result.logprobs)
+        done = self.roster.commit(flight.plan, tokens, now, result.logprobs)
         for request, reason in done.ended:
             self.roster.finish(request, reason, now)
         updating = time.thread_time() - began

@@ -8,12 +8,12 @@ It keeps the core honest, too: counts and tables are worked out here in another 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from .errors import PolicyError
+from .execution import Tokens
 from .plan import StepPlan
 from .request import Request, RequestState
 
@@ -82,12 +82,11 @@ class Ledger:
             account.in_flight.append((length, sample))
         self.verify(f"while step {builder.step} was planned", builder.step)
 
-    def collected(self, plan: StepPlan, tokens: Sequence[int]) -> None:
-        for request, token in zip(plan.requests, tokens, strict=True):
+    def collected(self, plan: StepPlan, tokens: Tokens) -> None:
+        for request, new in zip(plan.requests, tokens, strict=True):
             if (account := self.accounts.get(request.index)) is not None:
                 account.in_flight.popleft()
-                if token >= 0:
-                    account.tokens.append(token)
+                account.tokens += new
         self.verify(f"after step {plan.step} had come back", plan.step)
 
     # ---- the comparison ------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
 from .errors import ConfigError
-from .execution import ExecutorCaps, Preparation, StepResult
+from .execution import ExecutorCaps, Preparation, StepResult, Tokens
 from .params import check
 from .request import Request
 
@@ -71,7 +71,7 @@ class StepRecord:
     plan: StepPlan
     start: float  # the executor began it
     end: float  # its tokens were on the host
-    tokens: Sequence[int]  # per planned request: the sampled token id, -1 where none was sampled or it was discarded
+    tokens: Tokens  # per planned request: those that it was given
     emitted: int  # tokens that reached requests
     policy_time: float  # CPU seconds of planning and book-keeping for this step (measured, not virtual)
     num_running: int

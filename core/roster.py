@@ -13,13 +13,14 @@ third list here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from . import spans
 from .arrivals import ArrivalQueue
 from .blocks import ROOT, BlockPool
 from .calls import Calls
+from .execution import Tokens
 from .matching import Matches
 from .outputs import StopText
 from .pins import Pins
@@ -33,7 +34,7 @@ _RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, Req
 class Committed(NamedTuple):
     """What a completed step came to."""
 
-    tokens: Sequence[int]  # per planned request, -1 where nothing was sampled or its request had ended
+    tokens: Tokens  # that reached requests: nothing of a request that had ended, nothing behind its end
     emitted: int
     ended: list[tuple[Request, str]]  # with the reason; still to be finished
 
@@ -184,18 +185,19 @@ class Roster:
     def commit(
         self,
         plan: StepPlan,
-        tokens: Sequence[int],
+        tokens: Tokens,
         now: float,
-        logprobs: Sequence[Any] | None = None,
+        logprobs: Sequence[Sequence[Any]] | None = None,
     ) -> Committed:
         """A step has come back: counts, tokens and full blocks of everyone in it. The hot loop of the
         host."""
         size, publishing = self._block_size, self._pool.cache.enabled
         hidden_ends, stop_text = self.hidden_ends, self._stop_text
+        more = {plan.requests[place].index: iter(rest) for place, rest in tokens.more.items()}
         emitted = 0
         ended: list[tuple[Request, str]] = []
         late: set[int] = set()  # index of requests that ended while this step was in flight
-        for request, start, length, token in zip(plan.requests, plan.starts, plan.lengths, tokens, strict=True):
+        for request, start, length, token in zip(plan.requests, plan.starts, plan.lengths, tokens.first, strict=True):
             request.num_scheduled_tokens -= length
             request.num_steps_in_flight -= 1
             if request.state is _RUNNING:
@@ -209,7 +211,7 @@ class Roster:
                 if request.state is not _PREEMPTED:
                     late.add(request.index)
                     continue
-            if token >= 0:
+            while token >= 0:
                 emitted += 1
                 known = request.token_ids
                 known.append(token)
@@ -225,12 +227,15 @@ class Roster:
                     ended.append((request, "stop"))
                 elif count >= request.max_num_tokens:
                     ended.append((request, "length"))
-        if late:
-            tokens = [-1 if r.index in late else t for r, t in zip(plan.requests, tokens, strict=True)]
+                elif more and request.index in more:
+                    token = next(more[request.index], -1)
+                    continue
+                break
+        if late or more:
+            tokens = _kept(plan, tokens, late, more)
         if logprobs is not None:
-            for request, token, alternatives in zip(plan.requests, tokens, logprobs, strict=True):
-                if token >= 0:
-                    request.logprobs.append(alternatives)
+            for request, new, alternatives in zip(plan.requests, tokens, logprobs, strict=True):
+                request.logprobs += alternatives[: len(new)]
         if emitted:
             self.preemptions_since_token = 0
         return Committed(tokens, emitted, ended)
@@ -413,6 +418,20 @@ class Roster:
         self._matches.forget(request)
         if self.pins.take_dropped(request) and pool.cache.enabled:
             pool.drop(self._matches.content(request))
+
+
+def _kept(plan: StepPlan, tokens: Tokens, late: set[int], more: dict[int, Iterator[int]]) -> Tokens:
+    """What reached requests: not what came for those that are `late`, nor what is left of `more`, behind an
+    end. A request that was given several has them in place of its placeholder."""
+    first, rest = list(tokens.first), {}
+    for place, request in enumerate(plan.requests):
+        if request.index in late:
+            first[place] = -1
+        elif request.index in more:
+            dropped = sum(1 for _ in more[request.index])
+            rest[place] = tokens.more[place][: len(tokens.more[place]) - dropped]
+            request.num_tokens = len(request.token_ids)
+    return Tokens(first, rest)
 
 
 def publish(pool: BlockPool, request: Request, upto: int) -> None:

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 
 from core.hooks import load_registry
-from headway import Arrival, Engine, EngineConfig, Executor, ExecutorCaps, SamplingParams, StepResult, VirtualClock
+from headway import Arrival, Engine, EngineConfig, Executor, ExecutorCaps, SamplingParams, StepResult, Tokens, VirtualClock
 
 
 @dataclass
@@ -31,7 +31,7 @@ class NullExecutor(Executor):
         return [7] * len(plan.requests) if False not in plan.samples else [7 if sample else -1 for sample in plan.samples]
 
     def collect(self, ticket):
-        return StepResult(ticket, 0.0, 0.0)
+        return StepResult(Tokens(ticket), 0.0, 0.0)
 
 
 def measure(scheduler: str, cache: str, running: int, waiting: int, steps: int) -> tuple[float, float]:

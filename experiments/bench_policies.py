@@ -27,7 +27,21 @@ import yaml
 from core.build import build_roles
 from core.hooks import load_registry
 from core.policy import Need
-from headway import SLO, Arrival, Engine, EngineConfig, Executor, ExecutorCaps, Hardware, ModelConfig, SamplingParams, StepResult, Tags, VirtualClock
+from headway import (
+    SLO,
+    Arrival,
+    Engine,
+    EngineConfig,
+    Executor,
+    ExecutorCaps,
+    Hardware,
+    ModelConfig,
+    SamplingParams,
+    StepResult,
+    Tags,
+    Tokens,
+    VirtualClock,
+)
 from plugins.executors.cost import Roofline
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -55,7 +69,7 @@ class Instant(Executor):
 
     def collect(self, ticket: Any) -> StepResult:
         tokens, start = ticket
-        return StepResult(tokens, start, start + self.seconds)
+        return StepResult(Tokens(tokens), start, start + self.seconds)
 
 
 def cases(registry: Any) -> list[dict[str, Any]]:

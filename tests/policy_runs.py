@@ -11,7 +11,7 @@ from core.engine import Engine
 from core.hooks import load_registry
 from core.policy import Executor, ExecutorCaps, Observer, StepRecord, StepResult
 from core.request import SLO, Arrival, RunResult, SamplingParams, Tags
-from headway import VirtualClock
+from headway import Tokens, VirtualClock
 
 REGISTRY = load_registry()
 NO_SLO = SLO()
@@ -44,7 +44,7 @@ class Server(Executor):
 
     def collect(self, ticket: Any) -> StepResult:
         plan, start, end = ticket
-        return StepResult([1 if sample else -1 for sample in plan.samples], start, end)
+        return StepResult(Tokens([1 if sample else -1 for sample in plan.samples]), start, end)
 
 
 @dataclass
@@ -93,8 +93,8 @@ def service(steps: Steps, wp: float = 1.0, wq: float = 2.0) -> list[tuple[float,
         for request in record.plan.admitted:
             if request.arrival_time <= record.end and record.plan.now == request.first_scheduled_time:
                 total[request.tags.client] = total.get(request.tags.client, 0.0) + wp * request.num_prompt_tokens
-        for request, token in zip(record.plan.requests, record.tokens, strict=True):
-            if token >= 0:
+        for request, new in zip(record.plan.requests, record.tokens, strict=True):
+            for _ in new:
                 total[request.tags.client] = total.get(request.tags.client, 0.0) + wq
         series.append((record.end, dict(total)))
     return series

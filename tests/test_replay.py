@@ -451,7 +451,7 @@ def rewrite(directory, **changes) -> None:
 
 
 DAMAGED = {
-    "an older format": ({"meta": lambda meta: {"format": 1}}, "format 1, expected 3: record the run again"),
+    "an older format": ({"meta": lambda meta: {"format": 1}}, "format 1, expected 4: record the run again"),
     "no object": ({"meta": lambda meta: [1]}, "is no record of a run"),
     "facts left out": ({"meta": lambda meta: {k: v for k, v in meta.items() if k != "facts"}}, "is no record of a run .*'facts'"),
     "a field that no shape has": ({"meta": lambda meta: meta | {"caps": meta["caps"] | {"more": 1}}}, "is no record of this version"),

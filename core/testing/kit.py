@@ -15,7 +15,7 @@ from ..clock import VirtualClock
 from ..config import EngineConfig, ModelConfig, ResultsConfig
 from ..engine import Engine
 from ..errors import HeadwayError
-from ..execution import ExecutorCaps, StepResult
+from ..execution import ExecutorCaps, StepResult, Tokens
 from ..plan import StepPlan
 from ..policy import Executor, Role
 from ..request import Arrival, SamplingParams
@@ -311,7 +311,7 @@ class NullExecutor(Executor):
 
     def collect(self, ticket: Any) -> StepResult:
         start = self.clock.now()
-        return StepResult(ticket, start, start + 0.01)
+        return StepResult(Tokens(ticket), start, start + 0.01)
 
 
 class NothingMeasured(HeadwayError):

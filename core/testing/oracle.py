@@ -78,10 +78,18 @@ class OracleExecutor(Executor):
     eos: bool = False  # token 0 ends a sequence
     max_plans: int = param(4, min=1, max=1024)
     placeholders: bool = True
+    tokens_per_step: int = param(1, min=1, max=64, doc="given to a request that samples, where it has room for them")
 
     def __post_init__(self) -> None:
         eos = frozenset((0,)) if self.eos else frozenset()
-        self.caps = ExecutorCaps(self.max_model_len, self.vocab_size, eos, self.placeholders, self.max_plans)
+        self.caps = ExecutorCaps(
+            self.max_model_len,
+            self.vocab_size,
+            eos,
+            self.placeholders,
+            self.max_plans,
+            tokens_per_step=self.tokens_per_step,
+        )
         self.clock = VirtualClock()
         self.cost_model = self
         self._prefixes = Prefixes()
@@ -118,7 +126,7 @@ class OracleExecutor(Executor):
             self._run_chunk(plan, request, start, length)
             if sample != (start + length == len(self._device_tokens(request))):
                 raise WrongKV(f"step {plan.step}, request {request.id}: sample={sample}, but its chunk ends at {start + length}")
-            sampled.append(self._sample(request, start + length) if sample else -1)
+            sampled.append(self._sample(request, start + length) if sample else [])
         self._flights.append(flight)
         begin = max(self.clock.now(), self._busy_until)
         self._busy_until = begin + self.step_time(plan.starts, plan.lengths)
@@ -224,14 +232,17 @@ class OracleExecutor(Executor):
             raise WrongKV(f"request {request.id}: the engine's tokens {request.token_ids} are not those that were sampled, {tokens}")
         return tokens
 
-    def _sample(self, request: Request, position: int) -> int:
+    def _sample(self, request: Request, position: int) -> list[int]:
+        """The tokens at this position and behind it: what a request is given in one step. Nothing is sampled past its limit."""
         tokens = self._tokens[request.index]
         most = request.sampling.max_tokens
-        if position >= min(self.max_model_len, request.num_prompt_tokens + (most if most is not None else self.max_model_len)):
+        longest = min(self.max_model_len, request.num_prompt_tokens + (most if most is not None else self.max_model_len))
+        if position >= longest:
             raise WrongKV(f"request {request.id} samples position {position}, past its max_tokens={most} or the context of {self.max_model_len}")
-        token = self.token(request.id, position)
-        tokens.append(token)
-        return token
+        last = min(longest, position + self.tokens_per_step)
+        new = [self.token(request.id, at) for at in range(position, last)]
+        tokens += new
+        return new
 
 
 def sampled_token(seed: int, request_id: str, position: int, vocab_size: int) -> int:

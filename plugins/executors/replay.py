@@ -193,11 +193,12 @@ class Replay(Executor):
 
     def collect(self, ticket: StepPlan) -> StepResult:
         plan = ticket
-        tokens = []
-        for request, start, length, sample in plan.chunks:
+        tokens: list[list[int]] = []
+        for place, (request, start, length, sample) in enumerate(plan.chunks):
             known, position = self.record.tokens[request.id], start + length - request.num_prompt_tokens
+            count = 1 + self.record.more.get((plan.step, place), 0)
             # Past the recorded end lies only a token that a step in flight sampled for a request that had ended by then.
-            tokens.append(-1 if not sample else known[position] if 0 <= position < len(known) else 0)
+            tokens.append((known[position : position + count] or [0]) if sample else [])
         start, end = self.record.steps[plan.step]
         if isinstance(self.cost_model, Fitted):
             self.cost_model.observe(plan.starts, plan.lengths, end - start)

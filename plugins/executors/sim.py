@@ -15,6 +15,7 @@ from headway import (
     Request,
     StepPlan,
     StepResult,
+    Tokens,
     VirtualClock,
     hookimpl,
     param,
@@ -104,7 +105,7 @@ class SimExecutor(Executor):
                 tokens.append(low + (base + (start + length) * stride) % size)
             else:
                 tokens.append(-1)
-        return StepResult(tokens, begin, end)
+        return StepResult(Tokens(tokens), begin, end)
 
     def _stream(self, request: Request) -> tuple[int, int, int, int]:
         """A request's tokens: (low, size, base, stride), token at position p = low + (base + p * stride) mod size.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from headway import ConfigError, EngineConfig, ModelConfig, ModelShape, StepPlan, StepResult, check_fits
+from headway import ConfigError, EngineConfig, ModelConfig, ModelShape, StepPlan, StepResult, Tokens, check_fits
 
 from ...kernels.compose import KernelChoice, Kernels, compose, lookup
 from ...kernels.torch import TorchKernels
@@ -249,14 +249,14 @@ class Execution:
                 self._gpu_times(ticket)
             ticket.timings["profile"] += perf_counter() - collected
         if step.sampled is None:
-            return StepResult(drawn, start, end, logprobs, ticket.timings)
+            return StepResult(Tokens(drawn), start, end, logprobs, ticket.timings)
         tokens = [-1] * step.num_seqs
-        spread: list[Any] | None = None if logprobs is None else [None] * step.num_seqs
+        spread: list[Any] | None = None if logprobs is None else [[]] * step.num_seqs
         for i, at in enumerate(step.sampled):
             tokens[at] = drawn[i]
             if spread is not None and logprobs is not None:
                 spread[at] = logprobs[i]
-        return StepResult(tokens, start, end, spread, ticket.timings)
+        return StepResult(Tokens(tokens), start, end, spread, ticket.timings)
 
     def _wait(self, ticket: Ticket) -> None:
         """Until the step's tokens are in its result buffer."""
@@ -279,11 +279,11 @@ class Execution:
         self._last_end = ticket.ended
 
 
-def _logprobs(tokens: list[int], ticket: Ticket) -> list[TokenLogprobs | None]:
-    """One a sampled token; None for requests that asked for none."""
+def _logprobs(tokens: list[int], ticket: Ticket) -> list[list[TokenLogprobs | None]]:
+    """A list of one for each sampled token; None for requests that asked for none."""
     own, rank, best, ids = (part.tolist() for part in ticket.logprobs or ())
     return [
-        None if wanted is None else TokenLogprobs(token, p, r, dict(zip(i[:wanted], b[:wanted], strict=True)))
+        [None if wanted is None else TokenLogprobs(token, p, r, dict(zip(i[:wanted], b[:wanted], strict=True)))]
         for token, p, r, b, i, wanted in zip(tokens, own, rank, best, ids, ticket.wanted, strict=True)
     ]
 
