@@ -21,6 +21,7 @@ from core.errors import (
     near,
 )
 from core.execution import ExecutorCaps, Preparation, StepResult, Tokens
+from core.executor import Executor
 from core.facts import differences as fact_differences
 from core.facts import facts as composition_facts
 from core.grants import Granted, NeedBlocks, NoBudget, NotReady
@@ -28,7 +29,7 @@ from core.hooks import hookimpl, load_registry
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
 from core.memory import check_fits
 from core.params import describe, param
-from core.plan import Allocation, Chunk, StepPlan
+from core.plan import Allocation, Chunk, KVCopy, StepPlan
 from core.policy import (
     API_VERSION,
     PREEMPTION_MODES,
@@ -38,7 +39,6 @@ from core.policy import (
     CostModel,
     Defer,
     Eviction,
-    Executor,
     KVControl,
     LengthPrediction,
     Need,
@@ -67,11 +67,11 @@ from core.view import Match, View
 __all__ = [
     "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "BlockHeap", "Chunk", "Composition",
     "ConfigError", "Context", "CostModel", "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware",
-    "HeadwayError", "InvariantError", "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Lists", "Match", "ModelConfig", "ModelError",
-    "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
-    "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState",
-    "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
-    "StepResult", "Tags", "TextStop", "TokenBudget", "Tokens",
+    "HeadwayError", "InvariantError", "KVControl", "KVCopy", "KeyEviction", "KeyOrder", "LengthPrediction", "Lists", "Match", "ModelConfig",
+    "ModelError", "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig",
+    "PluginError", "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput",
+    "RequestState", "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan",
+    "StepRecord", "StepResult", "Tags", "TextStop", "TokenBudget", "Tokens",
     "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
     "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
     "param", "prefix_keys", "root_key", "token_ids", "whole",

@@ -163,7 +163,8 @@ class Engine:
         began = time.thread_time()
         builder, counts, scheduler = self.builder, self.counts, self.roles.scheduler
         self.view.begin_step(counts.num_steps, now, len(self.flights))
-        builder.begin(counts.num_steps, now, self.config.max_num_batched_tokens, self._seqs_of_a_plan())
+        seqs = self.flights.seqs_of_a_plan(self.roster, self.config.max_num_seqs)
+        builder.begin(counts.num_steps, now, self.config.max_num_batched_tokens, seqs)
         self.calls.call(scheduler, scheduler.plan, builder, self.view)
         if self.ledger is not None:
             self.ledger.planned(builder)
@@ -184,14 +185,6 @@ class Engine:
                 self.roster.put_back_left(plan.left)
                 raise
         return decided
-
-    def _seqs_of_a_plan(self) -> int:
-        """A request in flight that cannot be planned again leaves each plan its share of the requests."""
-        config = self.config
-        if self.roster.placeholders or self.max_inflight == 1:
-            return config.max_num_seqs
-        share = -(-(len(self.running) + len(self.waiting)) // self.max_inflight)
-        return min(max(1, share), config.max_num_seqs)
 
     def _collect(self) -> None:
         flight, result, tokens = self.flights.collect()
@@ -293,6 +286,7 @@ class Engine:
         self.flights.discard()
         self.coming.clear()
         self.roster.clear()
+        self.builder.copies.clear()
         if self.ledger is not None:
             self.ledger.clear()
         self.view.begin_step(self.counts.num_steps, self.view.now, 0)

@@ -23,6 +23,8 @@ class ExecutorCaps:
     default_inflight: int = 1  # plans in flight that suit it, no fewer than its pipeline's stages: engine.max_inflight where none is given
     default_token_budget: int = 512  # tokens of a step that suit it: a scheduler's token_budget where none is given
     tokens_per_step: int = 1  # most tokens that one step gives a request; above 1, a request is in one plan at a time
+    max_drafts: int = 0  # draft tokens of one request that a step verifies; each that is right is one token more
+    tier_blocks: tuple[int, ...] = ()  # KV blocks of each tier behind the pool, which plans may copy to and from
 
 
 class Tokens(Sequence[list[int]]):

@@ -10,8 +10,9 @@ from .calls import Calls
 from .clock import Clock, is_finite
 from .errors import PolicyError
 from .execution import StepResult, Tokens
+from .executor import Executor
 from .plan import StepPlan
-from .policy import Executor
+from .roster import Roster
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,13 @@ class Flights:
     @property
     def full(self) -> bool:
         return len(self._flights) >= self.max_inflight
+
+    def seqs_of_a_plan(self, roster: Roster, at_most: int) -> int:
+        """A request in flight that cannot be planned again leaves each plan its share of the requests."""
+        if roster.placeholders or self.max_inflight == 1:
+            return at_most
+        share = -(-(len(roster.running) + len(roster.waiting)) // self.max_inflight)
+        return min(max(1, share), at_most)
 
     def linger(self) -> None:
         """Before a plan that will wait behind steps in flight: returns when the executor says it is time."""
@@ -85,7 +93,7 @@ class Flights:
             raise self._refusal(f"collect() answered {times} for step {step}: expected finite seconds")
         first = tokens.first
         try:
-            right = min(first) >= 0 if False not in samples else [token >= 0 for token in first] == samples
+            right = min(first) >= 0 if samples.count(True) == len(samples) else [token >= 0 for token in first] == samples
         except (TypeError, ValueError):
             right = False
         if not right:
@@ -115,13 +123,13 @@ class Flights:
         raise self._calls.refusal(self._executor, message, plan.requests[wrong])
 
     def _check_more(self, plan: StepPlan, tokens: Tokens) -> None:
-        """Several tokens at once are token ids, and no more than the executor says it gives."""
-        most = self._executor.caps.tokens_per_step
+        """Several tokens at once are token ids, and no more than the executor says it gives, drafts aside."""
         for place, rest in tokens.more.items():
+            most = self._executor.caps.tokens_per_step + len(plan.drafts.get(place, ()))
             right = all(isinstance(token, int) and token >= 0 for token in rest) and tokens.first[place] >= 0
             if not right or len(rest) >= most:
                 message = f"collect() answered {[tokens.first[place], *rest]} in step {plan.step}: "
-                message += f"expected at most {most} token ids (ExecutorCaps.tokens_per_step)"
+                message += f"expected at most {most} token ids (ExecutorCaps.tokens_per_step, and the plan's drafts)"
                 raise self._calls.refusal(self._executor, message, plan.requests[place])
 
     def _refusal(self, message: str) -> PolicyError:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 from .arrivals import ArrivalQueue
 from .blocks import BlockPool
+from .executor import Executor
 from .ledger import Ledger
-from .policy import Executor
 from .prompts import readable
 from .request import Arrival, Request
 from .roster import Roster

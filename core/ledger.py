@@ -41,7 +41,7 @@ class _Account:
     given: tuple[Any, ...]
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)  # of its table, as last allocated
-    in_flight: deque[tuple[int, bool]] = field(default_factory=deque)  # (tokens, does it sample) of each step in flight
+    in_flight: deque[tuple[int, bool, int]] = field(default_factory=deque)  # (tokens, does it sample, drafts) of each step
     next_position: int = 0  # since its admission
     num_preemptions: int = 0
     num_cached: int = 0  # tokens, at its first admission
@@ -72,20 +72,26 @@ class Ledger:
             self.accounts[request.index].blocks[first:] = blocks
         admitted = {request.index for request in builder.admitted}
         chunks = (builder.requests, builder.starts, builder.lengths, builder.samples)
-        for request, start, length, sample in zip(*chunks, strict=True):
+        for place, (request, start, length, sample) in enumerate(zip(*chunks, strict=True)):
             account = self.accounts[request.index]
             if request.index in admitted and not account.num_preemptions:
                 account.num_cached = start
-            account.num_recomputed += sum(p in account.computed for p in range(start, start + length))
-            account.computed.update(range(start, start + length))
+            drafts = len(builder.drafts.get(place, ()))
+            known = range(start, start + length - drafts)
+            account.num_recomputed += sum(p in account.computed for p in known)
+            account.computed.update(known)
             account.next_position = start + length
-            account.in_flight.append((length, sample))
+            account.in_flight.append((length, sample, drafts))
         self.verify(f"while step {builder.step} was planned", builder.step)
 
     def collected(self, plan: StepPlan, tokens: Tokens) -> None:
         for request, new in zip(plan.requests, tokens, strict=True):
             if (account := self.accounts.get(request.index)) is not None:
-                account.in_flight.popleft()
+                _, _, drafts = account.in_flight.popleft()
+                if drafts and request.state is RequestState.RUNNING:
+                    right = min(drafts, len(new) - 1)
+                    account.next_position -= drafts - right
+                    account.computed.update(range(account.next_position - right, account.next_position))
                 account.tokens += new
         self.verify(f"after step {plan.step} had come back", plan.step)
 
@@ -104,10 +110,10 @@ class Ledger:
         self.accounts = present
 
     def _expected(self, request: Request, account: _Account, runs: bool) -> dict[str, Any]:
-        scheduled = sum(length for length, _ in account.in_flight)
+        scheduled = sum(length for length, _, _ in account.in_flight)
         expected = dict(zip(GIVEN, account.given, strict=True)) | {
             "token_ids": account.tokens,
-            "num_tokens": len(account.tokens) + sum(sample for _, sample in account.in_flight),
+            "num_tokens": len(account.tokens) + sum(sample for _, sample, _ in account.in_flight),
             "num_scheduled_tokens": scheduled,
             "num_preemptions": account.num_preemptions,
             "num_cached_tokens": account.num_cached,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
 from .errors import ConfigError
-from .execution import ExecutorCaps, Preparation, StepResult, Tokens
+from .execution import Tokens
 from .params import check
 from .request import Request
 
@@ -375,47 +375,6 @@ class Retention(Role):
 
 
 # ---- running ------------------------------------------------------------------------------------------------------
-
-
-class Executor(Role):
-    """Runs plans, in the order in which they were launched. The executor owns the clock."""
-
-    role = "executor"
-    caps: ExecutorCaps
-    clock: Any
-    cost_model: CostModel | None = None
-
-    @property
-    def step_time_basis(self) -> str:
-        """What `cost_model` predicts from, for the reader of results; empty without one."""
-        return ""
-
-    def kv_capacity(self, block_size: int) -> int:
-        """Blocks that fit into the memory left after the weights."""
-        raise NotImplementedError
-
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
-        """Allocates the KV cache. Called once, before the first launch."""
-
-    @property
-    def preparation(self) -> Preparation:
-        """So far; read when a run begins and when it ends. An executor that has nothing to prepare leaves this as it is."""
-        return Preparation()
-
-    def launch(self, plan: StepPlan) -> Any:
-        """Starts the step and returns a ticket; must not wait for the device."""
-        raise NotImplementedError
-
-    def linger(self) -> None:
-        """Asked before a plan that will wait behind steps in flight: returns when the device is about to run out of work, so
-        that what arrives meanwhile can be in the plan. An executor that cannot tell returns at once."""
-
-    def collect(self, ticket: Any) -> StepResult:
-        """Waits for that step. Tickets are collected in the order of launch."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Gives memory and other processes back. Called once, however the run ended."""
 
 
 class Workload(Role):

@@ -12,6 +12,7 @@ from .clock import is_finite
 from .config import EngineConfig
 from .errors import ConfigError, near
 from .execution import ExecutorCaps
+from .executor import Executor
 from .policy import (
     CALLBACKS,
     SERVICES,
@@ -20,7 +21,6 @@ from .policy import (
     Context,
     Defer,
     Eviction,
-    Executor,
     LengthPrediction,
     Oracle,
     Order,

@@ -148,14 +148,15 @@ class Roster:
         request.num_steps_in_flight += 1
         return start
 
-    def schedule(self, request: Request, step: int, start: int, n: int, blocks: Sequence[int]) -> bool:
-        """Plans `n` tokens from `start` on, in a table with `blocks` more. Returns whether one is sampled."""
+    def schedule(self, request: Request, step: int, start: int, n: int, blocks: Sequence[int], drafts: int = 0) -> bool:
+        """Plans `n` tokens from `start` on, the last `drafts` of them guesses, in a table with `blocks` more.
+        Returns whether one is sampled."""
         if blocks:
             request.block_table.extend(blocks)
             self.reserved_blocks.pop(request.index, None)
         if request.planned_before:
             request.num_recomputed_tokens += spans.overlap(request.planned_before, start, start + n)
-        sample = start + n == request.num_tokens
+        sample = start + n - drafts == request.num_tokens
         request.planned_step = step
         request.num_scheduled_tokens += n
         request.num_steps_in_flight += 1
@@ -170,7 +171,7 @@ class Roster:
         request.state = _PREEMPTED
         self.reserved_blocks.pop(request.index, None)
         request.num_preemptions += 1
-        planned = request.num_computed_tokens + request.num_scheduled_tokens
+        planned = min(request.num_computed_tokens + request.num_scheduled_tokens, request.num_tokens - 1)  # no drafts
         request.planned_before = spans.union(request.planned_before, request.planned_from, planned)
         self.num_preemptions += 1
         self.preemptions_since_token += 1
@@ -194,16 +195,15 @@ class Roster:
         size, publishing = self._block_size, self._pool.cache.enabled
         hidden_ends, stop_text = self.hidden_ends, self._stop_text
         more = {plan.requests[place].index: iter(rest) for place, rest in tokens.more.items()}
-        emitted = 0
         ended: list[tuple[Request, str]] = []
         late: set[int] = set()  # index of requests that ended while this step was in flight
-        for request, start, length, token in zip(plan.requests, plan.starts, plan.lengths, tokens.first, strict=True):
+        lengths = _without_wrong_drafts(plan, tokens) if plan.drafts else plan.lengths
+        for request, start, length, token in zip(plan.requests, plan.starts, lengths, tokens.first, strict=True):
             request.num_scheduled_tokens -= length
             request.num_steps_in_flight -= 1
+            computed = start + length
             if request.state is _RUNNING:
-                computed = request.num_computed_tokens = start + length
-                if publishing and computed // size > request.num_published_blocks:
-                    publish(self._pool, request, computed // size)
+                request.num_computed_tokens = computed
             else:
                 if not request.num_steps_in_flight and request.index in self.releasing:
                     del self.releasing[request.index]
@@ -212,7 +212,6 @@ class Roster:
                     late.add(request.index)
                     continue
             while token >= 0:
-                emitted += 1
                 known = request.token_ids
                 known.append(token)
                 request.token_times.append(now)
@@ -231,8 +230,12 @@ class Roster:
                     token = next(more[request.index], -1)
                     continue
                 break
+            if publishing and computed // size > request.num_published_blocks and request.state is _RUNNING:
+                publish(self._pool, request, min(computed, len(request.token_ids)) // size)
+        emitted = plan.samples.count(True)
         if late or more:
             tokens = _kept(plan, tokens, late, more)
+            emitted = sum(map(len, tokens))
         if logprobs is not None:
             for request, new, alternatives in zip(plan.requests, tokens, logprobs, strict=True):
                 request.logprobs += alternatives[: len(new)]
@@ -418,6 +421,17 @@ class Roster:
         self._matches.forget(request)
         if self.pins.take_dropped(request) and pool.cache.enabled:
             pool.drop(self._matches.content(request))
+
+
+def _without_wrong_drafts(plan: StepPlan, tokens: Tokens) -> list[int]:
+    """The chunks' lengths as far as the KV that they wrote is of tokens that came of it: what was drafted wrongly is
+    computed again."""
+    lengths = list(plan.lengths)
+    for place, drafts in plan.drafts.items():
+        wrong = max(0, len(drafts) - len(tokens.more.get(place, ())))
+        lengths[place] -= wrong
+        plan.requests[place].num_scheduled_tokens -= wrong
+    return lengths
 
 
 def _kept(plan: StepPlan, tokens: Tokens, late: set[int], more: dict[int, Iterator[int]]) -> Tokens:

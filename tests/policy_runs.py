@@ -8,8 +8,10 @@ from typing import Any
 from core.build import build_roles
 from core.config import EngineConfig
 from core.engine import Engine
+from core.execution import ExecutorCaps, StepResult
+from core.executor import Executor
 from core.hooks import load_registry
-from core.policy import Executor, ExecutorCaps, Observer, StepRecord, StepResult
+from core.policy import Observer, StepRecord
 from core.request import SLO, Arrival, RunResult, SamplingParams, Tags
 from headway import Tokens, VirtualClock
 

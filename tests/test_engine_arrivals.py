@@ -10,8 +10,9 @@ from scripted import ask, engine
 from core.config import EngineConfig
 from core.engine import Engine
 from core.errors import NothingPlanned, PolicyError, WorkloadError
+from core.executor import Executor
 from core.metrics import ttft
-from core.policy import Admission, Admit, Defer, Executor, Reject, Workload
+from core.policy import Admission, Admit, Defer, Reject, Workload
 from core.request import SLO, Tags
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject

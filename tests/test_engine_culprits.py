@@ -14,10 +14,11 @@ from core.build import Composition, Run
 from core.config import EngineConfig
 from core.engine import Engine
 from core.errors import ConfigError, PluginError, PolicyError, WorkloadError
+from core.execution import StepResult
 from core.hooks import Origin, Registry, hookimpl
 from core.keyed import KeyEviction, KeyOrder
 from core.ledger import Mutated
-from core.policy import Admission, Eviction, LengthPrediction, Observer, Order, Predictor, Retention, StepResult, TokenBudget, Victim, Workload
+from core.policy import Admission, Eviction, LengthPrediction, Observer, Order, Predictor, Retention, TokenBudget, Victim, Workload
 from core.request import Arrival, SamplingParams
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject

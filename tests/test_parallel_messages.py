@@ -73,10 +73,10 @@ def test_a_job_travels_unchanged():
     assert job_of(messages.unpack(Order, messages.pack(order_of(JOB))), load_registry()) == JOB
 
 
-def test_a_step_travels_unchanged_in_44_bytes_and_its_buffer():
+def test_a_step_travels_unchanged_in_48_bytes_and_its_buffer():
     body = messages.pack_step(STEP)
     back = messages.unpack_step(body)
-    assert len(body) == 44 + STEP.data.nbytes
+    assert len(body) == 48 + STEP.data.nbytes
     assert np.array_equal(back.data, STEP.data)
     assert all(getattr(back, name) == getattr(STEP, name) for name in StepInput.__slots__ if name != "data")
 

@@ -16,8 +16,9 @@ from ..config import EngineConfig, ModelConfig, ResultsConfig
 from ..engine import Engine
 from ..errors import HeadwayError
 from ..execution import ExecutorCaps, StepResult, Tokens
+from ..executor import Executor
 from ..plan import StepPlan
-from ..policy import Executor, Role
+from ..policy import Role
 from ..request import Arrival, SamplingParams
 from . import starve
 from .case import VOCAB, Case, feasible

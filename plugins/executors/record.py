@@ -326,6 +326,8 @@ def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
             "default_inflight": caps.default_inflight,
             "default_token_budget": caps.default_token_budget,
             "tokens_per_step": caps.tokens_per_step,
+            "max_drafts": caps.max_drafts,
+            "tier_blocks": list(caps.tier_blocks),
         },
         "model": asdict(caps.model) if is_dataclass(caps.model) else None,
         "roofline": stored(cost),

@@ -103,7 +103,8 @@ class Replay(Executor):
         try:
             shape = ModelShape(**meta["model"]) if meta["model"] else None
             eos = frozenset(caps["eos_token_ids"])
-            self.caps = ExecutorCaps(**{**caps, "eos_token_ids": eos, "model": shape})
+            given = {"eos_token_ids": eos, "model": shape, "tier_blocks": tuple(caps["tier_blocks"])}
+            self.caps = ExecutorCaps(**{**caps, **given})
             if shape and (cost := meta["roofline"]):
                 self.cost_model = restored(shape, cost)
         except (TypeError, KeyError) as error:
@@ -194,8 +195,9 @@ class Replay(Executor):
     def collect(self, ticket: StepPlan) -> StepResult:
         plan = ticket
         tokens: list[list[int]] = []
-        for place, (request, start, length, sample) in enumerate(plan.chunks):
-            known, position = self.record.tokens[request.id], start + length - request.num_prompt_tokens
+        for place, (request, start, length, sample, drafts) in enumerate(plan.chunks):
+            known = self.record.tokens[request.id]
+            position = start + length - len(drafts) - request.num_prompt_tokens
             count = 1 + self.record.more.get((plan.step, place), 0)
             # Past the recorded end lies only a token that a step in flight sampled for a request that had ended by then.
             tokens.append((known[position : position + count] or [0]) if sample else [])

@@ -162,7 +162,7 @@ _INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
 
 
 def pack_step(step: StepInput) -> bytes:
-    """44 bytes and the buffer. Which plan indices sample stays with the driver, who alone tells requests
+    """48 bytes and the buffer. Which plan indices sample stays with the driver, who alone tells requests
     apart."""
     numbers = _STEP.pack(*[getattr(step, name) for name in _NUMBERS])
     return numbers + step.data.astype(_INT32, copy=False).tobytes()

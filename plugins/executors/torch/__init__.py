@@ -47,6 +47,7 @@ class TorchExecutor(Executor):
     device: cpu, cuda, cuda:N, or auto (a GPU where there is one).
     gpu_memory_utilization: share of the GPU's memory for weights, activations and KV cache together.
     kv_cache_gb: GiB of KV cache; None is what a profiling pass leaves free on a GPU, 1 on a CPU.
+    host_blocks: KV blocks in host memory, the tier behind the pool (KVCopy).
     profile: each step reports where its time went.
 
     Composition calls `prepare(model, kernels, ...)` before the engine is built: it reads the model's config, loads the weights and
@@ -57,6 +58,7 @@ class TorchExecutor(Executor):
     gpu_memory_utilization: float = param(0.9, above=0, max=1)
     kv_cache_gb: float | None = param(None, above=0, max=16384, unit="GiB")
     profile: bool = False
+    host_blocks: int = param(0, min=0, max=2**31 - 1)
 
     def __post_init__(self) -> None:
         self.clock = WallClock()
@@ -97,7 +99,7 @@ class TorchExecutor(Executor):
             self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
         spec, on_gpu = self._execution.spec, self._execution.device.type == "cuda"
         self._foretell(spec.shape, card, parallel)
-        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None)
+        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None, self.host_blocks)
 
     def check(
         self,
@@ -116,7 +118,7 @@ class TorchExecutor(Executor):
         shape = foresee(self, model, kernels, engine=engine or EngineConfig(), backends=backends, parallel=parallel)
         if shape is not None:
             self._foretell(shape, hardware or Hardware(), parallel)
-            self.caps = _caps(shape, frozenset(), parallel, None)  # until `prepare` has read the checkpoint
+            self.caps = _caps(shape, frozenset(), parallel, None, self.host_blocks)  # until `prepare` has read the checkpoint
 
     def _foretell(self, shape: ModelShape, hardware: Hardware, parallel: ParallelConfig) -> None:
         """Policies may ask how long a step will take."""
@@ -184,7 +186,7 @@ class TorchExecutor(Executor):
             self._execution.close()
 
 
-def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelConfig, card: Hardware | None) -> ExecutorCaps:
+def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelConfig, card: Hardware | None, host_blocks: int) -> ExecutorCaps:
     """card: of the GPU; None on a CPU, which has no time to hide behind a device's and is best at short steps."""
     default = {} if card is None else {"default_token_budget": default_token_budget(shape, card, parallel.tp)}
     pp = parallel.pp
@@ -197,6 +199,7 @@ def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelCo
         max_inflight=max(MAX_PLANS, 2 * pp),
         model=shape,
         default_inflight=max(pp, 1 if card is None else 2),
+        tier_blocks=(host_blocks,) if host_blocks else (),
         **default,
     )
 

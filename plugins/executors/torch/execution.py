@@ -21,7 +21,7 @@ from ...models.spec import read_model
 from .batch import NO_LOGPROBS, Batcher, StepInput
 from .forecast import Flight, Forecast, kind_of
 from .graphs import DecodeGraphs, MixedGraphs, batch_sizes, longest_mixed, token_sizes
-from .memory import allocate_cache, bytes_per_token, kv_bytes_free
+from .memory import allocate_cache, bytes_per_token, host_cache, kv_bytes_free
 from .runner import ModelRunner, Sampled
 from .threads import limit_threads
 from .warmup import PREPARATIONS, warm_up
@@ -123,10 +123,11 @@ class Execution:
             "lower engine.max_num_seqs or engine.max_model_len",
         )
         caches = allocate_cache(self.model, num_blocks + 1, block_size, self.device)
+        host_caches = host_cache(self.model, self.config.host_blocks, block_size, self.device)
         self.batcher = self.batcher_class(max_num_seqs, -(-max_model_len // block_size), seed)
         self.runner = self.runner_class(
             self.model, self.kernels, self.device, caches, num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, max_plans=max_plans,
+            max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, max_plans=max_plans, host_caches=host_caches,
         )  # fmt: skip
         pinned = self.device.type == "cuda"
         # One result buffer for each step in flight: it is read before the engine launches the step that reuses it.
