@@ -22,6 +22,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = param((), min=0)
     ignore_eos: bool = False
+    waits_for_token: bool = False  # no plan before its last token is on the host: a grammar makes a mask of it
     seed: int | None = None  # None: the run's seed
     logprobs: int | None = param(
         None,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GIVEN = (
     "id", "index", "arrival_time", "sort_key", "sampling", "tags", "slo", "cache_salt", "prompt", "num_prompt_tokens",
-    "max_num_tokens", "stop_tokens",
+    "max_num_tokens", "stop_tokens", "waits_for_token",
 )  # fmt: skip
 _given = attrgetter(*GIVEN)
 

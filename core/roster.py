@@ -139,7 +139,7 @@ class Roster:
             or request.planned_step == step
             or known >= request.max_num_tokens
             or start >= len(request.block_table) * self._block_size
-            or (scheduled and not self.placeholders)
+            or (scheduled and (request.waits_for_token or not self.placeholders))
         ):
             return -1
         request.planned_step = step

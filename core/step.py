@@ -185,7 +185,8 @@ class StepBuilder:
         if request.num_tokens >= request.max_num_tokens:
             return _IN_FLIGHT  # its last token is being sampled
         new = request.num_new_tokens
-        if new <= 0 or (not self._roster.placeholders and len(request.token_ids) < request.num_tokens):
+        one_at_a_time = request.waits_for_token or not self._roster.placeholders
+        if new <= 0 or (one_at_a_time and len(request.token_ids) < request.num_tokens):
             return _IN_FLIGHT
         n = self._grantable(request, new, at_most)
         if n <= 0:
