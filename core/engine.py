@@ -26,13 +26,15 @@ from .counts import Counts
 from .decisions import DecisionLog
 from .errors import NothingPlanned
 from .flights import Flights
+from .handoff import Handoff, attach, detach
+from .inbox import Inbox
 from .intake import Intake
 from .interrupts import interrupts
 from .ledger import Ledger
 from .matching import Matches
 from .outputs import StopText
 from .patience import Patience
-from .policy import Observer, Oracle, Reject, Role, StepRecord
+from .policy import Observer, Oracle, Reject, Role
 from .request import Arrival, Request, RequestList, RunResult
 from .roles import Roles, check_limits, derived, num_blocks
 from .roster import Roster
@@ -114,15 +116,29 @@ class Engine:
     def waiting(self) -> RequestList:
         return self.roster.waiting
 
+    @property
+    def inbox(self) -> Inbox:
+        """For a server: `open()` it before `run`, and other threads may `add` and `abort` until it is closed."""
+        return self.coming.inbox
+
     # ---- arrivals ------------------------------------------------------------------------------------------
 
     def add(self, arrival: Arrival) -> None:
-        """One more request, at its own time on the clock (or now, if that has passed)."""
-        self.coming.add(checked(arrival, "Engine.add: the arrival"))
+        """One more request, at its own time on the clock (or now, if that has passed). From any thread, see `inbox`."""
+        self.inbox.post(checked(arrival, "Engine.add: the arrival"))
 
     def abort(self, id: str) -> None:
         """Ends a request when the next turn begins, or when it arrives. At any moment, from any thread."""
         self.intake.abort(id)
+        self.inbox.wake()
+
+    def detach(self, id: str) -> Handoff | None:
+        """Takes a request out with its KV, between two turns, for another engine to `attach`. None if it is not there."""
+        return detach(self.intake, self.roster, self.executor, id, now=self.clock.now(), collect=self._collect)
+
+    def attach(self, handoff: Handoff) -> None:
+        """Goes on with a request of another engine, which waits here from now on. Between two turns."""
+        attach(self.intake, self.roster, self.executor, handoff, self.clock.now())
 
     def _ingest(self, now: float) -> None:
         if self.intake.ingest(now, self._welcome) + self.intake.end_aborted(now):
@@ -139,7 +155,7 @@ class Engine:
 
     def step(self) -> bool:
         """Ingests, plans and launches if there is room in flight, else collects. False: nothing is left."""
-        if self.coming:
+        if self.coming.expecting:
             self.flights.linger()
         now = self.clock.now()
         self.pool.now = now
@@ -196,35 +212,22 @@ class Engine:
             self.roster.finish(request, reason, now)
         updating = time.thread_time() - began
         self.counts.collected(result, updating)
-        self._report(self.counts.record(flight, result, done, now=now, updating=updating))
-
-    def _report(self, record: StepRecord) -> None:
+        record = self.counts.record(flight, result, done, now=now, updating=updating)
         self.calls.notify("on_step_end", record)
         if self.ledger is not None:
             self.ledger.collected(record.plan, record.tokens)
             self.pool.check()
         observing.tell(self.observers, self.calls, "on_step", record)
-        if ended := self.roster.take_ended():
-            observing.tell(self.observers, self.calls, "on_requests", ended)
+        observing.tell_ended(self.observers, self.calls, self.roster.take_ended())
 
     def _idle(self, now: float, wake: float | None) -> bool:
         """Nothing was planned and nothing is in flight: waits for what comes next. False if nothing does."""
         if (self.running.items or self.waiting.items) and wake is None:
             if not self.running.items and self.roster.holds_blocks_for_later and self.roster.reclaim():
                 return True
-            raise NothingPlanned(
-                "planned nothing although requests wait and nothing is in flight: add one, reject one, or say step.wake_at(t)",
-                plugin=self.roles.scheduler.plugin_name,
-                step=self.counts.num_steps,
-                view=self.view.describe(),
-            )
-        if wake is not None:
-            wake = self.patience.next_turn(now, wake, self.builder.waker)
-        times = [t for t in (wake, self.coming.next_time) if t is not None]
-        if not times:
-            return False
-        self.clock.wait_until(min(times))
-        return True
+            raise NothingPlanned(self.roles.scheduler.plugin_name, self.counts.num_steps, self.view.describe())
+        observing.tell_ended(self.observers, self.calls, self.roster.take_ended())  # somebody may wait for an answer
+        return self.patience.wait(self.clock, self.coming, now, wake=wake, waker=self.builder.waker)
 
     # ---- whole runs ----------------------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .errors import ConfigError
 from .execution import ExecutorCaps, Preparation, StepResult
 from .policy import CostModel, Role
 
@@ -47,6 +49,15 @@ class Executor(Role):
     def collect(self, ticket: Any) -> StepResult:
         """Waits for that step. Tickets are collected in the order of launch."""
         raise NotImplementedError
+
+    def read_blocks(self, blocks: Sequence[int]) -> Any:
+        """What these KV blocks hold when every step launched so far is done, for `write_blocks` of another executor of the
+        same model."""
+        raise ConfigError(f"{self.plugin_name} cannot hand KV to another engine")
+
+    def write_blocks(self, blocks: Sequence[int], content: Any, first: int) -> None:
+        """Fills these KV blocks, before the next step, with what `content` holds from its block number `first` on."""
+        raise ConfigError(f"{self.plugin_name} cannot take KV from another engine")
 
     def close(self) -> None:
         """Gives memory and other processes back. Called once, however the run ended."""

@@ -47,6 +47,7 @@ class _Account:
     num_cached: int = 0  # tokens, at its first admission
     computed: set[int] = field(default_factory=set)  # positions that were ever planned
     num_recomputed: int = 0
+    ran_elsewhere: bool = False  # before it was attached
 
 
 class Ledger:
@@ -61,7 +62,15 @@ class Ledger:
     # ---- what happened -------------------------------------------------------------------------------------------
 
     def arrived(self, request: Request) -> None:
-        self.accounts[request.index] = _Account(_given(request), list(request.token_ids))
+        self.accounts[request.index] = _Account(
+            given=_given(request),
+            tokens=list(request.token_ids),
+            blocks=list(request.block_table),
+            num_preemptions=request.num_preemptions,
+            num_cached=request.num_cached_tokens,
+            num_recomputed=request.num_recomputed_tokens,
+            ran_elsewhere=request.first_scheduled_time >= 0,
+        )
 
     def planned(self, builder: StepBuilder) -> None:
         for request in builder.preempted:
@@ -74,7 +83,7 @@ class Ledger:
         chunks = (builder.requests, builder.starts, builder.lengths, builder.samples)
         for place, (request, start, length, sample) in enumerate(zip(*chunks, strict=True)):
             account = self.accounts[request.index]
-            if request.index in admitted and not account.num_preemptions:
+            if request.index in admitted and not account.num_preemptions and not account.ran_elsewhere:
                 account.num_cached = start
             drafts = len(builder.drafts.get(place, ()))
             known = range(start, start + length - drafts)
@@ -125,7 +134,7 @@ class Ledger:
                 "block_table": account.blocks,
                 "num_computed_tokens": account.next_position - scheduled,
             }
-        expected["state"] = RequestState.PREEMPTED if account.num_preemptions else RequestState.WAITING
+        expected["state"] = RequestState.PREEMPTED if account.num_preemptions or account.ran_elsewhere else RequestState.WAITING
         expected["block_table"] = account.blocks[: len(request.block_table)]
         if not account.in_flight:
             expected["num_computed_tokens"] = self._pool.layout.num_tokens(len(request.block_table))

@@ -33,6 +33,7 @@ class RequestState(Enum):
     FINISHED = "finished"
     REJECTED = "rejected"  # refused before it ever ran
     ABORTED = "aborted"  # stopped by the user or by the end of the run
+    DETACHED = "detached"  # goes on in another engine
 
 
 class Request:

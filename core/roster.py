@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from . import spans
 from .arrivals import ArrivalQueue
-from .blocks import ROOT, BlockPool
+from .blocks import ROOT, BlockPool, KVLayout
 from .calls import Calls
 from .execution import Tokens
+from .handoff import Handoff
 from .matching import Matches
 from .outputs import StopText
 from .pins import Pins
@@ -101,6 +102,10 @@ class Roster:
         return self._stop_text is not None
 
     # ---- transitions ---------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._pool.layout
 
     def arrive(self, request: Request, now: float, output_len: int | None = None) -> None:
         """It waits from now on. Its emulated answer ends after `output_len` tokens, if that is given."""
@@ -260,6 +265,33 @@ class Roster:
         self._end(request, RequestState.ABORTED, "abort", now)
         self._give_all_back(request)
         self._tell_end(request, now)
+
+    def detach(self, request: Request, now: float) -> None:
+        """It goes on in another engine; none of its steps is in flight. What is cached of it stays."""
+        self._leave(request)
+        request.state = RequestState.DETACHED
+        del self.present[request.id]
+        self._give_all_back(request)
+        self._tell_end(request, now)
+
+    def attach(self, request: Request, had: Handoff, now: float) -> tuple[int, list[int]]:
+        """A new request goes on with what it `had` in another engine. Returns the blocks whose KV has to be filled with
+        what arrived, and the place of the first in its table."""
+        request.token_ids, request.num_tokens = list(had.token_ids), len(had.token_ids)
+        request.token_times, request.logprobs = list(had.token_times), list(had.logprobs)
+        request.first_scheduled_time, request.num_cached_tokens = had.first_scheduled_time, had.num_cached_tokens
+        request.num_preemptions, request.num_recomputed_tokens = had.num_preemptions, had.num_recomputed_tokens
+        request.state = _WAITING if had.first_scheduled_time < 0 else _PREEMPTED
+        pool, blocks, matched = self._pool, [], self._matches.match(request).blocks
+        self._take(request, matched)
+        if (missing := min(had.num_blocks - len(matched), pool.num_available - self.num_reserved_blocks)) > 0:
+            blocks = pool.allocate(missing)
+            request.block_table.extend(blocks)
+            request.num_computed_tokens = pool.layout.num_tokens(len(request.block_table))
+            if pool.cache.enabled:
+                publish(pool, request, len(request.block_table))
+        self.arrive(request, now, had.arrival.output_len)
+        return len(matched), blocks
 
     def reject(self, request: Request, reason: str, now: float) -> None:
         """waiting -> ended, by a policy."""

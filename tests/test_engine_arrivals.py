@@ -254,7 +254,7 @@ class Patient(OracleExecutor):
 
     def linger(self) -> None:
         self.asked += 1
-        self.clock.wait_until(self._busy_until - 1e-4)
+        self.clock.advance_to(self._busy_until - 1e-4)
 
 
 @pytest.mark.parametrize(("executor", "served"), [(OracleExecutor, 0.02), (Patient, 0.01)])

@@ -49,7 +49,8 @@ class JitteryClock:
     def advance_to(self, t: float) -> None:
         self._now = max(self._now, t + self._rng.uniform(0, 0.01))
 
-    wait_until = advance_to
+    def wait_until(self, t: float, inbox: object) -> None:
+        self.advance_to(t)
 
 
 def small_shape(max_model_len: int = 64, vocab_size: int = 50) -> ModelShape:

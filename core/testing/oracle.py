@@ -45,6 +45,15 @@ class Prefixes:
         """Whether it is the empty prefix (of one cache_salt)."""
         return isinstance(id, int) and not isinstance(self._back[id][0], int)
 
+    def path(self, id: int | None) -> tuple[Any, tuple[int, ...]] | None:
+        """Salt and tokens of the prefix."""
+        found: list[Any] = []
+        at: Any = id
+        while isinstance(at, int):
+            at, token = self._back[at]
+            found.append(token)
+        return None if id is None else (at, tuple(found[-2::-1]))
+
     def tokens(self, id: int | None) -> str:
         """The prefix in words, for an error."""
         if id is None:
@@ -144,6 +153,24 @@ class OracleExecutor(Executor):
         sampled, start, end = ticket
         self._flights.pop(0)
         return StepResult(sampled, start, end)
+
+    def read_blocks(self, blocks: Sequence[int]) -> list[list[tuple[Any, tuple[int, ...]] | None]]:
+        """Of each slot the salt and the tokens of its prefix, which mean the same to every oracle."""
+        size, path = self._size, self._prefixes.path
+        return [[path(self._slots.get(block * size + i)) for i in range(size)] for block in blocks]
+
+    def write_blocks(self, blocks: Sequence[int], content: Any, first: int) -> None:
+        for block, held in zip(blocks, content[first:], strict=False):
+            if any(block in flight.writes or block in flight.reads for flight in self._flights):
+                raise WrongKV(f"block {block} is written while a step in flight uses it")
+            for i, path in enumerate(held):
+                self._slots.pop(block * self._size + i, None)
+                if path is not None:
+                    salt, tokens = path
+                    before: Any = self._prefixes.extend(salt, "root")
+                    for token in tokens:
+                        before = self._prefixes.extend(before, token)
+                    self._slots[block * self._size + i] = before
 
     def check_cached(self, pool: BlockPool) -> None:
         """Every cached block holds what continues its parent. Raises WrongKV."""

@@ -292,6 +292,12 @@ class RecordedTimes(Executor):
         result = self.inner.collect(inner)
         return StepResult(result.tokens, begin, end, result.logprobs, result.timings)
 
+    def read_blocks(self, blocks: Sequence[int]) -> Any:
+        return self.inner.read_blocks(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], content: Any, first: int) -> None:
+        self.inner.write_blocks(blocks, content, first)
+
     @property
     def preparation(self) -> Preparation:
         return self.inner.preparation

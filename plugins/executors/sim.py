@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -106,6 +107,12 @@ class SimExecutor(Executor):
             else:
                 tokens.append(-1)
         return StepResult(Tokens(tokens), begin, end)
+
+    def read_blocks(self, blocks: Sequence[int]) -> None:
+        """Nothing is stored, so nothing has to go along."""
+
+    def write_blocks(self, blocks: Sequence[int], content: None, first: int) -> None:
+        pass
 
     def _stream(self, request: Request) -> tuple[int, int, int, int]:
         """A request's tokens: (low, size, base, stride), token at position p = low + (base + p * stride) mod size.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter, sleep
@@ -83,6 +83,12 @@ class RankExecution(Execution):
     def _share(self) -> Sharding:
         cut(self.model, self.mesh)
         return shard(self.model, self.mesh)
+
+    def read_blocks(self, blocks: Sequence[int]) -> list[Any]:
+        raise ConfigError("executor=torch hands KV to another engine on one rank: set parallel.tp=1 and parallel.pp=1")
+
+    def write_blocks(self, blocks: Sequence[int], content: list[Any], first: int) -> None:
+        raise ConfigError("executor=torch takes KV from another engine on one rank: set parallel.tp=1 and parallel.pp=1")
 
     def stage_times(self) -> tuple[float, float]:
         """(seconds in which this stage computed, seconds since its first step began), of steps since this was last asked.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +167,12 @@ class TorchExecutor(Executor):
 
     def launch(self, plan: StepPlan) -> Any:
         return self.execution.launch(plan, self.clock.now())
+
+    def read_blocks(self, blocks: Sequence[int]) -> list[Any]:
+        return self.execution.read_blocks(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], content: list[Any], first: int) -> None:
+        self.execution.write_blocks(blocks, content, first)
 
     def linger(self) -> None:
         self.execution.linger()

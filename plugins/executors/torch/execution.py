@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from headway import ConfigError, EngineConfig, ModelConfig, ModelShape, StepPlan, StepResult, Tokens, check_fits
 
@@ -222,6 +223,19 @@ class Execution:
         if self._arrived:
             sleep(max(0.0, self._forecast.next_plan() - perf_counter()))
             self._forecast.turn_begins(perf_counter())
+
+    @torch.inference_mode()
+    def read_blocks(self, blocks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, [blocks, block_size, K, D], on the host."""
+        chosen = torch.tensor(blocks, device=self.device)
+        return [(keys[chosen].cpu(), values[chosen].cpu()) for keys, values in self.runner.caches]
+
+    @torch.inference_mode()
+    def write_blocks(self, blocks: Sequence[int], content: list[tuple[Tensor, Tensor]], first: int) -> None:
+        chosen = torch.tensor(blocks, device=self.device)
+        for own, arrived in zip(self.runner.caches, content, strict=True):
+            for ours, theirs in zip(own, arrived, strict=True):
+                ours[chosen] = theirs[first : first + len(blocks)].to(self.device)
 
     def _execute(self, step: StepInput) -> Sampled:
         return self.runner.execute(step)
