@@ -21,13 +21,16 @@ from core.errors import (
     near,
 )
 from core.execution import ExecutorCaps, Preparation, StepResult, Tokens
-from core.executor import Executor
+from core.executor import BuildContext, Executor
 from core.facts import differences as fact_differences
 from core.facts import facts as composition_facts
 from core.grants import Granted, NeedBlocks, NoBudget, NotReady
+from core.handoff import Handoff
 from core.hooks import hookimpl, load_registry
+from core.inbox import Inbox
 from core.keyed import BlockHeap, KeyEviction, KeyOrder
 from core.memory import check_fits
+from core.outputs import StopText
 from core.params import describe, param
 from core.plan import Allocation, Chunk, KVCopy, StepPlan
 from core.policy import (
@@ -65,16 +68,19 @@ from core.testing.oracle import OracleExecutor
 from core.view import Match, View
 
 __all__ = [
-    "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "BlockHeap", "Chunk", "Composition",
-    "ConfigError", "Context", "CostModel", "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware",
-    "HeadwayError", "InvariantError", "KVControl", "KVCopy", "KeyEviction", "KeyOrder", "LengthPrediction", "Lists", "Match", "ModelConfig",
-    "ModelError", "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig",
-    "PluginError", "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request", "RequestOutput",
-    "RequestState", "Retention", "Role", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan",
-    "StepRecord", "StepResult", "Tags", "TextStop", "TokenBudget", "Tokens",
-    "Victim", "View", "VirtualClock", "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
-    "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
-    "param", "prefix_keys", "root_key", "token_ids", "whole",
+    "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block",
+    "BlockHeap", "BuildContext", "Chunk", "Composition", "ConfigError", "Context", "CostModel", "Defer",
+    "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Handoff", "Hardware",
+    "HeadwayError", "Inbox", "InvariantError", "KVControl", "KVCopy", "KeyEviction", "KeyOrder",
+    "LengthPrediction", "Lists", "Match", "ModelConfig", "ModelError", "ModelShape", "Need", "NeedBlocks",
+    "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
+    "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request",
+    "RequestOutput", "RequestState", "Retention", "Role", "RunResult", "SamplingParams", "Scheduler",
+    "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord", "StepResult", "StopText", "Tags",
+    "TextStop", "TokenBudget", "Tokens", "Victim", "View", "VirtualClock", "WallClock", "Workload",
+    "WorkloadError", "build", "chain_key", "check_fits", "checkpoint", "composition_facts", "describe",
+    "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near", "param", "prefix_keys",
+    "root_key", "token_ids", "whole",
 ]  # fmt: skip
 
 

@@ -2,24 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from .config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
 from .errors import ConfigError
 from .execution import ExecutorCaps, Preparation, StepResult
+from .outputs import StopText
 from .policy import CostModel, Role
 
 if TYPE_CHECKING:
     from .plan import StepPlan
 
 
+def _nothing_known() -> dict[str, Any]:
+    raise ConfigError("this run was composed by hand, so no facts of it are known")
+
+
+def _by_name(name: str) -> Any:
+    raise ConfigError(f"{name!r}: this run was composed by hand, and no registry was given to look it up in")
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a run is made of, as far as it concerns its executor."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hardware: Hardware = field(default_factory=Hardware)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    seed: int = 0
+    kernels: Any = None  # the kernels role; None without one
+    kernels_named: Callable[[str], Any] | None = None  # another kernels role with its defaults, for a composition of several
+    executor_named: Callable[[str], Executor] = _by_name  # another executor with its defaults, not built yet: to wrap it
+    facts: Callable[[], dict[str, Any]] = _nothing_known  # every choice and parameter of the run (core.facts)
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model, from its checkpoint where it is here. Raises ConfigError where it is not known."""
+        return self.model.shape()
+
+
 class Executor(Role):
     """Runs plans, in the order in which they were launched. The executor owns the clock."""
 
     role = "executor"
+    several_ranks: ClassVar[bool] = False  # takes parallel.tp and parallel.pp above 1
+    torchrun: ClassVar[bool] = False  # its ranks may be started by torchrun
     caps: ExecutorCaps
     clock: Any
     cost_model: CostModel | None = None
+    tokenizer: Any = None  # of the model: encode, answer, has_chat_template, encode_chat; None where it has none
+
+    def check(self, context: BuildContext) -> ExecutorCaps | None:
+        """Raises HeadwayError for what can be known to be wrong without weights, ranks or a download. Answers what is known
+        of `caps`, so that a sweep's limits are checked before its first job; None for nothing."""
+        return getattr(self, "caps", None)
+
+    def build(self, context: BuildContext) -> Executor:
+        """Makes it ready to run: afterwards `caps`, `clock` and `kv_capacity` hold. Answers who runs the plans: itself, or an
+        executor that wraps it or another one."""
+        return self
+
+    @property
+    def stop_text(self) -> StopText | None:
+        """Decides stop strings, for which it takes a tokenizer; None where nobody can."""
+        return None
 
     @property
     def step_time_basis(self) -> str:

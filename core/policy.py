@@ -154,6 +154,7 @@ class Context:
     model: Any = None  # core.config.ModelShape, where the executor knows it
     oracle: Oracle | None = None  # only for roles that declare `oracle = True`
     token_budget: int = 512  # tokens of a step that suit the executor, for a scheduler that is given no number of its own
+    tokenizer: Any = None  # of the executor, for a workload of texts; None where it has none
 
 
 class CostModel(Protocol):
@@ -398,6 +399,9 @@ class Observer(Role):
     """Watches a run. Called after the step, in batches, off the critical path."""
 
     role = "observer"
+
+    def on_build(self, run: Any) -> None:
+        """The core.build.Run that it will watch, if it is its `tracking`: before the first call of `on_start`."""
 
     def on_start(self, engine: Any) -> None:
         """The core.engine.Engine that is about to run."""

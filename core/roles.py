@@ -176,6 +176,7 @@ class Roles:
             cost_model=self.executor.cost_model,
             model=caps.model,
             token_budget=min(caps.default_token_budget, config.max_num_batched_tokens),
+            tokenizer=self.executor.tokenizer,
         )
         for role in self.objects:
             role.rng = Random(f"{seed}/{role.plugin_name}")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig, load_registry
 from plugins.executors.torch.batch import StepInput
+from plugins.executors.torch.config import TorchConfig
 from plugins.kernels.torch import TorchKernels
 from plugins.parallel import channel as wire
 from plugins.parallel import messages
@@ -28,8 +29,7 @@ from plugins.parallel.messages import Answer, Call, Hello, Order, Raised, Refuse
 from plugins.parallel.worker import job_of
 
 SOURCES = sorted((Path(__file__).parent.parent / "plugins" / "parallel").glob("*.py"))
-FIELDS = {"device": "cpu", "gpu_memory_utilization": 0.9, "kv_cache_gb": None, "profile": False}
-JOB = Job(FIELDS, ModelConfig(), TorchKernels(), EngineConfig(num_blocks=7), 3, ParallelConfig(pp=2, layers=[1, 3]))
+JOB = Job(TorchConfig(device="cpu"), ModelConfig(), TorchKernels(), EngineConfig(num_blocks=7), 3, ParallelConfig(pp=2, layers=[1, 3]))
 STEP = StepInput(np.arange(300, dtype=np.int32), True, False, 256, 256, 256, 16, 0, 1, 1025, 0, -1, None)
 EXAMPLES = [
     Hello(1, "host", "orders", {"seed": "0"}), order_of(JOB), order_of(replace(JOB, kernels=None)), Call("switch", ["whole", "library"]),

@@ -266,7 +266,7 @@ class Recorder(Observer):
             raise ReplayError(f"{self.path}: the recorder heard of no step: give the engine the observers of `recording`")
         file = self.path / FILE if self.path.is_dir() else self.path
         outputs = result.outputs
-        tokenizer = getattr(self._engine.executor, "tokenizer", None)
+        tokenizer = self._engine.executor.tokenizer
         said = [Said.of(o, tokenizer) for o in outputs if o.prompt is not None and tokenizer is not None]
         offsets = np.cumsum([0, *(len(o.output_token_ids) for o in outputs)], dtype=np.int64)
         tokens = (token for o in outputs for token in o.output_token_ids)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from headway import (
+    BuildContext,
     ConfigError,
     Executor,
     ExecutorCaps,
     ModelError,
     ModelShape,
     Observer,
-    ParallelConfig,
     Preparation,
     ReplayClock,
     Request,
@@ -22,6 +22,7 @@ from headway import (
     RunResult,
     StepPlan,
     StepResult,
+    StopText,
     TextStop,
     VirtualClock,
     composition_facts,
@@ -89,13 +90,32 @@ class Replay(Executor):
     path: str = ""  # run directory, or its replay.npz
     inner: str = ""  # "": tokens are the record's; or an executor: another run, in the record's step times
 
-    def prepare(self, parallel: ParallelConfig | None = None, facts: dict[str, Any] | None = None) -> None:
+    several_ranks = torchrun = True  # nothing is split here, so any layout that was recorded will do
+
+    def check(self, context: BuildContext) -> ExecutorCaps | None:
+        """A record is read quickly, so a wrong one is refused before anything runs."""
+        self.prepare(context.facts())
+        if not self.inner:
+            return self.caps
+        inner = context.executor_named(self.inner)
+        caps = inner.check(context)
+        self.cost_model = inner.cost_model
+        return caps
+
+    def build(self, context: BuildContext) -> Executor:
+        self.prepare(context.facts())
+        if not self.inner:
+            return self
+        wrapped = RecordedTimes(context.executor_named(self.inner).build(context), self.record.durations, self.told)
+        wrapped.plugin_name = f"{self.plugin_name}({self.inner})"
+        return wrapped
+
+    def prepare(self, facts: dict[str, Any] | None = None) -> None:
         """Before the engine is built. Raises ReplayError for what is no record, and for a composition that is
         not the record's.
 
-        parallel: nothing is split here, so any layout that was recorded will do. facts: the composition; None
-        for an engine
-        that was built by hand, which is compared by its limits, its seed and its decisions.
+        facts: the composition; None for an engine that was built by hand, which is compared by its limits, its
+        seed and its decisions.
         """
         record = self.record = Record.load(self.path)
         self.told = self._compared(facts)
@@ -135,12 +155,6 @@ class Replay(Executor):
                 "For another run in the step times of this one, set executor.inner (executor.inner=sim)"
             )
         return f"replay of {record.path}: {len(then)} facts compared, all as recorded"
-
-    check = prepare  # a record is read quickly, so a wrong one is refused before anything runs
-
-    def over(self, inner: Executor) -> RecordedTimes:
-        """`inner`, which is prepared, in the step times of this record."""
-        return RecordedTimes(inner, self.record.durations, self.told)
 
     @property
     def step_time_basis(self) -> str:
@@ -206,9 +220,12 @@ class Replay(Executor):
             self.cost_model.observe(plan.starts, plan.lengths, end - start)
         return StepResult(tokens, start, end)
 
-    def stop_text(self, request: Request) -> TextStop | None:
-        """What the engine asks about stop strings: whether one ended this request here in the recorded
-        run."""
+    @property
+    def stop_text(self) -> StopText:
+        return self._stop_text
+
+    def _stop_text(self, request: Request) -> TextStop | None:
+        """Whether a stop string ended this request here in the recorded run."""
         said: Said | None = self._said.get(request.id)
         if said is None or said.text is None:
             return None
@@ -270,7 +287,7 @@ class RecordedTimes(Executor):
             raise ReplayError("the record holds no step, so no step times can be taken from it")
         self.inner, self.durations, self.told = inner, durations, told
         self.caps, self.cost_model = inner.caps, inner.cost_model
-        self.tokenizer, self.stop_text = getattr(inner, "tokenizer", None), getattr(inner, "stop_text", None)
+        self.tokenizer = inner.tokenizer
         self.clock = VirtualClock()
         self._busy_until = 0.0
         self._launched = 0
@@ -291,6 +308,10 @@ class RecordedTimes(Executor):
         inner, begin, end = ticket
         result = self.inner.collect(inner)
         return StepResult(result.tokens, begin, end, result.logprobs, result.timings)
+
+    @property
+    def stop_text(self) -> StopText | None:
+        return self.inner.stop_text
 
     def read_blocks(self, blocks: Sequence[int]) -> Any:
         return self.inner.read_blocks(blocks)

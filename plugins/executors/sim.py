@@ -9,6 +9,7 @@ from typing import Any
 from zlib import crc32
 
 from headway import (
+    BuildContext,
     Executor,
     ExecutorCaps,
     Hardware,
@@ -66,7 +67,15 @@ class SimExecutor(Executor):
         )
         self.clock = VirtualClock()
 
-    check = prepare  # it loads nothing, so all of it can be known before a sweep begins
+    several_ranks = True
+
+    def check(self, context: BuildContext) -> ExecutorCaps:
+        """It loads nothing, so all of it can be known before a sweep begins."""
+        return self.build(context).caps
+
+    def build(self, context: BuildContext) -> SimExecutor:
+        self.prepare(context.shape, context.hardware, context.parallel.tp, context.parallel.pp)
+        return self
 
     @property
     def step_time_basis(self) -> str:

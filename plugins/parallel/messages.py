@@ -19,6 +19,7 @@ import numpy as np
 from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig
 
 from ..executors.torch.batch import StepInput
+from ..executors.torch.config import TorchConfig
 from .channel import Malformed
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class Registered:
 class Order:
     """The Job of execution.py in plain values."""
 
-    executor: dict[str, Plain]
+    executor: TorchConfig
     model: ModelConfig
     kernels: Registered | None
     engine: EngineConfig

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headway import (
+    BuildContext,
     ConfigError,
     Context,
     EngineConfig,
@@ -28,6 +29,7 @@ from headway import (
 )
 
 from ..cost import Fitted, Roofline, default_token_budget
+from .config import TorchConfig
 from .threads import wait_asleep
 
 if TYPE_CHECKING:
@@ -50,8 +52,8 @@ class TorchExecutor(Executor):
     host_blocks: KV blocks in host memory, the tier behind the pool (KVCopy).
     profile: each step reports where its time went.
 
-    Composition calls `prepare(model, kernels, ...)` before the engine is built: it reads the model's config, loads the weights and
-    sets `caps`. `clock` may be replaced before that as well, for a replay.
+    `build`, or `prepare` where a run is composed by hand, reads the model's config, loads the weights and sets `caps`. `clock` may
+    be replaced before that as well, for a replay.
     """
 
     device: str = "auto"
@@ -66,6 +68,20 @@ class TorchExecutor(Executor):
         self.tokenizer: Tokenizer | None = None  # None for random weights without a checkpoint
         self._execution: Execution | None = None
         self._max_model_len: int | None = None
+
+    several_ranks = torchrun = True
+
+    def build(self, context: BuildContext) -> TorchExecutor:
+        self.prepare(
+            context.model,
+            context.kernels,
+            engine=context.engine,
+            backends=context.kernels_named,
+            seed=context.seed,
+            parallel=context.parallel,
+            hardware=context.hardware,
+        )
+        return self
 
     def prepare(
         self,
@@ -91,34 +107,38 @@ class TorchExecutor(Executor):
         if parallel.world_size > 1:
             from ...parallel.execution import Job, drive
 
-            fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-            self._execution = drive(Job(fields, model, kernels, engine or EngineConfig(), seed, parallel), backends)
+            self._execution = drive(Job(self.config, model, kernels, engine or EngineConfig(), seed, parallel), backends)
         else:
             from .execution import Execution
 
-            self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
+            self._execution = Execution(self.config, model, kernels, engine or EngineConfig(), backends, seed)
         spec, on_gpu = self._execution.spec, self._execution.device.type == "cuda"
         self._foretell(spec.shape, card, parallel)
         self.caps = _caps(spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None, self.host_blocks)
 
-    def check(
-        self,
-        model: ModelConfig,
-        kernels: KernelChoice | None = None,
-        *,
-        engine: EngineConfig | None = None,
-        backends: Callable[[str], KernelChoice] | None = None,
-        parallel: ParallelConfig | None = None,
-        hardware: Hardware | None = None,
-    ) -> None:
+    def check(self, context: BuildContext) -> ExecutorCaps | None:
         """Raises ConfigError and ModelError for what can be known without weights, ranks or a download."""
         from .foresight import foresee
 
-        parallel = parallel or ParallelConfig()
-        shape = foresee(self, model, kernels, engine=engine or EngineConfig(), backends=backends, parallel=parallel)
-        if shape is not None:
-            self._foretell(shape, hardware or Hardware(), parallel)
-            self.caps = _caps(shape, frozenset(), parallel, None, self.host_blocks)  # until `prepare` has read the checkpoint
+        parallel = context.parallel
+        shape = foresee(
+            self.config,
+            context.model,
+            context.kernels,
+            engine=context.engine,
+            backends=context.kernels_named,
+            parallel=parallel,
+        )
+        if shape is None:
+            return None
+        self._foretell(shape, context.hardware, parallel)
+        self.caps = _caps(shape, frozenset(), parallel, None, self.host_blocks)  # until `build` has read the checkpoint
+        return self.caps
+
+    @property
+    def config(self) -> TorchConfig:
+        """The parameters, as every rank is given them."""
+        return TorchConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TorchConfig)})
 
     def _foretell(self, shape: ModelShape, hardware: Hardware, parallel: ParallelConfig) -> None:
         """Policies may ask how long a step will take."""

@@ -28,7 +28,7 @@ from .threads import limit_threads
 from .warmup import PREPARATIONS, warm_up
 
 if TYPE_CHECKING:
-    from . import TorchExecutor
+    from .config import TorchConfig
 
 
 NO_MEMORY = "no memory is left to capture CUDA graphs"
@@ -67,7 +67,7 @@ class Execution:
     runner_class = ModelRunner
 
     def __init__(
-        self, config: TorchExecutor, model: ModelConfig, kernels: KernelChoice | None, engine: EngineConfig,
+        self, config: TorchConfig, model: ModelConfig, kernels: KernelChoice | None, engine: EngineConfig,
         backends: Callable[[str], KernelChoice] | None, seed: int,
     ) -> None:  # fmt: skip
         self.config, self.engine = config, engine
