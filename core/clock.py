@@ -68,16 +68,27 @@ class WallClock:
 
 
 class RecordingClock:
-    """Wraps a clock and keeps every reading: played back by ReplayClock, a run repeats decision for decision."""
+    """Wraps a clock. Asked to `record`, it keeps every reading: played back by ReplayClock, a run repeats decision for
+    decision."""
 
     def __init__(self, inner: Clock) -> None:
         self.inner = inner
-        self.readings: list[float] = []
+        self.begin()
         self.advance_to, self.wait_until = inner.advance_to, inner.wait_until
+
+    def begin(self) -> None:
+        """A new run: nothing is kept, since a server's run may have no end."""
+        self.readings: list[float] = []
+        self._records = False
+
+    def record(self) -> None:
+        """Keeps what is read from now on, until the next run begins."""
+        self._records = True
 
     def now(self) -> float:
         t = self.inner.now()
-        self.readings.append(t)
+        if self._records:
+            self.readings.append(t)
         return t
 
 

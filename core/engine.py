@@ -260,7 +260,7 @@ class Engine:
             self.counts.begin(self.clock.inner.now() if self.counts.num_runs else 0.0)
             self.roster.begin_run()
             self.decisions.begin()
-            self.clock.readings.clear()
+            self.clock.begin()
         self.counts.num_runs += 1
         arrivals = in_order(arrivals, self.roles.workload.plugin_name)
         if self.roles.know_the_future:

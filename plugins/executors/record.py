@@ -248,6 +248,7 @@ class Recorder(Observer):
 
     def on_start(self, run: Engine) -> None:
         self._engine = run
+        run.clock.record()
         self._steps: list[tuple[Any, ...]] = []  # pieces of the columns step, start, end, plans and more
         self._prompts: dict[int, Prompt] = {}  # by index of the request
 
