@@ -28,7 +28,7 @@ from core.grants import Granted, NeedBlocks, NoBudget, NotReady
 from core.handoff import Handoff
 from core.hooks import hookimpl, load_registry
 from core.inbox import Inbox
-from core.keyed import BlockHeap, KeyEviction, KeyOrder
+from core.keyed import BlockHeap, KeyEviction, KeyOrder, MovingOrder
 from core.memory import check_fits
 from core.outputs import StopText
 from core.params import describe, param
@@ -72,20 +72,25 @@ __all__ = [
     "BlockHeap", "BuildContext", "Chunk", "Composition", "ConfigError", "Context", "CostModel", "Defer",
     "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Handoff", "Hardware",
     "HeadwayError", "Inbox", "InvariantError", "KVControl", "KVCopy", "KeyEviction", "KeyOrder",
-    "LengthPrediction", "Lists", "Match", "ModelConfig", "ModelError", "ModelShape", "Need", "NeedBlocks",
-    "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
-    "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject", "ReplayClock", "Request",
-    "RequestOutput", "RequestState", "Retention", "Role", "RunResult", "SamplingParams", "Scheduler",
-    "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord", "StepResult", "StopText", "Tags",
-    "TextStop", "TokenBudget", "Tokens", "Victim", "View", "VirtualClock", "WallClock", "Workload",
-    "WorkloadError", "build", "chain_key", "check_fits", "checkpoint", "composition_facts", "describe",
-    "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near", "param", "prefix_keys",
-    "root_key", "token_ids", "whole",
+    "LengthPrediction", "Lists", "Match", "ModelConfig", "ModelError", "ModelShape", "MovingOrder", "Need",
+    "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig",
+    "PluginError", "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject",
+    "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role", "RunResult",
+    "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
+    "StepResult", "StopText", "Tags", "TextStop", "TokenBudget", "Tokens", "Victim", "View", "VirtualClock",
+    "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
+    "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics",
+    "near", "param", "prefix_keys", "root_key", "token_ids", "whole",
 ]  # fmt: skip
 
 
 #: Names whose modules are heavy, or belong to one kind of plugin: imported only for those who ask.
-LATER = {"LLM": "plugins.executors.torch.llm", "KernelChoice": "plugins.kernels.compose", "KernelCaps": "plugins.kernels.ops"}
+LATER = {
+    "LLM": "plugins.executors.torch.llm",
+    "SimExecutor": "plugins.executors.sim",
+    "KernelChoice": "plugins.kernels.compose",
+    "KernelCaps": "plugins.kernels.ops",
+}
 
 
 def __getattr__(name: str) -> Any:

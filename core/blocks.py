@@ -124,7 +124,6 @@ class BlockPool:
         self.num_evictions = 0
         self._evicted: list[int] = []  # since `take_evicted`
         self.root_version = 0
-        self.now = 0.0
         self._touch = 0
         self._evicting = False
 
@@ -137,6 +136,15 @@ class BlockPool:
         self.num_cached = self.num_evictable = self.num_pinned = self.num_evictions = self._touch = 0
         self.root_version += 1
         self._evicting = False
+
+    @property
+    def now(self) -> float:
+        """Seconds on the run's clock; what an eviction policy reads as its own `now`."""
+        return self.eviction.now
+
+    @now.setter
+    def now(self, now: float) -> None:
+        self.eviction.now = now
 
     # ---- counts -------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ class Tags:
     tool: str = ""  # the tool call that follows this request, "" for none
     parents: tuple[str, ...] = ()  # ids of the calls of its program whose answers it waited for, where known
     last: bool = False  # nothing of its program follows, where that is known
+    adapter: str = ""  # that its model is fitted with (LoRA), "" for none; its KV is of no use to others, so salt it
 
 
 @dataclass(frozen=True, slots=True)

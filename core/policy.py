@@ -212,6 +212,11 @@ class Order(Role):
         """Requests of `view.waiting`, first to start first."""
         raise NotImplementedError
 
+    def rank_at(self, now: float) -> Callable[[Request], Any] | None:
+        """How it compares any two requests at this time, waiting or running: the smaller goes first. None for a queue
+        discipline, which says nothing of those that run."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
@@ -332,6 +337,7 @@ class Eviction(Role):
     """
 
     role = "eviction"
+    now: float = 0.0  # seconds on the run's clock, in every callback and in `candidates`; the pool keeps it
 
     def on_insert(self, block: Block) -> None:
         """It joined the prefix index, still held by the request that computed it."""
