@@ -190,6 +190,8 @@ def prepare_executor(registry: Registry, executor: Executor, composition: Compos
     """Who runs the plans, ready to."""
     built = executor.build(_context(registry, composition, roles))
     built.plugin_name = built.plugin_name or executor.plugin_name
+    if getattr(built, "caps", None) is None:
+        raise ConfigError(f"{built.plugin_name} has no caps: set them (ExecutorCaps) when it is made, or in build(context)")
     return built
 
 

@@ -129,6 +129,20 @@ def test_who_is_built_may_be_another(registry) -> None:
     assert run.execute().status == "finished"
 
 
+@dataclass
+class Unready(Executor):
+    """Says nothing of itself."""
+
+    def prepare(self, shape) -> None:
+        raise AssertionError("nobody calls it")
+
+
+def test_an_executor_that_says_nothing_of_itself_is_named(registry) -> None:
+    registry.add("executor", "unready", Unready)
+    with pytest.raises(ConfigError, match=r"executor=unready has no caps: set them .* in build\(context\)"):
+        build(registry, composed("unready"))
+
+
 def test_ranks_are_for_executors_that_have_them(registry) -> None:
     with pytest.raises(ConfigError, match="executor=talking runs on one rank"):
         build(registry, composed(parallel=ParallelConfig(tp=2)))

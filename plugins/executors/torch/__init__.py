@@ -114,7 +114,7 @@ class TorchExecutor(Executor):
             self._execution = Execution(self.config, model, kernels, engine or EngineConfig(), backends, seed)
         spec, on_gpu = self._execution.spec, self._execution.device.type == "cuda"
         self._foretell(spec.shape, card, parallel)
-        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None, self.host_blocks)
+        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None, host_blocks=self.host_blocks)
 
     def check(self, context: BuildContext) -> ExecutorCaps | None:
         """Raises ConfigError and ModelError for what can be known without weights, ranks or a download."""
@@ -132,7 +132,7 @@ class TorchExecutor(Executor):
         if shape is None:
             return None
         self._foretell(shape, context.hardware, parallel)
-        self.caps = _caps(shape, frozenset(), parallel, None, self.host_blocks)  # until `build` has read the checkpoint
+        self.caps = _caps(shape, frozenset(), parallel, None, host_blocks=self.host_blocks)  # until `build` has read the checkpoint
         return self.caps
 
     @property
@@ -212,7 +212,7 @@ class TorchExecutor(Executor):
             self._execution.close()
 
 
-def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelConfig, card: Hardware | None, host_blocks: int) -> ExecutorCaps:
+def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelConfig, card: Hardware | None, *, host_blocks: int) -> ExecutorCaps:
     """card: of the GPU; None on a CPU, which has no time to hide behind a device's and is best at short steps."""
     default = {} if card is None else {"default_token_budget": default_token_budget(shape, card, parallel.tp)}
     pp = parallel.pp
