@@ -1,13 +1,26 @@
 """Headway's public surface: everything a plugin author imports. `python -m headway` is the command line."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from core import checkpoint, hf_config, metrics
+import core
+
+if Path(core.__file__ or "").resolve().parent != Path(__file__).resolve().parent / "core":
+    found = core.__file__ or list(core.__path__)
+    raise ImportError(f"the package `core` that is imported here is {found}, not Headway's: uninstall the one or leave it off the path")
+
 from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
-from core.build import Composition, build
-from core.clock import ReplayClock, VirtualClock, WallClock
-from core.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
+from core.clock import ReplayClock, VirtualClock, VirtualServer, WallClock
+from core.compose import checkpoint, hf_config
+from core.compose.build import Composition, Run, build
+from core.compose.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
+from core.compose.defaults import default_choices, default_names
+from core.compose.facts import differences as fact_differences
+from core.compose.facts import facts as composition_facts
+from core.compose.hooks import Registry, hookimpl, load_registry
+from core.compose.memory import check_fits
+from core.compose.params import describe, param
 from core.engine import Engine
 from core.errors import (
     ConfigError,
@@ -22,16 +35,15 @@ from core.errors import (
 )
 from core.execution import ExecutorCaps, Preparation, StepResult, Tokens
 from core.executor import BuildContext, Executor
-from core.facts import differences as fact_differences
-from core.facts import facts as composition_facts
 from core.grants import Granted, NeedBlocks, NoBudget, NotReady
 from core.handoff import Handoff
-from core.hooks import hookimpl, load_registry
 from core.inbox import Inbox
+from core.inputs import SLO, Arrival, SamplingParams, Tags
 from core.keyed import BlockHeap, KeyEviction, KeyOrder, MovingOrder
-from core.memory import check_fits
-from core.outputs import StopText
-from core.params import describe, param
+from core.measure import metrics
+from core.measure.results import whole
+from core.measure.step_log import Lists, StepColumns, StepLog
+from core.outputs import RequestOutput, RunResult, StopText, TextStop
 from core.plan import Allocation, Chunk, KVCopy, StepPlan
 from core.policy import (
     API_VERSION,
@@ -60,11 +72,10 @@ from core.policy import (
     Workload,
 )
 from core.prompts import token_ids
-from core.request import SLO, Arrival, Request, RequestOutput, RequestState, RunResult, SamplingParams, Tags, TextStop
-from core.results import whole
+from core.request import Request, RequestState
 from core.step import StepBuilder
-from core.step_log import Lists, StepColumns, StepLog
 from core.testing.oracle import OracleExecutor
+from core.testing.virtual import VirtualExecutor
 from core.view import Match, View
 
 __all__ = [
@@ -74,13 +85,14 @@ __all__ = [
     "HeadwayError", "Inbox", "InvariantError", "KVControl", "KVCopy", "KeyEviction", "KeyOrder",
     "LengthPrediction", "Lists", "Match", "ModelConfig", "ModelError", "ModelShape", "MovingOrder", "Need",
     "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig",
-    "PluginError", "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Reject",
-    "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role", "RunResult",
+    "PluginError", "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Registry", "Reject",
+    "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role", "Run", "RunResult",
     "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
     "StepResult", "StopText", "Tags", "TextStop", "TokenBudget", "Tokens", "Victim", "View", "VirtualClock",
-    "WallClock", "Workload", "WorkloadError", "build", "chain_key", "check_fits", "checkpoint",
-    "composition_facts", "describe", "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics",
-    "near", "param", "prefix_keys", "root_key", "token_ids", "whole",
+    "VirtualExecutor", "VirtualServer", "WallClock", "Workload", "WorkloadError", "build", "chain_key",
+    "check_fits", "checkpoint", "composition_facts", "default_choices", "default_names", "describe",
+    "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near", "param", "prefix_keys",
+    "root_key", "token_ids", "whole",
 ]  # fmt: skip
 
 
@@ -103,6 +115,6 @@ def __getattr__(name: str) -> Any:
 if __name__ == "__main__":
     import sys
 
-    from core.cli import main
+    from core.cli.main import main
 
     sys.exit(main(sys.argv[1:]))

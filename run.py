@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from core.interrupts import interrupts
-
-CONF = Path(__file__).resolve().parent / "conf"
 
 
 def main() -> int:
@@ -18,8 +15,9 @@ def main() -> int:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import DictConfig
 
-        from conf import torchrun
-        from conf.launch import PORTABLE, Command, Job, ending
+        from core.cli import torchrun
+        from core.cli.launch import PORTABLE, Command, Job, ending
+        from core.compose.defaults import CONF
     except BaseException as error:
         if not interrupts.caused(error):
             raise

@@ -13,7 +13,8 @@ from .calls import Calls
 from .clock import is_finite
 from .errors import WorkloadError
 from .inbox import Inbox
-from .request import Arrival, Request
+from .inputs import Arrival
+from .request import Request
 
 _END = object()
 #: Closed loop: what arrives after a request has ended.

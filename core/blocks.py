@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from .audit import audit
 from .calls import Calls
 from .errors import InvariantError
-from .request import Request, Tags
+from .inputs import Tags
+from .request import Request
 
 if TYPE_CHECKING:
     from .policy import Eviction, PrefixCache

@@ -48,6 +48,20 @@ class VirtualClock:
             self.advance_to(t)
 
 
+class VirtualServer:
+    """What does one thing after another in virtual time: each begins when it is handed over, or when the one before it ends."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._clock = clock
+        self.free_at = 0.0
+
+    def serve(self, seconds: float) -> tuple[float, float]:
+        """When it begins and when it ends."""
+        begin = max(self._clock.now(), self.free_at)
+        self.free_at = begin + seconds
+        return begin, self.free_at
+
+
 class WallClock:
     """Monotonic time since the first reading, so that loading weights and opening trackers is no part of a run."""
 

@@ -7,9 +7,9 @@ from typing import Any
 from .blocks import BlockPool
 from .execution import StepResult
 from .flights import Flight
+from .outputs import RunResult
 from .plan import StepPlan
 from .policy import StepRecord
-from .request import RunResult
 from .roles import Roles
 from .roster import Committed, Roster
 

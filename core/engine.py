@@ -21,21 +21,22 @@ from .blocks import BlockPool
 from .calls import Calls
 from .clock import RecordingClock
 from .collecting import rare_collections
-from .config import EngineConfig
+from .compose.config import EngineConfig
 from .counts import Counts
 from .decisions import DecisionLog
 from .errors import NothingPlanned
 from .flights import Flights
 from .handoff import Handoff, attach, detach
 from .inbox import Inbox
+from .inputs import Arrival
 from .intake import Intake
 from .interrupts import interrupts
 from .ledger import Ledger
 from .matching import Matches
-from .outputs import StopText
+from .outputs import RunResult, StopText
 from .patience import Patience
 from .policy import Observer, Oracle, Reject, Role
-from .request import Arrival, Request, RequestList, RunResult
+from .request import Request, RequestList
 from .roles import Roles, check_limits, derived, num_blocks
 from .roster import Roster
 from .step import StepBuilder
@@ -77,14 +78,8 @@ class Engine:
             stop_text=partial(calls.call, executor, stop_text) if stop_text is not None else None,
         )
         self.ledger = Ledger(self.roster, pool, self.roles) if config.check else None
-        self.intake = Intake(
-            self.coming,
-            self.roster,
-            pool,
-            executor,
-            max_model_len=self.max_model_len,
-            ledger=self.ledger,
-        )
+        longest, ledger = self.max_model_len, self.ledger
+        self.intake = Intake(self.coming, self.roster, pool, executor, max_model_len=longest, ledger=ledger)
         self.builder = StepBuilder(self.roles, self.roster, pool, matches)
         self.view = calls.view = View(self.roles, self.roster, pool, matches, self.builder)
         max_inflight = executor.caps.default_inflight if config.max_inflight is None else config.max_inflight

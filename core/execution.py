@@ -19,7 +19,7 @@ class ExecutorCaps:
     eos_token_ids: frozenset[int] = frozenset()
     placeholders: bool = True  # may a plan hold a token that a step in flight is still sampling?
     max_inflight: int = 2  # most plans in flight
-    model: Any = None  # core.config.ModelShape
+    model: Any = None  # core.compose.config.ModelShape
     default_inflight: int = 1  # plans in flight that suit it, no fewer than its pipeline's stages: engine.max_inflight where none is given
     default_token_budget: int = 512  # tokens of a step that suit it: a scheduler's token_budget where none is given
     tokens_per_step: int = 1  # most tokens that one step gives a request; above 1, a request is in one plan at a time

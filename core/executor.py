@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
+from .compose.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
 from .errors import ConfigError
 from .execution import ExecutorCaps, Preparation, StepResult
 from .outputs import StopText

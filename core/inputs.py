@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .params import check, param
+from .compose.params import check, param
 
 GREEDY = 1e-5  # temperatures below it pick the most likely token, as in vLLM
 

@@ -8,9 +8,10 @@ from .arrivals import ArrivalQueue
 from .blocks import BlockPool
 from .errors import WorkloadError
 from .executor import Executor
+from .inputs import Arrival
 from .ledger import Ledger
 from .prompts import readable
-from .request import Arrival, Request
+from .request import Request
 from .roster import Roster
 
 

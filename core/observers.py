@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .calls import Calls
+from .outputs import RunResult
 from .policy import Observer
-from .request import Request, RunResult
+from .request import Request
 
 
 def tell(observers: Sequence[Observer], calls: Calls, event: str, *args: Any) -> None:

@@ -60,7 +60,7 @@ class RequestOutput:
 
 @dataclass
 class RunResult:
-    """A run's raw outcome; `core.metrics.summarize` turns it into numbers."""
+    """A run's raw outcome; `core.measure.metrics.summarize` turns it into numbers."""
 
     outputs: list[RequestOutput] = field(default_factory=list)
     duration: float = 0.0

@@ -23,9 +23,9 @@ from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
+from .compose.params import check
 from .errors import ConfigError
 from .execution import Tokens
-from .params import check
 from .request import Request
 
 if TYPE_CHECKING:
@@ -149,9 +149,9 @@ class Context:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    roles: dict[str, Role]
+    roles: Mapping[str, Any]  # config node -> the object, of that node's class
     cost_model: CostModel | None = None
-    model: Any = None  # core.config.ModelShape, where the executor knows it
+    model: Any = None  # core.compose.config.ModelShape, where the executor knows it
     oracle: Oracle | None = None  # only for roles that declare `oracle = True`
     token_budget: int = 512  # tokens of a step that suit the executor, for a scheduler that is given no number of its own
     tokenizer: Any = None  # of the executor, for a workload of texts; None where it has none
@@ -189,7 +189,7 @@ class Scheduler(Role):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        self._order: Order = ctx.roles["order"]  # type: ignore[assignment]
+        self._order: Order = ctx.roles["order"]
 
     def order(self, view: View) -> Iterator[Request]:
         """Waiting requests, as the `order` role ranks them; at most `window` of them, not counting those that admission turns away."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
-from .request import SLO, Arrival, SamplingParams, Tags
+from .inputs import SLO, Arrival, SamplingParams, Tags
 
 
 def readable(arrival: Arrival) -> tuple[Arrival, str]:

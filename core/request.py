@@ -8,21 +8,8 @@ from enum import Enum
 from operator import attrgetter
 from typing import Any
 
-from .inputs import SLO, Arrival, SamplingParams, Tags
-from .outputs import RequestOutput, RunResult, TextStop
+from .inputs import Arrival
 
-__all__ = [
-    "SLO",
-    "Arrival",
-    "Request",
-    "RequestList",
-    "RequestOutput",
-    "RequestState",
-    "RunResult",
-    "SamplingParams",
-    "Tags",
-    "TextStop",
-]
 _SORT_KEY = attrgetter("sort_key")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .calls import Calls
 from .clock import is_finite
-from .config import EngineConfig
+from .compose.config import EngineConfig
 from .errors import ConfigError, near
 from .execution import ExecutorCaps
 from .executor import Executor

@@ -23,11 +23,11 @@ from .calls import Calls
 from .execution import Tokens
 from .handoff import Handoff
 from .matching import Matches
-from .outputs import StopText
+from .outputs import RequestOutput, StopText
 from .pins import Pins
 from .plan import StepPlan
 from .policy import Retention
-from .request import Request, RequestList, RequestOutput, RequestState
+from .request import Request, RequestList, RequestState
 
 _RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, RequestState.PREEMPTED
 

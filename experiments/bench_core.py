@@ -13,35 +13,17 @@ import gc
 import platform
 import statistics
 import time
-from dataclasses import dataclass
 
-from core.hooks import load_registry
-from headway import Arrival, Engine, EngineConfig, Executor, ExecutorCaps, SamplingParams, StepResult, Tokens, VirtualClock
-
-
-@dataclass
-class NullExecutor(Executor):
-    """Emits a constant token in no time."""
-
-    def __post_init__(self) -> None:
-        self.caps = ExecutorCaps(max_model_len=1 << 20, vocab_size=1 << 20)
-        self.clock = VirtualClock()
-
-    def launch(self, plan):
-        return [7] * len(plan.requests) if False not in plan.samples else [7 if sample else -1 for sample in plan.samples]
-
-    def collect(self, ticket):
-        return StepResult(Tokens(ticket), 0.0, 0.0)
+from core.compose.build import build_roles
+from headway import Arrival, Engine, EngineConfig, SamplingParams, VirtualExecutor, default_choices, load_registry
 
 
 def measure(scheduler: str, cache: str, running: int, waiting: int, steps: int) -> tuple[float, float]:
     """(planning and book-keeping, whole loop) in microseconds a running request and step."""
-    names = {"order": "fcfs", "victim": "newest", "eviction": "lru", "scheduler": scheduler, "cache": cache}
-    registry = load_registry()
-    roles = {role: registry.get(role, name).build() for role, name in names.items()}
+    roles, _ = build_roles(load_registry(), default_choices(scheduler=scheduler, cache=cache))
     if hasattr(roles["scheduler"], "token_budget"):
         roles["scheduler"].token_budget = 8192  # a budget below `running` would keep some of them out
-    roles["executor"] = NullExecutor()
+    roles["executor"] = VirtualExecutor(overhead=0.0, max_model_len=1 << 20)
     prompt = 64
     blocks = (running + waiting) * ((prompt + steps + 64) // 16 + 2)
     engine = Engine(roles, EngineConfig(num_blocks=blocks, max_num_seqs=running, max_num_batched_tokens=8192))

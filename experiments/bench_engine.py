@@ -34,7 +34,9 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import online  # noqa: E402
-from roofline import SHAPES, floor, requests  # noqa: E402
+from roofline import SHAPES, floor  # noqa: E402
+
+from plugins.workloads.nano_bench import requests  # noqa: E402
 
 MODEL = {"A": "0.6B", "B": "8B", "C": "8B", "D": "8B", "decode": "8B", "seam": "0.6B", "online": "8B", "mixed": "8B"}
 RATES = (20, 26, 32)  # requests/s of `online`

@@ -17,9 +17,10 @@ import time
 from random import Random
 
 from core.blocks import ROOT, BlockPool
-from core.hooks import Registry, load_registry
+from core.compose.hooks import Registry, load_registry
+from core.inputs import Arrival, Tags
 from core.policy import Context, Oracle
-from core.request import Arrival, Request, Tags
+from core.request import Request
 from core.roster import publish
 
 CHAIN = 64  # blocks

@@ -151,13 +151,11 @@ def report(**result: Any) -> None:
 
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
-        from plugins.cache.eviction.lru import LeastRecent
-        from plugins.cache.none import NoCache
+        from core.compose.build import build_roles
+        from headway import default_choices, load_registry
         from plugins.executors.torch import TorchExecutor
         from plugins.kernels.compose import lookup
         from plugins.schedulers.chunked import ChunkedPrefill
-        from plugins.schedulers.order.fcfs import FirstCome
-        from plugins.schedulers.victim.newest import Newest
 
         self.args, self.ids, self.rng = args, count(), Random(0)
         self.layout = f"tp{args.tp}pp{args.pp}{'' if args.all_reduce == 'library' else ' ' + args.all_reduce}"
@@ -179,10 +177,7 @@ class Bench:
                          parallel=parallel)  # fmt: skip
         loaded = time.perf_counter()
         self.scheduler = ChunkedPrefill(token_budget=args.budget)
-        roles = {
-            "scheduler": self.scheduler, "order": FirstCome(), "victim": Newest(), "cache": NoCache(), "eviction": LeastRecent(),
-            "executor": executor,
-        }  # fmt: skip
+        roles = build_roles(load_registry(), default_choices(cache="none"))[0] | {"scheduler": self.scheduler, "executor": executor}
         self.engine = Engine(roles, limits)
         self.executor = executor
         self.records: list[Any] = []

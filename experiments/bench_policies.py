@@ -18,65 +18,38 @@ import gc
 import math
 import platform
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from core.build import build_roles
-from core.hooks import load_registry
+from core.compose.build import build_roles
+from core.compose.hooks import load_registry
 from core.policy import Need
-from headway import (
-    SLO,
-    Arrival,
-    Engine,
-    EngineConfig,
-    Executor,
-    ExecutorCaps,
-    Hardware,
-    ModelConfig,
-    SamplingParams,
-    StepResult,
-    Tags,
-    Tokens,
-    VirtualClock,
-)
+from headway import SLO, Arrival, Engine, EngineConfig, Hardware, ModelConfig, SamplingParams, Tags, VirtualExecutor, default_choices
 from plugins.executors.cost import Roofline
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-BASELINE = {"scheduler": "chunked", "order": "fcfs", "victim": "newest", "cache": "radix", "eviction": "lru"}
+BASELINE = {role: name for role, (name, _) in default_choices(cache="radix").items()}
 PROMPT, PREFIX = 512, 256  # tokens
 STEP = 0.01  # virtual seconds; also a TPOT target, so that a dynamic chunk has to be searched
 KEYED = ("priority", "sjf", "srpt", "edf", "least_slack", "ltr", "mlfq", "plas", "random")
 LIMIT = 300.0  # us a step at 256 running, 64 waiting
 
 
-@dataclass
-class Instant(Executor):
-    """Emits a constant token; a step takes no host time, and `seconds` of virtual time."""
-
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.caps = ExecutorCaps(max_model_len=1 << 20, vocab_size=1 << 20)
-        self.clock = VirtualClock()
-        shape = ModelConfig(**yaml.safe_load((CONF / "model" / "llama_3_1_8b.yaml").read_text())).shape()
-        self.cost_model = Roofline(shape, Hardware(**yaml.safe_load((CONF / "hardware" / "h200.yaml").read_text())))
-
-    def launch(self, plan: Any) -> Any:
-        return [7 if sample else -1 for sample in plan.samples], self.clock.now()
-
-    def collect(self, ticket: Any) -> StepResult:
-        tokens, start = ticket
-        return StepResult(Tokens(tokens), start, start + self.seconds)
+def instant() -> VirtualExecutor:
+    """A step takes no time until `overhead` says otherwise; its cost model is a real one."""
+    executor = VirtualExecutor(overhead=0.0, max_model_len=1 << 20)
+    shape = ModelConfig(**yaml.safe_load((CONF / "model" / "llama_3_1_8b.yaml").read_text())).shape()
+    executor.cost_model = Roofline(shape, Hardware(**yaml.safe_load((CONF / "hardware" / "h200.yaml").read_text())))
+    return executor
 
 
 def cases(registry: Any) -> list[dict[str, Any]]:
     """One composition a policy: the baseline with that policy, and what it needs."""
     found: list[dict[str, Any]] = [{}, {"admission": "none"}]
     found += [{"scheduler": "preemptive", "order": order} for order in KEYED]
-    found += [{"order": order} for order in registry.names("order") if order != "fcfs"]
+    found += [{"order": order} for order in registry.names("order") if order != BASELINE["order"]]
     found += [{"order": "vtc", "clients": 4096}]
     found += [{role: name} for role in ("budget", "admission") for name in registry.names(role)]
     found += [{"order": "sjf", "predictor": name} for name in registry.names("predictor") if name != "oracle"]
@@ -91,7 +64,7 @@ def compose(registry: Any, choice: dict[str, Any], running: int, waiting: int, s
     if any("predictor" in f.requires for f in factories):
         names.setdefault("predictor", "oracle")
     roles, _ = build_roles(registry, {role: (name, {"token_budget": running + 4096} if role == "scheduler" else {}) for role, name in names.items()})
-    executor = roles["executor"] = Instant()
+    executor = roles["executor"] = instant()
     if wants_blocks(choice):
         size = PROMPT + steps + 256  # one block a request holds all it will ever need
         config = EngineConfig(block_size=size, num_blocks=running, max_num_seqs=running + 8, max_num_batched_tokens=running + 4096)
@@ -114,7 +87,7 @@ def compose(registry: Any, choice: dict[str, Any], running: int, waiting: int, s
     # It has saved up slack in no time: that is used up, but for one step.
     first = next(iter(engine.running))
     executor.clock.advance_to(first.token_times[0] + (len(first.token_times) - 1) * STEP)
-    executor.seconds = STEP
+    executor.overhead = STEP
     for i in range(running, running + waiting):
         arrive(i, engine.clock.inner.now())
     for _ in range(3):

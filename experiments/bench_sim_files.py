@@ -50,9 +50,9 @@ def one(directory: Path | None, overrides: list[str]) -> dict[str, Any]:
     import hydra
     from hydra import initialize_config_dir
 
-    from conf import schema
-    from core.build import build
-    from core.hooks import load_registry
+    from core.cli import schema
+    from core.compose.build import build
+    from core.compose.hooks import load_registry
 
     registry = load_registry()
     schema.register(registry)

@@ -17,9 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.blocks import BlockPool
-from core.hooks import load_registry
+from core.compose.hooks import load_registry
+from core.inputs import Arrival
 from core.policy import Context
-from core.request import Arrival, Request
+from core.request import Request
 from core.roster import publish
 from plugins.workloads.trace import Mooncake
 

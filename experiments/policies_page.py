@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conf import presets
-from core.hooks import Registry, load_registry
+from core.cli import presets
+from core.compose.hooks import Registry, load_registry
 from core.policy import ROLES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "policies.md"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from random import Random
 from typing import Any
 
 QWEN3 = {
@@ -14,14 +13,6 @@ SHAPES = {
     "0.6B": QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "tie_word_embeddings": True},
     "8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False},
 }
-
-
-def requests(repeat: int) -> tuple[list[list[int]], list[int]]:
-    """nano-vLLM's prompts and answer lengths; each repeat shifts the tokens, so that no prefix cache helps."""
-    rng = Random(0)
-    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
-    lengths = [rng.randint(100, 1024) for _ in range(256)]
-    return [[(token + 17 * repeat) % 10000 for token in prompt] for prompt in prompts], lengths
 
 
 def machine_rates() -> dict[str, float]:
@@ -54,9 +45,10 @@ def floor(shape: dict[str, Any], rates: dict[str, float]) -> float:
     """Seconds that the requests of A and B take at least: prompts at the matrix rate, then one step a token, each at the larger of
     reading weights and KV once and its FLOPs."""
     from headway import ModelShape
+    from plugins.workloads.nano_bench import requests
 
     model = ModelShape(**shape)
-    prompts, lengths = requests(0)
+    prompts, lengths = requests()
     sizes = [len(p) for p in prompts]
     flops = sum(model.linear_flops_per_token * n + model.attention_flops_per_pair * n * (n + 1) // 2 + model.head_flops for n in sizes)
     total = flops / rates["flops"]

@@ -22,10 +22,10 @@ import hydra
 import numpy as np
 from hydra import initialize_config_dir
 
-from conf import schema
-from core.build import Composition, build
-from core.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, ClientService, by_client, service_difference
-from core.hooks import load_registry
+from core.cli import schema
+from core.compose.build import Composition, build
+from core.compose.hooks import load_registry
+from core.measure.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, ClientService, by_client, service_difference
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

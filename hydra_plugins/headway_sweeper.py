@@ -1,4 +1,4 @@
-"""Hydra's own sweeper, except that jobs are checked by conf/sweep.py. Hydra takes sweepers from `hydra_plugins` alone.
+"""Hydra's own sweeper, except that jobs are checked by core/cli/sweep.py. Hydra takes sweepers from `hydra_plugins` alone.
 
 Other Hydra applications in the same environment find this module too, so it imports nothing of Headway before it is used.
 """
@@ -16,7 +16,7 @@ class CheckedSweeper(BasicSweeper):
     """Refuses a sweep before its first job for all that can be known of any of its jobs."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        from conf.sweep import check_jobs
+        from core.cli.sweep import check_jobs
 
         loader, config = self.hydra_context.config_loader, self.config
         overrides = OverridesParser.create(config_loader=loader).parse_overrides([*self._parse_config(), *arguments])

@@ -7,12 +7,12 @@ from itertools import count
 from random import Random
 
 import pytest
-from policy_runs import Server, ask, compose, run
+from helpers.policy_runs import Server, ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError, PolicyError
+from core.inputs import SLO, SamplingParams
 from core.policy import Admission, Admit, Defer, LengthPrediction, Predictor, Reject
-from core.request import SLO, SamplingParams
 
 
 def load(seed: int, n: int = 60) -> list:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scripted import ask, engine
+from helpers.scripted import ask, engine
 
 from headway import Arrival, SamplingParams
 

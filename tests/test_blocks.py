@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from core.blocks import ROOT, Block, BlockPool, chain_key, prefix_keys, root_key
 from core.errors import PolicyError
+from core.inputs import Arrival
 from core.keyed import BlockHeap
 from core.policy import Context, Eviction
-from core.request import Arrival, Request
+from core.request import Request
 from core.roster import publish
 from plugins.cache.hash import HashBlocks
 from plugins.cache.radix import RadixTree

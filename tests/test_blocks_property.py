@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from helpers.policy_runs import REGISTRY
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from policy_runs import REGISTRY
 
 from core.blocks import ROOT, BlockPool, prefix_keys
 from core.errors import InvariantError, PolicyError
+from core.inputs import Arrival, Tags
 from core.policy import Context, Eviction, Oracle
-from core.request import Arrival, Request, Tags
+from core.request import Request
 from core.roster import publish
 
 SIZE, BLOCKS = 2, 12

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, run
+from helpers.policy_runs import Server, Steps, ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
-from core.request import SLO
+from core.inputs import SLO
 
 CONFIG = EngineConfig(max_num_seqs=8, max_num_batched_tokens=2048)
 WIDE = ("chunked", {"token_budget": CONFIG.max_num_batched_tokens})

@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 
 import plugins.cache.hash as hash_module
 from core.blocks import ROOT, BlockPool
-from core.build import build_roles
-from core.config import EngineConfig
+from core.compose.build import build_roles
+from core.compose.config import EngineConfig
+from core.compose.defaults import default_choices
+from core.compose.hooks import load_registry
 from core.engine import Engine
-from core.hooks import load_registry
+from core.inputs import Arrival, SamplingParams, Tags
+from core.outputs import RunResult
 from core.policy import Context
-from core.request import Arrival, Request, RunResult, SamplingParams, Tags
+from core.request import Request
 from core.roster import publish
 from core.testing.oracle import OracleExecutor
 from plugins.cache.eviction.lru import LeastRecent
@@ -81,8 +84,7 @@ def test_hash_and_radix_answer_every_match_alike(prompts, num_blocks, size) -> N
 def run(seed: int, cache: str, eviction: str) -> RunResult:
     """A small engine under memory pressure; everything but the index is drawn from the seed."""
     rng = random.Random(seed)
-    choices = {"scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": (cache, {}), "eviction": (eviction, {})}
-    roles, _ = build_roles(REGISTRY, choices)
+    roles, _ = build_roles(REGISTRY, default_choices(cache=cache, eviction=eviction))
     roles["executor"] = OracleExecutor(num_blocks=rng.randint(10, 16))
     config = EngineConfig(block_size=rng.choice([1, 1, 2, 3]), max_num_seqs=4, max_num_batched_tokens=16, max_inflight=rng.choice([1, 2]), check=True)
     arrivals, now = [], 0.0

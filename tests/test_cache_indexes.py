@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from policy_runs import REGISTRY, compose, run
+from helpers.policy_runs import REGISTRY, compose, run
 
 from core.blocks import ROOT, BlockPool, chain_key, prefix_keys, root_key
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
+from core.inputs import Arrival, SamplingParams, Tags
 from core.policy import Context, PrefixCache
-from core.request import Arrival, Request, SamplingParams, Tags
+from core.request import Request
 from core.roster import publish
 from headway import ConfigError
 from plugins.cache import hash as hash_module

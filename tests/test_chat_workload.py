@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tokenizers_made import byte_level, edit
+from helpers.tokenizers_made import byte_level, edit
 
 from plugins.models.tokenizer import Tokenizer
 from plugins.workloads.chat import Chat

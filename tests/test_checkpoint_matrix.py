@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.torch_engines import engine_of
 from safetensors.torch import load_file, save_file
-from torch_engines import engine_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headway import Arrival, ModelConfig, ModelError, SamplingParams

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from conf.launch import compare
-from core.report import comparison_csv, comparison_rows, notes
-from core.results import comparison
+from core.cli.launch import compare
+from core.measure.report import comparison_csv, comparison_rows, notes
+from core.measure.results import comparison
 
 
 def job(number: int, *overrides: str, hash: str = "", status: str = "finished", **summary: Any) -> dict[str, Any]:
@@ -18,7 +18,9 @@ def job(number: int, *overrides: str, hash: str = "", status: str = "finished", 
 
 
 def test_a_column_is_there_when_any_run_has_a_number_and_a_dash_where_one_has_none(monkeypatch):
-    monkeypatch.setattr("core.report.COMPARED", (("completed", "done", "d"), ("service_difference", "service", ".0f"), ("never", "never", "d")))
+    monkeypatch.setattr(
+        "core.measure.report.COMPARED", (("completed", "done", "d"), ("service_difference", "service", ".0f"), ("never", "never", "d"))
+    )
     runs = [job(0, "order=fcfs", service_difference=1234.4, never=None), job(1, "order=vtc", never=float("nan"))]
     rows = comparison_rows(runs)
     assert rows == [

@@ -17,13 +17,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import schema
-from conf.arguments import arguments
-from conf.explain import explain
-from core.build import Composition, build, build_roles
-from core.config import EngineConfig, ModelConfig, ParallelConfig, ResultsConfig
+from core.cli import schema
+from core.cli.arguments import arguments
+from core.cli.explain import explain
+from core.compose.build import Composition, build, build_roles
+from core.compose.config import EngineConfig, ModelConfig, ParallelConfig, ResultsConfig
+from core.compose.defaults import PLANNING, default_choices, default_names
+from core.compose.hooks import OPTIONAL, Registry, load_registry
 from core.errors import PluginError
-from core.hooks import OPTIONAL, Registry, load_registry
 from core.policy import ROLES
 from headway import SLO, Arrival, ConfigError, HeadwayError, Order, SamplingParams, Victim
 
@@ -61,6 +62,17 @@ def test_the_default_composition_is_what_the_plugins_say(registry):
     for role, (name, parameters) in c.choices.items():
         default = registry.get(role, name).build()
         assert all(_same(getattr(default, k), v) for k, v in parameters.items()), role
+
+
+def test_what_is_composed_without_hydra_is_the_same_composition(registry):
+    choices = schema.composition(cfg()).choices
+    assert dict(default_names()) == {role: name for role, (name, _) in choices.items()} | {"parallel": "mesh"}
+    assert default_choices() == {role: (choices[role][0], {}) for role in PLANNING}
+
+
+def test_the_default_composition_is_changed_and_added_to_by_role():
+    changed = default_choices(order="sjf", predictor=("noisy", {"cv": 0.5}))
+    assert changed == default_choices() | {"order": ("sjf", {}), "predictor": ("noisy", {"cv": 0.5})}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -215,7 +227,7 @@ def test_a_broken_plugin_that_is_asked_for_says_why(registry):
 
 
 def _broken():
-    from core.hooks import Broken, Origin
+    from core.compose.hooks import Broken, Origin
 
     yield Broken(Origin("mypaper", "mypaper.plugin"), "import failed: no such module")
 
@@ -338,7 +350,7 @@ def test_a_model_without_a_known_shape_is_refused_by_the_simulator(registry):
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(registry, monkeypatch, overrides, answer):
-    monkeypatch.setattr("core.build.prepare_executor", lambda *given: pytest.fail("the executor was prepared"))
+    monkeypatch.setattr("core.compose.build.prepare_executor", lambda *given: pytest.fail("the executor was prepared"))
     with pytest.raises(HeadwayError, match=answer):
         build(registry, schema.composition(cfg(*overrides)))
 
@@ -359,7 +371,7 @@ def test_a_run_of_one_rank_refuses_more(registry):
 
 def test_requests_without_targets_get_those_of_the_run(registry):
     own = Arrival(0.0, [1], SamplingParams(), slo=SLO(ttft=9.0))
-    from core.build import with_slo
+    from core.compose.build import with_slo
 
     assert [a.slo.ttft for a in with_slo([own, Arrival(0.0, [1])], SLO(ttft=1.0))] == [9.0, 1.0]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from bad_policies import BAD
+from helpers.bad_policies import BAD
 
 from core.errors import ConfigError
 from core.policy import Admission, Admit, Defer, Order
@@ -16,7 +16,7 @@ from core.testing.subject import FILLERS, Subject, kit_registry
 from core.testing.worker import Workers
 from core.view import View
 
-FILE = str(Path(__file__).parent / "bad_policies.py")
+FILE = str(Path(__file__).parent / "helpers" / "bad_policies.py")
 SEEDS = range(120)
 #: The part of the kit that fills a row of the report.
 PART = {"oracle boundary": "oracle", "starvation": "starvation", "sim = replay": "parity", "cost": "cost", **dict.fromkeys(kit.RUN_CHECKS, "runs")}

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scripted import ask, engine
-from torch_engines import reference_tokens, shared_prompts, variant
+from helpers.scripted import ask, engine
+from helpers.torch_engines import reference_tokens, shared_prompts, variant
 
 from core.errors import InvariantError
 from core.testing.oracle import OracleExecutor, WrongKV

@@ -9,15 +9,17 @@ from typing import ClassVar
 
 import hydra
 import pytest
+from helpers.torch_engines import engine_of
 from hydra import initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf import schema
-from core import report
-from core.build import Composition, build
-from core.hooks import load_registry
-from core.metrics import summarize
+from core.cli import schema
+from core.compose.build import Composition, build
+from core.compose.defaults import default_choices
+from core.compose.hooks import load_registry
+from core.measure import report
+from core.measure.metrics import summarize
 from core.testing import kit
 from headway import Arrival, ConfigError, EngineConfig, Hardware, ModelConfig, ParallelConfig, Preparation, SamplingParams
 from plugins.executors.cost import default_token_budget
@@ -26,13 +28,12 @@ from plugins.executors.sim import SimExecutor
 from plugins.executors.torch import TorchExecutor
 from plugins.executors.torch.warmup import PREPARATIONS
 from plugins.kernels.torch import TorchKernels
-from tests.torch_engines import engine_of
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SHAPE = kit.SHAPE.shape()
 H100 = Hardware(name="h100", memory_bandwidth=3.35e12)
 CHOICES = {
-    "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+    **default_choices(),
     "executor": ("sim", {}), "workload": ("random", {"num_requests": 12, "input_len": [5, 40], "output_len": 6}),
 }  # fmt: skip
 

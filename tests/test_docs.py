@@ -13,11 +13,12 @@ from types import ModuleType
 import pyarrow.parquet as pq
 import pytest
 
-from core.build import Composition, build
-from core.config import EngineConfig
-from core.hooks import load_registry
-from core.metrics import summarize
-from core.request import SLO
+from core.compose.build import Composition, build
+from core.compose.config import EngineConfig
+from core.compose.defaults import default_choices
+from core.compose.hooks import load_registry
+from core.inputs import SLO
+from core.measure.metrics import summarize
 from core.testing import kit
 from core.testing.subject import Subject
 from core.testing.trial import Trial
@@ -73,7 +74,7 @@ def test_every_example_runs_as_it_stands(name: str, myvtc: ModuleType) -> None:
         role, choice = added
         assert role in ("order", "eviction", "victim"), "the composition below takes one of these"
         choices = {
-            "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+            **default_choices(),
             "executor": ("sim", {}), "workload": ("random", {"num_requests": 6, "input_len": [3, 30], "output_len": 4}),
         } | {role: (choice, {})}  # fmt: skip
         result = build(registry, Composition(choices, EngineConfig(4, 100), kit.SHAPE)).execute()
@@ -121,8 +122,7 @@ def run(tmp_path_factory):
     """A run that has everything that a summary may hold: clients, targets, a refusal, an oracle."""
     directory = tmp_path_factory.mktemp("run")
     choices = {
-        "scheduler": ("chunked", {}), "order": ("sjf", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
-        "predictor": ("oracle", {}), "executor": ("sim", {}),
+        **default_choices(order="sjf", predictor="oracle"), "executor": ("sim", {}),
         "workload": ("random", {"num_requests": 12, "clients": 2, "input_len": [5, 300], "output_len": 4}),
     }  # fmt: skip
     composition = Composition(choices, EngineConfig(4, 200), kit.SHAPE, slo=SLO(ttft=1.0))

@@ -7,10 +7,10 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
+from core.compose.hooks import load_registry
 from core.errors import PolicyError
-from core.hooks import load_registry
 from core.policy import Observer, Scheduler
 from core.request import Request
 from core.testing.case import random_case

@@ -6,14 +6,15 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from scripted import Scripted, ask, engine, everybody
+from helpers.scripted import Scripted, ask, engine, everybody
 
 from core.clock import RecordingClock, ReplayClock, VirtualClock
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.errors import ConfigError, InvariantError
+from core.inputs import Arrival, SamplingParams
+from core.outputs import TextStop
 from core.policy import Observer, Order, Retention, Role, Scheduler
-from core.request import Arrival, SamplingParams, TextStop
 from core.testing.oracle import OracleExecutor, WrongKV
 
 
@@ -218,7 +219,7 @@ def test_every_role_has_a_random_stream_of_its_own_from_the_seed() -> None:
 
     assert numbers(1) == numbers(1) != numbers(2)
     assert numbers(1)[0] != numbers(1)[1]
-    assert random.Random("1/order=FirstCome").random() == numbers(1)[0]
+    assert random.Random("1/order=fcfs").random() == numbers(1)[0]
 
 
 def test_a_role_that_needs_a_service_is_refused_when_there_is_none() -> None:

@@ -6,13 +6,14 @@ from random import Random
 from threading import Thread
 
 import pytest
-from policy_runs import REGISTRY, compose
-from recorded_decisions import arrivals
-from scripted import ask, engine, everybody
+from helpers.policy_runs import REGISTRY, compose
+from helpers.recorded_decisions import arrivals
+from helpers.scripted import ask, engine, everybody
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
+from core.outputs import RunResult
 from core.policy import Observer, Order
-from core.request import RequestState, RunResult
+from core.request import RequestState
 from plugins.cache.hash import HashBlocks
 from plugins.schedulers.chunked import ChunkedPrefill
 

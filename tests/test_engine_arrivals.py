@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from scripted import ask, engine
+from helpers.scripted import ask, engine
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.errors import NothingPlanned, PolicyError, WorkloadError
 from core.executor import Executor
-from core.metrics import ttft
+from core.inputs import SLO, Tags
+from core.measure.metrics import ttft
 from core.policy import Admission, Admit, Defer, Reject, Workload
-from core.request import SLO, Tags
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 
@@ -53,7 +53,7 @@ def test_what_is_no_arrival_is_refused_and_does_not_end_the_workload() -> None:
 
 
 def test_latency_targets_of_the_run_leave_a_list_a_list() -> None:
-    from core.build import with_slo
+    from core.compose.build import with_slo
 
     given = with_slo([ask(time=5.0), ask(time=1.0)], SLO(ttft=1.0))
     assert [o.arrival_time for o in engine().run(given).outputs] == [1.0, 5.0]
@@ -254,7 +254,7 @@ class Patient(OracleExecutor):
 
     def linger(self) -> None:
         self.asked += 1
-        self.clock.advance_to(self._busy_until - 1e-4)
+        self.clock.advance_to(self.server.free_at - 1e-4)
 
 
 @pytest.mark.parametrize(("executor", "served"), [(OracleExecutor, 0.02), (Patient, 0.01)])

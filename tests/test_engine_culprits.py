@@ -8,18 +8,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
-from core.build import Composition, Run
-from core.config import EngineConfig
+from core.compose.build import Composition, Run
+from core.compose.config import EngineConfig
+from core.compose.hooks import Origin, Registry, hookimpl
 from core.engine import Engine
 from core.errors import ConfigError, PluginError, PolicyError, WorkloadError
 from core.execution import StepResult
-from core.hooks import Origin, Registry, hookimpl
+from core.inputs import Arrival, SamplingParams
 from core.keyed import KeyEviction, KeyOrder
 from core.ledger import Mutated
 from core.policy import Admission, Eviction, LengthPrediction, Observer, Order, Predictor, Retention, TokenBudget, Victim, Workload
-from core.request import Arrival, SamplingParams
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 from plugins.cache.hash import HashBlocks

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.errors import ConfigError, PolicyError
-from core.metrics import summarize
+from core.inputs import SLO, Arrival, Tags
+from core.measure.metrics import summarize
 from core.policy import Admission, Eviction, LengthPrediction, Observer, Oracle, Order, Predictor, Retention
-from core.request import SLO, Arrival, Tags
 from core.testing.oracle import OracleExecutor
 from plugins.cache.hash import HashBlocks
 from plugins.cache.none import NoCache

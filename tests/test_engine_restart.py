@@ -6,12 +6,12 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.engine import Engine
+from core.inputs import Arrival
 from core.policy import Observer, Retention
-from core.request import Arrival
 from core.testing.case import random_case
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject

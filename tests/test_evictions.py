@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import flat_stream
 import pytest
-from flat_stream import EVICTIONS, hits, make, zipf
+from helpers import flat_stream
+from helpers.flat_stream import EVICTIONS, hits, make, zipf
+from helpers.policy_runs import Server, ask, compose, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_runs import Server, ask, compose, run
 
 from core.blocks import ROOT, Block, BlockPool, prefix_keys
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
+from core.inputs import Arrival, Tags
 from core.policy import Context, Oracle
-from core.request import Arrival, Request, Tags
+from core.request import Request
 from core.roster import publish
 from plugins.cache.hash import HashBlocks
 

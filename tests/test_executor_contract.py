@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from core.hooks import load_registry
+from core.compose.hooks import load_registry
 from core.testing.oracle import OracleExecutor
 from headway import (
     Arrival,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from faults import MATRIX, Case, Outcome, faults_found, run
+from helpers.faults import MATRIX, Case, Outcome, faults_found, run
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 

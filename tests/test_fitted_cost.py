@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.torch_engines import engine_of, generate, prepared, shared_prompts, variant
 from hypothesis import given
 from hypothesis import strategies as st
-from torch_engines import engine_of, generate, prepared, shared_prompts, variant
 
-from core.config import Hardware, ModelShape
+from core.compose.config import Hardware, ModelShape
 from plugins.executors.cost import Fitted, Roofline, restored, stored
 
 SHAPE = ModelShape("LlamaForCausalLM", 64, 4, 8, 4, 8, 128, 100, True, 512)

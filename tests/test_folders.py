@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import pytest
 from omegaconf import OmegaConf
 
-from conf.folders import Claims, InUse, Lock, Refused, Sweep, check_inputs, claim, identity, prepare
-from conf.stored import hide, stored, watch_environment
 from core import interrupts as module
-from core import results
+from core.cli.folders import Claims, InUse, Lock, Refused, Sweep, check_inputs, claim, identity, prepare
+from core.cli.stored import hide, stored, watch_environment
 from core.interrupts import Interrupts
-from core.results import Unreadable, Unwritable, read_result, read_results, whole, write_json, write_text
+from core.measure import results
+from core.measure.results import Unreadable, Unwritable, read_result, read_results, whole, write_json, write_text
 
 
 def job(sweep: Sweep, wanted: str, **config: object) -> str:
@@ -59,7 +59,7 @@ def test_a_command_claims_a_folder_once_and_gives_it_back_where_no_job_began(tmp
 def test_a_lock_names_its_process_and_a_dead_process_holds_nothing(tmp_path):
     with Lock(tmp_path), pytest.raises(InUse, match=f"process {os.getpid()} on .* writes into this folder now"):
         Lock(tmp_path)
-    code = f"import os; from pathlib import Path; from conf.folders import Lock; Lock(Path({str(tmp_path)!r})); os._exit(9)"
+    code = f"import os; from pathlib import Path; from core.cli.folders import Lock; Lock(Path({str(tmp_path)!r})); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / ".headway.lock").exists()
     with Lock(tmp_path):

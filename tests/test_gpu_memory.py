@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch_engines import prepared, variant
+from helpers.torch_engines import prepared, variant
 
 from headway import ConfigError, EngineConfig
 from plugins.executors.torch import memory

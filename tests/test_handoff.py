@@ -5,18 +5,19 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from policy_runs import Server
-from scripted import ask, engine, everybody
-from torch_engines import CACHES, engine_of, prepared, reference_tokens, shared_prompts, variant
+from helpers.policy_runs import Server
+from helpers.scripted import ask, engine, everybody
+from helpers.torch_engines import CACHES, engine_of, prepared, reference_tokens, shared_prompts, variant
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
+from core.compose.hooks import load_registry
 from core.engine import Engine
 from core.errors import ConfigError, WorkloadError
 from core.executor import Executor
 from core.handoff import Handoff
-from core.hooks import load_registry
+from core.inputs import Arrival, SamplingParams
 from core.policy import Order
-from core.request import Arrival, RequestState, SamplingParams
+from core.request import RequestState
 from core.testing.oracle import OracleExecutor, WrongKV, sampled_token
 from core.testing.subject import Subject
 from core.testing.trial import PoolCheck

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from core.hooks import BLOCK, OPTIONAL, HeadwaySpec, Origin, Registry, load_registry
+from core.compose.hooks import BLOCK, OPTIONAL, HeadwaySpec, Origin, Registry, load_registry
 from core.policy import ROLES
 from headway import ConfigError, KeyEviction, Observer, Order, PluginError, Scheduler, hookimpl
 
@@ -77,7 +77,7 @@ def test_in_tree_plugins_are_found_and_none_is_broken():
 def test_core_and_the_registry_import_nothing_heavy_and_take_little_time():
     code = (
         "import sys, time; t = time.process_time(); import core.engine, headway; done = time.process_time() - t\n"
-        "from core.hooks import load_registry; load_registry()\n"
+        "from core.compose.hooks import load_registry; load_registry()\n"
         "heavy = sorted({'torch', 'triton', 'transformers', 'hydra', 'omegaconf', 'wandb', 'pyarrow', 'numpy'} & set(sys.modules))\n"
         "print(f'{done} {heavy}')"
     )

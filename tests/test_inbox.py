@@ -8,14 +8,15 @@ from queue import Queue
 from threading import Event, Thread, get_ident, main_thread
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
 from core.clock import WallClock
 from core.engine import Engine
 from core.inbox import Inbox
+from core.inputs import Arrival
 from core.interrupts import Interrupts
+from core.outputs import RunResult
 from core.policy import Observer
-from core.request import Arrival, RunResult
 from core.testing.oracle import OracleExecutor
 
 LIMIT = 20.0  # seconds after which a test gives up; none waits that long when all is well

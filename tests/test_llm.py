@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers_made import metaspace
-from torch_engines import reference_tokens, shared_prompts, variant
+from helpers.tokenizers_made import metaspace
+from helpers.torch_engines import reference_tokens, shared_prompts, variant
 
 from headway import LLM, ConfigError, ModelError, SamplingParams
 from plugins.models.tiny import LLAMA, write_checkpoint

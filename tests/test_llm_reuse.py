@@ -7,7 +7,7 @@ import tracemalloc
 from itertools import pairwise
 
 import pytest
-from torch_engines import reference_tokens, variant
+from helpers.torch_engines import reference_tokens, variant
 
 from headway import LLM, Arrival, Observer, SamplingParams
 

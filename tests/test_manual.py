@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from conf import schema
-from conf.manual import manual
-from core.hooks import OPTIONAL, Registry, load_registry
+from core.cli import schema
+from core.cli.manual import manual
+from core.compose.hooks import OPTIONAL, Registry, load_registry
 from core.policy import ROLES
 from headway import ConfigError, Order
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from core.fairness import by_client, fairness, jain, service_difference
-from core.metrics import itl, meets_slo, percentile, summarize, tpot, ttft
-from core.report import comparison_rows, run_table, table
+from core.measure.fairness import by_client, fairness, jain, service_difference
+from core.measure.metrics import itl, meets_slo, percentile, summarize, tpot, ttft
+from core.measure.report import comparison_rows, run_table, table
 from headway import SLO, RequestOutput, RunResult, Tags
 
 

@@ -12,8 +12,8 @@ import pytest
 from policy_runs import compose
 
 from core.errors import WorkloadError
-from core.metrics import summarize
-from core.report import run_table
+from core.measure.metrics import summarize
+from core.measure.report import run_table
 from headway import SLO, Arrival, ConfigError, Request, RequestOutput, RequestState, RunResult, Tags, load_registry
 from plugins.workloads.agents import Agents
 from plugins.workloads.demo import Demo

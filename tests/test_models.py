@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.torch_engines import GREEDY, VARIANTS, engine_of, generate, prepared, reference, reference_tokens, shared_prompts, variant
 from safetensors.torch import load_file, save_file
-from torch_engines import GREEDY, VARIANTS, engine_of, generate, prepared, reference, reference_tokens, shared_prompts, variant
 
 from headway import ConfigError, ModelConfig, ModelError
 from plugins.executors.torch import TorchExecutor

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, finishing, run
+from helpers.policy_runs import Server, Steps, ask, compose, finishing, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
-from core.request import SLO, Arrival
+from core.inputs import SLO, Arrival
 
 ONE = EngineConfig(max_num_seqs=1, max_num_batched_tokens=2048)
 MANY = EngineConfig(block_size=4, num_blocks=2048, max_num_seqs=8, max_num_batched_tokens=64, check=True)

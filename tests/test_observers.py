@@ -8,15 +8,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from core import step_log
-from core.build import Composition, Run, build
-from core.hooks import Registry, load_registry
+from core.compose.build import Composition, Run, build
+from core.compose.defaults import default_choices
+from core.compose.hooks import Registry, load_registry
+from core.measure import step_log
 from headway import EngineConfig, Observer
 from plugins.observers import timeline
 from plugins.observers.progress import Progress
 
 CHOICES = {
-    "scheduler": ("chunked", {"token_budget": 32}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+    **default_choices(scheduler=("chunked", {"token_budget": 32})),
     "executor": ("oracle", {"vocab_size": 512, "max_model_len": 256}),
     "workload": ("random", {"num_requests": 20, "input_len": 24, "output_len": 12}),
 }  # fmt: skip

@@ -7,12 +7,13 @@ from itertools import permutations
 from random import Random
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, finishing, mean_completion, run
+from helpers.policy_runs import Server, Steps, ask, compose, finishing, mean_completion, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError, PolicyError
+from core.inputs import SLO, SamplingParams, Tags
 from core.keyed import KeyOrder, MovingOrder
-from core.request import SLO, RunResult, SamplingParams, Tags
+from core.outputs import RunResult
 
 SEEDS = range(8)
 

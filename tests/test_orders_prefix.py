@@ -5,9 +5,9 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from policy_runs import ask, compose, finishing, run
+from helpers.policy_runs import ask, compose, finishing, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 
 CONFIG = EngineConfig(block_size=8, num_blocks=64, max_num_seqs=4, max_num_batched_tokens=256)
 

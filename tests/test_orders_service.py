@@ -5,9 +5,9 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, finishing, run, service
+from helpers.policy_runs import Server, Steps, ask, compose, finishing, run, service
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
 
 # ---- virtual token counter ---------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from itertools import product
 
 import pytest
 import torch
+from helpers.torch_engines import CACHES, GREEDY, SCHEDULERS, engine_of, generate, prepared, shared_prompts, variant
 from torch.distributed import distributed_c10d
-from torch_engines import CACHES, GREEDY, SCHEDULERS, engine_of, generate, prepared, shared_prompts, variant
 
 from headway import Arrival, ModelConfig, ParallelConfig, SamplingParams, VirtualClock
 from plugins.executors.torch import TorchExecutor

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty_kernels import FaultyKernels
-from torch_engines import GREEDY, engine_of, shared_prompts, variant
+from helpers.faulty_kernels import FaultyKernels
+from helpers.torch_engines import GREEDY, engine_of, shared_prompts, variant
 
 from headway import Arrival, ModelConfig, ParallelConfig, RankError
 from plugins.executors.torch import TorchExecutor
@@ -38,7 +38,7 @@ def faulty_kernels(tmp_path, monkeypatch):
     installed = tmp_path / "faulty-1.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Name: faulty\nVersion: 1\n")
-    (installed / "entry_points.txt").write_text("[headway]\nfaulty = faulty_kernels\n")
+    (installed / "entry_points.txt").write_text("[headway]\nfaulty = helpers.faulty_kernels\n")
     monkeypatch.syspath_prepend(tmp_path)
     return FaultyKernels
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty_kernels import FaultyKernels
+from helpers.faulty_kernels import FaultyKernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -200,7 +200,7 @@ def test_every_kind_has_a_largest_size():
 def test_kernels_that_are_not_the_registered_ones_are_refused():
     stranger = FaultyKernels()
     stranger.plugin_name = "torch"
-    with pytest.raises(ConfigError, match="kernels=torch is faulty_kernels.FaultyKernels where the run was composed"):
+    with pytest.raises(ConfigError, match="kernels=torch is helpers.faulty_kernels.FaultyKernels where the run was composed"):
         job_of(order_of(replace(JOB, kernels=stranger)), load_registry())
     with pytest.raises(ConfigError, match="kernels=faulty: there is no such kernels"):
         job_of(order_of(replace(JOB, kernels=FaultyKernels())), load_registry())

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.torch_engines import variant
 from safetensors import safe_open
-from torch_engines import variant
 
 from headway import ConfigError, EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
 from plugins.executors.cost import Roofline

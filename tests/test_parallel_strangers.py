@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch_engines import GREEDY, engine_of, shared_prompts, variant
+from helpers.torch_engines import GREEDY, engine_of, shared_prompts, variant
 
 from headway import Arrival, ConfigError, EngineConfig, ModelConfig, ParallelConfig, RankError
 from plugins.executors.torch import TorchExecutor

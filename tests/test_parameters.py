@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numeric import Table, Try, judge, numbered_registry, slice_of, tries
+from helpers.numeric import Table, Try, judge, numbered_registry, slice_of, tries
 
-from conf import schema
-from core.build import Composition, build_roles
-from core.config import EngineConfig, Hardware, ModelConfig, ParallelConfig
+from core.cli import schema
+from core.compose.build import Composition, build_roles
+from core.compose.config import EngineConfig, Hardware, ModelConfig, ParallelConfig
+from core.compose.hooks import Registry, load_registry
+from core.compose.memory import host_memory
+from core.compose.params import check, describe, limits_of, param
 from core.errors import ConfigError, PluginError
-from core.hooks import Registry, load_registry
-from core.memory import host_memory
-from core.params import check, describe, limits_of, param
-from core.request import SLO, SamplingParams
+from core.inputs import SLO, SamplingParams
 from headway import LLM, KeyOrder, Order
 from plugins.executors.sim import SimExecutor
 from plugins.workloads.pace import arrival_times
@@ -249,7 +249,7 @@ def test_a_pool_that_no_memory_holds_is_refused_with_an_estimate():
     ],
 )
 def test_what_the_real_engine_cannot_hold_is_refused_by_the_parameter_that_asks_for_it(options, said, monkeypatch):
-    monkeypatch.setattr("core.memory.host_memory", lambda: 2**35)  # the same on every machine
+    monkeypatch.setattr("core.compose.memory.host_memory", lambda: 2**35)  # the same on every machine
     shape = {
         "load_format": "dummy", "architecture": "Qwen3ForCausalLM", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32, "vocab_size": 2**14, "tie_word_embeddings": True,
@@ -311,7 +311,7 @@ def registry() -> Registry:
 
 
 def test_every_number_of_every_parameter_is_refused_by_name_or_runs_to_finite_results(registry):
-    """A slice that is the same every time; `python -m tests.numeric` tries them all."""
+    """A slice that is the same every time; `python -m tests.helpers.numeric` tries them all."""
     table = Table([judge(of, registry) for of in slice_of([of for of in tries(registry) if is_cheap(of)], 4)])
     wrong = [f"{verdict.of}: {verdict.kind}: {verdict.said}" for verdict in table.verdicts if verdict.wrong]
     assert not wrong, "\n".join(wrong)

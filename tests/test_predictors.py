@@ -6,12 +6,12 @@ from itertools import combinations
 from random import Random
 
 import pytest
-from policy_runs import ask, compose, run
+from helpers.policy_runs import ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
+from core.inputs import Arrival, SamplingParams
 from core.keyed import KeyOrder
-from core.request import Arrival, SamplingParams
 
 
 def waiting(arrivals: list, predictor, seed: int = 0):

@@ -8,10 +8,10 @@ import hydra
 import pytest
 from hydra import initialize_config_dir
 
-from conf import presets, schema
-from core.cli import main
+from core.cli import presets, schema
+from core.cli.main import main
+from core.compose.hooks import load_registry
 from core.errors import ConfigError
-from core.hooks import load_registry
 from core.testing import check, kit
 from core.testing.subject import Subject
 from experiments import policies_page

@@ -1,9 +1,9 @@
-"""Decisions stay as they are recorded: a sample. `tests/recorded_decisions.py` compares the whole set."""
+"""Decisions stay as they are recorded: a sample. `tests/helpers/recorded_decisions.py` compares the whole set."""
 
 from __future__ import annotations
 
 import pytest
-from recorded_decisions import SIMULATED, TORCH, differences, recorded, rows
+from helpers.recorded_decisions import SIMULATED, TORCH, differences, recorded, rows
 
 from core.blocks import BlockPool
 

@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from helpers.roles import default_roles
 
-from core.build import Composition, check
-from core.build import build as compose
-from core.config import EngineConfig, Hardware, ModelShape, ParallelConfig
+from core.compose.build import Composition, check
+from core.compose.build import build as compose
+from core.compose.config import EngineConfig, Hardware, ModelShape, ParallelConfig
+from core.compose.defaults import default_choices
+from core.compose.hooks import load_registry
 from core.engine import Engine
 from core.errors import ConfigError, ModelError
-from core.hooks import load_registry
-from core.request import SLO, Arrival, SamplingParams, Tags, TextStop
+from core.inputs import SLO, Arrival, SamplingParams, Tags
+from core.outputs import TextStop
 from core.testing import kit
 from core.testing.oracle import OracleExecutor
-from plugins.cache.eviction.lru import LeastRecent
-from plugins.cache.hash import HashBlocks
 from plugins.executors.record import recording
 from plugins.executors.replay import (
     Record,
@@ -29,9 +30,7 @@ from plugins.executors.replay import (
     Verifier,
 )
 from plugins.executors.sim import SimExecutor
-from plugins.schedulers.chunked import ChunkedPrefill
 from plugins.schedulers.order.fcfs import FirstCome
-from plugins.schedulers.victim.newest import Newest
 
 LIMITS = {"block_size": 4, "num_blocks": 24, "max_num_seqs": 6, "max_num_batched_tokens": 24}
 
@@ -68,11 +67,7 @@ def oracle() -> OracleExecutor:
 
 
 def build(executor, max_inflight: int = 1, observers=(), **limits) -> Engine:
-    roles = {
-        "scheduler": ChunkedPrefill(), "order": FirstCome(), "victim": Newest(), "cache": HashBlocks(), "eviction": LeastRecent(),
-        "executor": executor,
-    }  # fmt: skip
-    return Engine(roles, EngineConfig(**{**LIMITS, **limits}, max_inflight=max_inflight), seed=3, observers=observers)
+    return Engine(default_roles(executor=executor), EngineConfig(**{**LIMITS, **limits}, max_inflight=max_inflight), seed=3, observers=observers)
 
 
 class Chatter:
@@ -195,7 +190,7 @@ def test_the_cost_model_of_a_recorded_simulation_is_there_on_replay(tmp_path):
 
 
 COMPOSITION: dict[str, tuple[str, dict]] = {
-    "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+    **default_choices(),
     "workload": ("random", {"num_requests": 12, "input_len": [5, 40], "output_len": 6}),
 }  # fmt: skip
 
@@ -342,8 +337,7 @@ def test_a_chat_replays_without_its_model_and_answers_as_it_did(tmp_path):
 
 def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
     def engine(executor, stop_text, observers=()):
-        roles = {"scheduler": ChunkedPrefill(), "order": FirstCome(), "victim": Newest(), "cache": HashBlocks(), "eviction": LeastRecent()}
-        return Engine({**roles, "executor": executor}, EngineConfig(**LIMITS), stop_text=stop_text, observers=observers)
+        return Engine(default_roles(executor=executor), EngineConfig(**LIMITS), stop_text=stop_text, observers=observers)
 
     def stops_at_three(request):
         return TextStop("as it was", "anything") if request.num_output_tokens == 3 else None
@@ -368,10 +362,7 @@ def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
 def by_hand(path, arrivals, order=None, seed=3):
     executor = Replay(str(path))
     executor.prepare()
-    roles = {
-        "scheduler": ChunkedPrefill(), "order": order or FirstCome(), "victim": Newest(), "cache": HashBlocks(), "eviction": LeastRecent(),
-        "executor": executor,
-    }  # fmt: skip
+    roles = default_roles(executor=executor, **({} if order is None else {"order": order}))
     return Engine(roles, EngineConfig(**LIMITS), seed=seed, observers=[Verifier(executor)])
 
 

@@ -7,11 +7,12 @@ from math import isclose, log
 from random import Random
 
 import pytest
-from policy_runs import REGISTRY, Server, ask, compose, run
+from helpers.policy_runs import REGISTRY, Server, ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
-from core.request import Arrival, Request
+from core.inputs import Arrival
+from core.request import Request
 from core.testing.subject import Subject
 from core.testing.trial import Trial
 from plugins.cache.retention.ttl import Memory

@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from conf.arguments import arguments
-from conf.folders import Lock
-from core import results
+from core.cli.arguments import arguments
+from core.cli.folders import Lock
 from core.errors import ConfigError
+from core.measure import results
 
 ROOT = Path(__file__).resolve().parent.parent
 SIM = ("executor=sim", "tracking=none", "workload.num_requests=8")

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from torch_engines import engine_of, generate, prepared, reference, shared_prompts, variant
+from helpers.torch_engines import engine_of, generate, prepared, reference, shared_prompts, variant
 
 from headway import Arrival, SamplingParams
 from plugins.executors.torch.batch import request_seed

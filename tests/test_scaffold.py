@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from core import scaffold
+from core.cli import scaffold
 from core.errors import ConfigError
 from core.policy import ROLES
 from core.testing import check, kit

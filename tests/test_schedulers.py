@@ -6,10 +6,11 @@ from random import Random
 from typing import Any
 
 import pytest
-from policy_runs import Server, Steps, ask, compose, run
+from helpers.policy_runs import Server, Steps, ask, compose, run
 
-from core.config import EngineConfig
-from core.request import Arrival, RunResult, SamplingParams
+from core.compose.config import EngineConfig
+from core.inputs import Arrival, SamplingParams
+from core.outputs import RunResult
 
 ROOMY = EngineConfig(block_size=4, num_blocks=256, max_num_seqs=8, max_num_batched_tokens=64, check=True)
 

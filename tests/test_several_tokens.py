@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
-from core.hooks import load_registry
+from core.compose.hooks import load_registry
+from core.inputs import Arrival, SamplingParams
 from core.policy import Observer
-from core.request import Arrival, SamplingParams
 from core.testing.case import random_case
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject

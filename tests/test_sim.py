@@ -7,21 +7,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.roles import default_roles
 
-from core.config import GIB, EngineConfig, Hardware, ModelConfig, ModelShape
+from core.compose.config import GIB, EngineConfig, Hardware, ModelConfig, ModelShape
 from core.engine import Engine
 from core.errors import ConfigError
-from core.request import Arrival, SamplingParams
+from core.inputs import Arrival, SamplingParams
 from experiments import sim_error
 from headway import Scheduler
-from plugins.cache.eviction.lru import LeastRecent
-from plugins.cache.hash import HashBlocks
 from plugins.executors.cost import Roofline
 from plugins.executors.sim import SimExecutor
-from plugins.schedulers.chunked import ChunkedPrefill
-from plugins.schedulers.order.fcfs import FirstCome
 from plugins.schedulers.prefill_first import PrefillFirst
-from plugins.schedulers.victim.newest import Newest
 from plugins.workloads.nano_bench import NanoBench
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -39,11 +35,8 @@ def hardware_of(name: str) -> Hardware:
 
 
 def build(executor: SimExecutor, seed: int = 0, scheduler: Scheduler | None = None, **config) -> Engine:
-    roles = {
-        "scheduler": scheduler or ChunkedPrefill(), "order": FirstCome(), "victim": Newest(), "cache": HashBlocks(), "eviction": LeastRecent(),
-        "executor": executor,
-    }  # fmt: skip
-    return Engine(roles, EngineConfig(**config), seed=seed)
+    roles = {"executor": executor} if scheduler is None else {"executor": executor, "scheduler": scheduler}
+    return Engine(default_roles(**roles), EngineConfig(**config), seed=seed)
 
 
 def prepared(shape: ModelShape = SHAPE, hardware: Hardware | None = None, tp: int = 1, pp: int = 1, eos=frozenset(), **parameters) -> SimExecutor:

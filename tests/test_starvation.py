@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from starving_orders import RULES
+from helpers.starving_orders import RULES
 
 from core.testing import kit, starve
 from core.testing.subject import Subject
 
-FILE = str(Path(__file__).parent / "starving_orders.py")
+FILE = str(Path(__file__).parent / "helpers" / "starving_orders.py")
 
 
 def verdict(*words: str) -> kit.Verdict:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from scripted import ask, engine, everybody
+from helpers.scripted import ask, engine, everybody
 
 from core.errors import PolicyError
+from core.inputs import Tags
 from core.plan import Chunk
 from core.policy import Admission, Admit, Defer, Order, Reject, TokenBudget, Victim
-from core.request import RequestList, RequestState, Tags
+from core.request import RequestList, RequestState
 from core.step import Granted, NeedBlocks, NoBudget, NotReady
 from core.testing.oracle import OracleExecutor
 from plugins.cache.none import NoCache

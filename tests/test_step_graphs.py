@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.torch_engines import engine_of
 from hypothesis import given
 from hypothesis import strategies as st
-from torch_engines import engine_of
 
 from headway import Arrival, ConfigError, EngineConfig, ModelConfig, SamplingParams
 from plugins.executors.torch import TorchExecutor

@@ -10,15 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from scripted import ask, engine
+from helpers.scripted import ask, engine
 
-from core import step_log
-from core.build import Composition, build
+from core.compose.build import Composition, build
+from core.compose.defaults import default_choices
+from core.compose.hooks import load_registry
 from core.execution import StepResult
-from core.hooks import load_registry
+from core.measure import step_log
+from core.measure.step_log import StepColumns, StepLog
 from core.plan import StepPlan
 from core.policy import Observer
-from core.step_log import StepColumns, StepLog
 from core.testing.oracle import OracleExecutor
 from headway import EngineConfig
 from plugins.executors.record import PlanDigest, Recorder, ReplayError, digests
@@ -173,7 +174,7 @@ def test_a_reader_that_fails_takes_no_step_from_the_others() -> None:
 
 def test_one_log_serves_all_files_of_a_run_and_none_is_kept_where_nobody_reads(tmp_path: Path) -> None:
     choices = {
-        "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
+        **default_choices(),
         "executor": ("oracle", {"vocab_size": 512, "max_model_len": 256}), "workload": ("random", {"num_requests": 2}),
     }  # fmt: skip
     composition = Composition(choices, engine=EngineConfig(block_size=4, num_blocks=12))

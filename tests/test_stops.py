@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from random import Random
 
 import pytest
-from scripted import engine
+from helpers.scripted import engine
+from helpers.tokenizers_made import byte_level, metaspace
+from helpers.torch_engines import AutoModelForCausalLM  # noqa: F401 - sets transformers up, offline
 from tokenizers import pre_tokenizers
-from tokenizers_made import byte_level, metaspace
-from torch_engines import AutoModelForCausalLM  # noqa: F401 - sets transformers up, offline
 from transformers import AutoTokenizer
 
 from headway import Arrival, Engine, EngineConfig, OracleExecutor, Request, SamplingParams, TextStop

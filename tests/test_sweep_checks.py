@@ -13,8 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from conf import schema, sweep
-from core.hooks import load_registry
+from core.cli import schema, sweep
+from core.compose.hooks import load_registry
 from headway import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def test_what_is_wrong_is_listed_for_all_jobs_together_a_line_for_each_reason(hy
     ],
 )
 def test_what_can_be_known_without_weights_or_ranks_is_known_before_the_first_job(hydra, monkeypatch, overrides, answer):
-    monkeypatch.setattr("core.build.prepare_executor", lambda *given: pytest.fail("an executor was prepared"))
+    monkeypatch.setattr("core.compose.build.prepare_executor", lambda *given: pytest.fail("an executor was prepared"))
     assert any(answer in line for line in refusal("tracking=none", *([] if overrides[0].startswith("executor") else ["executor=sim"]), *overrides))
 
 

@@ -6,8 +6,8 @@ import json
 import os
 
 import pytest
-from tokenizers_made import added, byte_level, edit, metaspace, write
-from torch_engines import AutoModelForCausalLM  # noqa: F401 - sets transformers up, offline
+from helpers.tokenizers_made import added, byte_level, edit, metaspace, write
+from helpers.torch_engines import AutoModelForCausalLM  # noqa: F401 - sets transformers up, offline
 from transformers import AutoTokenizer
 
 from headway import ModelError

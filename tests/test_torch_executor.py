@@ -8,7 +8,19 @@ from random import Random
 
 import pytest
 import torch
-from torch_engines import CACHES, GREEDY, SCHEDULERS, VARIANTS, engine_of, generate, prepared, reference_tokens, shared_prompts, smollm2, variant
+from helpers.torch_engines import (
+    CACHES,
+    GREEDY,
+    SCHEDULERS,
+    VARIANTS,
+    engine_of,
+    generate,
+    prepared,
+    reference_tokens,
+    shared_prompts,
+    smollm2,
+    variant,
+)
 
 from headway import Arrival, ConfigError, EngineConfig, ModelConfig, SamplingParams
 from plugins.executors.torch import TorchExecutor

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from conf import torchrun
+from core.cli import torchrun
 from core.errors import ConfigError
 from headway import load_registry
 

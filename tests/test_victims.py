@@ -5,11 +5,11 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from policy_runs import Steps, ask, compose, run
+from helpers.policy_runs import Steps, ask, compose, run
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
 from core.errors import ConfigError
-from core.metrics import summarize
+from core.measure.metrics import summarize
 from core.policy import Need
 
 VICTIMS = ("newest", "last_admitted", "oldest", "random", "lcf", "most_computed", "lowest_priority")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hydra import initialize_config_dir
 
-from conf import schema
-from core.build import build
-from core.fairness import ClientService, by_client
-from core.hooks import load_registry
+from core.cli import schema
+from core.compose.build import build
+from core.compose.hooks import load_registry
+from core.measure.fairness import ClientService, by_client
+from core.outputs import RunResult
 from core.policy import Observer, StepRecord
-from core.request import RunResult
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from scripted import ask, engine, everybody
-from torch_engines import engine_of, prepared, reference_tokens, shared_prompts, variant
+from helpers.scripted import ask, engine, everybody
+from helpers.torch_engines import engine_of, prepared, reference_tokens, shared_prompts, variant
 
-from core.config import EngineConfig
+from core.compose.config import EngineConfig
+from core.compose.hooks import load_registry
 from core.engine import Engine
-from core.hooks import load_registry
+from core.inputs import Arrival, SamplingParams
 from core.plan import StepPlan
-from core.request import Arrival, SamplingParams
 from core.testing.oracle import OracleExecutor, sampled_token
 from core.testing.subject import Subject
 

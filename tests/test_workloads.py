@@ -13,17 +13,13 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 import pytest
+from helpers.roles import default_roles
 
-from core import cli
-from core.config import EngineConfig, Hardware, ModelShape
+from core.cli import main as cli
+from core.compose.config import EngineConfig, Hardware, ModelShape
 from core.engine import Engine
 from core.errors import ConfigError, WorkloadError
-from plugins.cache.eviction.lru import LeastRecent
-from plugins.cache.hash import HashBlocks
 from plugins.executors.sim import SimExecutor
-from plugins.schedulers.chunked import ChunkedPrefill
-from plugins.schedulers.order.fcfs import FirstCome
-from plugins.schedulers.victim.newest import Newest
 from plugins.workloads.agents import Agents
 from plugins.workloads.chat import PROMPTS, Chat
 from plugins.workloads.clients import Clients
@@ -45,11 +41,7 @@ def made(workload, seed: int = 0, vocab: int = VOCAB, context: int = CONTEXT) ->
 def run(workload, seed: int = 0, context: int = CONTEXT, **config):
     executor = SimExecutor()
     executor.prepare(ModelShape("LlamaForCausalLM", 64, 2, 4, 2, 16, 128, VOCAB, True, context), Hardware())
-    roles = {
-        "scheduler": ChunkedPrefill(), "order": FirstCome(), "victim": Newest(), "cache": HashBlocks(), "eviction": LeastRecent(),
-        "executor": executor,
-    }  # fmt: skip
-    engine = Engine(roles, EngineConfig(**{"num_blocks": 2000, **config}), seed=seed)
+    engine = Engine(default_roles(executor=executor), EngineConfig(**{"num_blocks": 2000, **config}), seed=seed)
     return engine.run(workload.arrivals(seed, VOCAB, engine.max_model_len), workload.on_result)
 
 

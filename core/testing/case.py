@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
-from ..request import SLO, Arrival, SamplingParams, Tags
+from ..inputs import SLO, Arrival, SamplingParams, Tags
 from .oracle import sampled_token
 
 VOCAB = 5

@@ -10,21 +10,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..build import Composition, Run, build
-from ..clock import VirtualClock
-from ..config import EngineConfig, ModelConfig, ResultsConfig
+from ..compose.build import Composition, Run, build
+from ..compose.config import EngineConfig, ModelConfig, ResultsConfig
 from ..engine import Engine
 from ..errors import HeadwayError
-from ..execution import ExecutorCaps, StepResult, Tokens
-from ..executor import Executor
-from ..plan import StepPlan
+from ..inputs import Arrival, SamplingParams
 from ..policy import Role
-from ..request import Arrival, SamplingParams
 from . import starve
 from .case import VOCAB, Case, feasible
 from .shrink import shrink
 from .subject import Subject
 from .trial import Decision, Failure, Outcome, Trial
+from .virtual import VirtualExecutor
 from .watch import Watch
 from .worker import VARIANTS, Workers
 
@@ -296,25 +293,6 @@ def _simulated(subject: Subject, case: Case, executor: tuple[str, dict[str, Any]
 # ---- cost ----------------------------------------------------------------------------------------------------------
 
 
-class NullExecutor(Executor):
-    """Emits a constant token in no time."""
-
-    def __init__(self) -> None:
-        self.caps = ExecutorCaps(max_model_len=1 << 20, vocab_size=VOCAB)
-        self.clock = VirtualClock()
-        self.cost_model = self
-
-    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
-        return 0.01
-
-    def launch(self, plan: StepPlan) -> Any:
-        return [1 if sample else -1 for sample in plan.samples]
-
-    def collect(self, ticket: Any) -> StepResult:
-        start = self.clock.now()
-        return StepResult(Tokens(ticket), start, start + 0.01)
-
-
 class NothingMeasured(HeadwayError):
     """So little ran that its cost says nothing."""
 
@@ -336,7 +314,7 @@ def check_cost(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
 
 
 def _step_cost(subject: Subject, running: int = 256, waiting: int = 64, steps: int = 30) -> float:
-    roles: dict[str, Role] = {**subject.plain_roles(), "executor": NullExecutor()}
+    roles: dict[str, Role] = {**subject.plain_roles(), "executor": VirtualExecutor()}
     prompt = 32
     engine = Engine(roles, EngineConfig(16, (running + waiting) * 16, running, 8192))
     for i in range(running + waiting):

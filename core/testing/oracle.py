@@ -11,11 +11,11 @@ from hashlib import blake2b
 from typing import Any
 
 from ..blocks import ROOT, BlockPool
-from ..clock import VirtualClock
+from ..clock import VirtualClock, VirtualServer
+from ..compose.params import param
 from ..errors import InvariantError
 from ..execution import ExecutorCaps, StepResult
 from ..executor import Executor
-from ..params import param
 from ..plan import KVCopy, StepPlan
 from ..request import Request
 
@@ -112,7 +112,7 @@ class OracleExecutor(Executor):
         self._flights: list[_Flight] = []
         self._tokens: dict[int, list[int]] = {}  # request index -> tokens as a device would know them
         self._known: dict[int, list[int]] = {}  # request index -> prefix number at each position
-        self._busy_until = 0.0
+        self.server = VirtualServer(self.clock)
 
     def kv_capacity(self, block_size: int) -> int:
         return self.num_blocks
@@ -145,9 +145,7 @@ class OracleExecutor(Executor):
                 raise WrongKV(f"step {plan.step}, request {request.id}: sample={sample}, but its chunk ends at {end}")
             sampled.append(self._sample(request, end, drafts) if sample else [])
         self._flights.append(flight)
-        begin = max(self.clock.now(), self._busy_until)
-        self._busy_until = begin + self.step_time(plan.starts, plan.lengths)
-        return sampled, begin, self._busy_until
+        return sampled, *self.server.serve(self.step_time(plan.starts, plan.lengths))
 
     def collect(self, ticket: Any) -> StepResult:
         sampled, start, end = ticket

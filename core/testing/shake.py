@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..blocks import Block
-from ..hooks import Registry
+from ..compose.hooks import Registry
 from ..policy import (
     Admission,
     Admit,

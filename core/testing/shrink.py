@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from ..compose.defaults import default_names
 from .case import Ask, Case
 
 PLAIN_ASK: dict[str, Any] = {
@@ -19,10 +20,7 @@ PLAIN_ASK: dict[str, Any] = {
     "time": 0.0,
 }
 PLAIN_LIMITS: dict[str, Any] = {"max_inflight": 1, "placeholders": True, "eos": False, "token_seconds": 0.0, "stop_after": None}
-PLAIN_FILL = {
-    "scheduler": "chunked", "order": "fcfs", "victim": "newest", "cache": "none", "eviction": "lru", "retention": "none", "admission": "none",
-    "budget": "none",
-}  # fmt: skip
+PLAIN_FILL = {**default_names(), "cache": "none"} | dict.fromkeys(("retention", "admission", "budget"), "none")
 
 
 def shrink(case: Case, fails: Callable[[Case], bool], attempts: int = 400) -> Case:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..config import EngineConfig
+from ..compose.config import EngineConfig
 from ..engine import Engine
+from ..inputs import SLO, Arrival, SamplingParams, Tags
 from ..policy import Role
-from ..request import SLO, Arrival, Request, RequestState, SamplingParams, Tags
+from ..request import Request, RequestState
 from .oracle import OracleExecutor
 
 BACKLOG = 12  # requests in the system at any time; four of them run at once

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import policy
-from ..build import build_roles
-from ..config import EngineConfig
+from ..compose.build import build_roles
+from ..compose.config import EngineConfig
+from ..compose.defaults import Choices, default_choices
+from ..compose.hooks import OPTIONAL, Origin, Registry, load_registry
 from ..engine import Engine
 from ..errors import ConfigError, near
-from ..hooks import OPTIONAL, Origin, Registry, load_registry
 from ..policy import Role
 from . import shake
 from .case import Case, random_case
 from .oracle import OracleExecutor
-
-Choices = dict[str, tuple[str, dict[str, Any]]]  # role -> (plugin, its parameters)
 
 #: Roles that a case fills when nobody named them: choices of (plugin, parameter -> values). "none" leaves an optional role out.
 FILLERS: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
@@ -43,10 +42,7 @@ FILLERS: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
     "predictor": [("shake", {}), ("declared", {})],
 }
 #: The plain choice for each of them, where a check compares or measures.
-PLAIN: Choices = {
-    "scheduler": ("chunked", {}), "order": ("fcfs", {}), "victim": ("newest", {}), "cache": ("hash", {}), "eviction": ("lru", {}),
-    "predictor": ("declared", {}),
-}  # fmt: skip
+PLAIN: Choices = default_choices(predictor="declared")
 
 
 @dataclass

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import EngineConfig
+from ..compose.config import EngineConfig
 from ..decisions import DecisionLog
 from ..engine import Engine
 from ..errors import HeadwayError, InvariantError, NothingPlanned, PolicyError
 from ..executor import Executor
+from ..inputs import Arrival
+from ..outputs import RunResult
 from ..plan import StepPlan
 from ..policy import Observer, Role, StepRecord
-from ..request import Arrival, Request, RequestState, RunResult
+from ..request import Request, RequestState
 from .case import CONTEXT, STEP_SECONDS, VOCAB, Ask, Case, expected_output, feasible
 from .oracle import OracleExecutor, WrongKV
 from .watch import Mutated, Watch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import ROOT, Context, PrefixCache, Request, chain_key, hookimpl, root_key
+from headway import ROOT, Context, PrefixCache, Registry, Request, chain_key, hookimpl, root_key
 
 
 @dataclass
@@ -37,6 +37,7 @@ class HashBlocks(PrefixCache):
 
     def insert(self, request: Request, parent: int, tokens: tuple[int, ...], block: int) -> int:
         salt = request.cache_salt
+        content: tuple[int, int | str, tuple[int, ...]]
         if parent == ROOT:
             content = (chain_key(root_key(salt), tokens), salt, tokens)
         else:
@@ -56,5 +57,5 @@ class HashBlocks(PrefixCache):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("cache", "hash", HashBlocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import PrefixCache, Request, hookimpl
+from headway import PrefixCache, Registry, Request, hookimpl
 
 
 @dataclass
@@ -24,5 +24,5 @@ class NoCache(PrefixCache):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("cache", "none", NoCache)

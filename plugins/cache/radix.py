@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import ROOT, Context, PrefixCache, Request, hookimpl
+from headway import ROOT, Context, PrefixCache, Registry, Request, hookimpl
 
 
 class Node:
@@ -116,5 +116,5 @@ _NOTHING = Node([], [], 0, None)  # the tree of a salt that nobody has published
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("cache", "radix", RadixTree)

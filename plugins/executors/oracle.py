@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from headway import OracleExecutor, hookimpl
+from headway import OracleExecutor, Registry, hookimpl
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("executor", "oracle", OracleExecutor)

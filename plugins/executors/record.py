@@ -114,7 +114,8 @@ def _checksums(lists: Lists) -> Any:
     """`checksum` of each list; they are 64-bit words already."""
     import numpy as np
 
-    words, bounds = memoryview(lists.values), pairwise(lists.offsets.tolist())
+    words: Any = memoryview(lists.values)  # type: ignore[arg-type]  # numpy's arrays have the protocol, and before Python 3.12 no type
+    bounds = pairwise(lists.offsets.tolist())
     return np.array([zlib.crc32(words[a:b]) if a < b else 0 for a, b in bounds], np.int64)
 
 
@@ -330,6 +331,6 @@ def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
             "max_drafts": caps.max_drafts,
             "tier_blocks": list(caps.tier_blocks),
         },
-        "model": asdict(caps.model) if is_dataclass(caps.model) else None,
+        "model": asdict(caps.model) if is_dataclass(caps.model) and not isinstance(caps.model, type) else None,
         "roofline": stored(cost),
     }

@@ -16,15 +16,18 @@ from headway import (
     ModelShape,
     Observer,
     Preparation,
+    Registry,
     ReplayClock,
     Request,
     RequestOutput,
+    Run,
     RunResult,
     StepPlan,
     StepResult,
     StopText,
     TextStop,
     VirtualClock,
+    VirtualServer,
     composition_facts,
     fact_differences,
     hookimpl,
@@ -161,7 +164,8 @@ class Replay(Executor):
         return "" if self.cost_model is None else str(self.cost_model)
 
     def kv_capacity(self, block_size: int) -> int:
-        return self.record.meta["limits"]["num_blocks"]
+        count: int = self.record.meta["limits"]["num_blocks"]
+        return count
 
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
         meta, path = self.record.meta, self.record.path
@@ -215,10 +219,10 @@ class Replay(Executor):
             count = 1 + self.record.more.get((plan.step, place), 0)
             # Past the recorded end lies only a token that a step in flight sampled for a request that had ended by then.
             tokens.append((known[position : position + count] or [0]) if sample else [])
-        start, end = self.record.steps[plan.step]
+        began, end = self.record.steps[plan.step]
         if isinstance(self.cost_model, Fitted):
-            self.cost_model.observe(plan.starts, plan.lengths, end - start)
-        return StepResult(tokens, start, end)
+            self.cost_model.observe(plan.starts, plan.lengths, end - began)
+        return StepResult(tokens, began, end)
 
     @property
     def stop_text(self) -> StopText:
@@ -232,11 +236,6 @@ class Replay(Executor):
         if request.num_output_tokens < len(self.record.tokens[request.id]):
             return None
         return TextStop(said.text, said.stop_reason)
-
-
-def _shown(plan: StepPlan) -> str:
-    chunks = [f"{c.request.id}[{c.start}:{c.start + c.length}]" for c in plan.chunks]
-    return " ".join(chunks[:8]) + (" ..." if len(chunks) > 8 else "")
 
 
 def _shown(plan: StepPlan) -> str:
@@ -289,7 +288,7 @@ class RecordedTimes(Executor):
         self.caps, self.cost_model = inner.caps, inner.cost_model
         self.tokenizer = inner.tokenizer
         self.clock = VirtualClock()
-        self._busy_until = 0.0
+        self._server = VirtualServer(self.clock)
         self._launched = 0
 
     def kv_capacity(self, block_size: int) -> int:
@@ -299,10 +298,9 @@ class RecordedTimes(Executor):
         self.inner.start(num_blocks, block_size, max_num_seqs, max_num_batched_tokens, seed)
 
     def launch(self, plan: StepPlan) -> Any:
-        begin = max(self.clock.now(), self._busy_until)
-        self._busy_until = begin + self.durations[self._launched % len(self.durations)]
+        begin, end = self._server.serve(self.durations[self._launched % len(self.durations)])
         self._launched += 1
-        return self.inner.launch(plan), begin, self._busy_until
+        return self.inner.launch(plan), begin, end
 
     def collect(self, ticket: Any) -> StepResult:
         inner, begin, end = ticket
@@ -332,11 +330,15 @@ class RecordedTimes(Executor):
 
 
 @hookimpl
-def headway_observers(run):
+def headway_observers(run: Run) -> Sequence[Observer]:
     executor = run.roles["executor"]
-    observers: list[Observer] = [Verifier(executor)] if isinstance(executor, Replay) else []
-    file = run.directory / FILE if run.writes(FILE) else None
-    if file is None or (observers and file.resolve() == executor.record.path.resolve()):
+    observers: list[Observer] = []
+    if isinstance(executor, Replay):
+        observers.append(Verifier(executor))
+    if run.directory is None or not run.writes(FILE):
+        return observers
+    file = run.directory / FILE
+    if isinstance(executor, Replay) and file.resolve() == executor.record.path.resolve():
         return observers  # a record is not written over by its own replay
     recorder = Recorder(file, composition_facts(run.registry, run.composition))
     run.step_log.readers.append(recorder.read)
@@ -344,19 +346,19 @@ def headway_observers(run):
 
 
 @hookimpl
-def headway_run_start(run):
+def headway_run_start(run: Run) -> None:
     executor = run.roles["executor"]
     if run.directory and isinstance(executor, (Replay, RecordedTimes)):
         print(executor.told, flush=True)
 
 
 @hookimpl
-def headway_run_end(run, result):
+def headway_run_end(run: Run, result: RunResult) -> None:
     if run.directory and isinstance(run.roles["executor"], Replay) and result.status == "finished":
         decided = f"{result.num_steps:,} steps, decision hash {result.decision_hash}"
         print(f"replayed: {decided}, as recorded", flush=True)
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("executor", "replay", Replay)

@@ -14,11 +14,13 @@ from headway import (
     ExecutorCaps,
     Hardware,
     ModelShape,
+    Registry,
     Request,
     StepPlan,
     StepResult,
     Tokens,
     VirtualClock,
+    VirtualServer,
     hookimpl,
     param,
 )
@@ -87,16 +89,16 @@ class SimExecutor(Executor):
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
         self._seed = seed
         self._streams: dict[int, tuple[int, int, int, int]] = {}  # request index -> its token sequence, see _stream
-        self._host_free = 0.0
+        self._host = VirtualServer(self.clock)
         self._stage_free = [0.0] * self.roofline.pp
 
     def launch(self, plan: StepPlan) -> Any:
-        self._host_free = max(self.clock.now(), self._host_free) + self.charge_policy_time * len(plan.requests)
+        _, planned = self._host.serve(self.charge_policy_time * len(plan.requests))
         stage, send = self.roofline.stage_time(plan.starts, plan.lengths)
         stage += self.roofline.hardware.step_overhead / self.roofline.pp
         # Stages work on different plans at once: a plan enters a stage when both are free.
         free = self._stage_free
-        begin = now = max(self._host_free, free[0])
+        begin = now = max(planned, free[0])
         for i in range(len(free)):
             now = max(now, free[i]) + stage
             free[i] = now
@@ -141,5 +143,5 @@ class SimExecutor(Executor):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("executor", "sim", SimExecutor)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from headway import ConfigError, hookimpl
+from headway import ConfigError, Registry, hookimpl
 
 from .compose import GROUPS, KernelChoice, Settled, check
 
@@ -20,15 +20,15 @@ class AutoKernels(KernelChoice):
 
     A field that is given is used as it is; None is what suits the device, the dtype, the head size and the block size."""
 
-    attention: str | None = None
-    linear: str | None = None
-    norm: str | None = None
-    rope: str | None = None
-    activation: str | None = None
-    store: str | None = None
-    sampling: str | None = None
-    batch: str | None = None
-    cuda_graphs: bool | None = None
+    attention: str | None = None  # type: ignore[assignment]  # None is for `settled` alone
+    linear: str | None = None  # type: ignore[assignment]
+    norm: str | None = None  # type: ignore[assignment]
+    rope: str | None = None  # type: ignore[assignment]
+    activation: str | None = None  # type: ignore[assignment]
+    store: str | None = None  # type: ignore[assignment]
+    sampling: str | None = None  # type: ignore[assignment]
+    batch: str | None = None  # type: ignore[assignment]
+    cuda_graphs: bool | None = None  # type: ignore[assignment]
 
     plugin_name = "auto"
 
@@ -96,5 +96,5 @@ def _reasons(fastest: dict[str, Backend], given: dict[str, Any], device: str, gr
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("kernels", "auto", AutoKernels)

@@ -45,9 +45,9 @@ class KernelChoice(KernelBackend):
 
     A backend subclasses this and sets the defaults that `kernels=<its name>` stands for."""
 
-    attention: str = "torch"
+    attention: str = "torch"  # type: ignore[assignment]  # a name here, a callable in what `operations` answers
     decode: str | None = None  # attention of steps that are all decodes; None: as `attention`
-    linear: str = "torch"
+    linear: str = "torch"  # type: ignore[assignment]
     norm: str = "torch"
     rope: str = "torch"
     activation: str = "torch"
@@ -180,7 +180,7 @@ def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], devic
         unsafe = [name for name in sorted(set(chosen.values()) - {"separate"}) if not made[name][0].graph_safe]
         raise ConfigError(f"kernels.cuda_graphs=true: {_list(unsafe)} cannot be captured. Set kernels=triton, or kernels.cuda_graphs=false.")
     return Kernels(
-        **calls, chosen=chosen, caps=_together(used), cuda_graphs=choice.cuda_graphs, left_out=left_out, reasons=reasons,  # type: ignore[arg-type]
+        **calls, chosen=chosen, caps=_together(used), cuda_graphs=choice.cuda_graphs, left_out=left_out, reasons=reasons,
     )  # fmt: skip
 
 
@@ -201,6 +201,7 @@ def separate(rms_norm: Any, rotary: Any, store_kv: Any) -> Callable[..., Tensor]
         k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, num_heads: int, num_kv_heads: int,
     ) -> Tensor:  # fmt: skip
         heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)  # [T, H + 2K, D]
+        q: Tensor
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         if q_weight is not None:
             q = rms_norm(q, q_weight, eps)
@@ -215,7 +216,8 @@ def separate(rms_norm: Any, rotary: Any, store_kv: Any) -> Callable[..., Tensor]
 
 def _gated_linear(linear: Any, silu_and_mul: Any) -> Callable[..., Tensor]:
     def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return silu_and_mul(linear(x, weight, bias))
+        out: Tensor = silu_and_mul(linear(x, weight, bias))
+        return out
 
     return gated_linear
 

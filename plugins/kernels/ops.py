@@ -7,6 +7,7 @@ in the layer loop. All shapes below: T tokens in the step, B requests, H query h
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ class BatchMetadata:
     max_seqlen_q: int  # 1: every row is a decode
     max_seqlen_k: int  # upper bound of context_lens
     block_size: int
-    extra: dict[str, Any] = field(default_factory=dict)  # a backend's own prepared buffers
+    extra: dict[Hashable, Any] = field(default_factory=dict)  # a backend's own prepared buffers
 
 
 @dataclass(frozen=True)

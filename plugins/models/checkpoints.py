@@ -205,8 +205,7 @@ def _download(name: str) -> Path:
         text = f"model {name!r} is a hub id: pip install huggingface_hub, or give the path of a checkpoint"
         raise ModelError(text) from None
     try:
-        patterns = {"allow_patterns": list(DOWNLOADED), "ignore_patterns": list(NOT_DOWNLOADED)}
-        return Path(snapshot_download(name, **patterns))
+        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
     except Exception as error:
         cause = (str(error).splitlines() or [""])[0]
         raise ModelError(

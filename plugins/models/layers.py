@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self.scale, self.eps = shape.head_dim**-0.5, shape.rms_norm_eps
         rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.qkv_proj = PackedLinear(shape.hidden_size, {"q_proj": rows, "k_proj": kv_rows, "v_proj": kv_rows}, spec.qkv_bias, kernels.linear)
-        self.o_proj = Linear(rows, shape.hidden_size, spec.o_bias, kernels.linear_parts)  # add_norm comes next
+        self.o_proj: nn.Linear = Linear(rows, shape.hidden_size, spec.o_bias, kernels.linear_parts)  # add_norm comes next
         self._store, self._attend = kernels.qk_norm_rope_store, kernels.attention
 
     def norm_weights(self) -> tuple[Tensor | None, Tensor | None]:
@@ -75,7 +75,8 @@ class Attention(nn.Module):
             self.qkv_proj(hidden), q_weight, k_weight, self.eps, positions, cos_sin, keys, values, batch.slot_mapping,
             self.num_heads, self.num_kv_heads,
         )  # fmt: skip
-        return self.o_proj(self._attend(q, keys, values, batch, self.scale).flatten(1))
+        out: Tensor = self.o_proj(self._attend(q, keys, values, batch, self.scale).flatten(1))
+        return out
 
 
 class GatedMLP(nn.Module):
@@ -83,10 +84,11 @@ class GatedMLP(nn.Module):
         super().__init__()
         hidden, inner = spec.shape.hidden_size, spec.shape.intermediate_size
         self.gate_up_proj = PackedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, spec.mlp_bias, kernels.gated_linear)
-        self.down_proj = Linear(inner, hidden, spec.mlp_bias, kernels.linear_parts)
+        self.down_proj: nn.Linear = Linear(inner, hidden, spec.mlp_bias, kernels.linear_parts)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.gate_up_proj(hidden))
+        out: Tensor = self.down_proj(self.gate_up_proj(hidden))
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -137,6 +139,11 @@ class Decoder(nn.Module):
     def finish(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
         return self._add_norm(hidden, residual, self.norm.weight, self.norm.eps)[0]
 
+    @property
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """`layers` by their class, which torch's list does not tell."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
 
 class CausalLM(nn.Module):
     """A decoder and its output head. An architecture names its attention class."""
@@ -162,7 +169,8 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, N] -> [S, V], in the model's dtype."""
-        return self.lm_head(hidden)
+        logits: Tensor = self.lm_head(hidden)
+        return logits
 
 
 def rotary_table(spec: ModelSpec) -> Tensor:

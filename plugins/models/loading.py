@@ -51,7 +51,8 @@ class Whole:
         return local
 
     def take(self, name: str, tensor: Any) -> Tensor:
-        return tensor[:]
+        whole: Tensor = tensor[:]
+        return whole
 
     def owns(self, name: str) -> bool:
         return True
@@ -62,8 +63,9 @@ def build(spec: ModelSpec, kernels: Kernels) -> CausalLM:
     if spec.shape.dtype.startswith("float8"):
         raise ModelError(f"model.dtype={spec.shape.dtype} is the simulator's: expected bfloat16, float16 or float32")
     with torch.device("meta"):
-        model = architecture(spec.shape.architecture)(spec, kernels)
-    return model.to(getattr(torch, spec.shape.dtype)).eval().requires_grad_(False)
+        model: CausalLM = architecture(spec.shape.architecture)(spec, kernels)
+    model.to(getattr(torch, spec.shape.dtype))
+    return model.eval().requires_grad_(False)
 
 
 def load(model: CausalLM, device: torch.device, share: Share | None = None, seed: int = 0) -> None:

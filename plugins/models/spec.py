@@ -15,8 +15,8 @@
 | weights | floats of any width, converted | NaN, infinity, another shape |
 | ends | `generation_config.json` alone where there is one, else `config.json` | ids that are no whole numbers |
 
-Scales and caps of logits, which other architectures have, are refused too. The rules are in `core/hf_config.py`
-and `core/checkpoint.py`, with which the simulator reads a checkpoint's shape as well.
+Scales and caps of logits, which other architectures have, are refused too. The rules are in `core/compose/hf_config.py`
+and `core/compose/checkpoint.py`, with which the simulator reads a checkpoint's shape as well.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from headway import Engine, Observer, Request, RunResult, StepRecord, hookimpl
+from headway import Engine, Observer, Request, Run, RunResult, StepRecord, hookimpl
 
 
 class Progress(Observer):
@@ -62,5 +62,5 @@ class Progress(Observer):
 
 
 @hookimpl
-def headway_observers(run):
+def headway_observers(run: Run) -> Sequence[Observer]:
     return [Progress(getattr(run.roles.get("workload"), "num_requests", None))] if run.directory else []

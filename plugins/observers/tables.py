@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from headway import Engine, Lists, Observer, RequestOutput, RunResult, StepColumns, hookimpl, metrics, whole
+from headway import Engine, Lists, Observer, RequestOutput, Run, RunResult, StepColumns, hookimpl, metrics, whole
 
 NAMES = ("requests.parquet", "steps.parquet", "decisions.parquet")
 
@@ -132,9 +132,9 @@ def _requests(outputs: list[RequestOutput]) -> Any:
 
 
 @hookimpl
-def headway_observers(run):
+def headway_observers(run: Run) -> Sequence[Observer]:
     names = [name for name in NAMES if run.writes(name)]
-    if not names:
+    if run.directory is None or not names:
         return []
     tables = Tables(run.directory, names)
     run.step_log.readers.append(tables.read)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from headway import Engine, Observer, RequestOutput, RunResult, StepColumns, hookimpl, whole
+from headway import Engine, Observer, RequestOutput, Run, RunResult, StepColumns, hookimpl, whole
 
 FILE = "timeline.json"
 MAX_STEPS = 20_000  # the first steps of a run; with the requests below, about 10 MB at most
@@ -100,7 +100,7 @@ def _step(
     shown |= changed
     events = [{"ph": "C", "pid": STEPS, "name": name, "ts": at, "args": values} for name, values in changed.items()]
     kind = "decode" if tokens == seqs else "mixed"
-    about = {"step": step, "tokens": tokens} | ({"preempted": preempted} if preempted else {})
+    about: dict[str, Any] = {"step": step, "tokens": tokens} | ({"preempted": preempted} if preempted else {})
     return [_span(STEPS, 0, f"{kind} {seqs}", start, end, **about), *events]
 
 
@@ -111,7 +111,7 @@ def _request(o: RequestOutput) -> list[dict[str, Any]]:
         phases += [("prefill", started, o.token_times[0]), ("decode", o.token_times[0], o.token_times[-1])]
     elif o.first_scheduled_time >= 0:
         phases += [("prefill", started, o.finish_time)]
-    about = {"prompt": o.num_prompt_tokens, "cached": o.num_cached_tokens, "output": len(o.token_times), "state": o.state}
+    about: dict[str, Any] = {"prompt": o.num_prompt_tokens, "cached": o.num_cached_tokens, "output": len(o.token_times), "state": o.state}
     about |= {"preemptions": o.num_preemptions, "reason": o.finish_reason}
     title = {"ph": "M", "name": "thread_name", "pid": REQUESTS, "tid": o.index + 1, "args": {"name": o.id}}
     lasting = [phase for phase in phases if phase[2] > phase[1]]
@@ -120,8 +120,8 @@ def _request(o: RequestOutput) -> list[dict[str, Any]]:
 
 
 @hookimpl
-def headway_observers(run):
-    if not run.writes(FILE):
+def headway_observers(run: Run) -> Sequence[Observer]:
+    if run.directory is None or not run.writes(FILE):
         return []
     timeline = Timeline(run.directory)
     run.step_log.readers.append(timeline.read)

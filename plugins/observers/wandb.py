@@ -19,12 +19,12 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
-from headway import Engine, Observer, RunResult, StepRecord, hookimpl, metrics, param
+from headway import Engine, Observer, Registry, RunResult, StepRecord, hookimpl, metrics, param
 
 STARTING = 20.0  # seconds that wandb's own process may take to start on a busy machine, beside what a server takes
 MODES = ("auto", "online", "offline", "disabled")
 #: Step series: name -> how a bucket of steps is drawn from its records.
-SERIES = {
+SERIES: dict[str, Callable[[StepRecord], float]] = {
     "engine/num_running": lambda r: r.num_running,
     "engine/num_waiting": lambda r: r.num_waiting,
     "engine/kv_used": lambda r: r.kv_used,
@@ -100,7 +100,8 @@ class Wandb(Observer):
         try:
             import wandb  # noqa: F401
         except ImportError as error:
-            _warn(f"wandb cannot be imported ({error}); nothing is tracked. Set tracking=none to silence this")
+            cure = '`pip install -e ".[wandb]"`, or set tracking=none to silence this'
+            _warn(f"wandb cannot be imported ({error}); nothing is tracked: {cure}")
             return
         self._wandb = self._started(mode, left)
 
@@ -113,17 +114,18 @@ class Wandb(Observer):
         run = self.run
         choices = run.composition.choices
         tags = [f"{role}={choices[role][0]}" for role in ("scheduler", "order", "cache", "executor", "workload") if role in choices]
-        limits = {"init_timeout": timeout, "finish_timeout": self.finish_timeout, "finish_timeout_raises": True}
+        limits: dict[str, Any] = {"init_timeout": timeout, "finish_timeout": self.finish_timeout, "finish_timeout_raises": True}
         known = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}  # the versions differ
         settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True, **known)
         made: list[Any] = []
+        how: Any = mode  # one of MODES, which W&B has as literals
 
         def start() -> None:
             made.append(
                 wandb.init(
                     project=self.project,
                     entity=self.entity,
-                    mode=mode,
+                    mode=how,
                     dir=str(run.directory or Path()),
                     config=run.config,
                     name=run.name[:120],
@@ -203,7 +205,8 @@ class Wandb(Observer):
     def _table(self, result: RunResult) -> Any:
         import wandb
 
-        columns = ["id", "state", "client", "arrival_s", "prompt", "cached", "output", "ttft_ms", "tpot_ms", "e2el_ms", "preemptions", "reason"]
+        named = "id state client arrival_s prompt cached output ttft_ms tpot_ms e2el_ms preemptions reason"
+        columns: list[str | int] = [*named.split()]
         rows = [
             [o.id, o.state, o.tags.client, o.arrival_time, o.num_prompt_tokens, o.num_cached_tokens, len(o.token_times)]
             + [None if (v := f(o)) is None else v * 1e3 for f in (metrics.ttft, metrics.tpot, metrics.e2el)]
@@ -278,5 +281,5 @@ def logged_in() -> bool:
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("tracking", "wandb", Wandb)

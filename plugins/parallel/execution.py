@@ -93,7 +93,9 @@ class RankExecution(Execution):
     def stage_times(self) -> tuple[float, float]:
         """(seconds in which this stage computed, seconds since its first step began), of steps since this was last asked.
         With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0) else."""
-        return self.model.times()
+        stage: Any = self.model
+        times: tuple[float, float] = stage.times()
+        return times
 
     def _go_without_graphs(self) -> None:
         """Not a rank alone: others have their graphs, and would send and sum padded steps."""
@@ -130,7 +132,8 @@ class DriverExecution(RankExecution):
         self.ranks.call("kv_capacity", block_size)
         with self.ranks.blaming():
             own = super().kv_capacity(block_size)
-        return min(own, *self.ranks.answers())
+        fewest: int = min(own, *self.ranks.answers())
+        return fewest
 
     def start(self, *args: Any) -> None:
         self.ranks.call("start", *args)

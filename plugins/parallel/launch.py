@@ -118,7 +118,7 @@ def order_of(job: Job) -> messages.Order:
 def store_of(order: messages.Order, otherwise: Any) -> Any:
     """Where ranks leave the addresses of their collectives for each other."""
     if order.store_file:
-        return dist.FileStore(order.store_file, order.parallel.world_size)
+        return dist.FileStore(order.store_file, order.parallel.world_size)  # type: ignore[attr-defined]  # torch exports it at run time
     return otherwise
 
 
@@ -268,7 +268,8 @@ class Ranks:
 
     def result(self, limit: float) -> tuple[Any, Any]:
         """(tokens, logprobs) of the oldest step not yet asked for, from the last stage."""
-        return self._take(self._results, limit)
+        result: tuple[Any, Any] = self._take(self._results, limit)
+        return result
 
     def check(self, limit: float) -> None:
         """Raises RankError when a rank has failed, or when it is later than `limit` (perf_counter)."""

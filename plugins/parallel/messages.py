@@ -100,7 +100,8 @@ def _unknown(value: Any) -> Any:
 def unpack(kind: type[T], body: bytes) -> T:
     """Raises Malformed for anything but what `pack` makes of a `kind`."""
     try:
-        return _built(kind, json.loads(body.decode()), kind.__name__)
+        made: T = _built(kind, json.loads(body.decode()), kind.__name__)
+        return made
     except (ValueError, TypeError, RecursionError, ConfigError) as error:
         if isinstance(error, Malformed):
             raise
@@ -109,7 +110,7 @@ def unpack(kind: type[T], body: bytes) -> T:
 
 def _built(expected: Any, value: Any, where: str) -> Any:
     """value as `expected` says. A whole number is a float too, as in Python."""
-    if dataclasses.is_dataclass(expected):
+    if isinstance(expected, type) and dataclasses.is_dataclass(expected):
         hints = get_type_hints(expected)
         if not isinstance(value, dict) or set(value) != set(hints):
             raise Malformed(f"{where} is {_short(value)}: expected {', '.join(hints)}")
@@ -178,7 +179,7 @@ def unpack_step(body: bytes) -> StepInput:
 
 def pack_result(tokens: np.ndarray, logprobs: tuple[np.ndarray, ...] | None) -> bytes:
     """tokens int64 [S]; logprobs as in Sampled: float32 [S], int64 [S], float32 [S, n], int64 [S, n]."""
-    parts = [(tokens, _INT64)]
+    parts: list[tuple[np.ndarray, Any]] = [(tokens, _INT64)]
     if logprobs is not None:
         parts += zip(logprobs, (_FLOAT32, _INT64, _FLOAT32, _INT64), strict=True)
     alternatives = -1 if logprobs is None else logprobs[2].shape[1]

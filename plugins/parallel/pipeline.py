@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headway import ParallelConfig
+from headway import ParallelConfig, StepPlan
 
 from ..executors.torch.batch import Batcher, StepInput
 from ..executors.torch.runner import Sampled
@@ -49,12 +49,12 @@ def cut(model: CausalLM, mesh: Mesh) -> None:
     parallel, decoder = mesh.parallel, model.model
     if parallel.pp == 1:
         return
-    decoder.layers = LayerRange(decoder.layers, layers_of(parallel, mesh.stage, len(decoder.layers)))
+    decoder.layers = LayerRange(decoder.decoder_layers, layers_of(parallel, mesh.stage, len(decoder.layers)))
     tied = model.spec.shape.tie_word_embeddings
     if not mesh.is_first and not (tied and mesh.is_last):
-        decoder.embed_tokens = nn.Identity()
+        decoder.embed_tokens = nn.Identity()  # type: ignore[assignment]  # this stage never calls it
     if not mesh.is_last:
-        decoder.norm = model.lm_head = nn.Identity()
+        decoder.norm = model.lm_head = nn.Identity()  # type: ignore[assignment]  # nor these
 
 
 class Stage:
@@ -121,7 +121,8 @@ class StageRunner(ShardRunner):
     def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
         if self.mesh.is_last:
             sampled = super()._sample(hidden, rows, positions, sampling, logprobs)
-            self.model.mark()
+            stage: Any = self.model
+            stage.mark()
             return sampled
         return Sampled(self.last_tokens[rows], None)
 
@@ -129,7 +130,7 @@ class StageRunner(ShardRunner):
 class StageBatcher(Batcher):
     """Appends to every decode step the tokens that it computes, int32 [num_seqs]: the first stage did not sample them."""
 
-    def _decode(self, plan, last, updates, *, same_rows: bool) -> StepInput:
+    def _decode(self, plan: StepPlan, last: Any, updates: Any, *, same_rows: bool) -> StepInput:
         step = super()._decode(plan, last, updates, same_rows=same_rows)
         tokens = np.array([r.token_ids[-1] for r in plan.requests], dtype=np.int32)
         return replace(step, data=np.concatenate((step.data, tokens)))

@@ -70,16 +70,16 @@ def confess(channel: Channel, rank: int, error: BaseException, secondary: bool =
 def main() -> int:
     leave_signals_to_the_driver()
     rank, orders, store, driver = map(int, sys.argv[1:])
-    channels = [Channel(socket.socket(fileno=number)) for number in (orders, store)]
+    channel, other = (Channel(socket.socket(fileno=number)) for number in (orders, store))
     for number in (orders, store):
         os.set_inheritable(number, False)
-    pulse = Pulse(channels[0], driver)
+    pulse = Pulse(channel, driver)
     try:
         from .worker import Worker  # imports torch
     except BaseException as error:
-        confess(channels[0], rank, error)
+        confess(channel, rank, error)
         return 1
-    return Worker(rank, rank, *channels, pulse).serve()
+    return Worker(rank, rank, channel, other, pulse).serve()
 
 
 def end(code: int) -> NoReturn:

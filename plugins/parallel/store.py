@@ -86,7 +86,7 @@ def _number(packed: bytes) -> int:
     return int(_NUMBER.unpack(packed)[0])
 
 
-class Store(dist.Store):
+class Store(dist.Store):  # type: ignore[name-defined]  # torch exports it at run time
     """Either end of a Shelf, as torch wants it. Must be kept as long as a process group uses it."""
 
     def __init__(self, ask: Callable[[str, float, list[bytes]], list[bytes]]) -> None:

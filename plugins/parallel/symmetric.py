@@ -84,7 +84,8 @@ class SymmetricReduce:
         self._peers.barrier()
         handle, size = self._handles[self._next ^ 1], part.shape
         parts = [handle.get_buffer(rank, size, part.dtype).float() for rank in range(self._ranks)]
-        return sum(parts[1:], parts[0]).to(part.dtype)
+        total: Tensor = sum(parts[1:], parts[0])
+        return total.to(part.dtype)
 
     def add_norm(self, norm: Norm, part: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """`norm` of the last product's sum and the residual stream, and their sum, [T, N] each."""
@@ -97,7 +98,8 @@ class SymmetricReduce:
         return self._peers.sum_add_rms_norm(sums, residual, weight, eps, summed=True)
 
     def _room(self, buffer: int, rows: int) -> Tensor:
-        return self._buffers[buffer][: rows * self._columns].view(rows, self._columns)
+        room: Tensor = self._buffers[buffer][: rows * self._columns].view(rows, self._columns)
+        return room
 
 
 def addresses(handle: Any, device: torch.device) -> Tensor:
@@ -195,7 +197,8 @@ class OverlappedProducts:
 
     def _slot(self, rank: int, number: int, shape: Sequence[int]) -> Tensor:
         first = number * self._size
-        return self._memory[rank][first : first + shape[0] * shape[1]].view(*shape)
+        slot: Tensor = self._memory[rank][first : first + shape[0] * shape[1]].view(*shape)
+        return slot
 
 
 def _mapped(group: Any, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Any]:

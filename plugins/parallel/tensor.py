@@ -87,8 +87,7 @@ class ShardRunner(ModelRunner):
 
     def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
         head, sample = self.model.lm_head, self.kernels.sample_part
-        divided = isinstance(head, VocabularyParallelHead) and head.everywhere
-        if sample is None or not divided or sampling == FILTERED or logprobs != NO_LOGPROBS:
+        if sample is None or not isinstance(head, VocabularyParallelHead) or not head.everywhere or sampling == FILTERED or logprobs != NO_LOGPROBS:
             return super()._sample(hidden, rows, positions, sampling, logprobs)
         temperature = None if sampling == GREEDY else self.numbers[0, rows]
         best = sample(head.part(hidden), temperature, self.seeds[rows], positions, head.first)
@@ -118,8 +117,10 @@ class Sharding:
 
     def take(self, name: str, tensor: Any) -> Tensor:
         kind, axis = self._rule(name)
+        part: Tensor
         if kind == WHOLE:
-            return tensor[:]
+            part = tensor[:]
+            return part
         size = tensor.get_shape()[axis]
         if kind == VOCABULARY:
             rows = -(-size // self._tp)
@@ -130,7 +131,8 @@ class Sharding:
         if _is_kv(name):
             place, parts = place // self._copies, parts // self._copies
         rows = size // parts
-        return tensor[:, place * rows : (place + 1) * rows] if axis else tensor[place * rows : (place + 1) * rows]
+        part = tensor[:, place * rows : (place + 1) * rows] if axis else tensor[place * rows : (place + 1) * rows]
+        return part
 
     def owns(self, name: str) -> bool:
         if name.startswith("model.layers."):
@@ -156,7 +158,7 @@ def shard(model: CausalLM, mesh: Mesh) -> Sharding:
     share = Sharding(model, mesh)
     if tp == 1:
         return share
-    for layer in model.model.layers:
+    for layer in model.model.decoder_layers:
         _shard_attention(layer.self_attn, mesh)
         _column_parallel(layer.mlp.gate_up_proj, {name: rows // tp for name, rows in layer.mlp.gate_up_proj.parts.items()}, mesh)
         layer.mlp.down_proj = _row_parallel(layer.mlp.down_proj, mesh)

@@ -132,10 +132,10 @@ def _store(is_driver: bool) -> Any:
     """The store of torchrun's agent. Where something else set the environment, the driver's, beside its
     door."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
-        return next(dist.rendezvous("env://"))[0]
+        return next(dist.rendezvous("env://"))[0]  # type: ignore[attr-defined]  # torch exports it at run time
     host, port = meeting_point(), int(os.environ["MASTER_PORT"])
     listening = socket.create_server((host, port)).detach() if is_driver else None
-    return dist.TCPStore(host, port, is_master=is_driver, wait_for_workers=False, master_listen_fd=listening)
+    return dist.TCPStore(host, port, is_master=is_driver, wait_for_workers=False, master_listen_fd=listening)  # type: ignore[attr-defined]  # torch exports it at run time
 
 
 def join(rank: int, facts: dict[str, str], patience: float) -> list[Channel]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import LengthPrediction, Predictor, Request, hookimpl, param
+from headway import LengthPrediction, Predictor, Registry, Request, hookimpl, param
 
 
 @dataclass
@@ -20,5 +20,5 @@ class Constant(Predictor):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("predictor", "constant", Constant)

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from dataclasses import dataclass
 
-from headway import Context, LengthPrediction, Predictor, Request, RequestState, hookimpl, param
+from headway import Context, LengthPrediction, Predictor, Registry, Request, RequestState, hookimpl, param
 
 KINDS = ("client", "category", "all")
 UPPER = ("quantile", "sample")
@@ -73,5 +73,5 @@ class History(Predictor):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("predictor", "history", History)

@@ -7,7 +7,7 @@ from itertools import combinations
 from math import erf, exp, log
 from random import Random
 
-from headway import Context, LengthPrediction, Predictor, Request, hookimpl, param
+from headway import Context, LengthPrediction, Predictor, Registry, Request, hookimpl, param
 
 SAMPLE = 64  # lengths from which the noise is tuned
 MOST = 100.0  # logarithm of the largest factor: a tau near 0 asks for more than a float holds
@@ -32,6 +32,7 @@ class NoisyLength(Predictor):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
+        assert ctx.oracle is not None  # since it declares oracle = True
         self._truth, self._seed = ctx.oracle, ctx.seed
         self.sigma = 0.0 if self.tau == 1 else spread([0.0, 1.0], self.tau)  # until lengths are known: two that differ by a factor of e
         self._logs: list[float] = []
@@ -70,5 +71,5 @@ def spread(logs: list[float], tau: float) -> float:
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("predictor", "noisy", NoisyLength)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Context, LengthPrediction, Predictor, Request, hookimpl
+from headway import Context, LengthPrediction, Predictor, Registry, Request, hookimpl
 
 
 @dataclass
@@ -18,6 +18,7 @@ class TrueLength(Predictor):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
+        assert ctx.oracle is not None  # since it declares oracle = True
         self._truth = ctx.oracle
 
     def predict(self, request: Request) -> LengthPrediction:
@@ -26,5 +27,5 @@ class TrueLength(Predictor):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("predictor", "oracle", TrueLength)

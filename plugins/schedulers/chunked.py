@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Context, NeedBlocks, NoBudget, Request, Scheduler, StepBuilder, View, hookimpl, param
+from headway import Context, NeedBlocks, NoBudget, Registry, Request, Scheduler, StepBuilder, View, hookimpl, param
 
 
 @dataclass
@@ -67,5 +67,5 @@ class ChunkedPrefill(Scheduler):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("scheduler", "chunked", ChunkedPrefill)

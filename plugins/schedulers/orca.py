@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Context, NeedBlocks, NoBudget, Request, Scheduler, StepBuilder, View, hookimpl
+from headway import Context, NeedBlocks, NoBudget, Registry, Request, Scheduler, StepBuilder, View, hookimpl
 
 
 @dataclass
@@ -65,5 +65,5 @@ class Orca(Scheduler):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("scheduler", "orca", Orca)

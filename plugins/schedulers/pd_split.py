@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headway import NeedBlocks, NoBudget, Scheduler, StepBuilder, View, hookimpl, param
+from headway import NeedBlocks, NoBudget, Registry, Request, Scheduler, StepBuilder, View, hookimpl, param
 
 
 @dataclass
@@ -34,7 +35,7 @@ class TwoPhase(Scheduler):
             for request in view.running:
                 step.add(request)
 
-    def prefill(self, step: StepBuilder, view: View, unfinished: list) -> None:
+    def prefill(self, step: StepBuilder, view: View, unfinished: Sequence[Request]) -> None:
         tokens = min(step.tokens_left, self.prefill_tokens or step.tokens_left)
         seqs = self.prefill_seqs or step.seqs_left
         for request in unfinished:
@@ -54,5 +55,5 @@ class TwoPhase(Scheduler):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("scheduler", "pd_split", TwoPhase)

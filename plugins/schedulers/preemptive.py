@@ -10,6 +10,7 @@ from headway import (
     PREEMPTION_MODES,
     ConfigError,
     Context,
+    Registry,
     Request,
     StepBuilder,
     View,
@@ -50,6 +51,7 @@ class Preemptive(ChunkedPrefill):
 
     def plan(self, step: StepBuilder, view: View) -> None:
         rank = self._order.rank_at(view.now)
+        assert rank is not None  # since `setup`
         running = sorted(view.running, key=rank)
         first = next(self.order(view), None)
         better = first is not None and running and rank(first) < rank(running[-1])
@@ -66,7 +68,8 @@ class Preemptive(ChunkedPrefill):
         seqs = self._max_num_seqs - len(running)
         blocks = view.kv.available + sum(len(request.block_table) for request in self._leaving)
         blocks -= sum(self.lacks(request, view) for request in running)
-        tokens = min(step.tokens_left, self.token_budget) - sum(request.num_new_tokens for request in running)
+        budget = step.tokens_left if self.token_budget is None else min(step.tokens_left, self.token_budget)
+        tokens = budget - sum(request.num_new_tokens for request in running)
         gone: set[int] = set()
         last = rank(running[-1])
         for request in self.order(view):
@@ -96,5 +99,5 @@ class Preemptive(ChunkedPrefill):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("scheduler", "preemptive", Preemptive)

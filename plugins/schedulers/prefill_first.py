@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import NeedBlocks, NoBudget, Scheduler, StepBuilder, View, hookimpl, param
+from headway import NeedBlocks, NoBudget, Registry, Scheduler, StepBuilder, View, hookimpl, param
 
 
 @dataclass
@@ -40,6 +40,6 @@ class PrefillFirst(Scheduler):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("scheduler", "prefill_first", PrefillFirst)
     registry.add("scheduler", "fcfs", PrefillFirst)

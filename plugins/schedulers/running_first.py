@@ -8,6 +8,7 @@ from headway import (
     Context,
     NeedBlocks,
     NoBudget,
+    Registry,
     Request,
     RequestState,
     Scheduler,
@@ -62,5 +63,5 @@ class RunningFirst(Scheduler):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("scheduler", "running_first", RunningFirst)

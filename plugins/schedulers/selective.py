@@ -10,6 +10,7 @@ from headway import (
     KeyOrder,
     NeedBlocks,
     NoBudget,
+    Registry,
     Request,
     StepBuilder,
     View,
@@ -35,10 +36,11 @@ class Selective(ChunkedPrefill):
                 f"{self.plugin_name} needs an order that ranks running requests too, and {self._order.plugin_name} does not: "
                 "choose order=niyama, edf, priority, srpt or another KeyOrder"
             )
+        self._rank = self._order.rank
 
     def plan(self, step: StepBuilder, view: View) -> None:
         step.limit(tokens=self.token_budget)
-        rank = self._order.rank
+        rank = self._rank
         prefills = []
         for request in view.running:
             if request.num_new_tokens > 1:
@@ -70,5 +72,5 @@ class Selective(ChunkedPrefill):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("scheduler", "selective", Selective)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from headway import Arrival, Request, RequestState, Tags, hookimpl, param
+from headway import Arrival, Registry, Request, RequestState, Tags, hookimpl, param
 
 from .content import Content, Numbering, only_its_length
 from .lines import Lines, Malformed, json_object, parsed, regular_file
@@ -156,5 +156,5 @@ def _call(line: int, entry: dict[str, Any], number: Numbering) -> Call:
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "agents", Agents)

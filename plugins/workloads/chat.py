@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, ClassVar
 
-from headway import Arrival, Context, ModelError, SamplingParams, Tags, WorkloadError, hookimpl, param
+from headway import Arrival, Context, ModelError, Registry, SamplingParams, Tags, WorkloadError, hookimpl, param
 
 from .lines import Lines, Malformed, json_object, parsed
 from .pace import Paced
@@ -110,5 +110,5 @@ def _prompts(lines: Lines) -> Iterator[str]:
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "chat", Chat)

@@ -11,6 +11,7 @@ from random import Random
 
 from headway import (
     Arrival,
+    Registry,
     SamplingParams,
     Tags,
     WorkloadError,
@@ -82,5 +83,5 @@ class Clients(Mix):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "clients", Clients)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import hookimpl, param
+from headway import Registry, hookimpl, param
 
 from .pace import LONGEST, PROCESSES
 from .shared_prefix import SharedPrefix
@@ -31,5 +31,5 @@ class Demo(SharedPrefix):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "demo", Demo)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from headway import Arrival, Request, RequestState, Tags, hookimpl, param
+from headway import Arrival, Registry, Request, RequestState, Tags, hookimpl, param
 
 from .content import only_its_length
 from .pace import LONGEST, Paced, length_range, random_tokens
@@ -70,5 +70,5 @@ class MultiTurn(Paced):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "multi_turn", MultiTurn)

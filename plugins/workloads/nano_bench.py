@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from headway import Arrival, SamplingParams, hookimpl, param
+from headway import Arrival, Registry, SamplingParams, hookimpl, param
 
 from .mix import Mix
 
@@ -28,11 +28,7 @@ class NanoBench(Mix):
     )
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
-        rng = Random(0)  # the benchmark's, whatever the run's seed
-        prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(self.num_requests)]
-        lengths = [rng.randint(100, 1024) for _ in range(self.num_requests)]
-        if self.repeat:
-            prompts = [[(token + 17 * self.repeat) % 10000 for token in prompt] for prompt in prompts]
+        prompts, lengths = requests(self.repeat, self.num_requests)
         made = [
             Arrival(0.0, [token % vocab_size for token in prompt], SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length))
             for prompt, length in zip(prompts, lengths, strict=True)
@@ -40,6 +36,16 @@ class NanoBench(Mix):
         return list(self.mixed(made, seed))
 
 
+def requests(repeat: int = 0, count: int = 256) -> tuple[list[list[int]], list[int]]:
+    """The benchmark's prompts and answer lengths, by its own seed. Each repeat shifts the tokens, so that no prefix cache helps."""
+    rng = Random(0)
+    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(count)]
+    lengths = [rng.randint(100, 1024) for _ in range(count)]
+    if repeat:
+        prompts = [[(token + 17 * repeat) % 10000 for token in prompt] for prompt in prompts]
+    return prompts, lengths
+
+
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "nano_bench", NanoBench)

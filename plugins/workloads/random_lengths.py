@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from headway import Arrival, Tags, hookimpl, param
+from headway import Arrival, Registry, Tags, hookimpl, param
 
 from .pace import LONGEST, Paced, length_range, random_prompt
 
@@ -42,5 +42,5 @@ class RandomLengths(Paced):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "random", RandomLengths)

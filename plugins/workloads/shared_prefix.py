@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from random import Random
 
-from headway import Arrival, Tags, WorkloadError, hookimpl, param
+from headway import Arrival, Registry, Tags, WorkloadError, hookimpl, param
 
 from .content import only_its_length
 from .pace import LONGEST, Paced, length_range, random_tokens
@@ -56,5 +56,5 @@ class SharedPrefix(Paced):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "shared_prefix", SharedPrefix)

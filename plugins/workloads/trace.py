@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from headway import Arrival, Tags, WorkloadError, hookimpl, param
+from headway import Arrival, Registry, Tags, WorkloadError, hookimpl, param
 
 from .content import Content, Numbering, only_its_length
 from .lines import parsed, regular_file
@@ -121,7 +121,7 @@ class BurstGPT(Trace):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("workload", "trace", Trace)
     registry.add("workload", "azure", Azure)
     registry.add("workload", "mooncake", Mooncake)

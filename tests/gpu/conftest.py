@@ -1,4 +1,4 @@
-"""What tests of the engine share lies one folder up."""
+"""What tests share, `helpers`, lies one folder up."""
 
 import sys
 from pathlib import Path

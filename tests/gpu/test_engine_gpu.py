@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from torch_engines import GREEDY, engine_of, generate, reference_tokens, shared_prompts, variant  # noqa: E402
+from helpers.torch_engines import GREEDY, engine_of, generate, reference_tokens, shared_prompts, variant  # noqa: E402
 
 from headway import Arrival, ConfigError, EngineConfig, ModelConfig, SamplingParams  # noqa: E402
 from plugins.executors.torch import TorchExecutor  # noqa: E402

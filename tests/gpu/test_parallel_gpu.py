@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -13,9 +14,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from torch_engines import GREEDY, engine_of, shared_prompts, variant  # noqa: E402
+from helpers.torch_engines import GREEDY, engine_of, shared_prompts, variant  # noqa: E402
 
 from headway import Arrival, Engine, EngineConfig, ModelConfig, ParallelConfig, RankError, SamplingParams  # noqa: E402
 from plugins.executors.torch import TorchExecutor  # noqa: E402
@@ -98,7 +97,8 @@ def test_tokens_equal_one_gpus(one_gpu, layout):
 def test_a_killed_rank_ends_the_run_though_the_gpu_waits_for_it(all_reduce):
     """In a process of its own, with a time limit: what fails here is that it waits for ever."""
     code = f"import test_parallel_gpu; test_parallel_gpu.a_rank_is_killed({all_reduce!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the helpers of the CPU tests
 
-from torch_engines import GREEDY, engine_of, generate, prepared, reference, reference_tokens, shared_prompts, variant  # noqa: E402
+from helpers.torch_engines import GREEDY, engine_of, generate, prepared, reference, reference_tokens, shared_prompts, variant  # noqa: E402
 
 from headway import Arrival, ConfigError, EngineConfig, ModelConfig, SamplingParams, load_registry  # noqa: E402
 from plugins.executors.torch import TorchExecutor  # noqa: E402

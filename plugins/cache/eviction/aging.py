@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from headway import Block, Context, KeyEviction
 
@@ -21,7 +22,7 @@ class Aging(KeyEviction):
     def worth(self, block: Block) -> float:
         raise NotImplementedError
 
-    def key(self, block: Block):
+    def key(self, block: Block) -> Any:
         return (self._value[block.id], block.last_access)
 
     def on_insert(self, block: Block) -> None:

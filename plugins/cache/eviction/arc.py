@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import Block, Context, Eviction, Request, hookimpl, prefix_keys
+from headway import Block, Context, Eviction, Registry, Request, hookimpl, prefix_keys
 
 from .queues import Ghosts, Queue
 
@@ -93,7 +93,7 @@ class AdaptiveReplacement(Eviction):
 
     def _make_room_for_a_ghost(self) -> None:
         """Case IV, what is missed was in no list: |T1| + |B1| stays within c, all four within 2c. A T1 that alone fills c leaves no ghost."""
-        t1, t2, b1, b2 = map(len, (self._t1, self._t2, self._b1, self._b2))
+        t1, t2, b1, b2 = len(self._t1), len(self._t2), len(self._b1), len(self._b2)
         if t1 + b1 >= self._c:
             self._leaves_ghost = b1 > 0
             self._b1.trim(b1 - 1)
@@ -102,5 +102,5 @@ class AdaptiveReplacement(Eviction):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("eviction", "arc", AdaptiveReplacement)

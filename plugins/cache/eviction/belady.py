@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
-from headway import Block, ConfigError, Context, KeyEviction, Request, hookimpl, prefix_keys
+from headway import Block, ConfigError, Context, KeyEviction, Registry, Request, hookimpl, prefix_keys
 
 NEVER = 1 << 60
 
@@ -23,6 +24,7 @@ class Belady(KeyEviction):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
+        assert ctx.oracle is not None  # since it declares oracle = True
         self._oracle, self._size, self._context = ctx.oracle, ctx.block_size, ctx.max_model_len
         self._uses: dict[int, deque[int]] | None = None  # content key -> indices of the arrivals that ask for it
         self._admitted = bytearray()  # by arrival index
@@ -45,7 +47,8 @@ class Belady(KeyEviction):
         if request.index < len(self._admitted):
             self._admitted[request.index] = 1
 
-    def key(self, block: Block):
+    def key(self, block: Block) -> Any:
+        assert self._uses is not None  # since the first admission, before which no block is cached
         uses = self._uses.get(block.key)
         while uses and self._admitted[uses[0]]:
             uses.popleft()
@@ -53,5 +56,5 @@ class Belady(KeyEviction):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("eviction", "belady", Belady)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from headway import Block, KeyEviction, hookimpl
+from headway import Block, KeyEviction, Registry, hookimpl
 
 
 @dataclass
@@ -16,10 +17,10 @@ class FirstIn(KeyEviction):
     FIFO.
     """
 
-    def key(self, block: Block):
+    def key(self, block: Block) -> Any:
         return block.created
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("eviction", "fifo", FirstIn)

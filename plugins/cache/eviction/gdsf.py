@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Block, Context, hookimpl, param
+from headway import Block, Context, Registry, hookimpl, param
 
 from .aging import Aging
 
@@ -28,5 +28,5 @@ class GreedyDual(Aging):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("eviction", "gdsf", GreedyDual)

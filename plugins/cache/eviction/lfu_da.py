@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Block, hookimpl
+from headway import Block, Registry, hookimpl
 
 from .aging import Aging
 
@@ -21,5 +21,5 @@ class LeastFrequentAged(Aging):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("eviction", "lfu_da", LeastFrequentAged)

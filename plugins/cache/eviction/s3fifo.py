@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import Block, Context, Eviction, hookimpl, param
+from headway import Block, Context, Eviction, Registry, hookimpl, param
 
 from .queues import Ghosts, Queue
 
@@ -87,5 +87,5 @@ class S3FIFO(Eviction):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("eviction", "s3fifo", S3FIFO)

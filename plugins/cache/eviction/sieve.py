@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import Block, Context, Eviction, hookimpl
+from headway import Block, Context, Eviction, Registry, hookimpl
 
 from .queues import Queue
 
@@ -68,5 +68,5 @@ class Sieve(Eviction):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("eviction", "sieve", Sieve)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from headway import ROOT, Block, Context, KeyEviction, hookimpl, param
+from headway import ROOT, Block, Context, KeyEviction, Registry, hookimpl, param
 
 
 @dataclass
@@ -40,7 +41,7 @@ class TailOptimizedLRU(KeyEviction):
     def _length(self, block: Block) -> int:
         return self._lengths.get(block.id, (block.depth + 1) * self._size)
 
-    def key(self, block: Block):
+    def key(self, block: Block) -> Any:
         needed = block.depth * self._size < self._length(block) + self.Q_hat - self.xi
         return (needed, block.last_access)
 
@@ -54,5 +55,5 @@ class TailOptimizedLRU(KeyEviction):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("eviction", "tlru", TailOptimizedLRU)

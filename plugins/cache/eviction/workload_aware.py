@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import expm1, log
 
-from headway import Block, BlockHeap, Context, Eviction, Request, hookimpl, param
+from headway import Block, BlockHeap, Context, Eviction, Registry, Request, hookimpl, param
 
 Category = tuple[str, int]
 
@@ -106,5 +106,5 @@ class WorkloadAware(Eviction):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("eviction", "workload_aware", WorkloadAware)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import KVControl, Request, Retention, hookimpl
+from headway import KVControl, Registry, Request, Retention, hookimpl
 
 
 @dataclass
@@ -16,5 +16,5 @@ class Drop(Retention):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("retention", "drop", Drop)

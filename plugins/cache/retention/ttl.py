@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
-from headway import ConfigError, Context, KVControl, Request, Retention, hookimpl, param
+from headway import ConfigError, Context, KVControl, Registry, Request, Retention, hookimpl, param
 
 
 class Memory:
@@ -120,7 +120,7 @@ class TimeToLive(Retention):
         """tau in seconds; 0: not worth a pin."""
         queueing = sum(self._queueing) / len(self._queueing) if self._queueing else 0.0
         benefit = queueing * self.memory.eta + self._prefill_time(request.num_tokens)
-        known: Iterable[float] = ()
+        known: Sequence[float] = ()
         for tool in (request.tags.tool, ""):
             known = self._durations.get(tool, ())
             if len(known) >= self.min_calls:
@@ -138,5 +138,5 @@ class TimeToLive(Retention):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("retention", "ttl", TimeToLive)

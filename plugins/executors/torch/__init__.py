@@ -19,6 +19,7 @@ from headway import (
     ModelShape,
     ParallelConfig,
     Preparation,
+    Registry,
     Request,
     StepPlan,
     StepResult,
@@ -30,6 +31,7 @@ from headway import (
 
 from ..cost import Fitted, Roofline, default_token_budget
 from .config import TorchConfig
+from .packages import check_installed
 from .threads import wait_asleep
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ class TorchExecutor(Executor):
         that policies ask for, until there are measured ones; on a CPU the latter alone.
         Raises ConfigError and ModelError before weights are read, and RankError when another rank fails.
         """
+        check_installed()
         parallel, card = parallel or ParallelConfig(), hardware or Hardware()
         self._before_weights(model, engine or EngineConfig(), parallel)
         if parallel.world_size > 1:
@@ -118,6 +121,7 @@ class TorchExecutor(Executor):
 
     def check(self, context: BuildContext) -> ExecutorCaps | None:
         """Raises ConfigError and ModelError for what can be known without weights, ranks or a download."""
+        check_installed()
         from .foresight import foresee
 
         parallel = context.parallel
@@ -231,5 +235,5 @@ def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelCo
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("executor", "torch", TorchExecutor)

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def longest_mixed(parameters: int, at_most: int) -> int:
     return max(1, min(at_most, int(HIDDEN * LAUNCH_PER_LAYER * FLOPS / (2 * parameters))))
 
 
-def capture(function: Callable[[], T], pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, T]:
+def capture(function: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
     """The function as a graph, and the tensors that each replay fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -117,7 +117,7 @@ class MixedGraphs:
         self._samples = sorted(batch_sizes(most))
         self._models: dict[Size, torch.cuda.CUDAGraph] = {}
         self._draws: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by samples, kind of sampling
-        integers = {"dtype": torch.int64, "device": runner.device}
+        integers: dict[str, Any] = {"dtype": torch.int64, "device": runner.device}
         # The sequences that sample, then the batch, as `StepInput.padded` lays it out.
         self._inputs = torch.zeros(most + 3 * (most + 1) + 1 + 2 * longest, **integers)
         self._chosen, self._batch = self._inputs[:most], self._inputs[most:]

@@ -22,6 +22,7 @@ from headway import (
     ParallelConfig,
     SamplingParams,
     build,
+    default_names,
     load_registry,
     near,
     token_ids,
@@ -37,9 +38,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Sampling = SamplingParams | Sequence[SamplingParams | None] | None
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
-DEFAULTS = {
-    "scheduler": "chunked", "order": "fcfs", "victim": "newest", "cache": "hash", "eviction": "lru", "executor": "torch", "kernels": "auto",
-}  # fmt: skip
+ROLES = ("scheduler", "order", "victim", "cache", "eviction", "executor", "kernels")
 OPTIONAL = ("budget", "admission", "predictor", "retention")
 PARALLEL = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp"}
 
@@ -77,7 +76,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
     error: str = ""
@@ -152,7 +151,7 @@ class LLM:
             "documents": documents,
         }
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        asked = [partial(self._read_chat, conversation, options) for conversation in conversations]
+        asked: list[Callable[[], _Question]] = [partial(self._read_chat, conversation, options) for conversation in conversations]
         return self._answer(asked, sampling_params)
 
     def close(self) -> None:
@@ -205,6 +204,7 @@ class LLM:
         return _Question(prompt, self.tokenizer.encode(prompt), salt)
 
     def _read_chat(self, conversation: Any, options: dict[str, Any]) -> _Question:
+        assert self.tokenizer is not None  # since `chat` asked
         return _Question(token_ids=self.tokenizer.encode_chat(conversation, **options))
 
     # ---- what is answered ----------------------------------------------------------------------------------
@@ -239,18 +239,19 @@ class LLM:
         return {token: Logprob(logprob, rank, piece(token)) for token, (logprob, rank) in ranked.items()}
 
 
-def _compose(model: str, options: dict[str, Any]) -> Composition:
+def _compose(model: str | os.PathLike[str], options: dict[str, Any]) -> Composition:
     """Each option to where it belongs. Raises ConfigError with the near names for an unknown one."""
     engine = {f.name for f in fields(EngineConfig)}
     executor = {f.name for f in fields(TorchExecutor)}
     models = {f.name for f in fields(ModelConfig)} - {"name_or_path"}
-    known = {*DEFAULTS, *OPTIONAL, *engine, *executor, *models, *PARALLEL, "seed"}
+    defaults = default_names()
+    known = {*ROLES, *OPTIONAL, *engine, *executor, *models, *PARALLEL, "seed"}
     if unknown := [name for name in options if name not in known]:
         raise ConfigError(f"LLM has no option {unknown[0]!r}.{near(unknown[0], known)}")
     choices: dict[str, tuple[str, dict[str, Any]]] = {}
-    for role in (*DEFAULTS, *OPTIONAL):
-        choice = options.get(role, DEFAULTS.get(role))
-        if choice is not None or role in DEFAULTS:
+    for role in (*ROLES, *OPTIONAL):
+        choice = options.get(role, defaults.get(role))
+        if choice is not None or role in ROLES:
             choices[role] = _choice(role, choice)
     name, parameters = choices["executor"]
     choices["executor"] = name, parameters | {n: v for n, v in options.items() if n in executor}
@@ -267,7 +268,7 @@ def _compose(model: str, options: dict[str, Any]) -> Composition:
 def _choice(role: str, choice: Any) -> tuple[str, dict[str, Any]]:
     """A plugin's name, or a dict of its name and parameters."""
     parameters = dict(choice) if isinstance(choice, Mapping) else {"name": choice}
-    name = parameters.pop("name", DEFAULTS.get(role))
+    name = parameters.pop("name", default_names().get(role))
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{role}={choice!r}: expected a plugin's name, or a dict of its name and parameters")
     return name, parameters
@@ -291,8 +292,9 @@ def _as_list(prompts: Any) -> list[Any]:
         return [prompts]
     if (dimensions := getattr(prompts, "ndim", None)) == 0:
         return [prompts]
-    prompts = prompts.tolist() if dimensions == 1 else list(prompts)
-    return [prompts] if prompts and all(isinstance(token, Integral) for token in prompts) else prompts
+    array: Any = prompts
+    listed: list[Any] = array.tolist() if dimensions == 1 else list(prompts)
+    return [listed] if listed and all(isinstance(token, Integral) for token in listed) else listed
 
 
 def _one_each(sampling_params: Any, count: int) -> list[Any]:

@@ -40,7 +40,7 @@ def check_blocks(
 
 def bytes_per_token(model: CausalLM) -> int:
     """KV bytes of one token in all layers that this rank holds."""
-    attentions = [layer.self_attn for layer in model.model.layers]
+    attentions = [layer.self_attn for layer in model.model.decoder_layers]
     return sum(2 * a.num_kv_heads * a.head_dim * a.o_proj.weight.element_size() for a in attentions)
 
 
@@ -53,7 +53,7 @@ def allocate_cache(model: CausalLM, num_blocks: int, block_size: int, device: to
             "lower engine.num_blocks or executor.kv_cache_gb",
         )
     try:
-        return [_layer_cache(layer.self_attn, num_blocks, block_size, device) for layer in model.model.layers]
+        return [_layer_cache(layer.self_attn, num_blocks, block_size, device) for layer in model.model.decoder_layers]
     except (torch.OutOfMemoryError, MemoryError):
         raise ConfigError(
             f"{num_blocks} KV blocks of {block_size} tokens take {num_blocks * block_size * bytes_per_token(model) / 2**30:.1f} GiB, "
@@ -68,7 +68,7 @@ def host_cache(model: CausalLM, num_blocks: int, block_size: int, device: torch.
     need = num_blocks * block_size * bytes_per_token(model)
     check_fits(need, f"executor.host_blocks={num_blocks}: a tier of so many KV blocks of {block_size} tokens", "lower it")
     host = torch.device("cpu")
-    caches = [_layer_cache(layer.self_attn, num_blocks, block_size, host) for layer in model.model.layers]
+    caches = [_layer_cache(layer.self_attn, num_blocks, block_size, host) for layer in model.model.decoder_layers]
     if device.type == "cuda":  # page-locked, so that nobody waits for a copy
         return [(keys.pin_memory(), values.pin_memory()) for keys, values in caches]
     return caches
@@ -123,7 +123,7 @@ def _largest_step(model: CausalLM, kernels: Kernels, device: torch.device, engin
     total = engine.max_num_batched_tokens
     lengths = [longest] * (total // longest) + ([total % longest] if total % longest else [])
     width = -(-max(lengths) // size)
-    cache = _layer_cache(next(iter(model.model.layers)).self_attn, width, size, device)  # one for all layers: its contents do not matter
+    cache = _layer_cache(model.model.decoder_layers[0].self_attn, width, size, device)  # one for all layers: its contents do not matter
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])
     batch = BatchMetadata(

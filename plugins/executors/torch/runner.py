@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ class ModelRunner:
         self.batch_rows = torch.zeros(rows, dtype=torch.int64, device=device)  # of the running decode batch, padded
         self.ordinals = torch.arange(max(rows, max_num_batched_tokens) + 1, device=device)  # int64 0, 1, 2 ...
         self.bounds = torch.arange(rows + 1, dtype=torch.int32, device=device)  # cu_seqlens_q of a decode batch
-        self.decode_step = self.decode  # or a replay of it as a CUDA graph
+        self.decode_step: Callable[[int, int, int, int], Sampled] = self.decode  # or a replay of it as a CUDA graph
         self.mixed_graphs: MixedGraphs | None = None  # of steps that are no decodes
         self.staging = Staging(device, max_plans + 1, 16 * rows + 3 * max_num_batched_tokens)
 
@@ -156,7 +157,7 @@ class ModelRunner:
         data = self.staging.send(step.data if size is None else step.padded(*size, self.max_num_seqs))
         self._tell(step, data)
         told, samples = step.num_told, step.num_samples
-        if size is not None:
+        if graphs is not None and size is not None:
             return graphs.replay(size, data[told:], step)
         chosen, batch = data[told : told + samples], data[told + samples :]
         hidden, rows, ends, last = self.mixed_hidden(step.num_seqs, step.num_tokens, batch, step.max_query, step.max_context)

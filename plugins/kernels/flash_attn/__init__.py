@@ -10,7 +10,7 @@ import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headway import ConfigError, hookimpl
+from headway import ConfigError, Registry, hookimpl
 
 from ..compose import GpuChoice
 from ..ops import KernelCaps
@@ -62,5 +62,5 @@ class FlashAttnKernels(GpuChoice):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("kernels", "flash_attn", FlashAttnKernels)

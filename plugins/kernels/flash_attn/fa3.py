@@ -30,7 +30,7 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata,
             page_size=block_size,
             causal=True,
         )
-    return flash_attn_with_kvcache(
+    out: Tensor = flash_attn_with_kvcache(
         q,
         k_cache,
         v_cache,
@@ -42,3 +42,4 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata,
         causal=True,
         scheduler_metadata=schedule,
     )
+    return out

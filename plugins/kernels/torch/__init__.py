@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from headway import hookimpl
+from headway import Registry, hookimpl
 
 from ..compose import GROUPS, KernelChoice
 from ..ops import KernelCaps
@@ -30,5 +30,5 @@ class TorchKernels(KernelChoice):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("kernels", "torch", TorchKernels)

@@ -124,8 +124,8 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, context
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """q [B, Q, H, D], k and v [B, L, K, D], mask bool, true where a query sees a key, broadcast to [B, H, Q, L] -> [B, Q, H, D]."""
-    wide = (_wide(x).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2).to(q.dtype)
+    queries, keys, values = (_wide(x).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2).to(q.dtype)
 
 
 def sample(
@@ -155,7 +155,7 @@ def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
 
 def _noise(scaled: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int = 0) -> Tensor:
     """Of the tokens from `first` on; none in greedy rows."""
-    return _gumbel(seeds, positions, first, scaled.shape[-1]).masked_fill((temperature == 0).unsqueeze(1), 0.0)
+    return _gumbel(seeds, positions, scaled.shape[-1], first).masked_fill((temperature == 0).unsqueeze(1), 0.0)
 
 
 def _filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
     return scaled.masked_fill(scaled < floor, float("-inf"))
 
 
-def _gumbel(seeds: Tensor, positions: Tensor, first: int, count: int) -> Tensor:
+def _gumbel(seeds: Tensor, positions: Tensor, count: int, first: int = 0) -> Tensor:
     """float32 [B, count]: `plugins.kernels.ops.gumbel` for every row and token from `first` on."""
     low, high, at = _int32(seeds), _int32(seeds >> 32), _int32(positions)
     key0 = _mix32(_mix32(_mix32(low ^ _signed(0x9E3779B9)) ^ high) ^ at).unsqueeze(1)

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-from headway import ConfigError, hookimpl
+from headway import ConfigError, Registry, hookimpl
 
 from ..compose import FUSED, GROUPS, GpuChoice
 from ..ops import KernelCaps
@@ -35,5 +35,5 @@ class TritonKernels(GpuChoice):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("kernels", "triton", TritonKernels)

@@ -94,10 +94,10 @@ def attention(
     if batch.max_seqlen_q > 1:
         prompt = prompt or prompt_shape(size, q.element_size())
         queries = prompt.lanes // group  # a tile
-        key = ("triton prompt", queries, capturing)
-        prompt_work = batch.extra.get(key)
+        prompt_key = ("triton prompt", queries, capturing)
+        prompt_work = batch.extra.get(prompt_key)
         if prompt_work is None:
-            prompt_work = batch.extra[key] = prompt_plan(batch, q.shape[0], queries)
+            prompt_work = batch.extra[prompt_key] = prompt_plan(batch, q.shape[0], queries)
         _prompt(q, k_cache, v_cache, out, batch, scale, prompt_work, prompt, group)
     return out
 

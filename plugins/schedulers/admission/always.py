@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Admission, Admit, Request, View, hookimpl
+from headway import Admission, Admit, Registry, Request, View, hookimpl
 
 
 @dataclass
@@ -16,5 +16,5 @@ class Always(Admission):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("admission", "always", Always)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from headway import Admission, Admit, Context, Reject, Request, View, hookimpl, param
+from headway import Admission, Admit, Context, Registry, Reject, Request, View, hookimpl, param
 
 
 @dataclass
@@ -24,11 +25,11 @@ class EarlyReject(Admission):
     ttft: float | None = param(None, min=0, max=1e9, unit="seconds")
     tbt: float | None = param(None, min=0, max=1e9, unit="seconds")
     chunk_size: int = param(512, min=1, max=2**31 - 1, unit="tokens")
-    requires = ("step_time", "slo")
+    requires: ClassVar[tuple[str, ...]] = ("step_time", "slo")
 
     def __post_init__(self) -> None:
         if self.ttft is not None or self.tbt is not None:
-            self.requires = ("step_time",)
+            self.requires = ("step_time",)  # type: ignore[misc]  # of this object alone
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
@@ -70,5 +71,5 @@ class EarlyReject(Admission):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("admission", "early_reject", EarlyReject)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Admission, Admit, Context, Defer, Request, StepRecord, View, hookimpl, param
+from headway import Admission, Admit, Context, Defer, Registry, Request, StepRecord, View, hookimpl, param
 
 
 @dataclass
@@ -84,5 +84,5 @@ class NewTokenRatio(Admission):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("admission", "new_token_ratio", NewTokenRatio)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from headway import Context, Request, hookimpl, param
+from headway import Context, Predictor, Registry, Request, hookimpl, param
 
 from .peak import PeakAdmission
 
@@ -30,12 +30,12 @@ class PastFuture(PeakAdmission):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        self._predictor = ctx.roles["predictor"]
+        self._predictor: Predictor = ctx.roles["predictor"]
 
     def left(self, request: Request) -> int:
         return max(1, ceil(self._predictor.predict(request).upper) - request.num_output_tokens)
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("admission", "past_future", PastFuture)

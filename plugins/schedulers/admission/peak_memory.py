@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Context, Request, hookimpl
+from headway import Context, Registry, Request, hookimpl
 
 from .peak import PeakAdmission
 
@@ -29,5 +29,5 @@ class PeakMemory(PeakAdmission):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("admission", "peak_memory", PeakMemory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from headway import Admission, Admit, Context, Defer, Reject, Request, View, hookimpl, param
+from headway import Admission, Admit, Context, Defer, Registry, Reject, Request, View, hookimpl, param
 
 OVER = ("reject", "defer")
 
@@ -49,5 +49,5 @@ class RequestsPerMinute(Admission):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("admission", "rpm", RequestsPerMinute)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Context, Request, TokenBudget, View, hookimpl, param
+from headway import Context, Registry, Request, TokenBudget, View, hookimpl, param
 
 
 @dataclass
@@ -76,5 +76,5 @@ class DynamicChunk(TokenBudget):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("budget", "dynamic_chunk", DynamicChunk)

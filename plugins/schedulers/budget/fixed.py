@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Request, TokenBudget, View, hookimpl, param
+from headway import Registry, Request, TokenBudget, View, hookimpl, param
 
 
 @dataclass
@@ -24,5 +24,5 @@ class FixedChunk(TokenBudget):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("budget", "fixed", FixedChunk)

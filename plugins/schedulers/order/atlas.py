@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Context, Request, hookimpl
+from headway import Context, Registry, Request, hookimpl
 
 from .plas import Call, ProgramService
 
@@ -37,5 +37,5 @@ class CriticalPath(ProgramService):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "atlas", CriticalPath)

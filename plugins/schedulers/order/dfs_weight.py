@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from headway import Order, Request, View, hookimpl, param
+from headway import Order, Registry, Request, View, hookimpl, param
 
 Path = tuple[Sequence[int], int, Request]  # cached blocks of the prefix, place in the queue, the request
 
@@ -57,5 +57,5 @@ def _common(a: Sequence[int], b: Sequence[int], depth: int) -> int:
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "dfs_weight", DepthFirstWeight)

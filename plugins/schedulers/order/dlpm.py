@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import ConfigError, Context, Request, StepRecord, View, hookimpl, param
+from headway import ConfigError, Context, Registry, Request, StepRecord, View, hookimpl, param
 
 from .clients import ClientOrder
 
@@ -86,5 +86,5 @@ class DeficitLongestPrefix(ClientOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "dlpm", DeficitLongestPrefix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import KeyOrder, Request, hookimpl
+from headway import KeyOrder, Registry, Request, hookimpl
 
 NEVER = float("inf")
 
@@ -37,5 +37,5 @@ class EarliestDeadline(KeyOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "edf", EarliestDeadline)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Order, Request, View, hookimpl
+from headway import Order, Registry, Request, View, hookimpl
 
 
 @dataclass
@@ -17,5 +17,5 @@ class FirstCome(Order):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "fcfs", FirstCome)

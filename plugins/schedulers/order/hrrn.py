@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Context, Request, StepRecord, hookimpl
+from headway import Context, Registry, Request, StepRecord, hookimpl
 
 from .prefix import PrefixOrder
 
@@ -51,5 +51,5 @@ class HighestResponseRatio(PrefixOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "hrrn", HighestResponseRatio)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from headway import Context, Order, Request, View, hookimpl, param
+from headway import Context, Order, Registry, Request, View, hookimpl, param
 
 
 @dataclass
@@ -44,5 +44,5 @@ class KLongestPrefix(Order):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "k_lpm", KLongestPrefix)

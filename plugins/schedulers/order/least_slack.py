@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Context, Request, hookimpl
+from headway import Context, Registry, Request, hookimpl
 
 from .edf import NEVER, deadline
 from .sjf import ShortestFirst
@@ -24,6 +24,7 @@ class LeastSlack(ShortestFirst):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
+        assert ctx.cost_model is not None  # since it requires step_time
         self._cost = ctx.cost_model
         self._seconds: dict[int, tuple[float, float]] = {}  # request index -> (prefill, a decode), as of when it began to wait
 
@@ -55,5 +56,5 @@ class LeastSlack(ShortestFirst):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "least_slack", LeastSlack)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Request, hookimpl
+from headway import Registry, Request, hookimpl
 
 from .prefix import PrefixOrder
 
@@ -24,5 +24,5 @@ class LongestPrefix(PrefixOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "lpm", LongestPrefix)

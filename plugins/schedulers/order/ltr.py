@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Context, KeyOrder, Request, StepRecord, View, hookimpl, param
+from headway import Context, KeyOrder, Registry, Request, StepRecord, View, hookimpl, param
 
 from .alarms import Alarms
 
@@ -37,7 +37,7 @@ class LearningToRank(KeyOrder):
     def key(self, request: Request) -> tuple[bool, float]:
         return request.index not in self._promoted, self._rank[request.index]
 
-    def order(self, view: View) -> Sequence[Request]:
+    def order(self, view: View) -> Iterable[Request]:
         self._step = view.step
         for request in self._starving.ring(view.step):
             self._promoted[request.index] = self.priority_quantum
@@ -77,5 +77,5 @@ class LearningToRank(KeyOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "ltr", LearningToRank)

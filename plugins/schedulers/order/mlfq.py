@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Context, KeyOrder, Request, StepRecord, View, hookimpl, param
+from headway import Context, KeyOrder, Registry, Request, StepRecord, View, hookimpl, param
 
 from .alarms import Alarms
 
@@ -60,7 +60,7 @@ class SkipJoinMLFQ(KeyOrder):
         place = self._places[request.index]
         return place.level, place.serial
 
-    def order(self, view: View) -> Sequence[Request]:
+    def order(self, view: View) -> Iterable[Request]:
         for request in self._starving.ring(view.now):
             self._enter(request, 0)
             self.rekey(request)
@@ -104,5 +104,5 @@ class SkipJoinMLFQ(KeyOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "mlfq", SkipJoinMLFQ)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import Context, KeyOrder, Request, RequestState, StepRecord, View, hookimpl, param
+from headway import Context, KeyOrder, Registry, Request, RequestState, StepRecord, View, hookimpl, param
 
 from .edf import NEVER
 
@@ -32,6 +32,7 @@ class Niyama(KeyOrder):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
+        assert ctx.cost_model is not None  # since it requires step_time
         self._cost = ctx.cost_model
         chunk = min(512, ctx.max_num_batched_tokens)
         self._throughput = chunk / self._cost.step_time([0], [chunk])  # prefill tokens a second
@@ -78,5 +79,5 @@ class Niyama(KeyOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "niyama", Niyama)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Context, KeyOrder, Request, StepRecord, View, hookimpl, param
+from headway import Context, KeyOrder, Registry, Request, StepRecord, View, hookimpl, param
 
 from .alarms import Alarms
 
@@ -92,7 +92,7 @@ class ProgramService(KeyOrder):
     def key(self, request: Request) -> int:
         return self._calls[request.index].level
 
-    def order(self, view: View) -> Sequence[Request]:
+    def order(self, view: View) -> Iterable[Request]:
         for request in self._starving.ring(view.now):
             self._enter(request, 0)
             call = self._calls[request.index]
@@ -152,5 +152,5 @@ class ProgramService(KeyOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "plas", ProgramService)

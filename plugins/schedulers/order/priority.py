@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import KeyOrder, Request, hookimpl
+from headway import KeyOrder, Registry, Request, hookimpl
 
 
 @dataclass
@@ -21,5 +21,5 @@ class Priority(KeyOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "priority", Priority)

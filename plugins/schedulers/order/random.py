@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Context, KeyOrder, Request, hookimpl
+from headway import Context, KeyOrder, Registry, Request, hookimpl
 
 
 @dataclass
@@ -28,5 +28,5 @@ class RandomOrder(KeyOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "random", RandomOrder)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from headway import Context, KeyOrder, Request, hookimpl
+from headway import Context, KeyOrder, Registry, Request, hookimpl
 
 
 @dataclass
@@ -16,7 +17,7 @@ class ShortestFirst(KeyOrder):
     """
 
     may_starve = "short jobs may keep coming before a long one"
-    requires = ("predictor",)
+    requires: ClassVar[tuple[str, ...]] = ("predictor",)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
@@ -40,5 +41,5 @@ class ShortestFirst(KeyOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "sjf", ShortestFirst)

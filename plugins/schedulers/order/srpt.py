@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Request, hookimpl
+from headway import Registry, Request, hookimpl
 
 from .sjf import ShortestFirst
 
@@ -23,5 +23,5 @@ class ShortestRemaining(ShortestFirst):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "srpt", ShortestRemaining)

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway import ConfigError, Context, Request, StepRecord, View, hookimpl, param
+from headway import ConfigError, Context, Registry, Request, StepRecord, View, hookimpl, param
 
 from .clients import ClientOrder
 
@@ -55,7 +55,7 @@ class VirtualTokenCounter(ClientOrder):
         if client not in self.queues:
             self._relist()
             least = self._least() if self.queues else self._last
-            self.counters[client] = max(self.counters.get(client, 0.0), self.counters.get(least, 0.0))
+            self.counters[client] = max(self.counters.get(client, 0.0), self.counters.get(least, 0.0) if least is not None else 0.0)
         super().on_arrival(request, now)
         self._list(client)
 
@@ -106,5 +106,5 @@ class VirtualTokenCounter(ClientOrder):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("order", "vtc", VirtualTokenCounter)

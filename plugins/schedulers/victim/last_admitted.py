@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import PREEMPTION_MODES, Context, Need, Request, Victim, View, hookimpl, param
+from headway import PREEMPTION_MODES, Context, Need, Registry, Request, Victim, View, hookimpl, param
 
 
 @dataclass
@@ -36,5 +36,5 @@ class LastAdmitted(Victim):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("victim", "last_admitted", LastAdmitted)

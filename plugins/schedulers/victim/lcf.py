@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import PREEMPTION_MODES, Need, Request, Victim, View, hookimpl, param
+from headway import PREEMPTION_MODES, Need, Registry, Request, Victim, View, hookimpl, param
 
 
 @dataclass
@@ -22,5 +22,5 @@ class LeastComputed(Victim):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("victim", "lcf", LeastComputed)

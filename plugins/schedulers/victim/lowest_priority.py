@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import PREEMPTION_MODES, Need, Request, Victim, View, hookimpl, param
+from headway import PREEMPTION_MODES, Need, Registry, Request, Victim, View, hookimpl, param
 
 
 @dataclass
@@ -19,5 +19,5 @@ class LowestPriority(Victim):
 
 
 @hookimpl
-def headway_register(registry):
+def headway_register(registry: Registry) -> None:
     registry.add("victim", "lowest_priority", LowestPriority)

@@ -1,0 +1,1 @@
+"""The command line: Hydra, the folders of runs and sweeps, `python -m headway`. The one room of core that may import Hydra."""

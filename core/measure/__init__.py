@@ -1,0 +1,1 @@
+"""What is written down and made of a run: metrics, files, tables."""

@@ -1,0 +1,156 @@
+"""StepLog: the steps of a run as columns, written once and read by every observer that makes a file of them.
+
+A step's numbers are copied into arrays that grow, so no plan, request or list of the engine stays alive. The
+readers get them in pieces of at most `MOST_STEPS` steps, the last one maybe empty, and after that the arrays
+are empty again. A log holds 144 bytes per step, 24 per planned request, 8 per allocated block and 24 per
+allocation: about 50 MB at most before a piece is handed over, and as much again while it is.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..policy import Observer, StepRecord
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_STEPS = 4096
+MOST_NUMBERS = 2_000_000  # planned requests, allocated blocks
+
+#: Columns of whole numbers, then of seconds: a StepRecord's, and its plan's.
+COUNTS = (
+    "step", "emitted", "num_running", "num_waiting", "kv_used", "kv_cached", "num_preempted", "num_evicted", "num_seqs",
+    "num_tokens",
+)  # fmt: skip
+TIMES = ("start", "end", "policy_time", "now")
+_EXTENTS = ("num_allocations", "num_allocated_numbers", "num_timings", "num_more")
+_WIDTH = len(COUNTS) + len(_EXTENTS)
+
+
+class Lists(NamedTuple):
+    """A list of numbers per step, one behind the other: step i's are values[offsets[i] : offsets[i + 1]]."""
+
+    values: np.ndarray[Any, Any]
+    offsets: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class StepColumns:
+    """Consecutive steps, as columns of numpy. Requests are named by index; parallel lists are as in StepPlan."""
+
+    numbers: dict[str, np.ndarray[Any, Any]]  # by name, see COUNTS and TIMES
+    requests: Lists
+    chunks: Lists  # per step all starts, then all lengths
+    more: Lists  # per step, for each request that was given several tokens: its place in the plan, how many beyond one
+    preempted: Lists
+    allocations: Lists  # per step and allocation: the request, the first place in its table, the blocks
+    allocation_sizes: Lists  # per step: how many blocks each allocation has
+    timing_names: list[str]  # of the executor's own timings, step after step
+    timings: Lists  # seconds, at the places of their names
+
+
+class StepLog(Observer):
+    """The observer that fills the columns. It stands before its readers in an engine's list of observers: at the
+    end of a run they have heard of every step before they are closed."""
+
+    plugin_name = "step log"
+
+    def __init__(self, *readers: Callable[[StepColumns], None]) -> None:
+        self.readers = list(readers)
+        self._begin()
+
+    def on_start(self, engine: Any) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._counts, self._times = array("q"), array("d")
+        self._requests, self._chunks, self._preempted = array("q"), array("q"), array("q")
+        self._allocations, self._sizes, self._more = array("q"), array("q"), array("q")
+        self._names: list[str] = []
+        self._seconds = array("d")
+
+    def on_step(self, record: StepRecord) -> None:
+        plan, timings, before_more = record.plan, record.timings, len(self._more)
+        self._requests.extend([request.index for request in plan.requests])
+        self._chunks.extend(plan.starts)
+        self._chunks.extend(plan.lengths)
+        before = len(self._allocations)
+        for request, first, blocks in plan.allocated:
+            self._allocations.extend((request.index, first, *blocks))
+            self._sizes.append(len(blocks))
+        if plan.preempted:
+            self._preempted.extend([request.index for request in plan.preempted])
+        for place, rest in record.tokens.more.items():
+            self._more.extend((place, len(rest)))
+        if timings:
+            self._names.extend(timings)
+            self._seconds.extend(timings.values())
+        self._times.extend((record.start, record.end, record.policy_time, plan.now))
+        self._counts.extend(
+            (
+                record.step,
+                record.emitted,
+                record.num_running,
+                record.num_waiting,
+                record.kv_used,
+                record.kv_cached,
+                len(plan.preempted),
+                record.num_evicted,
+                len(plan.requests),
+                plan.num_tokens,
+                len(plan.allocated),
+                len(self._allocations) - before,
+                len(timings),
+                len(self._more) - before_more,
+            )
+        )
+        if len(self._counts) >= MOST_STEPS * _WIDTH or len(self._requests) + len(self._allocations) >= MOST_NUMBERS:
+            self._flush()
+
+    def close(self, result: Any) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
+        """Hands everything to every reader, also when another one fails."""
+        columns = self._columns()
+        self._begin()
+        problem: Exception | None = None
+        for read in self.readers:
+            try:
+                read(columns)
+            except Exception as error:
+                problem = problem or error
+        if problem is not None:
+            raise problem
+
+    def _columns(self) -> StepColumns:
+        """A step's counts are written last, so one that was cut off while it was logged is left out."""
+        import numpy as np
+
+        counts = np.array(self._counts, np.int64).reshape(-1, _WIDTH).T
+        times = np.array(self._times, np.float64).reshape(-1, len(TIMES)).T[:, : counts.shape[1]]
+        numbers = dict(zip((*COUNTS, *_EXTENTS), counts, strict=True)) | dict(zip(TIMES, times, strict=True))
+        allocations, values, timings, more = (numbers.pop(name) for name in _EXTENTS)
+        return StepColumns(
+            numbers=numbers,
+            requests=_lists(self._requests, numbers["num_seqs"]),
+            chunks=_lists(self._chunks, 2 * numbers["num_seqs"]),
+            more=_lists(self._more, more),
+            preempted=_lists(self._preempted, numbers["num_preempted"]),
+            allocations=_lists(self._allocations, values),
+            allocation_sizes=_lists(self._sizes, allocations),
+            timing_names=self._names[: int(timings.sum())],
+            timings=_lists(self._seconds, timings),
+        )
+
+
+def _lists(values: array[int] | array[float], sizes: np.ndarray[Any, Any]) -> Lists:
+    import numpy as np
+
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return Lists(np.array(values)[: offsets[-1]], offsets)
