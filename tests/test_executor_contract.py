@@ -26,12 +26,12 @@ from headway import (
     TextStop,
     Workload,
     build,
+    default_choices,
 )
 from plugins.executors.torch import TorchExecutor
 from plugins.executors.torch.config import TorchConfig
 
 ROOT = Path(__file__).parent.parent
-CHOICES = {"scheduler": "chunked", "order": "fcfs", "victim": "newest", "cache": "hash", "eviction": "lru", "workload": "texts"}
 
 
 @dataclass
@@ -87,7 +87,7 @@ def registry():
 
 
 def composed(executor: str = "talking", **fields) -> Composition:
-    choices = {role: (name, {}) for role, name in (CHOICES | {"executor": executor, "tracking": "watching"}).items()}
+    choices = default_choices(executor=executor, workload="texts", tracking="watching")
     return Composition(choices, EngineConfig(num_blocks=16, block_size=4), **fields)
 
 
