@@ -27,6 +27,9 @@ from typing import Any
 
 from headway import ConfigError, Hardware, ModelShape
 
+from .profile import Profile
+from .profile import restored as restored_profile
+
 GIB = 1 << 30
 Step = tuple[Sequence[int], Sequence[int], float]  # starts and lengths of its chunks, and what it took in seconds
 
@@ -160,6 +163,8 @@ def _only_decodes(lengths: Sequence[int]) -> bool:
 
 def stored(cost: object) -> dict[str, Any] | None:
     """A cost model as JSON has it; None for one of another kind."""
+    if isinstance(cost, Profile):
+        return {"profile": asdict(cost)}
     roofline = cost.roofline if isinstance(cost, Fitted) else cost
     if not isinstance(roofline, Roofline):
         return None
@@ -167,7 +172,9 @@ def stored(cost: object) -> dict[str, Any] | None:
     return layout | {"fitted": isinstance(cost, Fitted)}
 
 
-def restored(shape: ModelShape, kept: dict[str, Any]) -> Roofline | Fitted:
-    """The cost model that was stored, before its first step. Raises KeyError and TypeError for what is none."""
+def restored(shape: ModelShape, kept: dict[str, Any]) -> Roofline | Fitted | Profile:
+    """The cost model that was stored, before its first step. Raises KeyError, TypeError and ValueError for what is none."""
+    if "profile" in kept:
+        return restored_profile(kept["profile"])
     roofline = Roofline(shape, Hardware(**kept["hardware"]), kept["tp"], kept["pp"])
     return Fitted(roofline) if kept["fitted"] else roofline

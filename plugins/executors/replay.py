@@ -130,7 +130,7 @@ class Replay(Executor):
             self.caps = ExecutorCaps(**{**caps, **given})
             if shape and (cost := meta["roofline"]):
                 self.cost_model = restored(shape, cost)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             problem = f"is no record of this version ({error})"
             raise ReplayError(f"{record.path}: {problem}: record the run again") from error
         self.clock = RecordedClock(record)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 from headway import (
     BuildContext,
+    ConfigError,
     Executor,
     ExecutorCaps,
     Hardware,
@@ -26,6 +28,9 @@ from headway import (
 )
 
 from .cost import Roofline, default_token_budget
+from .profile import Profile, matching, read
+
+PROFILES = Path(__file__).resolve().parents[2] / "conf" / "hardware" / "profiles"
 
 
 @dataclass
@@ -53,10 +58,13 @@ class SimExecutor(Executor):
         doc="of the host for each planned request, before the device can start",
     )
     max_plans: int = param(8, min=1, max=1024, doc="most plans in flight")
+    profile: str = param("auto", doc="measured step times: a file; auto: the shipped one of this run, where there is one; none: the roofline")
 
     def prepare(self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1, eos_token_ids: frozenset[int] = frozenset()) -> None:
         """Before the engine is built: what runs, and on what. The clock starts at 0."""
-        self.cost_model = self.roofline = Roofline(shape, hardware, tp, pp)
+        self.roofline = Roofline(shape, hardware, tp, pp)
+        self.measured = self._profile(shape, hardware.name, tp, pp)
+        self.cost_model = self.measured or self.roofline
         self.caps = ExecutorCaps(
             shape.max_position_embeddings,
             shape.vocab_size,
@@ -79,9 +87,22 @@ class SimExecutor(Executor):
         self.prepare(context.shape, context.hardware, context.parallel.tp, context.parallel.pp)
         return self
 
+    def _profile(self, shape: ModelShape, hardware: str, tp: int, pp: int) -> Profile | None:
+        """Measured step times, where there are any; a pipeline's stages are not measured one by one."""
+        if self.profile == "none" or (self.profile == "auto" and pp > 1):
+            return None
+        if self.profile == "auto":
+            return matching(PROFILES, shape, hardware, tp, pp)
+        path = Path(self.profile).expanduser()
+        found = read(path)
+        found.check(path, shape, hardware, tp, pp)
+        if pp > 1:
+            raise ConfigError(f"executor.profile={path}: parallel.pp={pp} has stages, which a profile knows nothing of; set executor.profile=none")
+        return found
+
     @property
     def step_time_basis(self) -> str:
-        return str(self.roofline)
+        return str(self.cost_model)
 
     def kv_capacity(self, block_size: int) -> int:
         return self.roofline.kv_capacity(block_size, self.memory_utilization, self.activation_gb)
@@ -94,8 +115,7 @@ class SimExecutor(Executor):
 
     def launch(self, plan: StepPlan) -> Any:
         _, planned = self._host.serve(self.charge_policy_time * len(plan.requests))
-        stage, send = self.roofline.stage_time(plan.starts, plan.lengths)
-        stage += self.roofline.hardware.step_overhead / self.roofline.pp
+        stage, send = self._stage_time(plan)
         # Stages work on different plans at once: a plan enters a stage when both are free.
         free = self._stage_free
         begin = now = max(planned, free[0])
@@ -104,6 +124,13 @@ class SimExecutor(Executor):
             free[i] = now
             now += send
         return plan, begin, free[-1]
+
+    def _stage_time(self, plan: StepPlan) -> tuple[float, float]:
+        """Seconds of one stage, and of the send behind it."""
+        if self.measured is not None:
+            return self.measured.step_time(plan.starts, plan.lengths), 0.0
+        stage, send = self.roofline.stage_time(plan.starts, plan.lengths)
+        return stage + self.roofline.hardware.step_overhead / self.roofline.pp, send
 
     def collect(self, ticket: Any) -> StepResult:
         plan, begin, end = ticket

@@ -112,7 +112,7 @@ class MixedGraphs:
         """longest: tokens of the largest step that gets a graph."""
         self._runner = runner
         most = runner.max_num_seqs
-        self._tokens = token_sizes(longest)
+        self.tokens = token_sizes(longest)
         self._few, self._most = min(FEW_SEQS, most) + 1, most + 1
         self._samples = sorted(batch_sizes(most))
         self._models: dict[Size, torch.cuda.CUDAGraph] = {}
@@ -127,7 +127,7 @@ class MixedGraphs:
         self._hidden = torch.zeros((most + 1, shape.hidden_size), dtype=getattr(torch, shape.dtype), device=runner.device)
         self._pool = torch.cuda.graph_pool_handle()
         with _no_garbage(), torch.inference_mode():
-            for tokens in reversed(self._tokens):
+            for tokens in reversed(self.tokens):
                 for seqs in sorted({self._most, self._few if tokens <= SHORT else self._most}, reverse=True):
                     self._capture_model(seqs, tokens)
             for sampling in (GREEDY, RANDOM, FILTERED):
@@ -155,10 +155,10 @@ class MixedGraphs:
 
     def size_of(self, step: StepInput) -> Size | None:
         """Of the graph that the step fits into; None where there is none."""
-        at = bisect_left(self._tokens, step.num_tokens)
-        if at == len(self._tokens):
+        at = bisect_left(self.tokens, step.num_tokens)
+        if at == len(self.tokens):
             return None
-        tokens = self._tokens[at]
+        tokens = self.tokens[at]
         return self._few if step.num_seqs < self._few and tokens <= SHORT else self._most, tokens
 
     def replay(self, size: Size, inputs: Tensor, step: StepInput) -> Sampled:

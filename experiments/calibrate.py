@@ -1,0 +1,272 @@
+"""Measures what the engine's steps take on this machine, and fits the simulator's profile to them.
+
+    python -m experiments.calibrate model=qwen3_8b hardware=h100 [parallel.tp=2] [--out FILE] [--repeats 2]
+
+The words are run.py's. Runs bursts of decodes at several batch sizes and contexts, prompts of many lengths, and both at once as an
+open load, and takes the chunks and the seconds of every step. What comes out (plugins/executors/profile.py) is explainable: a few
+terms with seconds per unit. Its error is measured on steps that the fit has not seen, a fifth of them at a time. A profile in
+conf/hardware/profiles is found by `executor=sim` by itself; `executor=sim executor.profile=FILE` names one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import hydra
+import numpy as np
+from hydra import initialize_config_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from core.cli import schema  # noqa: E402
+from core.compose.build import Composition, Run, build  # noqa: E402
+from core.compose.hooks import load_registry  # noqa: E402
+from headway import Arrival, HeadwayError, Observer, SamplingParams, StepRecord  # noqa: E402
+from plugins.executors.profile import Profile, Terms, features, padded, write  # noqa: E402
+
+FOLDER = ROOT / "conf" / "hardware" / "profiles"
+KNOTS = (0, 64, 128, 256, 512, 1024, 2048, 4096)
+FOLDS = 5
+OUTLIER = 5.0  # median absolute deviations of the relative error beyond which a step was disturbed
+Sample = tuple[Sequence[int], Sequence[int], float]  # starts and lengths of a step's chunks, its seconds
+
+
+class Steps(Observer):
+    """The chunks and the seconds of every step since the last `take`."""
+
+    plugin_name = "calibration"
+
+    def __init__(self) -> None:
+        self._seen: list[Sample] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        if record.plan.requests:
+            self._seen.append((list(record.plan.starts), list(record.plan.lengths), record.end - record.start))
+
+    def take(self) -> list[Sample]:
+        found, self._seen = self._seen, []
+        return found
+
+
+# ---- what is run -----------------------------------------------------------------------------------------------------
+
+
+class Loads:
+    """Bursts and open loads that fit the engine's limits, no two prompts alike."""
+
+    def __init__(self, run: Run, seed: int) -> None:
+        engine = run.engine
+        self.rng, self.vocabulary = Random(seed), engine.executor.caps.vocab_size
+        self.most_seqs, self.budget = engine.config.max_num_seqs, engine.config.max_num_batched_tokens
+        self.longest, self.room = engine.max_model_len, engine.pool.num_blocks * engine.pool.block_size
+        self._count = 0
+
+    def all(self) -> Iterator[tuple[str, list[Arrival]]]:
+        for batch in self.batches():
+            for context in (64, 512, 2048):
+                if context + 32 < self.longest and batch * (context + 48) < self.room:
+                    yield f"{batch} decode at {context}", [self.ask(context, 24) for _ in range(batch)]
+        for _ in range(12):
+            count = self.rng.choice((1, 1, 2, 4, 8))
+            yield "prompts", [self.ask(self.length(), 2) for _ in range(count)]
+        for rate in (4.0, 10.0, 25.0, 60.0):
+            yield f"{rate:g} requests/s", self.open(rate, 60)
+
+    def batches(self) -> list[int]:
+        sizes = [1 << power for power in range(12) if 1 << power < self.most_seqs]
+        between = [3 * size // 2 for size in sizes if 8 <= size and 3 * size // 2 < self.most_seqs]
+        return sorted({*sizes, *between, self.most_seqs})
+
+    def open(self, rate: float, count: int) -> list[Arrival]:
+        now, asks = 0.0, []
+        for _ in range(count):
+            now += self.rng.expovariate(rate)
+            asks.append(self.ask(min(self.length(), self.longest // 2), self.rng.randint(8, 64), now))
+        return asks
+
+    def length(self) -> int:
+        most = max(2, min(self.budget, self.longest, self.room // 8) - 80)
+        return max(2, int(most ** self.rng.uniform(0.3, 1.0)))
+
+    def ask(self, length: int, output: int, at: float = 0.0) -> Arrival:
+        self._count += 1
+        tokens = [self.rng.randrange(self.vocabulary) for _ in range(length)]
+        sampling = SamplingParams(max_tokens=min(output, self.longest - length), ignore_eos=True)
+        return Arrival(at, tokens, sampling, id=f"c{self._count}")
+
+
+def measured(run: Run, repeats: int) -> list[Sample]:
+    """The steps of every load, after one of all of them that is not counted."""
+    steps, loads = Steps(), Loads(run, seed=0)
+    run.engine.observers = [steps]
+    samples: list[Sample] = []
+    for repeat in range(repeats + 1):
+        for name, arrivals in loads.all():
+            run.engine.run(arrivals)
+            found = steps.take()
+            samples += found if repeat else []
+            print(f"   {'warm-up' if not repeat else f'repeat {repeat}'}: {name}, {len(found)} steps", file=sys.stderr)
+    return samples
+
+
+# ---- the fit ---------------------------------------------------------------------------------------------------------
+
+
+def fitted(samples: Sequence[Sample], sizes: Sequence[int]) -> tuple[Terms, dict[str, float]]:
+    """The terms of one kind of step, and their relative error on steps that each fit has not seen."""
+    knots = knots_of(samples)
+    table, seconds = rows(samples, sizes, knots), np.array([s for _, _, s in samples])
+    kept = undisturbed(table, seconds)
+    table, seconds = table[kept], seconds[kept]
+    fold = np.random.default_rng(0).permutation(len(seconds)) % FOLDS
+    off = np.empty(len(seconds))
+    for number in range(FOLDS):
+        unseen = fold == number
+        coefficients = nonnegative(table[~unseen], seconds[~unseen])
+        off[unseen] = table[unseen] @ coefficients / seconds[unseen] - 1
+    floor, *rest = nonnegative(table, seconds).tolist()
+    slopes, others = rest[: len(knots)], rest[len(knots) :]
+    terms = Terms(floor, knots, slopes, *others, sizes=list(sizes))
+    error = {
+        "mean": float(off.mean()),
+        "p50": float(np.median(np.abs(off))),
+        "p90": float(np.quantile(np.abs(off), 0.9)),
+        "steps": len(off),
+        "disturbed": int((~kept).sum()),
+    }
+    return terms, {name: round(value, 5) for name, value in error.items()}
+
+
+def knots_of(samples: Sequence[Sample]) -> list[int]:
+    """Knots with at least a few steps above them."""
+    tokens = sorted(sum(lengths) for _, lengths, _ in samples)
+    return [knot for knot in KNOTS if not knot or len(tokens) > 8 and knot < tokens[-8]]
+
+
+def rows(samples: Sequence[Sample], sizes: Sequence[int], knots: Sequence[int]) -> np.ndarray[Any, Any]:
+    """A row per step: 1, tokens above each knot, and the units of TERMS."""
+    table = []
+    for starts, lengths, _ in samples:
+        tokens, *units = features(starts, lengths)
+        size = padded(int(tokens), sizes)
+        table.append([1.0, *(max(0.0, size - knot) for knot in knots), *units])
+    return np.array(table)
+
+
+def nonnegative(table: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Least squares of the relative error with no coefficient below 0, by coordinate descent, which converges: the problem is convex."""
+    scale = np.abs(table).max(axis=0)
+    scale[scale == 0] = 1.0
+    weighted = table / scale / seconds[:, None]
+    gram, aim = weighted.T @ weighted, weighted.sum(axis=0)
+    found = np.zeros(len(aim))
+    for _ in range(20_000):
+        before = found.copy()
+        for i in np.flatnonzero(gram.diagonal()):
+            found[i] = max(0.0, found[i] + (aim[i] - gram[i] @ found) / gram[i, i])
+        if np.abs(found - before).max() <= 1e-12 * max(1e-30, np.abs(found).max()):
+            break
+    return found / scale
+
+
+def undisturbed(table: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Which steps nothing else on the machine stretched, by a first fit."""
+    off = table @ nonnegative(table, seconds) / seconds - 1
+    middle = np.median(off)
+    spread = max(float(np.median(np.abs(off - middle))), 0.01)
+    return np.abs(off - middle) <= OUTLIER * spread
+
+
+def profile_of(run: Run, samples: Sequence[Sample]) -> Profile:
+    composition = run.composition
+    decodes = [sample for sample in samples if sum(sample[1]) == len(sample[1])]
+    mixed = [sample for sample in samples if sum(sample[1]) != len(sample[1])]
+    decode_sizes, mixed_sizes = graph_sizes(run)
+    fits = {"decode": fitted(decodes, decode_sizes), "mixed": fitted(mixed, mixed_sizes)}
+    return Profile(
+        hardware=composition.hardware.name,
+        shape=asdict(run.engine.executor.caps.model),
+        tp=composition.parallel.tp,
+        pp=composition.parallel.pp,
+        error={kind: error for kind, (_, error) in fits.items()},
+        made=made(run),
+        **{kind: terms for kind, (terms, _) in fits.items()},
+    )
+
+
+def graph_sizes(run: Run) -> tuple[list[int], list[int]]:
+    """Tokens of the decode graphs and of the mixed ones, smallest first; none where steps are not padded."""
+    runner = getattr(getattr(run.engine.executor, "execution", None), "runner", None)
+    if runner is None or getattr(runner, "mixed_graphs", None) is None:
+        return [], []
+    from plugins.executors.torch.graphs import batch_sizes
+
+    return sorted(batch_sizes(runner.max_num_seqs)), list(runner.mixed_graphs.tokens)
+
+
+def made(run: Run) -> dict[str, str]:
+    """Where the numbers come from."""
+    found = {"date": date.today().isoformat(), "device": platform.processor() or platform.machine(), "python": platform.python_version()}
+    try:
+        import torch
+    except ImportError:
+        return found
+    found["torch"] = str(torch.__version__)
+    if torch.cuda.is_available():
+        found |= {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    return found | {"kernels": str(getattr(getattr(run.engine.executor, "execution", None), "kernels", "none")).splitlines()[0]}
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def composed(words: Sequence[str]) -> Composition:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composition = schema.composition(hydra.compose("config", list(words)))
+    for role in ("tracking", "workload"):
+        composition.choices.pop(role, None)
+    return composition
+
+
+def calibrate(words: Sequence[str], repeats: int = 2) -> Profile:
+    """Raises HeadwayError for what run.py would refuse."""
+    registry = load_registry()
+    schema.register(registry)
+    run = build(registry, composed(["cache=none", *words]))
+    try:
+        return profile_of(run, measured(run, repeats))
+    finally:
+        run.engine.executor.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as run.py takes them")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path, help=f"default: {FOLDER.relative_to(ROOT)}/HARDWARE_MODEL_tpN.yaml")
+    args = parser.parse_args(argv)
+    began = time.perf_counter()
+    try:
+        profile = calibrate(args.words, args.repeats)
+    except HeadwayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    layers, hidden = profile.shape["num_hidden_layers"], profile.shape["hidden_size"]
+    out = args.out or FOLDER / f"{profile.hardware}_{layers}x{hidden}_tp{profile.tp}.yaml"
+    write(profile, out)
+    print(f"{out}: {profile}; {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
