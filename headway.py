@@ -33,15 +33,18 @@ from core.errors import (
     WorkloadError,
     near,
 )
-from core.execution import ExecutorCaps, Preparation, StepResult
+from core.execution import ExecutorCaps, Preparation, StepResult, Tokens
+from core.executor import BuildContext, Executor
 from core.grants import Granted, NeedBlocks, NoBudget, NotReady
+from core.handoff import Handoff
+from core.inbox import Inbox
 from core.inputs import SLO, Arrival, SamplingParams, Tags
-from core.keyed import BlockHeap, KeyEviction, KeyOrder
+from core.keyed import BlockHeap, KeyEviction, KeyOrder, MovingOrder
 from core.measure import metrics
 from core.measure.results import whole
 from core.measure.step_log import Lists, StepColumns, StepLog
-from core.outputs import RequestOutput, RunResult, TextStop
-from core.plan import Allocation, Chunk, StepPlan
+from core.outputs import RequestOutput, RunResult, StopText, TextStop
+from core.plan import Allocation, Chunk, KVCopy, StepPlan
 from core.policy import (
     API_VERSION,
     PREEMPTION_MODES,
@@ -51,7 +54,6 @@ from core.policy import (
     CostModel,
     Defer,
     Eviction,
-    Executor,
     KVControl,
     LengthPrediction,
     Need,
@@ -77,24 +79,30 @@ from core.testing.virtual import VirtualExecutor
 from core.view import Match, View
 
 __all__ = [
-    "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block", "BlockHeap", "Chunk", "Composition",
-    "ConfigError", "Context", "CostModel", "Defer", "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Hardware",
-    "HeadwayError", "InvariantError", "KVControl", "KeyEviction", "KeyOrder", "LengthPrediction", "Lists", "Match", "ModelConfig", "ModelError",
-    "ModelShape", "Need", "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig", "PluginError",
-    "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Registry",
-    "Reject", "ReplayClock", "Request", "RequestOutput", "RequestState",
-    "Retention", "Role", "Run", "RunResult", "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
-    "StepResult", "Tags", "TextStop",
-    "TokenBudget", "Victim", "View", "VirtualClock", "VirtualExecutor", "VirtualServer", "WallClock", "Workload", "WorkloadError", "build",
-    "chain_key", "check_fits", "checkpoint",
-    "composition_facts", "default_choices", "default_names", "describe",
-    "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near",
-    "param", "prefix_keys", "root_key", "token_ids", "whole",
+    "API_VERSION", "PREEMPTION_MODES", "ROOT", "SLO", "Admission", "Admit", "Allocation", "Arrival", "Block",
+    "BlockHeap", "BuildContext", "Chunk", "Composition", "ConfigError", "Context", "CostModel", "Defer",
+    "Engine", "EngineConfig", "Eviction", "Executor", "ExecutorCaps", "Granted", "Handoff", "Hardware",
+    "HeadwayError", "Inbox", "InvariantError", "KVControl", "KVCopy", "KeyEviction", "KeyOrder",
+    "LengthPrediction", "Lists", "Match", "ModelConfig", "ModelError", "ModelShape", "MovingOrder", "Need",
+    "NeedBlocks", "NoBudget", "NotReady", "Observer", "Oracle", "OracleExecutor", "Order", "ParallelConfig",
+    "PluginError", "PolicyError", "Predictor", "PrefixCache", "Preparation", "RankError", "Registry", "Reject",
+    "ReplayClock", "Request", "RequestOutput", "RequestState", "Retention", "Role", "Run", "RunResult",
+    "SamplingParams", "Scheduler", "StepBuilder", "StepColumns", "StepLog", "StepPlan", "StepRecord",
+    "StepResult", "StopText", "Tags", "TextStop", "TokenBudget", "Tokens", "Victim", "View", "VirtualClock",
+    "VirtualExecutor", "VirtualServer", "WallClock", "Workload", "WorkloadError", "build", "chain_key",
+    "check_fits", "checkpoint", "composition_facts", "default_choices", "default_names", "describe",
+    "fact_differences", "hf_config", "hookimpl", "load_registry", "metrics", "near", "param", "prefix_keys",
+    "root_key", "token_ids", "whole",
 ]  # fmt: skip
 
 
 #: Names whose modules are heavy, or belong to one kind of plugin: imported only for those who ask.
-LATER = {"LLM": "plugins.executors.torch.llm", "KernelChoice": "plugins.kernels.compose", "KernelCaps": "plugins.kernels.ops"}
+LATER = {
+    "LLM": "plugins.executors.torch.llm",
+    "SimExecutor": "plugins.executors.sim",
+    "KernelChoice": "plugins.kernels.compose",
+    "KernelCaps": "plugins.kernels.ops",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
-"""Arrivals that are still to come: those of the workload, read lazily, and those that finished requests bring about."""
+"""Arrivals that are still to come: those of the workload, read lazily, those that finished requests bring about, and those
+that other threads post."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 from .calls import Calls
 from .clock import is_finite
 from .errors import WorkloadError
+from .inbox import Inbox
 from .inputs import Arrival
 from .request import Request
 
@@ -47,6 +49,7 @@ class ArrivalQueue:
     def __init__(self, calls: Calls, workload: Any) -> None:
         self._calls, self._role = calls, workload
         self.on_result: OnResult | None = None  # of a closed loop
+        self.inbox = Inbox()
         self._heap: list[tuple[float, int, Arrival]] = []
         self._serial = 0
         self._stream: Iterator[Arrival] = iter(())
@@ -56,7 +59,12 @@ class ArrivalQueue:
         self._last_time = 0.0  # of the stream, as the workload says it
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._heap) + len(self.inbox)
+
+    @property
+    def expecting(self) -> bool:
+        """Whether anything is to come, as far as anybody knows."""
+        return self.inbox.is_open or bool(len(self))
 
     def add(self, arrival: Arrival) -> None:
         heapq.heappush(self._heap, (arrival.time, self._serial, arrival))
@@ -79,12 +87,15 @@ class ArrivalQueue:
     def clear(self) -> None:
         """Nothing is to come any more."""
         self._heap.clear()
+        self.inbox.clear()
         self._stream, self._stream_serial = iter(()), None
         self.on_result = None
 
     def until(self, now: float) -> Iterator[Arrival]:
         """Takes out what has arrived. The stream is read on only when the caller is done with an arrival: one that raises
         loses nothing."""
+        for posted in self.inbox.take():
+            self.add(posted)
         self._read_ahead()
         while self._heap and self._heap[0][0] <= now:
             _, serial, arrival = heapq.heappop(self._heap)

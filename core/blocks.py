@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+from .audit import audit
 from .calls import Calls
 from .errors import InvariantError
 from .inputs import Tags
@@ -124,7 +125,6 @@ class BlockPool:
         self.num_evictions = 0
         self._evicted: list[int] = []  # since `take_evicted`
         self.root_version = 0
-        self.now = 0.0
         self._touch = 0
         self._evicting = False
 
@@ -137,6 +137,15 @@ class BlockPool:
         self.num_cached = self.num_evictable = self.num_pinned = self.num_evictions = self._touch = 0
         self.root_version += 1
         self._evicting = False
+
+    @property
+    def now(self) -> float:
+        """Seconds on the run's clock; what an eviction policy reads as its own `now`."""
+        return self.eviction.now
+
+    @now.setter
+    def now(self, now: float) -> None:
+        self.eviction.now = now
 
     # ---- counts -------------------------------------------------------------------------------------------------
 
@@ -336,31 +345,4 @@ class BlockPool:
 
     # ---- checks -------------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """The whole pool against its rules: O(total), for tests and the conformance kit. Raises InvariantError."""
-        used = [b for b in self.blocks if b.ref_count]
-        cached = [b for b in self.blocks if b.cached]
-        free = set(self.free_blocks)
-        if len(free) != len(self.free_blocks):
-            raise InvariantError("a block is on the free list twice")
-        idle = [b for b in cached if not b.ref_count]
-        if len(used) + len(idle) + self.num_free != self.num_blocks:
-            raise InvariantError(f"allocated {len(used)} + cached {len(idle)} + free {self.num_free} != total {self.num_blocks}")
-        if len(cached) != self.num_cached or len(idle) != self.num_evictable:
-            raise InvariantError(f"counted {len(cached)} cached and {len(idle)} evictable, kept {self.num_cached} and {self.num_evictable}")
-        children: dict[int, int] = {}
-        for block in self.blocks:
-            if block.ref_count < 0:
-                raise InvariantError(f"{block} has a negative reference count")
-            if block.id in free and (block.ref_count or block.cached):
-                raise InvariantError(f"{block} is on the free list")
-            if block.cached and block.parent != ROOT:
-                above = self.blocks[block.parent]
-                children[above.id] = children.get(above.id, 0) + 1
-                if not above.cached:
-                    raise InvariantError(f"{block} is cached but its parent {above} is not")
-                if block.ref_count and not above.ref_count:
-                    raise InvariantError(f"{block} is referenced but its parent {above} is not")
-        for block in cached:
-            if block.num_children != children.get(block.id, 0):
-                raise InvariantError(f"{block} has {children.get(block.id, 0)} cached children")
+    check = audit

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Protocol
 
+from .inbox import Inbox
+
 
 def is_finite(value: Any) -> bool:
     """Whether it is a number that a time or a prediction can be: neither NaN nor infinite."""
@@ -23,8 +25,8 @@ class Clock(Protocol):
     def advance_to(self, t: float) -> None:
         """A step ended at t. Virtual time jumps there; wall time is there already."""
 
-    def wait_until(self, t: float) -> None:
-        """Nothing to do before t."""
+    def wait_until(self, t: float, inbox: Inbox) -> None:
+        """Nothing to do before t, or before something comes into the inbox."""
 
 
 class VirtualClock:
@@ -40,7 +42,10 @@ class VirtualClock:
         if t > self._now:
             self._now = t
 
-    wait_until = advance_to
+    def wait_until(self, t: float, inbox: Inbox) -> None:
+        """Time goes by at once, if nobody has asked for anything meanwhile."""
+        if not len(inbox):
+            self.advance_to(t)
 
 
 class VirtualServer:
@@ -72,23 +77,32 @@ class WallClock:
     def advance_to(self, t: float) -> None:
         pass
 
-    def wait_until(self, t: float) -> None:
-        # Short naps, so that Ctrl-C is felt at once.
-        while (left := t - self.now()) > 0:
-            time.sleep(min(left, 0.05))
+    def wait_until(self, t: float, inbox: Inbox) -> None:
+        inbox.sleep(t - self.now())
 
 
 class RecordingClock:
-    """Wraps a clock and keeps every reading: played back by ReplayClock, a run repeats decision for decision."""
+    """Wraps a clock. Asked to `record`, it keeps every reading: played back by ReplayClock, a run repeats decision for
+    decision."""
 
     def __init__(self, inner: Clock) -> None:
         self.inner = inner
-        self.readings: list[float] = []
+        self.begin()
         self.advance_to, self.wait_until = inner.advance_to, inner.wait_until
+
+    def begin(self) -> None:
+        """A new run: nothing is kept, since a server's run may have no end."""
+        self.readings: list[float] = []
+        self._records = False
+
+    def record(self) -> None:
+        """Keeps what is read from now on, until the next run begins."""
+        self._records = True
 
     def now(self) -> float:
         t = self.inner.now()
-        self.readings.append(t)
+        if self._records:
+            self.readings.append(t)
         return t
 
 
@@ -106,4 +120,5 @@ class ReplayClock:
     def advance_to(self, t: float) -> None:
         pass
 
-    wait_until = advance_to
+    def wait_until(self, t: float, inbox: Inbox) -> None:
+        """The next reading is what it was when the recorded run woke."""

@@ -37,6 +37,9 @@ class DecisionLog:
         update(_words(plan.lengths))
         if rest:
             update(_words(rest))
+        if plan.drafts or plan.copies:
+            update(_words([x for place, drafts in plan.drafts.items() for x in (place, *drafts)]))
+            update(_words([x for copy in plan.copies for x in copy]))
         self.num_steps += 1
 
     @property

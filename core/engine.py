@@ -26,6 +26,8 @@ from .counts import Counts
 from .decisions import DecisionLog
 from .errors import NothingPlanned
 from .flights import Flights
+from .handoff import Handoff, attach, detach
+from .inbox import Inbox
 from .inputs import Arrival
 from .intake import Intake
 from .interrupts import interrupts
@@ -33,7 +35,7 @@ from .ledger import Ledger
 from .matching import Matches
 from .outputs import RunResult, StopText
 from .patience import Patience
-from .policy import Observer, Oracle, Reject, Role, StepRecord
+from .policy import Observer, Oracle, Reject, Role
 from .request import Request, RequestList
 from .roles import Roles, check_limits, derived, num_blocks
 from .roster import Roster
@@ -71,7 +73,7 @@ class Engine:
             calls,
             self.coming,
             max_num_seqs=config.max_num_seqs,
-            placeholders=executor.caps.placeholders,
+            placeholders=executor.caps.placeholders and executor.caps.tokens_per_step == 1,
             retention=self.roles.retention,
             stop_text=partial(calls.call, executor, stop_text) if stop_text is not None else None,
         )
@@ -109,15 +111,29 @@ class Engine:
     def waiting(self) -> RequestList:
         return self.roster.waiting
 
+    @property
+    def inbox(self) -> Inbox:
+        """For a server: `open()` it before `run`, and other threads may `add` and `abort` until it is closed."""
+        return self.coming.inbox
+
     # ---- arrivals ------------------------------------------------------------------------------------------
 
     def add(self, arrival: Arrival) -> None:
-        """One more request, at its own time on the clock (or now, if that has passed)."""
-        self.coming.add(checked(arrival, "Engine.add: the arrival"))
+        """One more request, at its own time on the clock (or now, if that has passed). From any thread, see `inbox`."""
+        self.inbox.post(checked(arrival, "Engine.add: the arrival"))
 
     def abort(self, id: str) -> None:
         """Ends a request when the next turn begins, or when it arrives. At any moment, from any thread."""
         self.intake.abort(id)
+        self.inbox.wake()
+
+    def detach(self, id: str) -> Handoff | None:
+        """Takes a request out with its KV, between two turns, for another engine to `attach`. None if it is not there."""
+        return detach(self.intake, self.roster, self.executor, id, now=self.clock.now(), collect=self._collect)
+
+    def attach(self, handoff: Handoff) -> None:
+        """Goes on with a request of another engine, which waits here from now on. Between two turns."""
+        attach(self.intake, self.roster, self.executor, handoff, self.clock.now())
 
     def _ingest(self, now: float) -> None:
         if self.intake.ingest(now, self._welcome) + self.intake.end_aborted(now):
@@ -134,7 +150,7 @@ class Engine:
 
     def step(self) -> bool:
         """Ingests, plans and launches if there is room in flight, else collects. False: nothing is left."""
-        if self.coming:
+        if self.coming.expecting:
             self.flights.linger()
         now = self.clock.now()
         self.pool.now = now
@@ -158,7 +174,8 @@ class Engine:
         began = time.thread_time()
         builder, counts, scheduler = self.builder, self.counts, self.roles.scheduler
         self.view.begin_step(counts.num_steps, now, len(self.flights))
-        builder.begin(counts.num_steps, now, self.config.max_num_batched_tokens, self._seqs_of_a_plan())
+        seqs = self.flights.seqs_of_a_plan(self.roster, self.config.max_num_seqs)
+        builder.begin(counts.num_steps, now, self.config.max_num_batched_tokens, seqs)
         self.calls.call(scheduler, scheduler.plan, builder, self.view)
         if self.ledger is not None:
             self.ledger.planned(builder)
@@ -180,53 +197,32 @@ class Engine:
                 raise
         return decided
 
-    def _seqs_of_a_plan(self) -> int:
-        """A request in flight that cannot be planned again leaves each plan its share of the requests."""
-        config = self.config
-        if self.roster.placeholders or self.max_inflight == 1:
-            return config.max_num_seqs
-        share = -(-(len(self.running) + len(self.waiting)) // self.max_inflight)
-        return min(max(1, share), config.max_num_seqs)
-
     def _collect(self) -> None:
-        flight, result = self.flights.collect()
+        flight, result, tokens = self.flights.collect()
         now = self.clock.now()
         began = time.thread_time()
         self.pool.now = now
-        done = self.roster.commit(flight.plan, result.tokens, now, result.logprobs)
+        done = self.roster.commit(flight.plan, tokens, now, result.logprobs)
         for request, reason in done.ended:
             self.roster.finish(request, reason, now)
         updating = time.thread_time() - began
         self.counts.collected(result, updating)
-        self._report(self.counts.record(flight, result, done, now=now, updating=updating))
-
-    def _report(self, record: StepRecord) -> None:
+        record = self.counts.record(flight, result, done, now=now, updating=updating)
         self.calls.notify("on_step_end", record)
         if self.ledger is not None:
             self.ledger.collected(record.plan, record.tokens)
             self.pool.check()
         observing.tell(self.observers, self.calls, "on_step", record)
-        if ended := self.roster.take_ended():
-            observing.tell(self.observers, self.calls, "on_requests", ended)
+        observing.tell_ended(self.observers, self.calls, self.roster.take_ended())
 
     def _idle(self, now: float, wake: float | None) -> bool:
         """Nothing was planned and nothing is in flight: waits for what comes next. False if nothing does."""
         if (self.running.items or self.waiting.items) and wake is None:
             if not self.running.items and self.roster.holds_blocks_for_later and self.roster.reclaim():
                 return True
-            raise NothingPlanned(
-                "planned nothing although requests wait and nothing is in flight: add one, reject one, or say step.wake_at(t)",
-                plugin=self.roles.scheduler.plugin_name,
-                step=self.counts.num_steps,
-                view=self.view.describe(),
-            )
-        if wake is not None:
-            wake = self.patience.next_turn(now, wake, self.builder.waker)
-        times = [t for t in (wake, self.coming.next_time) if t is not None]
-        if not times:
-            return False
-        self.clock.wait_until(min(times))
-        return True
+            raise NothingPlanned(self.roles.scheduler.plugin_name, self.counts.num_steps, self.view.describe())
+        observing.tell_ended(self.observers, self.calls, self.roster.take_ended())  # somebody may wait for an answer
+        return self.patience.wait(self.clock, self.coming, now, wake=wake, waker=self.builder.waker)
 
     # ---- whole runs ----------------------------------------------------------------------------------------
 
@@ -259,7 +255,7 @@ class Engine:
             self.counts.begin(self.clock.inner.now() if self.counts.num_runs else 0.0)
             self.roster.begin_run()
             self.decisions.begin()
-            self.clock.readings.clear()
+            self.clock.begin()
         self.counts.num_runs += 1
         arrivals = in_order(arrivals, self.roles.workload.plugin_name)
         if self.roles.know_the_future:
@@ -288,6 +284,7 @@ class Engine:
         self.flights.discard()
         self.coming.clear()
         self.roster.clear()
+        self.builder.copies.clear()
         if self.ledger is not None:
             self.ledger.clear()
         self.view.begin_step(self.counts.num_steps, self.view.now, 0)

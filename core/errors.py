@@ -44,6 +44,10 @@ class NothingPlanned(PolicyError):
     """A scheduler planned nothing, said no time to wake, and nothing is in flight: the run would stand still
     for ever."""
 
+    def __init__(self, scheduler: str, step: int, view: str) -> None:
+        message = "planned nothing although requests wait and nothing is in flight: add one, reject one, or say step.wake_at(t)"
+        super().__init__(message, plugin=scheduler, step=step, view=view)
+
 
 class InvariantError(HeadwayError):
     """The core's own book-keeping is inconsistent: a bug in core, or state changed behind its back."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
+
+_NONE: Mapping[int, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +22,61 @@ class ExecutorCaps:
     model: Any = None  # core.compose.config.ModelShape
     default_inflight: int = 1  # plans in flight that suit it, no fewer than its pipeline's stages: engine.max_inflight where none is given
     default_token_budget: int = 512  # tokens of a step that suit it: a scheduler's token_budget where none is given
+    tokens_per_step: int = 1  # most tokens that one step gives a request; above 1, a request is in one plan at a time
+    max_drafts: int = 0  # draft tokens of one request that a step verifies; each that is right is one token more
+    tier_blocks: tuple[int, ...] = ()  # KV blocks of each tier behind the pool, which plans may copy to and from
+
+
+class Tokens(Sequence[list[int]]):
+    """What a step sampled: a list of token ids per planned request, empty where nothing was.
+
+    Nearly every list holds one token, so they are kept flat: a list for each of 256 requests would cost the host a
+    twentieth of its time. `first` is the first token of each request, -1 for none; `more` holds those that follow
+    it, by place in the plan.
+    """
+
+    __slots__ = ("first", "more")
+
+    def __init__(self, first: Sequence[int], more: Mapping[int, Sequence[int]] = _NONE) -> None:
+        self.first, self.more = first, more
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> Tokens:
+        """Those lists, flat. Raises TypeError for what is no list of tokens."""
+        more = {place: new[1:] for place, new in enumerate(lists) if len(new) > 1}
+        return cls([new[0] if len(new) else -1 for new in lists], more)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return list(self)[place]
+        first = self.first[place]
+        return [first, *self.more.get(place % len(self.first), ())] if first >= 0 else []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.more:
+            return (self[place] for place in range(len(self.first)))
+        return ([token] if token >= 0 else [] for token in self.first)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Tokens.of({list(self)})"
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What `collect` returns. tokens: one entry a planned request, -1 where the plan does not sample."""
+    """What `collect` returns. Tokens come as a list per planned request, or as `Tokens`, which costs less."""
 
-    tokens: Sequence[int]
+    tokens: Sequence[Sequence[int]]  # empty where the plan does not sample; at least one token, in order, where it does
     start: float
     end: float
-    logprobs: Sequence[Any] | None = None
+    logprobs: Sequence[Sequence[Any]] | None = None  # one per token
     timings: dict[str, float] = field(default_factory=dict)
 
 

@@ -22,6 +22,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = param((), min=0)
     ignore_eos: bool = False
+    waits_for_token: bool = False  # no plan before its last token is on the host: a grammar makes a mask of it
     seed: int | None = None  # None: the run's seed
     logprobs: int | None = param(
         None,
@@ -68,6 +69,7 @@ class Tags:
     tool: str = ""  # the tool call that follows this request, "" for none
     parents: tuple[str, ...] = ()  # ids of the calls of its program whose answers it waited for, where known
     last: bool = False  # nothing of its program follows, where that is known
+    adapter: str = ""  # that its model is fitted with (LoRA), "" for none; its KV is of no use to others, so salt it
 
 
 @dataclass(frozen=True, slots=True)

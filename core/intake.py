@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 
 from .arrivals import ArrivalQueue
 from .blocks import BlockPool
+from .errors import WorkloadError
+from .executor import Executor
 from .inputs import Arrival
 from .ledger import Ledger
-from .policy import Executor
 from .prompts import readable
 from .request import Request
 from .roster import Roster
@@ -51,11 +52,26 @@ class Intake:
             if refusal:
                 self._roster.refuse(request, refusal, now)
             else:
-                if self._ledger is not None:
-                    self._ledger.arrived(request)
+                self.account(request)
                 self._roster.arrive(request, now, output_len)
                 welcome(request, now)
         return count
+
+    def account(self, request: Request) -> None:
+        """It is in the books from now on, where any are kept."""
+        if self._ledger is not None:
+            self._ledger.arrived(request)
+
+    def attached(self, arrival: Arrival) -> Request:
+        """The request of an arrival that comes from another engine. Raises WorkloadError for one that can never run
+        here."""
+        known = arrival.id in self.ids
+        request, refusal, _ = self._request(arrival)
+        if refusal:
+            if not known:
+                self.ids.discard(request.id)  # it may come again, when there is room for it
+            raise WorkloadError(f"Engine.attach: request {request.id}: {refusal}")
+        return request
 
     def abort(self, id: str) -> None:
         """The request with this id ends at the next `end_aborted`, or when it arrives. Thread-safe."""

@@ -65,6 +65,18 @@ class Interrupts:
             if before is not Moment.STEPPING:
                 self.hold()
 
+    @contextmanager
+    def sleeping(self) -> Iterator[None]:
+        """Around a sleep between two steps: nothing is lost by a signal, so it is raised at once."""
+        before = self._moment
+        if before is Moment.STEPPING:
+            self._moment = Moment.ANYWHERE
+            self.check()
+        try:
+            yield
+        finally:
+            self._moment = before
+
     def hold(self) -> None:
         """From here on what was done is written, whatever comes."""
         self._moment = Moment.HELD

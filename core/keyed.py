@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .blocks import Block
@@ -50,6 +50,9 @@ class KeyOrder(Order):
             message = f"key() raised {type(error).__name__}: {error}"
             raise PolicyError(message, plugin=self.plugin_name, request=request.id) from error
 
+    def rank_at(self, now: float) -> Callable[[Request], Any]:
+        return self.rank
+
     def rekey(self, request: Request) -> None:
         """Reads the key of a waiting request again; anything else is left alone."""
         if request.index in self._key_of:
@@ -91,6 +94,42 @@ class KeyOrder(Order):
     def _leave(self, request: Request) -> None:
         at = bisect_left(self._keys, self._key_of.pop(request.index))
         del self._keys[at], self._queue[at]
+
+
+class MovingOrder(Order):
+    """Smallest `key(request, now)` first, ties by arrival: for ranks that move with time, at which no queue stays sorted.
+
+    The keys of all waiting requests are read per step, O(n log w).
+    """
+
+    window: ClassVar[int] = Scheduler.window
+
+    def key(self, request: Request, now: float) -> Any:
+        """What to sort by at this time, smallest first."""
+        raise NotImplementedError
+
+    def rank_at(self, now: float) -> Callable[[Request], Any]:
+        def rank(request: Request) -> tuple[Any, tuple[float, int]]:
+            try:
+                key = self.key(request, now)
+            except HeadwayError:
+                raise
+            except Exception as error:  # a scheduler may ask, and it is not the one that raises
+                message = f"key() raised {type(error).__name__}: {error}"
+                raise PolicyError(message, plugin=self.plugin_name, request=request.id) from error
+            if _holds_nan(key):
+                raise PolicyError(f"key() answered {key!r}, which sorts nowhere", plugin=self.plugin_name, request=request.id)
+            return key, request.sort_key
+
+        return rank
+
+    def order(self, view: View) -> Iterator[Request]:
+        rank = self.rank_at(view.now)
+        first = heapq.nsmallest(self.window, view.waiting, key=rank)
+        yield from first
+        if len(first) < len(view.waiting):  # who looks further, because admission turned requests away
+            offered = {request.index for request in first}
+            yield from sorted((request for request in view.waiting if request.index not in offered), key=rank)
 
 
 class BlockHeap:

@@ -8,12 +8,12 @@ It keeps the core honest, too: counts and tables are worked out here in another 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from .errors import PolicyError
+from .execution import Tokens
 from .plan import StepPlan
 from .request import Request, RequestState
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GIVEN = (
     "id", "index", "arrival_time", "sort_key", "sampling", "tags", "slo", "cache_salt", "prompt", "num_prompt_tokens",
-    "max_num_tokens", "stop_tokens",
+    "max_num_tokens", "stop_tokens", "waits_for_token",
 )  # fmt: skip
 _given = attrgetter(*GIVEN)
 
@@ -41,12 +41,13 @@ class _Account:
     given: tuple[Any, ...]
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)  # of its table, as last allocated
-    in_flight: deque[tuple[int, bool]] = field(default_factory=deque)  # (tokens, does it sample) of each step in flight
+    in_flight: deque[tuple[int, bool, int]] = field(default_factory=deque)  # (tokens, does it sample, drafts) of each step
     next_position: int = 0  # since its admission
     num_preemptions: int = 0
     num_cached: int = 0  # tokens, at its first admission
     computed: set[int] = field(default_factory=set)  # positions that were ever planned
     num_recomputed: int = 0
+    ran_elsewhere: bool = False  # before it was attached
 
 
 class Ledger:
@@ -61,7 +62,15 @@ class Ledger:
     # ---- what happened -------------------------------------------------------------------------------------------
 
     def arrived(self, request: Request) -> None:
-        self.accounts[request.index] = _Account(_given(request), list(request.token_ids))
+        self.accounts[request.index] = _Account(
+            given=_given(request),
+            tokens=list(request.token_ids),
+            blocks=list(request.block_table),
+            num_preemptions=request.num_preemptions,
+            num_cached=request.num_cached_tokens,
+            num_recomputed=request.num_recomputed_tokens,
+            ran_elsewhere=request.first_scheduled_time >= 0,
+        )
 
     def planned(self, builder: StepBuilder) -> None:
         for request in builder.preempted:
@@ -72,22 +81,27 @@ class Ledger:
             self.accounts[request.index].blocks[first:] = blocks
         admitted = {request.index for request in builder.admitted}
         chunks = (builder.requests, builder.starts, builder.lengths, builder.samples)
-        for request, start, length, sample in zip(*chunks, strict=True):
+        for place, (request, start, length, sample) in enumerate(zip(*chunks, strict=True)):
             account = self.accounts[request.index]
-            if request.index in admitted and not account.num_preemptions:
+            if request.index in admitted and not account.num_preemptions and not account.ran_elsewhere:
                 account.num_cached = start
-            account.num_recomputed += sum(p in account.computed for p in range(start, start + length))
-            account.computed.update(range(start, start + length))
+            drafts = len(builder.drafts.get(place, ()))
+            known = range(start, start + length - drafts)
+            account.num_recomputed += sum(p in account.computed for p in known)
+            account.computed.update(known)
             account.next_position = start + length
-            account.in_flight.append((length, sample))
+            account.in_flight.append((length, sample, drafts))
         self.verify(f"while step {builder.step} was planned", builder.step)
 
-    def collected(self, plan: StepPlan, tokens: Sequence[int]) -> None:
-        for request, token in zip(plan.requests, tokens, strict=True):
+    def collected(self, plan: StepPlan, tokens: Tokens) -> None:
+        for request, new in zip(plan.requests, tokens, strict=True):
             if (account := self.accounts.get(request.index)) is not None:
-                account.in_flight.popleft()
-                if token >= 0:
-                    account.tokens.append(token)
+                _, _, drafts = account.in_flight.popleft()
+                if drafts and request.state is RequestState.RUNNING:
+                    right = min(drafts, len(new) - 1)
+                    account.next_position -= drafts - right
+                    account.computed.update(range(account.next_position - right, account.next_position))
+                account.tokens += new
         self.verify(f"after step {plan.step} had come back", plan.step)
 
     # ---- the comparison ------------------------------------------------------------------------------------------
@@ -105,10 +119,10 @@ class Ledger:
         self.accounts = present
 
     def _expected(self, request: Request, account: _Account, runs: bool) -> dict[str, Any]:
-        scheduled = sum(length for length, _ in account.in_flight)
+        scheduled = sum(length for length, _, _ in account.in_flight)
         expected = dict(zip(GIVEN, account.given, strict=True)) | {
             "token_ids": account.tokens,
-            "num_tokens": len(account.tokens) + sum(sample for _, sample in account.in_flight),
+            "num_tokens": len(account.tokens) + sum(sample for _, sample, _ in account.in_flight),
             "num_scheduled_tokens": scheduled,
             "num_preemptions": account.num_preemptions,
             "num_cached_tokens": account.num_cached,
@@ -120,7 +134,7 @@ class Ledger:
                 "block_table": account.blocks,
                 "num_computed_tokens": account.next_position - scheduled,
             }
-        expected["state"] = RequestState.PREEMPTED if account.num_preemptions else RequestState.WAITING
+        expected["state"] = RequestState.PREEMPTED if account.num_preemptions or account.ran_elsewhere else RequestState.WAITING
         expected["block_table"] = account.blocks[: len(request.block_table)]
         if not account.in_flight:
             expected["num_computed_tokens"] = self._pool.layout.num_tokens(len(request.block_table))

@@ -16,6 +16,12 @@ def tell(observers: Sequence[Observer], calls: Calls, event: str, *args: Any) ->
         calls.call(observer, getattr(observer, event), *args)
 
 
+def tell_ended(observers: Sequence[Observer], calls: Calls, ended: Sequence[Request]) -> None:
+    """Of requests that they have not heard of."""
+    if ended:
+        tell(observers, calls, "on_requests", ended)
+
+
 def close(
     observers: Sequence[Observer],
     calls: Calls,

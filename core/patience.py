@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .arrivals import ArrivalQueue
 from .calls import Calls
+from .clock import Clock
 
 MOST_TURNS_AT_ONCE = 50  # with nothing done, because a policy asks to be woken at once
 MOST_IDLE_TURNS = 1_000_000  # with nothing done, woken by policies at later times
@@ -23,6 +25,18 @@ class Patience:
     def renew(self) -> None:
         """Something was done: planned, rejected or arrived."""
         self._idle_turns = self._turns_at_once = 0
+
+    def wait(self, clock: Clock, coming: ArrivalQueue, now: float, *, wake: float | None, waker: Any) -> bool:
+        """Until there may be something to do: at `wake`, if a policy asks for that, at the next arrival, or when
+        something comes into the inbox. False if nothing can come."""
+        if wake is not None:
+            wake = self.next_turn(now, wake, waker)
+        times = [t for t in (wake, coming.next_time) if t is not None]
+        if times:
+            clock.wait_until(min(times), coming.inbox)
+        elif coming.expecting:
+            coming.inbox.sleep(None)
+        return bool(times) or coming.expecting
 
     def next_turn(self, now: float, wake: float, waker: Any) -> float:
         """When the next turn begins for a policy that does nothing until `wake`. One that asks for it at once

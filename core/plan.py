@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .request import Request
@@ -13,7 +13,8 @@ class Chunk(NamedTuple):
     request: Request
     start: int  # first position computed
     length: int  # tokens
-    sample: bool  # the chunk ends at the last known token, so the next one is sampled
+    sample: bool  # the chunk reaches the last known token, so the next one is sampled
+    drafts: Sequence[int] = ()  # its last tokens, where they are guesses of what follows the last known one
 
 
 class Allocation(NamedTuple):
@@ -22,6 +23,16 @@ class Allocation(NamedTuple):
     request: Request
     first: int
     blocks: list[int]
+
+
+class KVCopy(NamedTuple):
+    """The content of a KV block goes to another block, of the same tier or another. Tier 0 is the pool, tier i
+    the executor's `tier_blocks[i - 1]`."""
+
+    source_tier: int
+    source: int
+    target_tier: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +50,10 @@ class StepPlan:
     admitted: list[Request]  # start or restart in this step: their tables begin anew
     left: list[Request]  # finished, preempted or aborted since the last plan: their rows are free
     preempted: list[Request]  # of those, preempted for this plan
+    drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)  # by place in the plan; the lengths count them
+    copies: Sequence[KVCopy] = ()  # one after the other, after the steps before and before anything of this one
 
     @property
     def chunks(self) -> Iterator[Chunk]:
-        return map(Chunk, self.requests, self.starts, self.lengths, self.samples)
+        drafts = (self.drafts.get(place, ()) for place in range(len(self.requests)))
+        return map(Chunk, self.requests, self.starts, self.lengths, self.samples, drafts)

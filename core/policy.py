@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from .blocks import Block
 from .compose.params import check
 from .errors import ConfigError
-from .execution import ExecutorCaps, Preparation, StepResult
+from .execution import Tokens
 from .request import Request
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class StepRecord:
     plan: StepPlan
     start: float  # the executor began it
     end: float  # its tokens were on the host
-    tokens: Sequence[int]  # per planned request: the sampled token id, -1 where none was sampled or it was discarded
+    tokens: Tokens  # per planned request: those that it was given
     emitted: int  # tokens that reached requests
     policy_time: float  # CPU seconds of planning and book-keeping for this step (measured, not virtual)
     num_running: int
@@ -154,6 +154,7 @@ class Context:
     model: Any = None  # core.compose.config.ModelShape, where the executor knows it
     oracle: Oracle | None = None  # only for roles that declare `oracle = True`
     token_budget: int = 512  # tokens of a step that suit the executor, for a scheduler that is given no number of its own
+    tokenizer: Any = None  # of the executor, for a workload of texts; None where it has none
 
 
 class CostModel(Protocol):
@@ -210,6 +211,11 @@ class Order(Role):
     def order(self, view: View) -> Iterable[Request]:
         """Requests of `view.waiting`, first to start first."""
         raise NotImplementedError
+
+    def rank_at(self, now: float) -> Callable[[Request], Any] | None:
+        """How it compares any two requests at this time, waiting or running: the smaller goes first. None for a queue
+        discipline, which says nothing of those that run."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +337,7 @@ class Eviction(Role):
     """
 
     role = "eviction"
+    now: float = 0.0  # seconds on the run's clock, in every callback and in `candidates`; the pool keeps it
 
     def on_insert(self, block: Block) -> None:
         """It joined the prefix index, still held by the request that computed it."""
@@ -377,47 +384,6 @@ class Retention(Role):
 # ---- running ------------------------------------------------------------------------------------------------------
 
 
-class Executor(Role):
-    """Runs plans, in the order in which they were launched. The executor owns the clock."""
-
-    role = "executor"
-    caps: ExecutorCaps
-    clock: Any
-    cost_model: CostModel | None = None
-
-    @property
-    def step_time_basis(self) -> str:
-        """What `cost_model` predicts from, for the reader of results; empty without one."""
-        return ""
-
-    def kv_capacity(self, block_size: int) -> int:
-        """Blocks that fit into the memory left after the weights."""
-        raise NotImplementedError
-
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
-        """Allocates the KV cache. Called once, before the first launch."""
-
-    @property
-    def preparation(self) -> Preparation:
-        """So far; read when a run begins and when it ends. An executor that has nothing to prepare leaves this as it is."""
-        return Preparation()
-
-    def launch(self, plan: StepPlan) -> Any:
-        """Starts the step and returns a ticket; must not wait for the device."""
-        raise NotImplementedError
-
-    def linger(self) -> None:
-        """Asked before a plan that will wait behind steps in flight: returns when the device is about to run out of work, so
-        that what arrives meanwhile can be in the plan. An executor that cannot tell returns at once."""
-
-    def collect(self, ticket: Any) -> StepResult:
-        """Waits for that step. Tickets are collected in the order of launch."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Gives memory and other processes back. Called once, however the run ended."""
-
-
 class Workload(Role):
     """Which requests arrive, and when?"""
 
@@ -439,6 +405,9 @@ class Observer(Role):
     """Watches a run. Called after the step, in batches, off the critical path."""
 
     role = "observer"
+
+    def on_build(self, run: Any) -> None:
+        """The core.build.Run that it will watch, if it is its `tracking`: before the first call of `on_start`."""
 
     def on_start(self, engine: Any) -> None:
         """The core.engine.Engine that is about to run."""

@@ -20,6 +20,7 @@ class RequestState(Enum):
     FINISHED = "finished"
     REJECTED = "rejected"  # refused before it ever ran
     ABORTED = "aborted"  # stopped by the user or by the end of the run
+    DETACHED = "detached"  # goes on in another engine
 
 
 class Request:
@@ -38,7 +39,7 @@ class Request:
         "token_ids", "num_prompt_tokens", "num_tokens", "num_computed_tokens", "num_scheduled_tokens",
         "block_table", "state", "finish_reason", "num_cached_tokens", "num_preemptions", "num_recomputed_tokens",
         "first_scheduled_time", "finish_time", "token_times", "logprobs", "stop_text", "stop_reason",
-        "max_num_tokens", "stop_tokens", "planned_step", "num_steps_in_flight",
+        "max_num_tokens", "stop_tokens", "waits_for_token", "planned_step", "num_steps_in_flight",
         "num_published_blocks", "published_parent", "canonical_blocks", "planned_before", "planned_from",
     )  # fmt: skip
 
@@ -75,6 +76,7 @@ class Request:
         stops = frozenset(arrival.sampling.stop_token_ids)
         only_own_stops = arrival.sampling.ignore_eos or arrival.output_len is not None
         self.stop_tokens = stops if only_own_stops else stops | eos_token_ids
+        self.waits_for_token = arrival.sampling.waits_for_token  # it is never planned while its last token is sampled
         self.planned_step = -1  # last step that planned or preempted this request
         self.num_steps_in_flight = 0  # that contain it
         self.num_published_blocks = 0  # leading blocks offered to the prefix cache

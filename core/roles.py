@@ -12,6 +12,7 @@ from .clock import is_finite
 from .compose.config import EngineConfig
 from .errors import ConfigError, near
 from .execution import ExecutorCaps
+from .executor import Executor
 from .policy import (
     CALLBACKS,
     SERVICES,
@@ -20,7 +21,6 @@ from .policy import (
     Context,
     Defer,
     Eviction,
-    Executor,
     LengthPrediction,
     Oracle,
     Order,
@@ -176,6 +176,7 @@ class Roles:
             cost_model=self.executor.cost_model,
             model=caps.model,
             token_budget=min(caps.default_token_budget, config.max_num_batched_tokens),
+            tokenizer=self.executor.tokenizer,
         )
         for role in self.objects:
             role.rng = Random(f"{seed}/{role.plugin_name}")

@@ -13,13 +13,15 @@ third list here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from . import spans
 from .arrivals import ArrivalQueue
-from .blocks import ROOT, BlockPool
+from .blocks import ROOT, BlockPool, KVLayout
 from .calls import Calls
+from .execution import Tokens
+from .handoff import Handoff
 from .matching import Matches
 from .outputs import RequestOutput, StopText
 from .pins import Pins
@@ -33,7 +35,7 @@ _RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, Req
 class Committed(NamedTuple):
     """What a completed step came to."""
 
-    tokens: Sequence[int]  # per planned request, -1 where nothing was sampled or its request had ended
+    tokens: Tokens  # that reached requests: nothing of a request that had ended, nothing behind its end
     emitted: int
     ended: list[tuple[Request, str]]  # with the reason; still to be finished
 
@@ -101,6 +103,10 @@ class Roster:
 
     # ---- transitions ---------------------------------------------------------------------------------------
 
+    @property
+    def layout(self) -> KVLayout:
+        return self._pool.layout
+
     def arrive(self, request: Request, now: float, output_len: int | None = None) -> None:
         """It waits from now on. Its emulated answer ends after `output_len` tokens, if that is given."""
         if output_len is not None:
@@ -138,7 +144,7 @@ class Roster:
             or request.planned_step == step
             or known >= request.max_num_tokens
             or start >= len(request.block_table) * self._block_size
-            or (scheduled and not self.placeholders)
+            or (scheduled and (request.waits_for_token or not self.placeholders))
         ):
             return -1
         request.planned_step = step
@@ -147,14 +153,15 @@ class Roster:
         request.num_steps_in_flight += 1
         return start
 
-    def schedule(self, request: Request, step: int, start: int, n: int, blocks: Sequence[int]) -> bool:
-        """Plans `n` tokens from `start` on, in a table with `blocks` more. Returns whether one is sampled."""
+    def schedule(self, request: Request, step: int, start: int, n: int, blocks: Sequence[int], drafts: int = 0) -> bool:
+        """Plans `n` tokens from `start` on, the last `drafts` of them guesses, in a table with `blocks` more.
+        Returns whether one is sampled."""
         if blocks:
             request.block_table.extend(blocks)
             self.reserved_blocks.pop(request.index, None)
         if request.planned_before:
             request.num_recomputed_tokens += spans.overlap(request.planned_before, start, start + n)
-        sample = start + n == request.num_tokens
+        sample = start + n - drafts == request.num_tokens
         request.planned_step = step
         request.num_scheduled_tokens += n
         request.num_steps_in_flight += 1
@@ -169,7 +176,7 @@ class Roster:
         request.state = _PREEMPTED
         self.reserved_blocks.pop(request.index, None)
         request.num_preemptions += 1
-        planned = request.num_computed_tokens + request.num_scheduled_tokens
+        planned = min(request.num_computed_tokens + request.num_scheduled_tokens, request.num_tokens - 1)  # no drafts
         request.planned_before = spans.union(request.planned_before, request.planned_from, planned)
         self.num_preemptions += 1
         self.preemptions_since_token += 1
@@ -184,24 +191,24 @@ class Roster:
     def commit(
         self,
         plan: StepPlan,
-        tokens: Sequence[int],
+        tokens: Tokens,
         now: float,
-        logprobs: Sequence[Any] | None = None,
+        logprobs: Sequence[Sequence[Any]] | None = None,
     ) -> Committed:
         """A step has come back: counts, tokens and full blocks of everyone in it. The hot loop of the
         host."""
         size, publishing = self._block_size, self._pool.cache.enabled
         hidden_ends, stop_text = self.hidden_ends, self._stop_text
-        emitted = 0
+        more = {plan.requests[place].index: iter(rest) for place, rest in tokens.more.items()}
         ended: list[tuple[Request, str]] = []
         late: set[int] = set()  # index of requests that ended while this step was in flight
-        for request, start, length, token in zip(plan.requests, plan.starts, plan.lengths, tokens, strict=True):
+        lengths = _without_wrong_drafts(plan, tokens) if plan.drafts else plan.lengths
+        for request, start, length, token in zip(plan.requests, plan.starts, lengths, tokens.first, strict=True):
             request.num_scheduled_tokens -= length
             request.num_steps_in_flight -= 1
+            computed = start + length
             if request.state is _RUNNING:
-                computed = request.num_computed_tokens = start + length
-                if publishing and computed // size > request.num_published_blocks:
-                    publish(self._pool, request, computed // size)
+                request.num_computed_tokens = computed
             else:
                 if not request.num_steps_in_flight and request.index in self.releasing:
                     del self.releasing[request.index]
@@ -209,8 +216,7 @@ class Roster:
                 if request.state is not _PREEMPTED:
                     late.add(request.index)
                     continue
-            if token >= 0:
-                emitted += 1
+            while token >= 0:
                 known = request.token_ids
                 known.append(token)
                 request.token_times.append(now)
@@ -225,12 +231,19 @@ class Roster:
                     ended.append((request, "stop"))
                 elif count >= request.max_num_tokens:
                     ended.append((request, "length"))
-        if late:
-            tokens = [-1 if r.index in late else t for r, t in zip(plan.requests, tokens, strict=True)]
+                elif more and request.index in more:
+                    token = next(more[request.index], -1)
+                    continue
+                break
+            if publishing and computed // size > request.num_published_blocks and request.state is _RUNNING:
+                publish(self._pool, request, min(computed, len(request.token_ids)) // size)
+        emitted = plan.samples.count(True)
+        if late or more:
+            tokens = _kept(plan, tokens, late, more)
+            emitted = sum(map(len, tokens))
         if logprobs is not None:
-            for request, token, alternatives in zip(plan.requests, tokens, logprobs, strict=True):
-                if token >= 0:
-                    request.logprobs.append(alternatives)
+            for request, new, alternatives in zip(plan.requests, tokens, logprobs, strict=True):
+                request.logprobs += alternatives[: len(new)]
         if emitted:
             self.preemptions_since_token = 0
         return Committed(tokens, emitted, ended)
@@ -252,6 +265,33 @@ class Roster:
         self._end(request, RequestState.ABORTED, "abort", now)
         self._give_all_back(request)
         self._tell_end(request, now)
+
+    def detach(self, request: Request, now: float) -> None:
+        """It goes on in another engine; none of its steps is in flight. What is cached of it stays."""
+        self._leave(request)
+        request.state = RequestState.DETACHED
+        del self.present[request.id]
+        self._give_all_back(request)
+        self._tell_end(request, now)
+
+    def attach(self, request: Request, had: Handoff, now: float) -> tuple[int, list[int]]:
+        """A new request goes on with what it `had` in another engine. Returns the blocks whose KV has to be filled with
+        what arrived, and the place of the first in its table."""
+        request.token_ids, request.num_tokens = list(had.token_ids), len(had.token_ids)
+        request.token_times, request.logprobs = list(had.token_times), list(had.logprobs)
+        request.first_scheduled_time, request.num_cached_tokens = had.first_scheduled_time, had.num_cached_tokens
+        request.num_preemptions, request.num_recomputed_tokens = had.num_preemptions, had.num_recomputed_tokens
+        request.state = _WAITING if had.first_scheduled_time < 0 else _PREEMPTED
+        pool, blocks, matched = self._pool, [], self._matches.match(request).blocks
+        self._take(request, matched)
+        if (missing := min(had.num_blocks - len(matched), pool.num_available - self.num_reserved_blocks)) > 0:
+            blocks = pool.allocate(missing)
+            request.block_table.extend(blocks)
+            request.num_computed_tokens = pool.layout.num_tokens(len(request.block_table))
+            if pool.cache.enabled:
+                publish(pool, request, len(request.block_table))
+        self.arrive(request, now, had.arrival.output_len)
+        return len(matched), blocks
 
     def reject(self, request: Request, reason: str, now: float) -> None:
         """waiting -> ended, by a policy."""
@@ -413,6 +453,31 @@ class Roster:
         self._matches.forget(request)
         if self.pins.take_dropped(request) and pool.cache.enabled:
             pool.drop(self._matches.content(request))
+
+
+def _without_wrong_drafts(plan: StepPlan, tokens: Tokens) -> list[int]:
+    """The chunks' lengths as far as the KV that they wrote is of tokens that came of it: what was drafted wrongly is
+    computed again."""
+    lengths = list(plan.lengths)
+    for place, drafts in plan.drafts.items():
+        wrong = max(0, len(drafts) - len(tokens.more.get(place, ())))
+        lengths[place] -= wrong
+        plan.requests[place].num_scheduled_tokens -= wrong
+    return lengths
+
+
+def _kept(plan: StepPlan, tokens: Tokens, late: set[int], more: dict[int, Iterator[int]]) -> Tokens:
+    """What reached requests: not what came for those that are `late`, nor what is left of `more`, behind an
+    end. A request that was given several has them in place of its placeholder."""
+    first, rest = list(tokens.first), {}
+    for place, request in enumerate(plan.requests):
+        if request.index in late:
+            first[place] = -1
+        elif request.index in more:
+            dropped = sum(1 for _ in more[request.index])
+            rest[place] = tokens.more[place][: len(tokens.more[place]) - dropped]
+            request.num_tokens = len(request.token_ids)
+    return Tokens(first, rest)
 
 
 def publish(pool: BlockPool, request: Request, upto: int) -> None:

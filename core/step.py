@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .blocks import BlockPool
 from .clock import is_finite
+from .copies import Copies
+from .drafts import plannable
 from .errors import PolicyError, near
 from .grants import Grant, Granted, NeedBlocks, NoBudget, NotReady
 from .matching import Matches
@@ -39,6 +41,7 @@ class StepBuilder:
 
     def __init__(self, roles: Roles, roster: Roster, pool: BlockPool, matches: Matches) -> None:
         self._roles, self._roster, self._pool, self._matches = roles, roster, pool, matches
+        self.copies = Copies(pool, roles.executor.caps.tier_blocks)
         self._by_policy: set[int] = set()
         self.begin(-1, 0.0, 0, 0)
 
@@ -52,6 +55,7 @@ class StepBuilder:
         self.allocated: list[Allocation] = []
         self.admitted: list[Request] = []
         self.preempted: list[Request] = []
+        self.drafts: dict[int, Sequence[int]] = {}  # by place in the step
         self.num_turned_away = 0  # times that admission deferred or rejected a request in this step so far
         self.wake: float | None = None  # when the engine asks again at the latest, if nothing is planned
         self.waker: Role | None = None  # who asked for that
@@ -72,6 +76,8 @@ class StepBuilder:
             admitted=self.admitted,
             left=left,
             preempted=self.preempted,
+            drafts=self.drafts,
+            copies=self.copies.take() if self.requests else (),
         )
 
     # ---- what a policy reads of the step so far ------------------------------------------------------------------
@@ -109,14 +115,16 @@ class StepBuilder:
 
     # ---- the verbs ----------------------------------------------------------------------------------------------
 
-    def add(self, request: Request, num_tokens: int | None = None) -> Grant:
-        """Plans the request's next token, or its next chunk of at most `num_tokens`.
+    def add(self, request: Request, num_tokens: int | None = None, drafts: Sequence[int] | None = None) -> Grant:
+        """Plans the request's next token, or its next chunk of at most `num_tokens`. `drafts` are guesses of the tokens
+        behind its last known one, for a running request whose next one is to be sampled: as many of them as the executor
+        verifies and as fit without preempting anybody are planned with it, and `Granted` counts them.
 
         A running request that lacks a block evicts, then preempts whom the victim role names, itself last.
         A waiting request is admitted only into free or evictable blocks.
         Raises PolicyError for a request planned twice, preempted by this policy in this step, or ended.
         """
-        if self.tokens_left > 0 and self.seqs_left > 0:
+        if drafts is None and self.tokens_left > 0 and self.seqs_left > 0:
             # The decode of a running request that has room in its last block: nearly every call, so it comes first.
             start = self._roster.schedule_decode(request, self.step)
             if start >= 0:
@@ -131,7 +139,7 @@ class StepBuilder:
             raise self._error(f"add(num_tokens={num_tokens}): expected at least 1, or None for as many as fit", request)
         state = request.state
         if state is _RUNNING:
-            return self._add_running(request, num_tokens)
+            return self._add_running(request, num_tokens, drafts or ())
         if state is _WAITING or state is _PREEMPTED:
             return self._add_waiting(request, num_tokens)
         raise self._error(f"add() of a request that is {state.value}: forget it in on_finish", request)
@@ -171,24 +179,29 @@ class StepBuilder:
         if self.wake is None or t < self.wake:
             self.wake, self.waker = t, waker
 
-    def _add_running(self, request: Request, at_most: int | None) -> Grant:
+    def _add_running(self, request: Request, at_most: int | None, drafts: Sequence[int]) -> Grant:
         if request.planned_step == self.step:
             raise self._error("planned twice in one step", request)
         if request.num_tokens >= request.max_num_tokens:
             return _IN_FLIGHT  # its last token is being sampled
         new = request.num_new_tokens
-        if new <= 0 or (not self._roster.placeholders and len(request.token_ids) < request.num_tokens):
+        one_at_a_time = request.waits_for_token or not self._roster.placeholders
+        if new <= 0 or (one_at_a_time and len(request.token_ids) < request.num_tokens):
             return _IN_FLIGHT
         n = self._grantable(request, new, at_most)
         if n <= 0:
             return _NO_BUDGET
         start = request.num_computed_tokens + request.num_scheduled_tokens
+        if drafts:
+            most = min(self.tokens_left, at_most or self.tokens_left) - 1
+            drafts = plannable(self._roles, self._roster, self._pool, request=request, drafts=drafts, most=most)
+            n += len(drafts)
         need = self._pool.layout.num_blocks(start + n) - len(request.block_table)
         if need > self._pool.num_available and (missing := self._make_room(request, need)):
             if request.state is _RUNNING:
                 self._roster.reserve(request, need)  # what it waits for is not for those who wait to start
             return NeedBlocks(missing)
-        self._append(request, start, n, need)
+        self._append(request, start, n, need, drafts)
         return Granted(n)
 
     def _add_waiting(self, request: Request, at_most: int | None) -> Grant:
@@ -234,11 +247,13 @@ class StepBuilder:
             left = min(left, at_most)
         return self._roles.prompt_tokens(request, left, self._view) if left > 0 and new > 1 else left
 
-    def _append(self, request: Request, start: int, n: int, need: int) -> None:
+    def _append(self, request: Request, start: int, n: int, need: int, drafts: Sequence[int] = ()) -> None:
         blocks = self._pool.allocate(need) if need > 0 else []
         if blocks:
             self.allocated.append(Allocation(request, len(request.block_table), blocks))
-        self.samples.append(self._roster.schedule(request, self.step, start, n, blocks))
+        if drafts:
+            self.drafts[len(self.requests)] = drafts
+        self.samples.append(self._roster.schedule(request, self.step, start, n, blocks, len(drafts)))
         self.tokens_left -= n
         self.seqs_left -= 1
         self.requests.append(request)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .blocks import BlockPool
 from .clock import is_finite
 from .errors import PolicyError
+from .kv_view import KVView
 from .matching import Match, Matches
 from .policy import SERVICES, LengthPrediction, Order
 from .request import Request, RequestState
@@ -21,35 +22,6 @@ __all__ = ["Match", "View"]
 
 _PREEMPTED = RequestState.PREEMPTED
 _WANTS_TO_START = (RequestState.WAITING, RequestState.PREEMPTED)
-
-
-class KVView:
-    """Block counts, read-only."""
-
-    __slots__ = ("_pool", "total", "block_size")
-
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool, self.total, self.block_size = pool, pool.num_blocks, pool.block_size
-
-    @property
-    def free(self) -> int:
-        return self._pool.num_free
-
-    @property
-    def evictable(self) -> int:
-        return self._pool.num_evictable
-
-    @property
-    def available(self) -> int:
-        return self._pool.num_available
-
-    @property
-    def used(self) -> int:
-        return self._pool.num_used
-
-    @property
-    def pinned(self) -> int:
-        return self._pool.num_pinned
 
 
 class Budget(NamedTuple):

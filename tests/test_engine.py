@@ -253,6 +253,8 @@ def test_the_decision_log_hashes_what_was_decided_and_not_when() -> None:
 def test_a_recorded_clock_played_back_gives_the_same_readings() -> None:
     inner = VirtualClock()
     recording = RecordingClock(inner)
+    assert recording.now() == 0.0 and recording.readings == []  # nobody asked for it
+    recording.record()
     said = [recording.now()]
     recording.advance_to(2.0)
     said.append(recording.now())

@@ -10,9 +10,10 @@ from helpers.scripted import ask, engine
 from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.errors import NothingPlanned, PolicyError, WorkloadError
+from core.executor import Executor
 from core.inputs import SLO, Tags
 from core.measure.metrics import ttft
-from core.policy import Admission, Admit, Defer, Executor, Reject, Workload
+from core.policy import Admission, Admit, Defer, Reject, Workload
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 
@@ -253,7 +254,7 @@ class Patient(OracleExecutor):
 
     def linger(self) -> None:
         self.asked += 1
-        self.clock.wait_until(self.server.free_at - 1e-4)
+        self.clock.advance_to(self.server.free_at - 1e-4)
 
 
 @pytest.mark.parametrize(("executor", "served"), [(OracleExecutor, 0.02), (Patient, 0.01)])

@@ -178,19 +178,24 @@ class Garbled(OracleExecutor):
         return self.change(super().collect(ticket))
 
 
-def other_tokens(change: Callable[[list[int]], Any]) -> Callable[[StepResult], StepResult]:
+def other_tokens(change: Callable[[list[list[int]]], Any]) -> Callable[[StepResult], StepResult]:
     return lambda result: replace(result, tokens=change(list(result.tokens)))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (other_tokens(lambda tokens: tokens[:-1]), "tokens for"),
-        (other_tokens(lambda tokens: [*tokens, 1]), "tokens for"),
-        (other_tokens(lambda tokens: [-1 for _ in tokens]), "answered -1 in step 0: expected a token id"),
-        (other_tokens(lambda tokens: [None for _ in tokens]), "answered None in step 0"),
-        (other_tokens(lambda tokens: [[1, 2] for _ in tokens]), "answered [1, 2] in step 0"),
-        (other_tokens(lambda tokens: [2 if token < 0 else token for token in tokens]), ": expected -1, since its chunk samples nothing"),
+        (other_tokens(lambda tokens: tokens[:-1]), "lists of tokens for"),
+        (other_tokens(lambda tokens: [*tokens, [1]]), "lists of tokens for"),
+        (other_tokens(lambda tokens: [[] for _ in tokens]), "answered no token in step 0: expected a token id"),
+        (other_tokens(lambda tokens: [[-1] for _ in tokens]), "answered no token in step 0: expected a token id"),
+        (other_tokens(lambda tokens: [[-2] for _ in tokens]), "answered -2 in step 0: expected a token id"),
+        (other_tokens(lambda tokens: [[None] for _ in tokens]), "answered None in step 0"),
+        (other_tokens(lambda tokens: [new[0] if new else -1 for new in tokens]), "in step 0: expected a list of tokens per planned request"),
+        (other_tokens(lambda tokens: None), "answered None in step 0: expected a list of tokens per planned request"),
+        (other_tokens(lambda tokens: [[1, 2] for _ in tokens]), "answered [1, 2] in step 0: expected at most 1 token ids"),
+        (other_tokens(lambda tokens: [[1, None] for _ in tokens]), "answered [1, None] in step 0"),
+        (other_tokens(lambda tokens: [new or [2] for new in tokens]), ": expected none, since its chunk samples nothing"),
         (lambda result: replace(result, end=NAN), "end=nan for step 0: expected finite seconds"),
         (lambda result: replace(result, start=None), "start=None"),
         (lambda result: replace(result, end=float("inf")), "end=inf"),
@@ -198,7 +203,7 @@ def other_tokens(change: Callable[[list[int]], Any]) -> Callable[[StepResult], S
         (lambda result: 1 / 0, "raised ZeroDivisionError"),
     ],
 )
-def test_an_executor_s_answer_is_one_token_for_each_chunk_that_samples(change: Callable[[StepResult], Any], says: str) -> None:
+def test_an_executor_s_answer_is_tokens_for_each_chunk_that_samples(change: Callable[[StepResult], Any], says: str) -> None:
     running = engine(everybody, executor=Garbled(change=change, token_seconds=0.0), max_num_batched_tokens=14)
     error = failing(running)
     assert error.plugin == "executor=garbled" and says in str(error)

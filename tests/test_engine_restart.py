@@ -16,6 +16,7 @@ from core.testing.case import random_case
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 from core.testing.trial import DecisionTrace, PoolCheck
+from plugins.executors.record import recording
 
 TICK = 1 / 64  # seconds a step: exact in binary, so that a run that begins later sees the same times
 COMPOSITIONS = (
@@ -128,6 +129,38 @@ def test_an_engine_keeps_nothing_of_the_runs_that_are_over() -> None:
         running.run([ask(id=f"x{i}", answer=4) for i in range(5)])
         sizes.append((len(running.roster.finished), len(running.intake.ids), len(running.clock.readings), len(running.ledger.accounts)))
     assert set(sizes[1:]) == {sizes[1]} and sizes[1][0] == 5
+    assert running.clock.readings == [], "recording is for those who ask"
+
+
+def test_readings_of_the_clock_are_kept_for_a_recorder_and_for_its_run_alone(tmp_path) -> None:
+    running = engine(observers=recording(tmp_path))
+    running.run([ask(id="a")])
+    assert len(running.clock.readings) > 3
+    running.observers.clear()
+    running.run([ask(id="b")])
+    assert running.clock.readings == []
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_run_after_aborts_finds_everything_clean(depth: int) -> None:
+    """Wherever a request was when it was aborted: waiting, running, with steps in flight, not yet arrived."""
+
+    class Aborts(Observer):
+        def on_step(self, record):
+            running.abort(chance.choice(ids))
+
+    for seed in range(12):
+        chance, ids = Random(seed), [f"r{i}" for i in range(6)]
+        running = engine(observers=[Aborts()], max_inflight=depth, num_blocks=10, executor=OracleExecutor(num_blocks=10))
+        running.observers.append(PoolCheck(running))
+        first = running.run([ask(5 + i, 9, time=0.01 * i, id=id) for i, id in enumerate(ids)])
+        assert sorted(o.id for o in first.outputs) == ids and {o.state for o in first.outputs} <= {"aborted", "finished"}
+        roster = running.roster
+        assert not (roster.present or roster.releasing or roster.hidden_ends or len(running.flights) or len(running.coming))
+        assert running.pool.num_used == 0
+        running.observers.pop(0)
+        again = running.run([ask(5 + i, 9, time=0.01 * i, id=id) for i, id in enumerate(ids)])
+        assert [(o.id, o.state) for o in again.outputs] == [(id, "finished") for id in ids]
 
 
 def test_policies_are_set_up_anew_only_after_a_run_that_was_cut_off() -> None:
@@ -141,8 +174,6 @@ def test_policies_are_set_up_anew_only_after_a_run_that_was_cut_off() -> None:
     counts = Counts()
 
     def script(step, view):
-        if view.now == 0.0 and len(running.clock.readings) > 1:
-            raise CutOff
         everybody(step, view)
 
     running = engine(script, roles={"retention": counts})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers import flat_stream
 from helpers.flat_stream import EVICTIONS, hits, make, zipf
-from helpers.policy_runs import ask, compose, run
+from helpers.policy_runs import Server, ask, compose, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -345,3 +345,45 @@ def test_belady_without_a_known_future_says_what_to_choose() -> None:
 def test_senseless_parameters_are_refused(name: str, bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         hits(make(name, **bad), 8, [1, 2])
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+class Clocked(make("lru").__class__):
+    """Notes its `now` in every callback."""
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self.heard: list[tuple[str, float]] = []
+
+    def on_insert(self, block: Block) -> None:
+        self.heard.append(("insert", self.now))
+
+    def on_hit(self, block: Block) -> None:
+        self.heard.append(("hit", self.now))
+
+    def on_evictable(self, block: Block) -> None:
+        self.heard.append(("evictable", self.now))
+        super().on_evictable(block)
+
+    def on_in_use(self, block: Block) -> None:
+        self.heard.append(("in use", self.now))
+        super().on_in_use(block)
+
+    def on_evict(self, block: Block) -> None:
+        self.heard.append(("evict", self.now))
+
+    def candidates(self, n: int):
+        self.heard.append(("candidates", self.now))
+        yield from super().candidates(n)
+
+
+def test_an_eviction_knows_the_time_in_every_callback() -> None:
+    """Steps of one second; the second request finds a block of the first, and the third takes what both left."""
+    clocked = Clocked()
+    arrivals = [ask(0.0, [1] * 5, 2), ask(10.0, [1] * 5, 2), ask(20.0, [2] * 30, 1)]
+    engine = compose(cache="hash", server=Server(overhead=1.0, per_token=0.0), engine=EngineConfig(block_size=4, num_blocks=8, max_num_seqs=1))
+    type(engine)(engine.roles.given | {"eviction": clocked}, engine.config).run(arrivals)
+    assert clocked.heard[:5] == [("insert", 1.0), ("evictable", 2.0), ("in use", 10.0), ("hit", 10.0), ("evictable", 12.0)]
+    assert ("candidates", 20.0) in clocked.heard and ("evict", 20.0) in clocked.heard

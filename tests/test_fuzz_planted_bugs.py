@@ -42,8 +42,8 @@ BUGS = {
     "publish before compute": (
         roster.Roster,
         "schedule",
-        "sample = start + n == request.num_tokens",
-        "sample = start + n == request.num_tokens; self._pool.cache.enabled and "
+        "sample = start + n - drafts == request.num_tokens",
+        "sample = start + n - drafts == request.num_tokens; self._pool.cache.enabled and "
         "publish(self._pool, request, min(start + n, len(request.token_ids)) // self._pool.block_size)",
     ),
     "free while referenced": (blocks.BlockPool, "release", "block.ref_count -= 1", "block.ref_count = 0"),
@@ -98,14 +98,14 @@ BUGS = {
     "partial block published": (
         roster.Roster,
         "commit",
-        "publish(self._pool, request, computed // size)",
-        "publish(self._pool, request, -(-computed // size))",
+        "publish(self._pool, request, min(computed, len(request.token_ids)) // size)",
+        "publish(self._pool, request, -(-min(computed, len(request.token_ids)) // size))",
     ),
     "one token computed too few": (
         roster.Roster,
         "commit",
-        "request.num_computed_tokens = start + length",
-        "request.num_computed_tokens = start + length - (length > 3)",
+        "request.num_computed_tokens = computed",
+        "request.num_computed_tokens = computed - (length > 3)",
     ),
     "token of a preempted request lost": (roster.Roster, "commit", "if request.state is not _PREEMPTED:", "if True:"),
     "ended request keeps its pin of drop_tail": (roster.Roster, "_give_all_back", "self.kept_heads.pop(request.index, None)", "pass"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from policy_runs import compose
 
 from core.errors import WorkloadError
 from core.measure.metrics import summarize
@@ -157,3 +158,42 @@ def output(client: str, at: float) -> RequestOutput:
     made.first_scheduled_time, made.finish_time, made.token_times = at, at + 0.5, [at + 0.5]
     made.state = RequestState.FINISHED
     return RequestOutput.of(made)
+
+
+# ---- adapters and salts ----------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_dealt_and_share_no_prefix():
+    workload = RandomLengths(num_requests=60, adapters=3)
+    made = arrivals(workload)
+    assert {a.tags.adapter for a in made} == {"a0", "a1", "a2"}
+    assert all(a.cache_salt == a.tags.adapter for a in made)
+    plain = arrivals(RandomLengths(num_requests=60))
+    assert {a.cache_salt for a in plain} == {""} == {a.tags.adapter for a in plain}
+    assert [a.prompt_token_ids for a in made] == [a.prompt_token_ids for a in plain]
+
+
+def test_a_session_keeps_its_adapter():
+    workload = MultiTurn(num_sessions=8, adapters=4)
+    first = {a.tags.session: a.tags.adapter for a in arrivals(workload)}
+    assert len(set(first.values())) > 1
+
+
+def test_prefixes_may_be_kept_within_a_client_or_a_session():
+    made = arrivals(RandomLengths(num_requests=40, clients=4, salt="client"))
+    assert {(a.tags.client, a.cache_salt) for a in made} == {(f"c{i}", f"c{i}") for i in range(4)}
+    both = arrivals(RandomLengths(num_requests=40, clients=2, salt="client", adapters=2))
+    assert {a.cache_salt for a in both} == {f"a{i}/c{j}" for i in range(2) for j in range(2)}
+    with pytest.raises(ConfigError, match="salt"):
+        RandomLengths(salt="everybody")
+
+
+def test_salts_decide_who_hits():
+    """The same prompts, of one client and of four that share nothing."""
+
+    def cached(**parameters) -> int:
+        workload = SharedPrefix(num_requests=24, **parameters)
+        result = compose(cache="hash").run(list(workload.arrivals(1, 1000, 4096)))
+        return sum(o.num_cached_tokens for o in result.outputs)
+
+    assert cached() > cached(clients=4, salt="client") > 0

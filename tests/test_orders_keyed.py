@@ -10,9 +10,10 @@ import pytest
 from helpers.policy_runs import Server, Steps, ask, compose, finishing, mean_completion, run
 
 from core.compose.config import EngineConfig
-from core.errors import ConfigError
-from core.inputs import SLO, Tags
-from core.keyed import KeyOrder
+from core.errors import ConfigError, PolicyError
+from core.inputs import SLO, SamplingParams, Tags
+from core.keyed import KeyOrder, MovingOrder
+from core.outputs import RunResult
 
 SEEDS = range(8)
 
@@ -247,3 +248,72 @@ def test_preemption_by_rank_needs_an_order_that_ranks():
         compose(scheduler="preemptive", order="lpm")
     with pytest.raises(ConfigError, match="Did you mean drop_tail"):
         compose(scheduler=("preemptive", {"mode": "droptail"}), order="priority")
+
+
+# ---- ranks that move with time ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ageing(MovingOrder):
+    """Shortest answer first, but every second of waiting counts as `weight` tokens less."""
+
+    weight: float = 0.0
+
+    def key(self, request, now):
+        return (request.sampling.max_tokens or 0) - self.weight * (now - request.arrival_time)
+
+
+def aged(weight: float, scheduler: str, seed: int = 1) -> RunResult:
+    rng = Random(seed)
+    arrivals = [replace(ask(0.03 * i, 2, None), sampling=SamplingParams(max_tokens=rng.randint(2, 30))) for i in range(30)]
+    engine = compose(scheduler=scheduler, order="priority", engine=EngineConfig(block_size=4, num_blocks=64, max_num_seqs=2, check=True))
+    return type(engine)(engine.roles.given | {"order": Ageing(weight)}, engine.config).run(arrivals)
+
+
+@pytest.mark.parametrize("scheduler", ["chunked", "preemptive"])
+def test_a_rank_may_move_with_time(scheduler):
+    """Waiting counts more and more, until the order is that of arrival; preemption follows it as well."""
+    waits = []
+    for weight in (0.0, 30.0, 1e6):
+        result = aged(weight, scheduler)
+        assert all(o.state == "finished" for o in result.outputs)
+        waits.append(max(o.finish_time - o.arrival_time for o in result.outputs))
+        if weight == 1e6:
+            started = sorted(result.outputs, key=lambda o: o.first_scheduled_time)
+            assert [o.index for o in started] == sorted(o.index for o in started) and result.num_preemptions == 0
+    assert waits[0] > waits[2]
+
+
+def test_preemptive_takes_the_place_of_those_that_now_rank_behind():
+    assert aged(0.0, "preemptive").num_preemptions > 3
+
+
+def test_a_moving_order_is_a_fresh_sort_at_every_step():
+    class Checked(Ageing):
+        def order(self, view):
+            offered = list(super().order(view))
+            assert offered == sorted(view.waiting, key=lambda r: (self.key(r, view.now), r.sort_key))
+            checked.append(len(offered))
+            return offered
+
+    checked: list[int] = []
+    engine = compose(engine=EngineConfig(block_size=2, num_blocks=40, max_num_seqs=2))
+    Checked.window = 3
+    type(engine)(engine.roles.given | {"order": Checked(2.0)}, engine.config).run(batch(1, 20, spread=2.0))
+    assert max(checked) > 3  # beyond the window, too
+
+
+@pytest.mark.parametrize("key", [lambda r, now: 1 / 0, lambda r, now: float("nan"), lambda r, now: (1, float("nan"))])
+def test_a_key_that_cannot_be_is_named(key):
+    order = Ageing()
+    order.key = key
+    engine = compose(engine=EngineConfig(block_size=2, num_blocks=40))
+    with pytest.raises(PolicyError, match=r"key\(\) (raised ZeroDivisionError|answered .*nan.*, which sorts nowhere)"):
+        type(engine)(engine.roles.given | {"order": order}, engine.config).run(batch(1, 5))
+
+
+def test_a_queue_discipline_ranks_nobody_that_runs():
+    order = compose(order="fcfs").roles["order"]
+    assert order.rank_at(0.0) is None
+    with pytest.raises(ConfigError, match="needs an order that ranks running requests too"):
+        compose(scheduler="preemptive", order="fcfs")

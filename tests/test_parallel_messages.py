@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig, load_registry
 from plugins.executors.torch.batch import StepInput
+from plugins.executors.torch.config import TorchConfig
 from plugins.kernels.torch import TorchKernels
 from plugins.parallel import channel as wire
 from plugins.parallel import messages
@@ -28,8 +29,7 @@ from plugins.parallel.messages import Answer, Call, Hello, Order, Raised, Refuse
 from plugins.parallel.worker import job_of
 
 SOURCES = sorted((Path(__file__).parent.parent / "plugins" / "parallel").glob("*.py"))
-FIELDS = {"device": "cpu", "gpu_memory_utilization": 0.9, "kv_cache_gb": None, "profile": False}
-JOB = Job(FIELDS, ModelConfig(), TorchKernels(), EngineConfig(num_blocks=7), 3, ParallelConfig(pp=2, layers=[1, 3]))
+JOB = Job(TorchConfig(device="cpu"), ModelConfig(), TorchKernels(), EngineConfig(num_blocks=7), 3, ParallelConfig(pp=2, layers=[1, 3]))
 STEP = StepInput(np.arange(300, dtype=np.int32), True, False, 256, 256, 256, 16, 0, 1, 1025, 0, -1, None)
 EXAMPLES = [
     Hello(1, "host", "orders", {"seed": "0"}), order_of(JOB), order_of(replace(JOB, kernels=None)), Call("switch", ["whole", "library"]),
@@ -73,10 +73,10 @@ def test_a_job_travels_unchanged():
     assert job_of(messages.unpack(Order, messages.pack(order_of(JOB))), load_registry()) == JOB
 
 
-def test_a_step_travels_unchanged_in_44_bytes_and_its_buffer():
+def test_a_step_travels_unchanged_in_48_bytes_and_its_buffer():
     body = messages.pack_step(STEP)
     back = messages.unpack_step(body)
-    assert len(body) == 44 + STEP.data.nbytes
+    assert len(body) == 48 + STEP.data.nbytes
     assert np.array_equal(back.data, STEP.data)
     assert all(getattr(back, name) == getattr(STEP, name) for name in StepInput.__slots__ if name != "data")
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from headway import ConfigError, EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
 from plugins.executors.cost import Roofline
 from plugins.executors.torch import TorchExecutor
+from plugins.executors.torch.config import TorchConfig
 from plugins.kernels.compose import compose, lookup
 from plugins.kernels.torch import TorchKernels
 from plugins.models.loading import build, load, targets
@@ -201,8 +202,7 @@ def test_values_out_of_range_are_refused(values):
 
 
 def job(**parallel) -> Job:
-    fields = {"device": "cpu", "gpu_memory_utilization": 0.9, "kv_cache_gb": None, "profile": False}
-    return Job(fields, ModelConfig(name_or_path=str(variant("qwen3"))), None, EngineConfig(), 0, ParallelConfig(**parallel))
+    return Job(TorchConfig(device="cpu"), ModelConfig(name_or_path=str(variant("qwen3"))), None, EngineConfig(), 0, ParallelConfig(**parallel))
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
@@ -214,7 +214,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 
 def test_one_gpu_for_several_ranks_is_refused():
     with pytest.raises(ConfigError, match="each takes its own GPU"):
-        launch.check(replace(job(tp=2), executor={"device": "cuda:1"}))
+        launch.check(replace(job(tp=2), executor=TorchConfig(device="cuda:1")))
 
 
 def test_a_wrong_number_of_processes_under_torchrun_is_refused(monkeypatch):

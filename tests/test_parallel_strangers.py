@@ -19,6 +19,7 @@ from helpers.torch_engines import GREEDY, engine_of, shared_prompts, variant
 
 from headway import Arrival, ConfigError, EngineConfig, ModelConfig, ParallelConfig, RankError
 from plugins.executors.torch import TorchExecutor
+from plugins.executors.torch.config import TorchConfig
 from plugins.kernels.torch import TorchKernels
 from plugins.parallel import channel as wire
 from plugins.parallel import handshake, launch, torchrun
@@ -220,9 +221,8 @@ def agent(monkeypatch):
 
 
 def job(timeout: float = 0.1) -> Job:
-    fields = {"device": "cpu", "gpu_memory_utilization": 0.9, "kv_cache_gb": None, "profile": False}
     model = ModelConfig(name_or_path=str(variant("qwen3")))
-    return Job(fields, model, TorchKernels(), EngineConfig(), 0, ParallelConfig(tp=2, timeout=timeout))
+    return Job(TorchConfig(device="cpu"), model, TorchKernels(), EngineConfig(), 0, ParallelConfig(tp=2, timeout=timeout))
 
 
 class Disagreeing:

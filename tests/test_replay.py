@@ -48,7 +48,8 @@ class JitteryClock:
     def advance_to(self, t: float) -> None:
         self._now = max(self._now, t + self._rng.uniform(0, 0.01))
 
-    wait_until = advance_to
+    def wait_until(self, t: float, inbox: object) -> None:
+        self.advance_to(t)
 
 
 def small_shape(max_model_len: int = 64, vocab_size: int = 50) -> ModelShape:
@@ -442,7 +443,7 @@ def rewrite(directory, **changes) -> None:
 
 
 DAMAGED = {
-    "an older format": ({"meta": lambda meta: {"format": 1}}, "format 1, expected 3: record the run again"),
+    "an older format": ({"meta": lambda meta: {"format": 1}}, "format 1, expected 4: record the run again"),
     "no object": ({"meta": lambda meta: [1]}, "is no record of a run"),
     "facts left out": ({"meta": lambda meta: {k: v for k, v in meta.items() if k != "facts"}}, "is no record of a run .*'facts'"),
     "a field that no shape has": ({"meta": lambda meta: meta | {"caps": meta["caps"] | {"more": 1}}}, "is no record of this version"),

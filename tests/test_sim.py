@@ -266,3 +266,11 @@ def test_measured_steps_are_predicted_as_well_as_the_documentation_says(case):
     cost = Roofline(shape_of(case.model), hardware_of("h200"), tp=case.tp)
     smallest = case.model == "qwen3_0_6b" and case.running == 1
     assert case.predicted(cost) == pytest.approx(case.measured, rel=0.23 if smallest else 0.11)
+
+
+def test_the_simulated_executor_and_its_clock_are_public():
+    import headway
+
+    executor = headway.SimExecutor()
+    executor.prepare(SHAPE, Hardware())
+    assert isinstance(executor, SimExecutor) and isinstance(executor.clock, headway.VirtualClock)

@@ -317,7 +317,7 @@ def compare(sweep: Path, found: list[dict[str, Any]]) -> str:
 
 def _answers(run: Run, result: Any) -> str:
     """The first few prompts and answers, for workloads that hold real text."""
-    tokenizer = getattr(run.engine.executor, "tokenizer", None)
+    tokenizer = run.engine.executor.tokenizer
     spoken = [o for o in result.outputs if o.prompt and o.output_token_ids][:3]
     if tokenizer is None:
         return ""

@@ -3,7 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from typing import Any
@@ -55,8 +54,7 @@ def _check(started: int, cfg: DictConfig, mode: str, registry: Registry) -> None
     given = f"torchrun started {started} processes"
     if mode.endswith("MULTIRUN"):
         raise ConfigError(f"{given} for one run, and a sweep is several: start each with its own torchrun")
-    prepare = getattr(registry.get("executor", executor).factory, "prepare", None)
-    if prepare is None or "parallel" not in inspect.signature(prepare).parameters:
+    if not registry.get("executor", executor).build().torchrun:
         raise ConfigError(f"{given}, and executor={executor} runs in one: start it without torchrun")
     if parallel.world_size != started:
         raise ConfigError(

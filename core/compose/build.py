@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..engine import Engine
 from ..errors import ConfigError, HeadwayError, PluginError, WorkloadError, near
+from ..execution import ExecutorCaps
+from ..executor import BuildContext, Executor
 from ..inputs import SLO, Arrival
 from ..measure.step_log import StepLog
 from ..outputs import RunResult
@@ -158,74 +159,41 @@ def _construct(plugin: Plugin, parameters: dict[str, Any]) -> Role:
     return built
 
 
-def check_executor(registry: Registry, executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
-    """Lets an executor refuse what it can without weights or ranks: its `check`, which names what it needs as `prepare` does.
+def _context(registry: Registry, composition: Composition, roles: dict[str, Role]) -> BuildContext:
+    def executor_named(name: str) -> Executor:
+        built: Executor = _construct(registry.get("executor", name), {})  # type: ignore[assignment]
+        built.plugin_name = f"executor={name}"
+        _check_ranks(built, composition)
+        return built
 
-    An executor that sets `caps` there is checked against the engine's limits as well.
-    """
-    offered = _offers(registry, composition, roles)
-    wanted = inspect.signature(getattr(executor, "prepare", _needs_nothing)).parameters
-    if composition.parallel.world_size > 1 and not {"parallel", "tp"} & set(wanted):
-        given = f"parallel.tp={composition.parallel.tp} parallel.pp={composition.parallel.pp}"
-        raise ConfigError(f"{given}: {executor.plugin_name} runs on one rank; more is not there yet. Set both to 1, or use executor=sim")
-    _call(executor, "check", offered)
-
-
-def prepare_executor(registry: Registry, executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
-    """Hands an executor what its `prepare` names among: model, shape, hardware, kernels, backends, parallel, tp, pp, engine,
-    seed, facts."""
-    _call(executor, "prepare", _offers(registry, composition, roles))
-
-
-def _offers(registry: Registry, composition: Composition, roles: dict[str, Role]) -> dict[str, Callable[[], Any]]:
-    """What a run offers its executor by name. `shape` is worked out only for those that ask, since a checkpoint brings its own."""
-    return {
-        "model": lambda: composition.model,
-        "shape": composition.model.shape,
-        "hardware": lambda: composition.hardware,
-        "kernels": lambda: roles.get("kernels"),
-        "backends": lambda: lambda name: _construct(registry.get("kernels", name), {}),
-        "parallel": lambda: composition.parallel,
-        "tp": lambda: composition.parallel.tp,
-        "pp": lambda: composition.parallel.pp,
-        "engine": lambda: composition.engine,
-        "seed": lambda: composition.seed,
-        "facts": lambda: facts(registry, composition),
-    }
+    return BuildContext(
+        model=composition.model,
+        hardware=composition.hardware,
+        engine=composition.engine,
+        parallel=composition.parallel,
+        seed=composition.seed,
+        kernels=roles.get("kernels"),
+        kernels_named=lambda name: _construct(registry.get("kernels", name), {}),
+        executor_named=executor_named,
+        facts=lambda: facts(registry, composition),
+    )
 
 
-def _call(executor: Any, method: str, offered: dict[str, Callable[[], Any]]) -> None:
-    function = getattr(executor, method, _needs_nothing)
-    wanted = inspect.signature(function).parameters
-    unknown = [n for n, p in wanted.items() if n not in offered and p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if unknown:
-        raise ConfigError(f"{executor.plugin_name}.{method} asks for {', '.join(unknown)}: a run can offer {', '.join(offered)}")
-    function(**{name: offered[name]() for name in wanted if name in offered})
+def _check_ranks(executor: Executor, composition: Composition) -> None:
+    parallel = composition.parallel
+    if parallel.world_size > 1 and not executor.several_ranks:
+        given = f"parallel.tp={parallel.tp} parallel.pp={parallel.pp}"
+        one = f"{executor.plugin_name} runs on one rank; more is not there yet"
+        raise ConfigError(f"{given}: {one}. Set both to 1, or use executor=sim")
 
 
-def _needs_nothing() -> None:
-    """An executor without this method."""
-
-
-def _inner_executor(registry: Registry, executor: Any) -> Any:
-    """executor=replay executor.inner=sim: another executor in the step times of a record. None where there is none."""
-    if not getattr(executor, "inner", ""):
-        return None
-    inner = _construct(registry.get("executor", executor.inner), {})
-    inner.plugin_name = f"executor={executor.inner}"
-    return inner
-
-
-def _ready_executor(registry: Registry, composition: Composition, roles: dict[str, Role]) -> Role:
-    executor: Any = roles["executor"]
-    prepare_executor(registry, executor, composition, roles)
-    inner = _inner_executor(registry, executor)
-    if inner is None:
-        return roles["executor"]
-    prepare_executor(registry, inner, composition, roles)
-    wrapped: Role = executor.over(inner)
-    wrapped.plugin_name = f"{executor.plugin_name}({executor.inner})"
-    return wrapped
+def prepare_executor(registry: Registry, executor: Executor, composition: Composition, roles: dict[str, Role]) -> Executor:
+    """Who runs the plans, ready to."""
+    built = executor.build(_context(registry, composition, roles))
+    built.plugin_name = built.plugin_name or executor.plugin_name
+    if getattr(built, "caps", None) is None:
+        raise ConfigError(f"{built.plugin_name} has no caps: set them (ExecutorCaps) when it is made, or in build(context)")
+    return built
 
 
 def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role], dict[str, Plugin]]:
@@ -244,13 +212,10 @@ def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role]
     if isinstance(workload, Workload):
         workload.check()
     _check_targets(roles, composition.slo)
-    executor: Any = roles["executor"]
-    check_executor(registry, executor, composition, roles)
-    if (inner := _inner_executor(registry, executor)) is not None:
-        check_executor(registry, inner, composition, roles)
-        executor = inner
-    if getattr(executor, "caps", None) is not None:
-        _check_limits(executor, composition, roles)
+    executor: Executor = roles["executor"]  # type: ignore[assignment]
+    _check_ranks(executor, composition)
+    if (caps := executor.check(_context(registry, composition, roles))) is not None:
+        _check_limits(executor, caps, composition, roles)
     return roles, plugins
 
 
@@ -265,9 +230,9 @@ def _check_targets(roles: dict[str, Role], slo: SLO) -> None:
                 raise ConfigError(f"{role.plugin_name} goes by latency targets, and no request has any: {SERVICES['slo']}")
 
 
-def _check_limits(executor: Any, composition: Composition, roles: dict[str, Role]) -> None:
+def _check_limits(executor: Executor, caps: ExecutorCaps, composition: Composition, roles: dict[str, Role]) -> None:
     limits = _limits(composition)
-    check_limits(limits, executor.caps, executor.plugin_name)
+    check_limits(limits, caps, executor.plugin_name)
     for role in roles.values():
         if "step_time" in role.requires and executor.cost_model is None:
             raise ConfigError(f"{role.plugin_name} needs step_time, and none is chosen: {SERVICES['step_time']}")
@@ -287,14 +252,10 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     """
     roles, plugins = check(registry, composition)
     tracking = roles.pop("tracking", None)
-    executor: Any = _ready_executor(registry, composition, roles)
+    executor = prepare_executor(registry, roles["executor"], composition, roles)  # type: ignore[arg-type]
     roles["executor"] = executor
     try:
-        workload: Any = roles.get("workload")
-        if hasattr(workload, "tokenizer"):
-            workload.tokenizer = getattr(executor, "tokenizer", None)  # for real texts
-        stop_text = getattr(executor, "stop_text", None)
-        engine = Engine(roles, _limits(composition), seed=composition.seed, stop_text=stop_text)
+        engine = Engine(roles, _limits(composition), seed=composition.seed, stop_text=executor.stop_text)
         run = Run(composition, roles, plugins, engine, registry, **about)
         found = registry.observers(run)
         logs = [run.step_log] if run.step_log.readers else []
@@ -302,9 +263,9 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     except BaseException:
         executor.close()  # it may hold other processes
         raise
-    if tracking is not None:
-        tracking.run = run  # type: ignore[attr-defined]
-        engine.observers.append(tracking)  # type: ignore[arg-type]
+    if isinstance(tracking, Observer):
+        tracking.on_build(run)
+        engine.observers.append(tracking)
     return run
 
 

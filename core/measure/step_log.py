@@ -2,7 +2,7 @@
 
 A step's numbers are copied into arrays that grow, so no plan, request or list of the engine stays alive. The
 readers get them in pieces of at most `MOST_STEPS` steps, the last one maybe empty, and after that the arrays
-are empty again. A log holds 136 bytes per step, 24 per planned request, 8 per allocated block and 24 per
+are empty again. A log holds 144 bytes per step, 24 per planned request, 8 per allocated block and 24 per
 allocation: about 50 MB at most before a piece is handed over, and as much again while it is.
 """
 
@@ -27,7 +27,7 @@ COUNTS = (
     "num_tokens",
 )  # fmt: skip
 TIMES = ("start", "end", "policy_time", "now")
-_EXTENTS = ("num_allocations", "num_allocated_numbers", "num_timings")
+_EXTENTS = ("num_allocations", "num_allocated_numbers", "num_timings", "num_more")
 _WIDTH = len(COUNTS) + len(_EXTENTS)
 
 
@@ -45,6 +45,7 @@ class StepColumns:
     numbers: dict[str, np.ndarray[Any, Any]]  # by name, see COUNTS and TIMES
     requests: Lists
     chunks: Lists  # per step all starts, then all lengths
+    more: Lists  # per step, for each request that was given several tokens: its place in the plan, how many beyond one
     preempted: Lists
     allocations: Lists  # per step and allocation: the request, the first place in its table, the blocks
     allocation_sizes: Lists  # per step: how many blocks each allocation has
@@ -68,12 +69,12 @@ class StepLog(Observer):
     def _begin(self) -> None:
         self._counts, self._times = array("q"), array("d")
         self._requests, self._chunks, self._preempted = array("q"), array("q"), array("q")
-        self._allocations, self._sizes = array("q"), array("q")
+        self._allocations, self._sizes, self._more = array("q"), array("q"), array("q")
         self._names: list[str] = []
         self._seconds = array("d")
 
     def on_step(self, record: StepRecord) -> None:
-        plan, timings = record.plan, record.timings
+        plan, timings, before_more = record.plan, record.timings, len(self._more)
         self._requests.extend([request.index for request in plan.requests])
         self._chunks.extend(plan.starts)
         self._chunks.extend(plan.lengths)
@@ -83,6 +84,8 @@ class StepLog(Observer):
             self._sizes.append(len(blocks))
         if plan.preempted:
             self._preempted.extend([request.index for request in plan.preempted])
+        for place, rest in record.tokens.more.items():
+            self._more.extend((place, len(rest)))
         if timings:
             self._names.extend(timings)
             self._seconds.extend(timings.values())
@@ -102,6 +105,7 @@ class StepLog(Observer):
                 len(plan.allocated),
                 len(self._allocations) - before,
                 len(timings),
+                len(self._more) - before_more,
             )
         )
         if len(self._counts) >= MOST_STEPS * _WIDTH or len(self._requests) + len(self._allocations) >= MOST_NUMBERS:
@@ -130,11 +134,12 @@ class StepLog(Observer):
         counts = np.array(self._counts, np.int64).reshape(-1, _WIDTH).T
         times = np.array(self._times, np.float64).reshape(-1, len(TIMES)).T[:, : counts.shape[1]]
         numbers = dict(zip((*COUNTS, *_EXTENTS), counts, strict=True)) | dict(zip(TIMES, times, strict=True))
-        allocations, values, timings = (numbers.pop(name) for name in _EXTENTS)
+        allocations, values, timings, more = (numbers.pop(name) for name in _EXTENTS)
         return StepColumns(
             numbers=numbers,
             requests=_lists(self._requests, numbers["num_seqs"]),
             chunks=_lists(self._chunks, 2 * numbers["num_seqs"]),
+            more=_lists(self._more, more),
             preempted=_lists(self._preempted, numbers["num_preempted"]),
             allocations=_lists(self._allocations, values),
             allocation_sizes=_lists(self._sizes, allocations),

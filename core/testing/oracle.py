@@ -15,8 +15,8 @@ from ..clock import VirtualClock, VirtualServer
 from ..compose.params import param
 from ..errors import InvariantError
 from ..execution import ExecutorCaps, StepResult
-from ..plan import StepPlan
-from ..policy import Executor
+from ..executor import Executor
+from ..plan import KVCopy, StepPlan
 from ..request import Request
 
 
@@ -44,6 +44,15 @@ class Prefixes:
     def is_root(self, id: Any) -> bool:
         """Whether it is the empty prefix (of one cache_salt)."""
         return isinstance(id, int) and not isinstance(self._back[id][0], int)
+
+    def path(self, id: int | None) -> tuple[Any, tuple[int, ...]] | None:
+        """Salt and tokens of the prefix."""
+        found: list[Any] = []
+        at: Any = id
+        while isinstance(at, int):
+            at, token = self._back[at]
+            found.append(token)
+        return None if id is None else (at, tuple(found[-2::-1]))
 
     def tokens(self, id: int | None) -> str:
         """The prefix in words, for an error."""
@@ -78,14 +87,27 @@ class OracleExecutor(Executor):
     eos: bool = False  # token 0 ends a sequence
     max_plans: int = param(4, min=1, max=1024)
     placeholders: bool = True
+    tokens_per_step: int = param(1, min=1, max=64, doc="given to a request that samples, where it has room for them")
+    max_drafts: int = param(0, min=0, max=64, doc="verified with one request's next token")
+    tier_blocks: tuple[int, ...] = param((), min=0, max=2**31 - 1, doc="of each tier behind the pool")
 
     def __post_init__(self) -> None:
         eos = frozenset((0,)) if self.eos else frozenset()
-        self.caps = ExecutorCaps(self.max_model_len, self.vocab_size, eos, self.placeholders, self.max_plans)
+        self.caps = ExecutorCaps(
+            self.max_model_len,
+            self.vocab_size,
+            eos,
+            self.placeholders,
+            self.max_plans,
+            tokens_per_step=self.tokens_per_step,
+            max_drafts=self.max_drafts,
+            tier_blocks=self.tier_blocks,
+        )
         self.clock = VirtualClock()
         self.cost_model = self
         self._prefixes = Prefixes()
         self._slots: dict[int, int] = {}  # slot -> number of the token prefix whose KV it holds
+        self._tiers = [self._slots, *({} for _ in self.tier_blocks)]  # the same of every tier
         self._tables: dict[int, list[int]] = {}  # request index -> block table, from plans alone
         self._flights: list[_Flight] = []
         self._tokens: dict[int, list[int]] = {}  # request index -> tokens as a device would know them
@@ -112,13 +134,16 @@ class OracleExecutor(Executor):
         if len({r.index for r in plan.requests}) != len(plan.requests):
             raise WrongKV(f"step {plan.step}: a request is planned twice: {[r.id for r in plan.requests]}")
         self._update_tables(plan)
+        for copy in plan.copies:
+            self._copy(plan, copy)
         flight = self._flight(plan)
         sampled = []
-        for request, start, length, sample in plan.chunks:
-            self._run_chunk(plan, request, start, length)
-            if sample != (start + length == len(self._device_tokens(request))):
-                raise WrongKV(f"step {plan.step}, request {request.id}: sample={sample}, but its chunk ends at {start + length}")
-            sampled.append(self._sample(request, start + length) if sample else -1)
+        for request, start, length, sample, drafts in plan.chunks:
+            self._run_chunk(plan, request, start, length, drafts)
+            end = start + length - len(drafts)
+            if sample != (end == len(self._device_tokens(request))) or (drafts and not sample):
+                raise WrongKV(f"step {plan.step}, request {request.id}: sample={sample}, but its chunk ends at {end}")
+            sampled.append(self._sample(request, end, drafts) if sample else [])
         self._flights.append(flight)
         return sampled, *self.server.serve(self.step_time(plan.starts, plan.lengths))
 
@@ -126,6 +151,24 @@ class OracleExecutor(Executor):
         sampled, start, end = ticket
         self._flights.pop(0)
         return StepResult(sampled, start, end)
+
+    def read_blocks(self, blocks: Sequence[int]) -> list[list[tuple[Any, tuple[int, ...]] | None]]:
+        """Of each slot the salt and the tokens of its prefix, which mean the same to every oracle."""
+        size, path = self._size, self._prefixes.path
+        return [[path(self._slots.get(block * size + i)) for i in range(size)] for block in blocks]
+
+    def write_blocks(self, blocks: Sequence[int], content: Any, first: int) -> None:
+        for block, held in zip(blocks, content[first:], strict=False):
+            if any(block in flight.writes or block in flight.reads for flight in self._flights):
+                raise WrongKV(f"block {block} is written while a step in flight uses it")
+            for i, path in enumerate(held):
+                self._slots.pop(block * self._size + i, None)
+                if path is not None:
+                    salt, tokens = path
+                    before: Any = self._prefixes.extend(salt, "root")
+                    for token in tokens:
+                        before = self._prefixes.extend(before, token)
+                    self._slots[block * self._size + i] = before
 
     def check_cached(self, pool: BlockPool) -> None:
         """Every cached block holds what continues its parent. Raises WrongKV."""
@@ -188,17 +231,35 @@ class OracleExecutor(Executor):
                     raise WrongKV(f"step {plan.step}: block {block} is written again while step {step} in flight still reads it")
         return _Flight(plan.step, writes, reads)
 
-    def _run_chunk(self, plan: StepPlan, request: Request, start: int, length: int) -> None:
+    def _copy(self, plan: StepPlan, copy: KVCopy) -> None:
+        """Moves what a block holds; nothing of a step in flight may be written over."""
+        source, target, size = self._tiers[copy.source_tier], self._tiers[copy.target_tier], self._size
+        moved = [source.get(copy.source * size + i) for i in range(size)]
+        if moved[0] is None:
+            raise WrongKV(f"step {plan.step}: {copy} reads a block that holds nothing")
+        for flight in self._flights:
+            if not copy.target_tier and (copy.target in flight.writes or copy.target in flight.reads):
+                raise WrongKV(f"step {plan.step}: {copy} writes over a block that step {flight.step} in flight uses")
+        for i, held in enumerate(moved):
+            target.pop(copy.target * size + i, None)
+            if held is not None:
+                target[copy.target * size + i] = held
+
+    def _run_chunk(self, plan: StepPlan, request: Request, start: int, length: int, drafts: Sequence[int]) -> None:
         table, size, slots = self._tables[request.index], self._size, self._slots
         tokens = self._device_tokens(request)
         where = f"step {plan.step}, request {request.id}, chunk [{start}, {start + length})"
-        if length < 1 or start + length > len(tokens):
+        if length <= len(drafts) or start + length - len(drafts) > len(tokens):
             raise WrongKV(f"{where}: only {len(tokens)} tokens are known")
         if table != request.block_table[: len(table)]:
             raise WrongKV(f"{where}: the table was rewritten while it ran: {table} became {request.block_table}")
         if max(table) >= self._total:
             raise WrongKV(f"{where}: block {max(table)} does not exist")
         prefix = self._prefix(request, tokens)
+        if drafts:
+            prefix = prefix[: len(tokens)]
+            for token in drafts:
+                prefix.append(self._prefixes.extend(prefix[-1], token))
         for position in range(start):
             slot = table[position // size] * size + position % size
             if slots.get(slot) != prefix[position]:
@@ -222,14 +283,21 @@ class OracleExecutor(Executor):
             raise WrongKV(f"request {request.id}: the engine's tokens {request.token_ids} are not those that were sampled, {tokens}")
         return tokens
 
-    def _sample(self, request: Request, position: int) -> int:
+    def _sample(self, request: Request, position: int, drafts: Sequence[int]) -> list[int]:
+        """The tokens at this position and behind it that a request is given in one step: one more for each draft that is
+        right, up to the first that is not. Nothing is sampled past its limit."""
         tokens = self._tokens[request.index]
         most = request.sampling.max_tokens
-        if position >= min(self.max_model_len, request.num_prompt_tokens + (most if most is not None else self.max_model_len)):
+        longest = min(self.max_model_len, request.num_prompt_tokens + (most if most is not None else self.max_model_len))
+        if position >= longest:
             raise WrongKV(f"request {request.id} samples position {position}, past its max_tokens={most} or the context of {self.max_model_len}")
-        token = self.token(request.id, position)
-        tokens.append(token)
-        return token
+        right = 0
+        while right < len(drafts) and drafts[right] == self.token(request.id, position + right):
+            right += 1
+        last = min(longest, position + right + self.tokens_per_step)
+        new = [self.token(request.id, at) for at in range(position, last)]
+        tokens += new
+        return new
 
 
 def sampled_token(seed: int, request_id: str, position: int, vocab_size: int) -> int:

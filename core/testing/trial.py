@@ -11,10 +11,11 @@ from ..compose.config import EngineConfig
 from ..decisions import DecisionLog
 from ..engine import Engine
 from ..errors import HeadwayError, InvariantError, NothingPlanned, PolicyError
+from ..executor import Executor
 from ..inputs import Arrival
 from ..outputs import RunResult
 from ..plan import StepPlan
-from ..policy import Executor, Observer, Role, StepRecord
+from ..policy import Observer, Role, StepRecord
 from ..request import Request, RequestState
 from .case import CONTEXT, STEP_SECONDS, VOCAB, Ask, Case, expected_output, feasible
 from .oracle import OracleExecutor, WrongKV

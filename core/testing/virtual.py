@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..clock import VirtualClock, VirtualServer
-from ..execution import ExecutorCaps, StepResult
+from ..execution import ExecutorCaps, StepResult, Tokens
+from ..executor import Executor
 from ..plan import StepPlan
-from ..policy import CostModel, Executor
+from ..policy import CostModel
 
 TOKEN = 1  # sampled at every position, so that output_len and max_tokens alone end a request
 
@@ -41,4 +42,4 @@ class VirtualExecutor(Executor):
 
     def collect(self, ticket: Any) -> StepResult:
         samples, begin, end = ticket
-        return StepResult([TOKEN if sample else -1 for sample in samples], begin, end)
+        return StepResult(Tokens([TOKEN if sample else -1 for sample in samples]), begin, end)

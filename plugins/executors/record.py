@@ -5,6 +5,7 @@ step      int64 [steps]         its number; steps that only preempted or rejecte
 start     float64 [steps]       the executor began the step; seconds
 end       float64 [steps]       its tokens were on the host; seconds
 plans     uint32 [steps, 8]     counts and checksums of what was decided, see PlanDigest
+more      int64 [n, 3]          of each request that a step gave several tokens: the step, its place in the plan, tokens beyond the first
 tokens    int64 [total]         generated tokens, request after request in order of arrival
 offsets   int64 [requests + 1]  request i's tokens are tokens[offsets[i] : offsets[i + 1]]
 ids       str [requests]        request ids, in order of arrival
@@ -44,7 +45,7 @@ from headway import (
 
 from .cost import stored
 
-FORMAT = 3
+FORMAT = 4
 FILE = "replay.npz"
 
 
@@ -118,6 +119,15 @@ def _checksums(lists: Lists) -> Any:
     return np.array([zlib.crc32(words[a:b]) if a < b else 0 for a, b in bounds], np.int64)
 
 
+def _more(steps: StepColumns) -> Any:
+    """Rows of `more`."""
+    import numpy as np
+
+    pairs = steps.more.values.reshape(-1, 2)
+    owners = np.repeat(steps.numbers["step"], np.diff(steps.more.offsets) // 2)
+    return np.column_stack((owners, pairs)).astype(np.int64)
+
+
 class Prompt(NamedTuple):
     """What a record knows of a prompt."""
 
@@ -156,6 +166,7 @@ class Record:
     readings: list[float]
     steps: dict[int, tuple[float, float]]  # number of the step -> its start and end, seconds
     plans: dict[int, Any]  # number of the step -> a row of PlanDigest
+    more: dict[tuple[int, int], int]  # number of the step, place in its plan -> tokens beyond the first
     tokens: dict[str, list[int]]  # request id -> generated tokens
     arrivals: dict[str, float]  # request id -> seconds
     prompts: dict[str, Prompt]
@@ -213,6 +224,7 @@ class Record:
             readings=data["readings"],
             steps=dict(zip(data["step"], zip(data["start"], data["end"], strict=True), strict=True)),
             plans=dict(zip(data["step"], data["plans"], strict=True)),
+            more={(step, place): count for step, place, count in data["more"]},
             tokens={id: tokens[a:b] for id, a, b in zip(ids, offsets, offsets[1:], strict=False)},
             arrivals=dict(zip(ids, data["arrival"], strict=True)),
             prompts=dict(zip(ids, (Prompt(*row) for row in data["prompt"]), strict=True)),
@@ -237,12 +249,13 @@ class Recorder(Observer):
 
     def on_start(self, run: Engine) -> None:
         self._engine = run
-        self._steps: list[tuple[Any, Any, Any, Any]] = []  # pieces of the columns step, start, end and plans
+        run.clock.record()
+        self._steps: list[tuple[Any, ...]] = []  # pieces of the columns step, start, end, plans and more
         self._prompts: dict[int, Prompt] = {}  # by index of the request
 
     def read(self, steps: StepColumns) -> None:
         numbers = steps.numbers
-        self._steps.append((numbers["step"].copy(), numbers["start"].copy(), numbers["end"].copy(), digests(steps)))
+        self._steps.append((numbers["step"].copy(), numbers["start"].copy(), numbers["end"].copy(), digests(steps), _more(steps)))
 
     def on_requests(self, requests: Sequence[Request]) -> None:
         for r in requests:
@@ -255,13 +268,13 @@ class Recorder(Observer):
             raise ReplayError(f"{self.path}: the recorder heard of no step: give the engine the observers of `recording`")
         file = self.path / FILE if self.path.is_dir() else self.path
         outputs = result.outputs
-        tokenizer = getattr(self._engine.executor, "tokenizer", None)
+        tokenizer = self._engine.executor.tokenizer
         said = [Said.of(o, tokenizer) for o in outputs if o.prompt is not None and tokenizer is not None]
         offsets = np.cumsum([0, *(len(o.output_token_ids) for o in outputs)], dtype=np.int64)
         tokens = (token for o in outputs for token in o.output_token_ids)
         data = {
             "readings": np.array(self._engine.clock.readings, np.float64),
-            **dict(zip(("step", "start", "end", "plans"), map(np.concatenate, zip(*self._steps, strict=True)), strict=True)),
+            **dict(zip(("step", "start", "end", "plans", "more"), map(np.concatenate, zip(*self._steps, strict=True)), strict=True)),
             "tokens": np.fromiter(tokens, np.int64, int(offsets[-1])),
             "offsets": offsets,
             "ids": np.array([o.id for o in outputs], dtype=np.str_) if outputs else np.zeros(0, "U1"),
@@ -314,6 +327,9 @@ def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
             "max_inflight": caps.max_inflight,
             "default_inflight": caps.default_inflight,
             "default_token_budget": caps.default_token_budget,
+            "tokens_per_step": caps.tokens_per_step,
+            "max_drafts": caps.max_drafts,
+            "tier_blocks": list(caps.tier_blocks),
         },
         "model": asdict(caps.model) if is_dataclass(caps.model) and not isinstance(caps.model, type) else None,
         "roofline": stored(cost),

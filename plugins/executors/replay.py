@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from headway import (
+    BuildContext,
     ConfigError,
     Executor,
     ExecutorCaps,
     ModelError,
     ModelShape,
     Observer,
-    ParallelConfig,
     Preparation,
     Registry,
     ReplayClock,
@@ -24,6 +24,7 @@ from headway import (
     RunResult,
     StepPlan,
     StepResult,
+    StopText,
     TextStop,
     VirtualClock,
     VirtualServer,
@@ -92,13 +93,32 @@ class Replay(Executor):
     path: str = ""  # run directory, or its replay.npz
     inner: str = ""  # "": tokens are the record's; or an executor: another run, in the record's step times
 
-    def prepare(self, parallel: ParallelConfig | None = None, facts: dict[str, Any] | None = None) -> None:
+    several_ranks = torchrun = True  # nothing is split here, so any layout that was recorded will do
+
+    def check(self, context: BuildContext) -> ExecutorCaps | None:
+        """A record is read quickly, so a wrong one is refused before anything runs."""
+        self.prepare(context.facts())
+        if not self.inner:
+            return self.caps
+        inner = context.executor_named(self.inner)
+        caps = inner.check(context)
+        self.cost_model = inner.cost_model
+        return caps
+
+    def build(self, context: BuildContext) -> Executor:
+        self.prepare(context.facts())
+        if not self.inner:
+            return self
+        wrapped = RecordedTimes(context.executor_named(self.inner).build(context), self.record.durations, self.told)
+        wrapped.plugin_name = f"{self.plugin_name}({self.inner})"
+        return wrapped
+
+    def prepare(self, facts: dict[str, Any] | None = None) -> None:
         """Before the engine is built. Raises ReplayError for what is no record, and for a composition that is
         not the record's.
 
-        parallel: nothing is split here, so any layout that was recorded will do. facts: the composition; None
-        for an engine
-        that was built by hand, which is compared by its limits, its seed and its decisions.
+        facts: the composition; None for an engine that was built by hand, which is compared by its limits, its
+        seed and its decisions.
         """
         record = self.record = Record.load(self.path)
         self.told = self._compared(facts)
@@ -106,7 +126,8 @@ class Replay(Executor):
         try:
             shape = ModelShape(**meta["model"]) if meta["model"] else None
             eos = frozenset(caps["eos_token_ids"])
-            self.caps = ExecutorCaps(**{**caps, "eos_token_ids": eos, "model": shape})
+            given = {"eos_token_ids": eos, "model": shape, "tier_blocks": tuple(caps["tier_blocks"])}
+            self.caps = ExecutorCaps(**{**caps, **given})
             if shape and (cost := meta["roofline"]):
                 self.cost_model = restored(shape, cost)
         except (TypeError, KeyError, ValueError) as error:
@@ -137,12 +158,6 @@ class Replay(Executor):
                 "For another run in the step times of this one, set executor.inner (executor.inner=sim)"
             )
         return f"replay of {record.path}: {len(then)} facts compared, all as recorded"
-
-    check = prepare  # a record is read quickly, so a wrong one is refused before anything runs
-
-    def over(self, inner: Executor) -> RecordedTimes:
-        """`inner`, which is prepared, in the step times of this record."""
-        return RecordedTimes(inner, self.record.durations, self.told)
 
     @property
     def step_time_basis(self) -> str:
@@ -197,19 +212,24 @@ class Replay(Executor):
 
     def collect(self, ticket: StepPlan) -> StepResult:
         plan = ticket
-        tokens = []
-        for request, start, length, sample in plan.chunks:
-            known, position = self.record.tokens[request.id], start + length - request.num_prompt_tokens
+        tokens: list[list[int]] = []
+        for place, (request, start, length, sample, drafts) in enumerate(plan.chunks):
+            known = self.record.tokens[request.id]
+            position = start + length - len(drafts) - request.num_prompt_tokens
+            count = 1 + self.record.more.get((plan.step, place), 0)
             # Past the recorded end lies only a token that a step in flight sampled for a request that had ended by then.
-            tokens.append(-1 if not sample else known[position] if 0 <= position < len(known) else 0)
+            tokens.append((known[position : position + count] or [0]) if sample else [])
         began, end = self.record.steps[plan.step]
         if isinstance(self.cost_model, Fitted):
             self.cost_model.observe(plan.starts, plan.lengths, end - began)
         return StepResult(tokens, began, end)
 
-    def stop_text(self, request: Request) -> TextStop | None:
-        """What the engine asks about stop strings: whether one ended this request here in the recorded
-        run."""
+    @property
+    def stop_text(self) -> StopText:
+        return self._stop_text
+
+    def _stop_text(self, request: Request) -> TextStop | None:
+        """Whether a stop string ended this request here in the recorded run."""
         said: Said | None = self._said.get(request.id)
         if said is None or said.text is None:
             return None
@@ -266,7 +286,7 @@ class RecordedTimes(Executor):
             raise ReplayError("the record holds no step, so no step times can be taken from it")
         self.inner, self.durations, self.told = inner, durations, told
         self.caps, self.cost_model = inner.caps, inner.cost_model
-        self.tokenizer, self.stop_text = getattr(inner, "tokenizer", None), getattr(inner, "stop_text", None)
+        self.tokenizer = inner.tokenizer
         self.clock = VirtualClock()
         self._server = VirtualServer(self.clock)
         self._launched = 0
@@ -286,6 +306,16 @@ class RecordedTimes(Executor):
         inner, begin, end = ticket
         result = self.inner.collect(inner)
         return StepResult(result.tokens, begin, end, result.logprobs, result.timings)
+
+    @property
+    def stop_text(self) -> StopText | None:
+        return self.inner.stop_text
+
+    def read_blocks(self, blocks: Sequence[int]) -> Any:
+        return self.inner.read_blocks(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], content: Any, first: int) -> None:
+        self.inner.write_blocks(blocks, content, first)
 
     @property
     def preparation(self) -> Preparation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from zlib import crc32
 
 from headway import (
+    BuildContext,
     ConfigError,
     Executor,
     ExecutorCaps,
@@ -18,6 +20,7 @@ from headway import (
     Request,
     StepPlan,
     StepResult,
+    Tokens,
     VirtualClock,
     VirtualServer,
     hookimpl,
@@ -74,7 +77,15 @@ class SimExecutor(Executor):
         )
         self.clock = VirtualClock()
 
-    check = prepare  # it loads nothing, so all of it can be known before a sweep begins
+    several_ranks = True
+
+    def check(self, context: BuildContext) -> ExecutorCaps:
+        """It loads nothing, so all of it can be known before a sweep begins."""
+        return self.build(context).caps
+
+    def build(self, context: BuildContext) -> SimExecutor:
+        self.prepare(context.shape, context.hardware, context.parallel.tp, context.parallel.pp)
+        return self
 
     def _profile(self, shape: ModelShape, hardware: str, tp: int, pp: int) -> Profile | None:
         """Measured step times, where there are any; a pipeline's stages are not measured one by one."""
@@ -133,7 +144,13 @@ class SimExecutor(Executor):
                 tokens.append(low + (base + (start + length) * stride) % size)
             else:
                 tokens.append(-1)
-        return StepResult(tokens, begin, end)
+        return StepResult(Tokens(tokens), begin, end)
+
+    def read_blocks(self, blocks: Sequence[int]) -> None:
+        """Nothing is stored, so nothing has to go along."""
+
+    def write_blocks(self, blocks: Sequence[int], content: None, first: int) -> None:
+        pass
 
     def _stream(self, request: Request) -> tuple[int, int, int, int]:
         """A request's tokens: (low, size, base, stride), token at position p = low + (base + p * stride) mod size.

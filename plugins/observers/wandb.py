@@ -82,7 +82,10 @@ class Wandb(Observer):
     timeout: float = param(5.0, above=0, max=3600, unit="seconds", doc="to reach the server at the start")
     finish_timeout: float = param(30.0, above=0, max=86_400, unit="seconds", doc="to send what is left at the end")
 
-    run: ClassVar[Any] = None  # the Run, set on the object by the composition
+    run: ClassVar[Any] = None
+
+    def on_build(self, run: Any) -> None:
+        self.run = run  # type: ignore[misc]
 
     def on_start(self, engine: Engine) -> None:
         """Before the run's clock starts: importing and starting W&B takes seconds. A tracker that fails stops no run."""

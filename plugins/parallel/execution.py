@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter, sleep
@@ -13,7 +13,7 @@ import torch
 
 from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig
 
-from ..executors.torch import TorchExecutor
+from ..executors.torch.config import TorchConfig
 from ..executors.torch.execution import MEMORY_REMEDY, NO_MEMORY, Execution, Ticket
 from ..executors.torch.runner import Sampled
 from .launch import Ranks, can_map_peers
@@ -35,7 +35,7 @@ FIRST_STEPS, COMPILING = 16, 60.0  # a GPU's first steps may compile kernels, an
 class Job:
     """Everything that a rank must know to be one. Sent to each rank once, as the driver composed it."""
 
-    executor: dict[str, Any]  # the fields of TorchExecutor
+    executor: TorchConfig
     model: ModelConfig
     kernels: KernelChoice | None
     engine: EngineConfig
@@ -69,7 +69,7 @@ class RankExecution(Execution):
             self.batcher_class = StageBatcher
         runner = StageRunner if job.parallel.pp > 1 else ShardRunner
         self.runner_class = partial(_runner_of, runner, mesh)  # type: ignore[assignment]
-        super().__init__(TorchExecutor(**job.executor | {"device": str(mesh.device)}), job.model, job.kernels, job.engine, backends, job.seed)
+        super().__init__(replace(job.executor, device=str(mesh.device)), job.model, job.kernels, job.engine, backends, job.seed)
         if job.parallel.all_reduce == "symmetric" and job.parallel.tp > 1:
             shape, rows = self.spec.shape, max(job.engine.max_num_batched_tokens, job.engine.max_num_seqs)
             mesh.map_peers(rows, shape.hidden_size, getattr(torch, shape.dtype), self.kernels.chosen["add_rms_norm"] == "triton")
@@ -83,6 +83,12 @@ class RankExecution(Execution):
     def _share(self) -> Sharding:
         cut(self.model, self.mesh)
         return shard(self.model, self.mesh)
+
+    def read_blocks(self, blocks: Sequence[int]) -> list[Any]:
+        raise ConfigError("executor=torch hands KV to another engine on one rank: set parallel.tp=1 and parallel.pp=1")
+
+    def write_blocks(self, blocks: Sequence[int], content: list[Any], first: int) -> None:
+        raise ConfigError("executor=torch takes KV from another engine on one rank: set parallel.tp=1 and parallel.pp=1")
 
     def stage_times(self) -> tuple[float, float]:
         """(seconds in which this stage computed, seconds since its first step began), of steps since this was last asked.

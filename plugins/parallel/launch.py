@@ -64,7 +64,7 @@ class Failure:
 
 def check(job: Job) -> str:
     """The device type that the ranks run on. Raises ConfigError for what cannot run, before a rank is started or a weight is read."""
-    parallel, asked = job.parallel, job.executor["device"]
+    parallel, asked = job.parallel, job.executor.device
     if asked.startswith("cuda:"):
         raise ConfigError(f"executor.device={asked}: with {parallel.world_size} ranks each takes its own GPU; set executor.device=cuda or cpu")
     check_fits(read_model(job.model).shape, parallel)

@@ -19,6 +19,7 @@ import numpy as np
 from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig
 
 from ..executors.torch.batch import StepInput
+from ..executors.torch.config import TorchConfig
 from .channel import Malformed
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class Registered:
 class Order:
     """The Job of execution.py in plain values."""
 
-    executor: dict[str, Plain]
+    executor: TorchConfig
     model: ModelConfig
     kernels: Registered | None
     engine: EngineConfig
@@ -163,7 +164,7 @@ _INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
 
 
 def pack_step(step: StepInput) -> bytes:
-    """44 bytes and the buffer. Which plan indices sample stays with the driver, who alone tells requests
+    """48 bytes and the buffer. Which plan indices sample stays with the driver, who alone tells requests
     apart."""
     numbers = _STEP.pack(*[getattr(step, name) for name in _NUMBERS])
     return numbers + step.data.astype(_INT32, copy=False).tobytes()

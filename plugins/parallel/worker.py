@@ -67,7 +67,7 @@ class Worker:
         registry = load_registry()
         job = job_of(order, registry)
         self._answer(None)
-        device = rank_device(device_of(job.executor["device"]).type, self._local_rank)
+        device = rank_device(device_of(job.executor.device).type, self._local_rank)
         self.mesh = Mesh(job.parallel, self.rank, store_of(order, self._store), device)
         execution = RankExecution(job, self.mesh, lambda name: registry.get("kernels", name).build())
         self._answer(None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from headway import (
     PREEMPTION_MODES,
     ConfigError,
     Context,
-    KeyOrder,
     Registry,
     Request,
     StepBuilder,
@@ -31,36 +32,37 @@ class Preemptive(ChunkedPrefill):
     in the same ranking. Differs: papers that preempt swap KV to the host (FastServe, Autellix); here it is
     recomputed, so preemption costs more than theirs, and a request that was preempted before stays until it
     has generated a token: nobody recomputes for ever.
-    Needs an order with a key: a KeyOrder, not a queue discipline as fcfs, lpm, vtc or dlpm.
+    Needs an order that ranks running requests too: a KeyOrder or a MovingOrder, not a queue discipline as
+    fcfs, lpm, vtc or dlpm.
     """
 
     mode: str = param("recompute", choices=PREEMPTION_MODES)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        if not isinstance(self._order, KeyOrder):
+        if self._order.rank_at(0.0) is None:
             raise ConfigError(
                 f"{self.plugin_name} needs an order that ranks running requests too, and {self._order.plugin_name} does not: "
-                "choose order=priority, sjf, srpt, edf, least_slack, ltr, mlfq or plas, or derive yours from headway.KeyOrder"
+                "choose order=priority, sjf, srpt, edf, least_slack, ltr, mlfq or plas, or derive yours from headway.KeyOrder or MovingOrder"
             )
-        self._rank = self._order.rank
         self._max_num_seqs = ctx.max_num_seqs
         self._leaving: list[Request] = []  # preempted, with blocks that come back with a step in flight
         self._paid: dict[int, int] = {}  # preempted request index -> tokens it had generated then
 
     def plan(self, step: StepBuilder, view: View) -> None:
-        rank = self._rank
+        rank = self._order.rank_at(view.now)
+        assert rank is not None  # since `setup`
         running = sorted(view.running, key=rank)
         first = next(self.order(view), None)
         better = first is not None and running and rank(first) < rank(running[-1])
-        gone = self.make_way(step, view, running) if better else set()
+        gone = self.make_way(step, view, running, rank) if better else set()
         waiting = (request for request in self.order(view) if request.index not in gone)
         self.fill(step, view, [request for request in running if request.index not in gone], waiting)
 
-    def make_way(self, step: StepBuilder, view: View, running: list[Request]) -> set[int]:
+    def make_way(self, step: StepBuilder, view: View, running: list[Request], rank: Callable[[Request], Any]) -> set[int]:
         """Preempts from the end of `running` for as many waiting requests as rank before it and may start; returns the indices of those
         that went."""
-        rank, paid = self._rank, self._paid
+        paid = self._paid
         movable = [request for request in running if request.num_output_tokens > paid.get(request.index, -1)]
         self._leaving = [request for request in self._leaving if request.num_scheduled_tokens]
         seqs = self._max_num_seqs - len(running)

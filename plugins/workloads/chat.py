@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, ClassVar
 
-from headway import Arrival, ModelError, Registry, SamplingParams, Tags, WorkloadError, hookimpl, param
+from headway import Arrival, Context, ModelError, Registry, SamplingParams, Tags, WorkloadError, hookimpl, param
 
 from .lines import Lines, Malformed, json_object, parsed
 from .pace import Paced
@@ -49,7 +49,11 @@ class Chat(Paced):
     system: str = ""  # a system message for every conversation
     max_tokens: int | None = param(64, min=1, max=2**31 - 1, unit="tokens")
 
-    tokenizer: ClassVar[Any] = None  # set on the object by the composition: encode(text), has_chat_template, encode_chat(messages)
+    tokenizer: ClassVar[Any] = None  # the executor's
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self.tokenizer = ctx.tokenizer  # type: ignore[misc]
 
     def check(self) -> None:
         self.texts()

@@ -10,9 +10,10 @@ from core.compose.config import EngineConfig
 from core.compose.defaults import default_choices
 from core.compose.hooks import load_registry
 from core.engine import Engine
+from core.executor import Executor
 from core.inputs import SLO, Arrival, SamplingParams, Tags
 from core.outputs import RunResult
-from core.policy import Executor, Observer, StepRecord
+from core.policy import Observer, StepRecord
 from core.testing.virtual import VirtualExecutor
 
 REGISTRY = load_registry()
@@ -64,8 +65,8 @@ def service(steps: Steps, wp: float = 1.0, wq: float = 2.0) -> list[tuple[float,
         for request in record.plan.admitted:
             if request.arrival_time <= record.end and record.plan.now == request.first_scheduled_time:
                 total[request.tags.client] = total.get(request.tags.client, 0.0) + wp * request.num_prompt_tokens
-        for request, token in zip(record.plan.requests, record.tokens, strict=True):
-            if token >= 0:
+        for request, new in zip(record.plan.requests, record.tokens, strict=True):
+            for _ in new:
                 total[request.tags.client] = total.get(request.tags.client, 0.0) + wq
         series.append((record.end, dict(total)))
     return series

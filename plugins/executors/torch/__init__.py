@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headway import (
+    BuildContext,
     ConfigError,
     Context,
     EngineConfig,
@@ -29,6 +30,7 @@ from headway import (
 )
 
 from ..cost import Fitted, Roofline, default_token_budget
+from .config import TorchConfig
 from .packages import check_installed
 from .threads import wait_asleep
 
@@ -49,16 +51,18 @@ class TorchExecutor(Executor):
     device: cpu, cuda, cuda:N, or auto (a GPU where there is one).
     gpu_memory_utilization: share of the GPU's memory for weights, activations and KV cache together.
     kv_cache_gb: GiB of KV cache; None is what a profiling pass leaves free on a GPU, 1 on a CPU.
+    host_blocks: KV blocks in host memory, the tier behind the pool (KVCopy).
     profile: each step reports where its time went.
 
-    Composition calls `prepare(model, kernels, ...)` before the engine is built: it reads the model's config, loads the weights and
-    sets `caps`. `clock` may be replaced before that as well, for a replay.
+    `build`, or `prepare` where a run is composed by hand, reads the model's config, loads the weights and sets `caps`. `clock` may
+    be replaced before that as well, for a replay.
     """
 
     device: str = "auto"
     gpu_memory_utilization: float = param(0.9, above=0, max=1)
     kv_cache_gb: float | None = param(None, above=0, max=16384, unit="GiB")
     profile: bool = False
+    host_blocks: int = param(0, min=0, max=2**31 - 1)
 
     def __post_init__(self) -> None:
         self.clock = WallClock()
@@ -66,6 +70,20 @@ class TorchExecutor(Executor):
         self.tokenizer: Tokenizer | None = None  # None for random weights without a checkpoint
         self._execution: Execution | None = None
         self._max_model_len: int | None = None
+
+    several_ranks = torchrun = True
+
+    def build(self, context: BuildContext) -> TorchExecutor:
+        self.prepare(
+            context.model,
+            context.kernels,
+            engine=context.engine,
+            backends=context.kernels_named,
+            seed=context.seed,
+            parallel=context.parallel,
+            hardware=context.hardware,
+        )
+        return self
 
     def prepare(
         self,
@@ -92,35 +110,39 @@ class TorchExecutor(Executor):
         if parallel.world_size > 1:
             from ...parallel.execution import Job, drive
 
-            fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-            self._execution = drive(Job(fields, model, kernels, engine or EngineConfig(), seed, parallel), backends)
+            self._execution = drive(Job(self.config, model, kernels, engine or EngineConfig(), seed, parallel), backends)
         else:
             from .execution import Execution
 
-            self._execution = Execution(self, model, kernels, engine or EngineConfig(), backends, seed)
+            self._execution = Execution(self.config, model, kernels, engine or EngineConfig(), backends, seed)
         spec, on_gpu = self._execution.spec, self._execution.device.type == "cuda"
         self._foretell(spec.shape, card, parallel)
-        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None)
+        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None, host_blocks=self.host_blocks)
 
-    def check(
-        self,
-        model: ModelConfig,
-        kernels: KernelChoice | None = None,
-        *,
-        engine: EngineConfig | None = None,
-        backends: Callable[[str], KernelChoice] | None = None,
-        parallel: ParallelConfig | None = None,
-        hardware: Hardware | None = None,
-    ) -> None:
+    def check(self, context: BuildContext) -> ExecutorCaps | None:
         """Raises ConfigError and ModelError for what can be known without weights, ranks or a download."""
         check_installed()
         from .foresight import foresee
 
-        parallel = parallel or ParallelConfig()
-        shape = foresee(self, model, kernels, engine=engine or EngineConfig(), backends=backends, parallel=parallel)
-        if shape is not None:
-            self._foretell(shape, hardware or Hardware(), parallel)
-            self.caps = _caps(shape, frozenset(), parallel, None)  # until `prepare` has read the checkpoint
+        parallel = context.parallel
+        shape = foresee(
+            self.config,
+            context.model,
+            context.kernels,
+            engine=context.engine,
+            backends=context.kernels_named,
+            parallel=parallel,
+        )
+        if shape is None:
+            return None
+        self._foretell(shape, context.hardware, parallel)
+        self.caps = _caps(shape, frozenset(), parallel, None, host_blocks=self.host_blocks)  # until `build` has read the checkpoint
+        return self.caps
+
+    @property
+    def config(self) -> TorchConfig:
+        """The parameters, as every rank is given them."""
+        return TorchConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TorchConfig)})
 
     def _foretell(self, shape: ModelShape, hardware: Hardware, parallel: ParallelConfig) -> None:
         """Policies may ask how long a step will take."""
@@ -170,6 +192,12 @@ class TorchExecutor(Executor):
     def launch(self, plan: StepPlan) -> Any:
         return self.execution.launch(plan, self.clock.now())
 
+    def read_blocks(self, blocks: Sequence[int]) -> list[Any]:
+        return self.execution.read_blocks(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], content: list[Any], first: int) -> None:
+        self.execution.write_blocks(blocks, content, first)
+
     def linger(self) -> None:
         self.execution.linger()
 
@@ -188,7 +216,7 @@ class TorchExecutor(Executor):
             self._execution.close()
 
 
-def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelConfig, card: Hardware | None) -> ExecutorCaps:
+def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelConfig, card: Hardware | None, *, host_blocks: int) -> ExecutorCaps:
     """card: of the GPU; None on a CPU, which has no time to hide behind a device's and is best at short steps."""
     default = {} if card is None else {"default_token_budget": default_token_budget(shape, card, parallel.tp)}
     pp = parallel.pp
@@ -201,6 +229,7 @@ def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelCo
         max_inflight=max(MAX_PLANS, 2 * pp),
         model=shape,
         default_inflight=max(pp, 1 if card is None else 2),
+        tier_blocks=(host_blocks,) if host_blocks else (),
         **default,
     )
 

@@ -8,7 +8,7 @@ buffer is what the driver broadcasts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,6 +50,12 @@ class StepInput:
     sampling: int  # GREEDY, RANDOM or FILTERED
     logprobs: int  # most alternatives that a row wants; NO_LOGPROBS: no row wants any
     sampled: list[int] | None  # plan indices of the chunks that sample; None: all
+    num_copies: int = 0  # of KV blocks, before the step; four numbers each (core.plan.KVCopy) at the end of `data`
+
+    def without_copies(self) -> tuple[StepInput, list[list[int]]]:
+        """The step itself, and the copies that come before it."""
+        front = len(self.data) - 4 * self.num_copies
+        return replace(self, data=self.data[:front], num_copies=0), self.data[front:].reshape(-1, 4).tolist()
 
     @property
     def num_told(self) -> int:
@@ -106,6 +112,13 @@ class Batcher:
 
     def pack(self, plan: StepPlan) -> StepInput:
         """Applies the plan to the rows and returns what the device has to be told."""
+        step = self._pack(plan)
+        if not plan.copies:
+            return step
+        copies = np.array(plan.copies, dtype=np.int32).reshape(-1)
+        return replace(step, data=np.concatenate((step.data, copies)), num_copies=len(plan.copies))
+
+    def _pack(self, plan: StepPlan) -> StepInput:
         row_of = self._row_of
         for request in plan.left:
             if (row := row_of.pop(request.index, None)) is not None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from headway import ConfigError, EngineConfig, ModelConfig, ModelShape, StepPlan, StepResult, check_fits
+from headway import ConfigError, EngineConfig, ModelConfig, ModelShape, StepPlan, StepResult, Tokens, check_fits
 
 from ...kernels.compose import KernelChoice, Kernels, compose, lookup
 from ...kernels.torch import TorchKernels
@@ -21,13 +22,13 @@ from ...models.spec import read_model
 from .batch import NO_LOGPROBS, Batcher, StepInput
 from .forecast import Flight, Forecast, kind_of
 from .graphs import DecodeGraphs, MixedGraphs, batch_sizes, longest_mixed, token_sizes
-from .memory import allocate_cache, bytes_per_token, kv_bytes_free
+from .memory import allocate_cache, bytes_per_token, host_cache, kv_bytes_free
 from .runner import ModelRunner, Sampled
 from .threads import limit_threads
 from .warmup import PREPARATIONS, warm_up
 
 if TYPE_CHECKING:
-    from . import TorchExecutor
+    from .config import TorchConfig
 
 
 NO_MEMORY = "no memory is left to capture CUDA graphs"
@@ -66,7 +67,7 @@ class Execution:
     runner_class = ModelRunner
 
     def __init__(
-        self, config: TorchExecutor, model: ModelConfig, kernels: KernelChoice | None, engine: EngineConfig,
+        self, config: TorchConfig, model: ModelConfig, kernels: KernelChoice | None, engine: EngineConfig,
         backends: Callable[[str], KernelChoice] | None, seed: int,
     ) -> None:  # fmt: skip
         self.config, self.engine = config, engine
@@ -123,10 +124,11 @@ class Execution:
             "lower engine.max_num_seqs or engine.max_model_len",
         )
         caches = allocate_cache(self.model, num_blocks + 1, block_size, self.device)
+        host_caches = host_cache(self.model, self.config.host_blocks, block_size, self.device)
         self.batcher = self.batcher_class(max_num_seqs, -(-max_model_len // block_size), seed)
         self.runner = self.runner_class(
             self.model, self.kernels, self.device, caches, num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, max_plans=max_plans,
+            max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, max_plans=max_plans, host_caches=host_caches,
         )  # fmt: skip
         pinned = self.device.type == "cuda"
         # One result buffer for each step in flight: it is read before the engine launches the step that reuses it.
@@ -222,6 +224,19 @@ class Execution:
             sleep(max(0.0, self._forecast.next_plan() - perf_counter()))
             self._forecast.turn_begins(perf_counter())
 
+    @torch.inference_mode()
+    def read_blocks(self, blocks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, [blocks, block_size, K, D], on the host."""
+        chosen = torch.tensor(blocks, device=self.device)
+        return [(keys[chosen].cpu(), values[chosen].cpu()) for keys, values in self.runner.caches]
+
+    @torch.inference_mode()
+    def write_blocks(self, blocks: Sequence[int], content: list[tuple[Tensor, Tensor]], first: int) -> None:
+        chosen = torch.tensor(blocks, device=self.device)
+        for own, arrived in zip(self.runner.caches, content, strict=True):
+            for ours, theirs in zip(own, arrived, strict=True):
+                ours[chosen] = theirs[first : first + len(blocks)].to(self.device)
+
     def _execute(self, step: StepInput) -> Sampled:
         return self.runner.execute(step)
 
@@ -249,14 +264,14 @@ class Execution:
                 self._gpu_times(ticket)
             ticket.timings["profile"] += perf_counter() - collected
         if step.sampled is None:
-            return StepResult(drawn, start, end, logprobs, ticket.timings)
+            return StepResult(Tokens(drawn), start, end, logprobs, ticket.timings)
         tokens = [-1] * step.num_seqs
-        spread: list[Any] | None = None if logprobs is None else [None] * step.num_seqs
+        spread: list[Any] | None = None if logprobs is None else [[]] * step.num_seqs
         for i, at in enumerate(step.sampled):
             tokens[at] = drawn[i]
             if spread is not None and logprobs is not None:
                 spread[at] = logprobs[i]
-        return StepResult(tokens, start, end, spread, ticket.timings)
+        return StepResult(Tokens(tokens), start, end, spread, ticket.timings)
 
     def _wait(self, ticket: Ticket) -> None:
         """Until the step's tokens are in its result buffer."""
@@ -279,11 +294,11 @@ class Execution:
         self._last_end = ticket.ended
 
 
-def _logprobs(tokens: list[int], ticket: Ticket) -> list[TokenLogprobs | None]:
-    """One a sampled token; None for requests that asked for none."""
+def _logprobs(tokens: list[int], ticket: Ticket) -> list[list[TokenLogprobs | None]]:
+    """A list of one for each sampled token; None for requests that asked for none."""
     own, rank, best, ids = (part.tolist() for part in ticket.logprobs or ())
     return [
-        None if wanted is None else TokenLogprobs(token, p, r, dict(zip(i[:wanted], b[:wanted], strict=True)))
+        [None if wanted is None else TokenLogprobs(token, p, r, dict(zip(i[:wanted], b[:wanted], strict=True)))]
         for token, p, r, b, i, wanted in zip(tokens, own, rank, best, ids, ticket.wanted, strict=True)
     ]
 

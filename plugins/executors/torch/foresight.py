@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +14,11 @@ from .execution import check_weights, device_of, kernels_for
 
 if TYPE_CHECKING:
     from ...kernels.compose import KernelChoice
-    from . import TorchExecutor
+    from .config import TorchConfig
 
 
 def foresee(
-    executor: TorchExecutor,
+    config: TorchConfig,
     model: ModelConfig,
     kernels: KernelChoice | None,
     *,
@@ -31,7 +30,7 @@ def foresee(
 
     Raises ConfigError for a device, kernels or a split that cannot be, ModelError for a model that is not there.
     """
-    device = device_of(executor.device)
+    device = device_of(config.device)
     shape = known_shape(model)
     if shape is None:
         return None
@@ -45,8 +44,7 @@ def foresee(
 
         check_fits(shape, parallel)
         if _is_here(model):
-            fields = {f.name: getattr(executor, f.name) for f in dataclasses.fields(executor)}
-            check(Job(fields, model, kernels, engine, 0, parallel))
+            check(Job(config, model, kernels, engine, 0, parallel))
     return shape
 
 

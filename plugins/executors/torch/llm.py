@@ -111,7 +111,7 @@ class LLM:
         registry = load_registry()
         self._run = build(registry, _compose(model, options))
         self.engine = self._run.engine
-        self.tokenizer = getattr(self.engine.executor, "tokenizer", None)
+        self.tokenizer = self.engine.executor.tokenizer
         self._ids = count()  # of requests, over all calls
         self._closed = False
 

@@ -61,6 +61,19 @@ def allocate_cache(model: CausalLM, num_blocks: int, block_size: int, device: to
         ) from None
 
 
+def host_cache(model: CausalLM, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
+    """A tier of KV blocks in this machine's memory, laid out like the device's; without blocks there is none."""
+    if not num_blocks:
+        return []
+    need = num_blocks * block_size * bytes_per_token(model)
+    check_fits(need, f"executor.host_blocks={num_blocks}: a tier of so many KV blocks of {block_size} tokens", "lower it")
+    host = torch.device("cpu")
+    caches = [_layer_cache(layer.self_attn, num_blocks, block_size, host) for layer in model.model.decoder_layers]
+    if device.type == "cuda":  # page-locked, so that nobody waits for a copy
+        return [(keys.pin_memory(), values.pin_memory()) for keys, values in caches]
+    return caches
+
+
 def _layer_cache(attention: Attention, num_blocks: int, block_size: int, device: torch.device) -> KVCache:
     size = (2, num_blocks, block_size, attention.num_kv_heads, attention.head_dim)
     keys, values = _zeros(size, attention.o_proj.weight.dtype, device)

@@ -57,8 +57,11 @@ class ModelRunner:
     def __init__(
         self, model: CausalLM, kernels: Kernels, device: torch.device, caches: list[KVCache], *,
         num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int,
+        host_caches: list[KVCache] | None = None,
     ) -> None:  # fmt: skip
+        """host_caches: the tier behind `caches`, in host memory (page-locked beside a GPU)."""
         self.model, self.kernels, self.device, self.caches = model, kernels, device, caches
+        self.tiers = [caches, host_caches or []]
         self.block_size, self.max_num_seqs, self.max_model_len = block_size, max_num_seqs, max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
         rows = max_num_seqs + 1
@@ -79,6 +82,9 @@ class ModelRunner:
 
     def execute(self, step: StepInput) -> Sampled:
         """Enqueues the step; waits for nothing."""
+        if step.num_copies:
+            step, copies = step.without_copies()
+            self.copy_blocks(copies)
         if not step.decode:
             return self._mixed(step)
         if len(step.data):  # else it is the last decode step again
@@ -86,6 +92,14 @@ class ModelRunner:
             self._tell(step, data)
             self._set_batch(step, data[step.num_told :])
         return self.decode_step(step.num_seqs, step.max_context, step.sampling, step.logprobs)
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: list[list[int]]) -> None:
+        """Each a source tier and block and a target tier and block (core.plan.KVCopy): one after the other, in all layers."""
+        for source_tier, source, target_tier, target in copies:
+            for here, there in zip(self.tiers[source_tier], self.tiers[target_tier], strict=True):
+                for part in (0, 1):  # keys, values
+                    there[part][target].copy_(here[part][source], non_blocking=True)
 
     def _tell(self, step: StepInput, data: Tensor) -> None:
         """Applies what the step says about rows, at the front of `data`."""

@@ -80,8 +80,8 @@ class DeficitLongestPrefix(ClientOrder):
             self.deficits[request.tags.client] -= self.wp * (request.num_prompt_tokens - request.num_cached_tokens)
 
     def on_step_end(self, record: StepRecord) -> None:
-        for request, token in zip(record.plan.requests, record.tokens, strict=True):
-            if token >= 0:
+        for request, new in zip(record.plan.requests, record.tokens, strict=True):
+            for _ in new:
                 self.deficits[request.tags.client] -= self.wq
 
 

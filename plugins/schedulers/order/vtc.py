@@ -69,8 +69,8 @@ class VirtualTokenCounter(ClientOrder):
             self._charge(request, self.wp * request.num_prompt_tokens)
 
     def on_step_end(self, record: StepRecord) -> None:
-        for request, token in zip(record.plan.requests, record.tokens, strict=True):
-            if token >= 0:
+        for request, new in zip(record.plan.requests, record.tokens, strict=True):
+            for _ in new:
                 self._charge(request, self.wq)
 
     def left(self, client: str) -> None:
