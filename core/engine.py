@@ -71,6 +71,7 @@ class Engine:
             calls,
             self.coming,
             max_num_seqs=config.max_num_seqs,
+            most_preemptions=self.roles.most_preemptions(config.max_num_seqs),
             placeholders=executor.caps.placeholders,
             retention=self.roles.retention,
             stop_text=partial(calls.call, executor, stop_text) if stop_text is not None else None,
@@ -185,8 +186,8 @@ class Engine:
         config = self.config
         if self.roster.placeholders or self.max_inflight == 1:
             return config.max_num_seqs
-        share = -(-(len(self.running) + len(self.waiting)) // self.max_inflight)
-        return min(max(1, share), config.max_num_seqs)
+        share = self.roles.plan_share(len(self.running) + len(self.waiting), self.max_inflight)
+        return min(share, config.max_num_seqs)
 
     def _collect(self) -> None:
         flight, result = self.flights.collect()

@@ -49,6 +49,7 @@ class Roster:
         coming: ArrivalQueue,
         *,
         max_num_seqs: int,
+        most_preemptions: int,
         placeholders: bool = True,
         retention: Retention | None = None,
         stop_text: StopText | None = None,
@@ -56,6 +57,7 @@ class Roster:
         self._pool, self._matches, self._calls, self._coming = pool, matches, calls, coming
         self._retention, self._stop_text = retention, stop_text
         self.max_num_seqs, self.placeholders = max_num_seqs, placeholders
+        self._most_preemptions = most_preemptions
         self._block_size = pool.layout.block_size  # KVLayout's formulas are inlined where they are hot
         self.waiting, self.running = RequestList(), RequestList()
         self.releasing: dict[int, Request] = {}  # by index: left `running`, with blocks in steps in flight
@@ -340,7 +342,7 @@ class Roster:
     def thrashing(self) -> bool:
         """Requests preempt each other before any of them emits a token: a livelock unless somebody is
         protected."""
-        return self.preemptions_since_token > 2 * self.max_num_seqs + 8
+        return self.preemptions_since_token > self._most_preemptions
 
     @property
     def num_reserved_blocks(self) -> int:

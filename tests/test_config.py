@@ -342,7 +342,7 @@ def test_a_model_without_a_known_shape_is_refused_by_the_simulator(registry):
 @pytest.mark.parametrize(
     ("overrides", "answer"),
     [
-        (("order=sjf",), "order=sjf needs a predictor, and none is chosen: set predictor=history"),
+        (("order=sjf",), "order=sjf needs a predictor, and none is chosen: set predictor=constant, history, noisy or oracle"),
         (("policy=mooncake", "executor=sim"), "admission=early_reject goes by latency targets, .*: set slo.ttft"),
         (("order=edf", "workload.slo_tiers=[]"), "order=edf goes by latency targets, and no request has any"),
         (("workload=mooncake", "workload.path=/no/such/trace"), "workload.path=/no/such/trace: there is no such file"),

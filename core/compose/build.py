@@ -239,7 +239,9 @@ def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role]
     roles, plugins = build_roles(registry, composition.choices)
     for role in roles.values():
         if "predictor" in role.requires and "predictor" not in roles:
-            raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: {SERVICES['predictor']}")
+            names = registry.names("predictor")
+            known = f"set predictor={', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else SERVICES["predictor"]
+            raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: {known}")
     workload: Any = roles.get("workload")
     if isinstance(workload, Workload):
         workload.check()
