@@ -107,19 +107,19 @@ class Role:
         """Once, after every role is built and before the first request. Make state here; call super().setup(ctx)."""
 
     def on_arrival(self, request: Request, now: float) -> None:
-        """It waits from now on. Requests that can never run are rejected before anybody hears of them."""
+        """Called when the request joins the waiting queue. Requests that can never run are rejected before this."""
 
     def on_admit(self, request: Request, now: float) -> None:
-        """It starts to run, for the first time or after a preemption; `request.num_computed_tokens` holds its prefix hit."""
+        """Called when the request starts to run, for the first time or after a preemption; `request.num_computed_tokens` holds its prefix hit."""
 
     def on_step_end(self, record: StepRecord) -> None:
-        """A step has come back: counts are updated, full blocks published, ended requests reported."""
+        """Called after each completed step: counts are updated, full blocks published, ended requests reported."""
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """It waits again, with its generated tokens."""
+        """Called when a running request goes back to the waiting queue, with its generated tokens."""
 
     def on_finish(self, request: Request, now: float) -> None:
-        """It has ended: finished, rejected by a policy, or aborted (`request.state`)."""
+        """Called when the request has ended: finished, rejected by a policy, or aborted (`request.state`)."""
 
 
 def _check_parameters(role: Role) -> None:

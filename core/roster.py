@@ -94,7 +94,7 @@ class Roster:
         return self._waiting_at_start
 
     def _freeze(self) -> None:
-        """Snapshots both lists before they change, so that later reads still show the start of the step."""
+        """Snapshots both lists before they change, so later reads show the start of the step."""
         self._running_at_start, self._waiting_at_start = self.running_at_start, self.waiting_at_start
 
     @property

@@ -80,7 +80,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def test_every_plugin_composes_to_its_own_parameters(registry):
-    for chosen in zip_longest(*([registry.plugins[role, name] for name in registry.names(role)] for role in schema.GROUP_ROLES)):  # one a role
+    for chosen in zip_longest(*([registry.plugins[role, name] for name in registry.names(role)] for role in schema.GROUP_ROLES)):  # one per role
         plugins = [plugin for plugin in chosen if plugin is not None]
         required = [f"{p.role}.{f.name}=0" for p in plugins for f in p.parameters() if f.default is f.default_factory]
         choices = schema.composition(cfg(*(f"{p.role}={p.name}" for p in plugins), *required)).choices

@@ -311,7 +311,7 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
 
 
 def with_slo(arrivals: Iterable[Arrival], slo: SLO) -> Iterable[Arrival]:
-    """Gives the run's latency targets to requests that bring none. A list stays one: the engine sorts it by time."""
+    """Applies the run's default SLO to requests that have none. A list stays a list: the engine sorts it by time."""
     none = SLO()
     given = (replace(a, slo=slo) if isinstance(a, Arrival) and a.slo == none and slo != none else a for a in arrivals)
     return list(given) if isinstance(arrivals, (list, tuple)) else given

@@ -251,7 +251,7 @@ class ParallelConfig:
         min=0,
         max=2**31 - 1,
         unit="tokens",
-        doc="in steps of at least so many, ranks share them between products; 0: never",
+        doc="steps with at least this many use sequence parallelism; 0 disables it",
     )
     timeout: float = param(
         15.0,
