@@ -73,6 +73,7 @@ class Engine:
             calls,
             self.coming,
             max_num_seqs=config.max_num_seqs,
+            most_preemptions=self.roles.most_preemptions(config.max_num_seqs),
             placeholders=executor.caps.placeholders and executor.caps.tokens_per_step == 1,
             retention=self.roles.retention,
             stop_text=partial(calls.call, executor, stop_text) if stop_text is not None else None,
@@ -174,7 +175,7 @@ class Engine:
         began = time.thread_time()
         builder, counts, scheduler = self.builder, self.counts, self.roles.scheduler
         self.view.begin_step(counts.num_steps, now, len(self.flights))
-        seqs = self.flights.seqs_of_a_plan(self.roster, self.config.max_num_seqs)
+        seqs = self.flights.seqs_of_a_plan(self.roles, self.roster, self.config.max_num_seqs)
         builder.begin(counts.num_steps, now, self.config.max_num_batched_tokens, seqs)
         self.calls.call(scheduler, scheduler.plan, builder, self.view)
         if self.ledger is not None:

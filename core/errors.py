@@ -41,8 +41,8 @@ class PolicyError(HeadwayError):
 
 
 class NothingPlanned(PolicyError):
-    """A scheduler planned nothing, said no time to wake, and nothing is in flight: the run would stand still
-    for ever."""
+    """The scheduler planned nothing, set no wake-up time, and nothing is in flight, so the run cannot
+    progress."""
 
     def __init__(self, scheduler: str, step: int, view: str) -> None:
         message = "planned nothing although requests wait and nothing is in flight: add one, reject one, or say step.wake_at(t)"

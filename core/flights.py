@@ -12,6 +12,7 @@ from .errors import PolicyError
 from .execution import StepResult, Tokens
 from .executor import Executor
 from .plan import StepPlan
+from .roles import Roles
 from .roster import Roster
 
 
@@ -39,12 +40,12 @@ class Flights:
     def full(self) -> bool:
         return len(self._flights) >= self.max_inflight
 
-    def seqs_of_a_plan(self, roster: Roster, at_most: int) -> int:
+    def seqs_of_a_plan(self, roles: Roles, roster: Roster, at_most: int) -> int:
         """A request in flight that cannot be planned again leaves each plan its share of the requests."""
         if roster.placeholders or self.max_inflight == 1:
             return at_most
-        share = -(-(len(roster.running) + len(roster.waiting)) // self.max_inflight)
-        return min(max(1, share), at_most)
+        share = roles.plan_share(len(roster.running) + len(roster.waiting), self.max_inflight)
+        return min(share, at_most)
 
     def linger(self) -> None:
         """Before a plan that will wait behind steps in flight: returns when the executor says it is time."""

@@ -37,8 +37,8 @@ API_VERSION = 1
 
 #: What a role may require: service -> how to get it where it is missing.
 SERVICES = {
-    "predictor": "set predictor=history, oracle, noisy or constant",
-    "step_time": "use executor=torch or executor=sim",
+    "predictor": "set predictor=NAME, one of those that `python -m headway plugins` lists",
+    "step_time": "use an executor that has a cost model",
     "future": "use a workload that knows its arrivals beforehand",
     "slo": "set slo.ttft, slo.tpot or slo.e2el, or workload.slo_tiers",
 }
@@ -107,19 +107,19 @@ class Role:
         """Once, after every role is built and before the first request. Make state here; call super().setup(ctx)."""
 
     def on_arrival(self, request: Request, now: float) -> None:
-        """It waits from now on. Requests that can never run are rejected before anybody hears of them."""
+        """Called when the request joins the waiting queue. Requests that can never run are rejected before this."""
 
     def on_admit(self, request: Request, now: float) -> None:
-        """It starts to run, for the first time or after a preemption; `request.num_computed_tokens` holds its prefix hit."""
+        """Called when the request starts to run, for the first time or after a preemption; `request.num_computed_tokens` holds its prefix hit."""
 
     def on_step_end(self, record: StepRecord) -> None:
-        """A step has come back: counts are updated, full blocks published, ended requests reported."""
+        """Called after each completed step: counts are updated, full blocks published, ended requests reported."""
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """It waits again, with its generated tokens."""
+        """Called when a running request goes back to the waiting queue, with its generated tokens."""
 
     def on_finish(self, request: Request, now: float) -> None:
-        """It has ended: finished, rejected by a policy, or aborted (`request.state`)."""
+        """Called when the request has ended: finished, rejected by a policy, or aborted (`request.state`)."""
 
 
 def _check_parameters(role: Role) -> None:
@@ -202,6 +202,15 @@ class Scheduler(Role):
         goes on after NotReady, which is about this request alone."""
         raise NotImplementedError
 
+    def tail_blocks(self, request: Request) -> int:
+        """Blocks that `step.preempt(request, "drop_tail")` takes off its end, at least 1."""
+        return max(1, len(request.block_table) // 4)
+
+    def plan_share(self, num_requests: int, num_plans: int) -> int:
+        """Requests that a plan holds at most, where a request in flight cannot be planned again and so many plans are in flight at once,
+        as in a pipeline. At least 1. num_requests: those that run and wait."""
+        return max(1, -(-num_requests // num_plans))
+
 
 class Order(Role):
     """Which waiting request first? May be lazy: only a bounded window is consumed."""
@@ -239,6 +248,11 @@ class Victim(Role):
         super().setup(ctx)
         if self.mode not in PREEMPTION_MODES:  # a victim without the parameter sets it by hand
             raise ConfigError(f"victim.mode={self.mode!r}: expected one of {', '.join(PREEMPTION_MODES)}")
+
+    def most_preemptions(self, max_num_seqs: int) -> int:
+        """Preemptions in a row without a single token, after which it counts as a livelock: from then on the oldest is no victim and
+        nobody new starts, until a token comes out."""
+        return 2 * max_num_seqs + 8
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         """Requests of `view.running`, first to go first; preempted one by one until `need` is met."""

@@ -157,6 +157,23 @@ class Roles:
                     missing = f"{role.plugin_name} needs {service}, and none is chosen"
                     raise ConfigError(f"{missing}: {SERVICES[service]}")
 
+    # ---- numbers that a role chooses, checked ------------------------------------------------------------------
+
+    def most_preemptions(self, max_num_seqs: int) -> int:
+        return self._chosen(self.victim, "most_preemptions", max_num_seqs)
+
+    def plan_share(self, num_requests: int, num_plans: int) -> int:
+        return self._chosen(self.scheduler, "plan_share", num_requests, num_plans)
+
+    def tail_blocks(self, request: Request) -> int:
+        return self._chosen(self.scheduler, "tail_blocks", request)
+
+    def _chosen(self, role: Role, method: str, *given: Any) -> int:
+        answer = self.calls.call(role, getattr(role, method), *given)
+        if not isinstance(answer, int) or isinstance(answer, bool) or answer < 1:
+            raise self.calls.refusal(role, f"{method}() answered {answer!r}: expected a whole number of at least 1")
+        return answer
+
     def _callbacks(self) -> dict[str, list[tuple[Role, Callable[..., None]]]]:
         """Of each callback, the roles that override it."""
         return {name: [(role, getattr(role, name)) for role in self.objects if _overrides(role, name)] for name in CALLBACKS}

@@ -51,6 +51,7 @@ class Roster:
         coming: ArrivalQueue,
         *,
         max_num_seqs: int,
+        most_preemptions: int,
         placeholders: bool = True,
         retention: Retention | None = None,
         stop_text: StopText | None = None,
@@ -58,6 +59,7 @@ class Roster:
         self._pool, self._matches, self._calls, self._coming = pool, matches, calls, coming
         self._retention, self._stop_text = retention, stop_text
         self.max_num_seqs, self.placeholders = max_num_seqs, placeholders
+        self._most_preemptions = most_preemptions
         self._block_size = pool.layout.block_size  # KVLayout's formulas are inlined where they are hot
         self.waiting, self.running = RequestList(), RequestList()
         self.releasing: dict[int, Request] = {}  # by index: left `running`, with blocks in steps in flight
@@ -94,7 +96,7 @@ class Roster:
         return self._waiting_at_start
 
     def _freeze(self) -> None:
-        """Snapshots both lists before they change, so that later reads still show the start of the step."""
+        """Snapshots both lists before they change, so later reads show the start of the step."""
         self._running_at_start, self._waiting_at_start = self.running_at_start, self.waiting_at_start
 
     @property
@@ -380,7 +382,7 @@ class Roster:
     def thrashing(self) -> bool:
         """Requests preempt each other before any of them emits a token: a livelock unless somebody is
         protected."""
-        return self.preemptions_since_token > 2 * self.max_num_seqs + 8
+        return self.preemptions_since_token > self._most_preemptions
 
     @property
     def num_reserved_blocks(self) -> int:

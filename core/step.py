@@ -147,7 +147,8 @@ class StepBuilder:
     def preempt(self, request: Request, mode: str = "recompute") -> None:
         """Takes a running request, not yet in this step, off the device. Its generated tokens are kept.
 
-        "recompute" gives all its blocks back; "drop_tail" keeps its head blocks and gives back the last quarter.
+        "recompute" gives all its blocks back; "drop_tail" keeps its head blocks and gives back as many as
+        `Scheduler.tail_blocks` says.
         Blocks of a step in flight become free when that step has come back.
         """
         if request.state is not _RUNNING:
@@ -157,7 +158,7 @@ class StepBuilder:
         if mode not in PREEMPTION_MODES:
             raise self._error(f"preempt(mode={mode!r}): expected one of {PREEMPTION_MODES}.{near(str(mode), PREEMPTION_MODES)}", request)
         self._by_policy.add(request.index)
-        self._preempt(request, mode, max(1, len(request.block_table) // 4))
+        self._preempt(request, mode, self._roles.tail_blocks(request) if mode == "drop_tail" else 0)
 
     def reject(self, request: Request, reason: str) -> None:
         """Refuses a waiting request for good; it counts as an SLO miss."""

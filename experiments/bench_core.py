@@ -1,4 +1,4 @@
-"""Host cost of a decode-only step: scheduling and book-keeping together, microseconds a running request.
+"""Host cost of a decode-only step: scheduling and book-keeping together, microseconds per running request.
 
     python experiments/bench_core.py [--running 64 256 1024] [--waiting 64] [--steps 300] [--repeats 5]
 
@@ -19,7 +19,7 @@ from headway import Arrival, Engine, EngineConfig, SamplingParams, VirtualExecut
 
 
 def measure(scheduler: str, cache: str, running: int, waiting: int, steps: int) -> tuple[float, float]:
-    """(planning and book-keeping, whole loop) in microseconds a running request and step."""
+    """(planning and book-keeping, whole loop) in microseconds per running request and step."""
     roles, _ = build_roles(load_registry(), default_choices(scheduler=scheduler, cache=cache))
     if hasattr(roles["scheduler"], "token_budget"):
         roles["scheduler"].token_budget = 8192  # a budget below `running` would keep some of them out

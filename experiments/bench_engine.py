@@ -123,7 +123,7 @@ def host_us(steps: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def by_batch(decode: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Batch size class -> [steps, mean GPU ms, mean idle ms, mean host ms, planning and book-keeping in us a request]."""
+    """Batch size class -> [steps, mean GPU ms, mean idle ms, mean host ms, planning and book-keeping in us per request]."""
     table = {}
     for low, high in ((1, 1), (2, 4), (5, 16), (17, 64), (65, 128), (129, 192), (193, 256)):
         chosen = [s for s in decode if low <= s["seqs"] <= high]
@@ -387,11 +387,13 @@ def compare(workload: str, args: argparse.Namespace, rates: dict[str, float], fo
             if r.get("profile"):
                 full, mean = r["full_host_us"], r["host_us"]
                 print(f"      GPU idle share in decode {r['idle_share']:.2%} ({met(r['idle_share'] <= 0.03)}: at most 3%)")
-                print(f"      host us a running request, {FULL[0]} to {FULL[1]} running ({r['full_steps']} steps): {rounded(full)}"
+                print(f"      host us per running request, {FULL[0]} to {FULL[1]} running ({r['full_steps']} steps): {rounded(full)}"
                       f" ({met(0 < full['host'] <= 2)}: at most 2)")  # fmt: skip
-                print(f"      host us a running request, all {r['decode_steps']} decode steps: {rounded(mean)} ({met(mean['host'] <= 2)}: at most 2)")
+                print(
+                    f"      host us per running request, all {r['decode_steps']} decode steps: {rounded(mean)} ({met(mean['host'] <= 2)}: at most 2)"
+                )
                 print(f"      mean decode step, ms: {rounded(r['step_ms'])}; prompts {r['prompt_s']:.3f} s")
-                print(f"      batch: steps, GPU ms, idle ms, host ms, policy us a request: {r['by_batch']}")
+                print(f"      batch: steps, GPU ms, idle ms, host ms, policy us per request: {r['by_batch']}")
             if "kv_blocks" in r:
                 print(f"      {r['kv_blocks']:,} KV blocks")
     if "headway" in speeds:
@@ -415,7 +417,7 @@ def open_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
         print("\nC needs B before it, or --rate")
         return
     results = found["C headway"] = run_worker("headway", "C", args, rate=rate, scheduler=args.scheduler)
-    print(f"\nC: Qwen3-8B shape, Poisson arrivals at {rate:.2f} requests/s, scheduler {args.scheduler or 'chunked, 2,048 tokens a step'}")
+    print(f"\nC: Qwen3-8B shape, Poisson arrivals at {rate:.2f} requests/s, scheduler {args.scheduler or 'chunked, 2,048 tokens per step'}")
     for name, unit in (("ttft_p50", "s"), ("ttft_p99", "s"), ("tpot_p50", "s"), ("tpot_p99", "s")):
         if results:
             print(f"   {name} {spread([r[name] for r in results])} {unit}")

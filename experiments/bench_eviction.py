@@ -24,7 +24,7 @@ from core.request import Request
 from core.roster import publish
 
 CHAIN = 64  # blocks
-SIZE = 16  # tokens a block
+SIZE = 16  # tokens per block
 NO_EOS: frozenset[int] = frozenset()
 
 

@@ -8,7 +8,7 @@ decode    prompts of 256 tokens, then steps in which every request decodes (mean
           those steps; with `--prompts random` the prompts are not computed, which changes nothing about the steps that are measured:
           every request has its own blocks, filled with random numbers
 prefill   prompts of 1,024 tokens and 4 answers each; prompt tokens/s of the whole run
-bubbles   prompts of 1,024 tokens and answers of 64 as they find room, 2,048 tokens a plan: the share of a stage's time in which it
+bubbles   prompts of 1,024 tokens and answers of 64 as they find room, 2,048 tokens per plan: the share of a stage's time in which it
           waits for input, from events around its layers
 share     kernel time of the driver's rank by torch.profiler, a step, at the end of a decode run and in a prefill run of its own:
           communication (and copies) against everything, and how much of it ran while something else did
@@ -425,7 +425,7 @@ def main() -> None:
     layout.add_argument("--prompt", type=int, default=256, help="tokens, of the decode figure")
     layout.add_argument("--steps", type=int, default=60, help="of the decode figure")
     layout.add_argument("--window", type=int, default=40, help="steps, of the bubbles figure")
-    layout.add_argument("--budget", type=int, default=8192, help="tokens a step")
+    layout.add_argument("--budget", type=int, default=8192, help="tokens per step")
     layout.add_argument("--depth", type=int, default=None, help="plans in flight; pp + 1 unless given")
     layout.add_argument("--blocks", type=int, default=None)
     everything = verbs.add_parser("gpus")

@@ -1,4 +1,4 @@
-"""What a policy costs: microseconds a step with it, of which how many are its own, at several numbers of running and waiting requests.
+"""What a policy costs: microseconds per step with it, of which how many are its own, at several numbers of running and waiting requests.
 
     python experiments/bench_policies.py [--sizes 64x64 256x64 256x4096] [--steps 200] [--repeats 3] [--only order]
 
@@ -34,7 +34,7 @@ BASELINE = {role: name for role, (name, _) in default_choices(cache="radix").ite
 PROMPT, PREFIX = 512, 256  # tokens
 STEP = 0.01  # virtual seconds; also a TPOT target, so that a dynamic chunk has to be searched
 KEYED = ("priority", "sjf", "srpt", "edf", "least_slack", "ltr", "mlfq", "plas", "random")
-LIMIT = 300.0  # us a step at 256 running, 64 waiting
+LIMIT = 300.0  # us per step at 256 running, 64 waiting
 
 
 def instant() -> VirtualExecutor:
@@ -102,7 +102,7 @@ def wants_blocks(choice: dict[str, Any]) -> bool:
 
 
 def per_step(registry: Any, choice: dict[str, Any], running: int, waiting: int, steps: int) -> float:
-    """Planning and book-keeping, callbacks included, microseconds a step."""
+    """Planning and book-keeping, callbacks included, microseconds per step."""
     engine = compose(registry, choice, running, waiting, steps)
     gc.collect()
     gc.disable()
@@ -139,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
     registry = load_registry()
-    print(f"{platform.machine()}, Python {platform.python_version()}; CPU time, best of {args.repeats} x {args.steps} steps, us a step (own)")
+    print(f"{platform.machine()}, Python {platform.python_version()}; CPU time, best of {args.repeats} x {args.steps} steps, us per step (own)")
     print(f"{'policy':44s}" + "".join(f"{f'({r}, {w})':>20s}" for r, w in sizes))
     base: dict[tuple[bool, tuple[int, ...]], float] = {}
     over: list[str] = []
@@ -158,7 +158,7 @@ def main() -> None:
     for victim in registry.names("victim"):
         if args.only in f"victim={victim}":
             cells = "".join(f"{min(per_call(registry, victim, r, 200) for _ in range(args.repeats)):>20.1f}" for r, _ in sizes)
-            print(f"{f'victim={victim} (us a call)':44s}{cells}", flush=True)
+            print(f"{f'victim={victim} (us per call)':44s}{cells}", flush=True)
     print(f"over {LIMIT:.0f} us at (256, 64): {'; '.join(over) or 'none'}")
 
 

@@ -47,7 +47,7 @@ class Prompts:
     tp: int
     tokens: int
     length: int
-    measured: float  # seconds a step
+    measured: float  # seconds per step
 
     def __str__(self) -> str:
         return f"{self.model} tp={self.tp} prompts, {self.tokens // self.length} x {self.length}"

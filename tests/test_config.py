@@ -80,7 +80,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def test_every_plugin_composes_to_its_own_parameters(registry):
-    for chosen in zip_longest(*([registry.plugins[role, name] for name in registry.names(role)] for role in schema.GROUP_ROLES)):  # one a role
+    for chosen in zip_longest(*([registry.plugins[role, name] for name in registry.names(role)] for role in schema.GROUP_ROLES)):  # one per role
         plugins = [plugin for plugin in chosen if plugin is not None]
         required = [f"{p.role}.{f.name}=0" for p in plugins for f in p.parameters() if f.default is f.default_factory]
         choices = schema.composition(cfg(*(f"{p.role}={p.name}" for p in plugins), *required)).choices
@@ -342,7 +342,7 @@ def test_a_model_without_a_known_shape_is_refused_by_the_simulator(registry):
 @pytest.mark.parametrize(
     ("overrides", "answer"),
     [
-        (("order=sjf",), "order=sjf needs a predictor, and none is chosen: set predictor=history"),
+        (("order=sjf",), "order=sjf needs a predictor, and none is chosen: set predictor=constant, history, noisy or oracle"),
         (("policy=mooncake", "executor=sim"), "admission=early_reject goes by latency targets, .*: set slo.ttft"),
         (("order=edf", "workload.slo_tiers=[]"), "order=edf goes by latency targets, and no request has any"),
         (("workload=mooncake", "workload.path=/no/such/trace"), "workload.path=/no/such/trace: there is no such file"),

@@ -12,7 +12,7 @@ from core.errors import ConfigError
 from core.policy import Admission, Admit, Defer, Order
 from core.request import Request
 from core.testing import check, kit, starve
-from core.testing.subject import FILLERS, Subject, kit_registry
+from core.testing.subject import RANDOM_ROLES, Subject, kit_registry
 from core.testing.worker import Workers
 from core.view import View
 
@@ -61,7 +61,7 @@ def test_the_report_names_the_policy_the_seed_and_the_steps(capsys) -> None:
 
 def in_the_box() -> list[str]:
     registry = kit_registry()
-    return [f"{role}={name}" for role in FILLERS for name in registry.names(role)]
+    return [f"{role}={name}" for role in RANDOM_ROLES for name in registry.names(role)]
 
 
 #: What a composition needs beside the policy that is checked.
@@ -140,4 +140,4 @@ def test_a_cost_is_said_only_of_what_ran(many: int, says: str) -> None:
     (verdict,) = kit.check_cost(subject, ())
     assert verdict.verdict == kit.NOTE and "nothing was measured" in verdict.detail and says in verdict.detail
     (verdict,) = kit.check_cost(Subject(), ())
-    assert verdict.verdict == kit.PASS and "us a step at 256 running and 64 waiting" in verdict.detail
+    assert verdict.verdict == kit.PASS and "us per step at 256 running and 64 waiting" in verdict.detail

@@ -18,7 +18,7 @@ from core.testing.subject import Subject
 from core.testing.trial import DecisionTrace, PoolCheck
 from plugins.executors.record import recording
 
-TICK = 1 / 64  # seconds a step: exact in binary, so that a run that begins later sees the same times
+TICK = 1 / 64  # seconds per step: exact in binary, so that a run that begins later sees the same times
 COMPOSITIONS = (
     ("scheduler=chunked", "order=fcfs", "cache=hash", "eviction=lru", "retention=keep"),
     ("scheduler=fcfs", "order=vtc", "cache=radix", "eviction=arc", "retention=drop"),

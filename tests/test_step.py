@@ -462,7 +462,7 @@ def test_the_view_counts_blocks() -> None:
 
 def test_asking_for_a_service_that_is_not_there_says_what_to_set() -> None:
     error = failing(lambda step, view: view.predict(view.waiting[0]), [ask()])
-    assert "set predictor=history, oracle, noisy or constant" in str(error)
+    assert "set predictor=NAME, one of those that `python -m headway plugins` lists" in str(error)
 
 
 def test_a_request_list_keeps_arrival_order_and_finds_its_members() -> None:

@@ -700,7 +700,7 @@ def test_a_prompt_longer_than_the_context_is_rejected_by_its_length_and_never_ma
     tracemalloc.stop()
     assert outputs and {o.state for o in outputs} == {"rejected"}
     assert all(f"prompt of {o.num_prompt_tokens} tokens does not fit" in o.finish_reason for o in outputs)
-    assert min(o.num_prompt_tokens for o in outputs) >= MOST and peak < 40e6, "8 bytes a token would be 80 MB at least"
+    assert min(o.num_prompt_tokens for o in outputs) >= MOST and peak < 40e6, "8 bytes per token would be 80 MB at least"
 
 
 @pytest.mark.parametrize("tokens", [10**13, 10**30])

@@ -207,7 +207,9 @@ def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role]
     roles, plugins = build_roles(registry, composition.choices)
     for role in roles.values():
         if "predictor" in role.requires and "predictor" not in roles:
-            raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: {SERVICES['predictor']}")
+            names = registry.names("predictor")
+            known = f"set predictor={', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else SERVICES["predictor"]
+            raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: {known}")
     workload: Any = roles.get("workload")
     if isinstance(workload, Workload):
         workload.check()
@@ -270,7 +272,7 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
 
 
 def with_slo(arrivals: Iterable[Arrival], slo: SLO) -> Iterable[Arrival]:
-    """Gives the run's latency targets to requests that bring none. A list stays one: the engine sorts it by time."""
+    """Applies the run's default SLO to requests that have none. A list stays a list: the engine sorts it by time."""
     none = SLO()
     given = (replace(a, slo=slo) if isinstance(a, Arrival) and a.slo == none and slo != none else a for a in arrivals)
     return list(given) if isinstance(arrivals, (list, tuple)) else given

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError, ModelError
 from ..measure.results import FILES
 from . import checkpoint
-from .hf_config import read_hf
+from .hf_config import ARCHITECTURES, LLAMA, read_hf
 from .memory import check_fits
 from .params import check, param
 
@@ -74,10 +74,11 @@ class ModelShape:
     def layer_parameters(self) -> int:
         """All weights of one layer, norms and biases included."""
         extra = 2 * self.hidden_size
-        if self.architecture.startswith("Qwen3"):
-            extra += 2 * self.head_dim  # norms of queries and keys
-        if self.architecture.startswith("Qwen2"):
-            extra += self.head_dim * (self.num_attention_heads + 2 * self.num_key_value_heads)  # biases of q, k, v
+        family = ARCHITECTURES.get(self.architecture, LLAMA)
+        if family.qk_norm:
+            extra += 2 * self.head_dim
+        if family.attention_bias == "qkv":
+            extra += self.head_dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
         return self.layer_matrix_parameters + extra
 
     @property
@@ -243,14 +244,14 @@ class ParallelConfig:
     all_reduce: str = param(
         "auto",
         choices=("auto", "library", "symmetric"),
-        doc="library: NCCL or gloo; symmetric: GPUs of one host read each other's memory; auto: symmetric where they can",
+        doc="library: the device's own collectives; symmetric: GPUs of one host read each other's memory; auto: symmetric where they can",
     )
     overlap_tokens: int = param(
         2048,
         min=0,
         max=2**31 - 1,
         unit="tokens",
-        doc="in steps of at least so many, ranks share them between products; 0: never",
+        doc="steps with at least this many use sequence parallelism; 0 disables it",
     )
     timeout: float = param(
         15.0,

@@ -27,13 +27,14 @@ class Family:
     windows_by_layer: bool = False  # max_window_layers says where they begin; else all layers have one
     attention_bias: str = "flag"  # flag: q, k, v, o as the field says; qkv: those three always
     mlp_bias: bool = False  # the flag of that name is obeyed
+    qk_norm: bool = False  # queries and keys are normed, head by head
 
 
 LLAMA = Family(
     "LlamaForCausalLM", even_heads=True, head_dim_may_be_null=True, mlp_bias=True
 )  # also how architectures without a model file are read, for the simulator
 QWEN2 = Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, windows_by_layer=True, attention_bias="qkv")
-QWEN3 = Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, windows_by_layer=True)
+QWEN3 = Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, windows_by_layer=True, qk_norm=True)
 FAMILIES = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}  # by model_type
 ARCHITECTURES = {family.architecture: family for family in FAMILIES.values()}
 

@@ -50,7 +50,7 @@ def composed(run: Run) -> str:
         lines.append(f"  {'parallel':<{width}}  tp={c.parallel.tp} pp={c.parallel.pp}")
     lines.append(
         f"  {'engine':<{width}}  {engine.pool.num_blocks} KV blocks of {engine.pool.block_size} tokens, {engine.config.max_num_seqs} sequences, "
-        f"{engine.config.max_num_batched_tokens} tokens a step, max_inflight={engine.max_inflight}, context {engine.max_model_len}"
+        f"{engine.config.max_num_batched_tokens} tokens per step, max_inflight={engine.max_inflight}, context {engine.max_model_len}"
     )
     return "\n".join(lines)
 
@@ -89,7 +89,7 @@ def run_table(s: dict[str, Any]) -> str:
         ("prefix hits", f"{s['prefix_hit_rate']:.1%} ({s['cached_tokens']:,} prompt tokens)"),
         ("preemptions", f"{s['preemptions']:,}, {s['recomputed_tokens']:,} tokens recomputed, {s['evictions']:,} evictions"),
         ("KV peak use", f"{s['kv_peak_use']:.1%} of {s['kv_blocks']:,} blocks"),
-        ("policy time", f"{s['policy_time_per_step_us']:.1f} us a step"),
+        ("policy time", f"{s['policy_time_per_step_us']:.1f} us per step"),
     ]  # fmt: skip
     if s["warmup_seconds"]:
         facts.append(("warm-up", f"{s['warmup_seconds']:.2f} s before the first request, no part of the duration"))

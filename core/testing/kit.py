@@ -30,7 +30,7 @@ PASS, FAIL, NOTE = "pass", "FAIL", "note"
 RUN_CHECKS = ("kv oracle", "invariants", "answers", "progress", "exceptions", "read-only")
 ENOUGH = 20  # failing runs after which no more are made
 WATCH_EVERY = 5  # seeds; comparing all state around every call is slow
-SLOW_US = 300  # microseconds a step that a policy may cost at 256 running and 64 waiting
+SLOW_US = 300  # microseconds per step that a policy may cost at 256 running and 64 waiting
 TOO_SLOW_US = 5000
 MOST_TURNS = 10  # of the loop, for each step that is measured
 
@@ -308,7 +308,7 @@ def check_cost(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
     except HeadwayError as error:
         yield Verdict("cost", 1, FAIL, str(error))
         return
-    detail = f"{ours:.0f} us a step at 256 running and 64 waiting (plain: {plain:.0f})"
+    detail = f"{ours:.0f} us per step at 256 running and 64 waiting (plain: {plain:.0f})"
     verdict = FAIL if ours - plain > TOO_SLOW_US else NOTE if ours - plain > SLOW_US else PASS
     yield Verdict("cost", 2, verdict, detail + ("" if verdict == PASS else f": more than {SLOW_US} us above it"))
 

@@ -24,7 +24,7 @@ from .case import Case, random_case
 from .oracle import OracleExecutor
 
 #: Roles that a case fills when nobody named them: choices of (plugin, parameter -> values). "none" leaves an optional role out.
-FILLERS: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
+RANDOM_ROLES: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
     "scheduler": [
         ("chunked", {"token_budget": [None, 3, 8], "chunk_size": [None, 1, 2, 7]}),
         ("chunked", {"token_budget": [None, 3, 8], "chunk_size": [None, 1, 2, 7]}),
@@ -59,7 +59,7 @@ class Subject:
         self.choices = _parse(self.words, self.registry)
 
     def case(self, seed: int) -> Case:
-        fillers = {role: choices for role, choices in FILLERS.items() if role not in self.choices}
+        fillers = {role: choices for role, choices in RANDOM_ROLES.items() if role not in self.choices}
         return random_case(seed, fillers)
 
     def roles(self, case: Case) -> dict[str, Role]:
@@ -126,8 +126,8 @@ def _parse(words: Sequence[str], registry: Registry) -> Choices:
         role, dot, parameter = key.partition(".")
         if not equals:
             raise ConfigError(f"{word!r}: expected role=name or role.parameter=value, such as order=sjf")
-        if role not in FILLERS:
-            hint = " Name the roles that the preset sets." if role == "policy" else near(role, FILLERS)
+        if role not in RANDOM_ROLES:
+            hint = " Name the roles that the preset sets." if role == "policy" else near(role, RANDOM_ROLES)
             raise ConfigError(f"{word!r}: the kit checks policies, and there is no policy role {role!r}.{hint}")
         if dot:
             name = chosen.get(role, (PLAIN.get(role, ("", {}))[0], {}))[0]

@@ -108,7 +108,7 @@ class Roofline:
         return f"roofline of {self.hardware.name}, tp={self.tp} pp={self.pp}"
 
     def kv_capacity(self, block_size: int, memory_utilization: float, activation_gb: float) -> int:
-        """Blocks that fit on each rank: (memory * utilization - weights - activations) / bytes a block. Raises ConfigError when none does."""
+        """Blocks that fit on each rank: (memory * utilization - weights - activations) / bytes per block. Raises ConfigError when none does."""
         budget = self.hardware.memory_bytes * memory_utilization
         left = budget - self.weight_bytes - activation_gb * GIB
         blocks = int(left // (block_size * self.kv_bytes_per_token))

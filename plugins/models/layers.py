@@ -131,7 +131,7 @@ class Decoder(nn.Module):
     def run_layers(
         self, hidden: Tensor, residual: Tensor | None, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata
     ) -> tuple[Tensor, Tensor | None]:
-        """The layers that this decoder holds, all of them unless a pipeline cut it; caches: one a layer held."""
+        """The layers that this decoder holds, all of them unless a pipeline cut it; caches: one per layer held."""
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden, residual = layer(hidden, residual, positions, self.cos_sin, cache, batch)
         return hidden, residual

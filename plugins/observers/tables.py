@@ -13,7 +13,7 @@ NAMES = ("requests.parquet", "steps.parquet", "decisions.parquet")
 
 
 class Tables(Observer):
-    """One row a request, one row a step, one row a decision. See docs/metrics.md for the columns. Steps come from the run's log."""
+    """One row per request, per step and per decision. See docs/metrics.md for the columns. Steps come from the run's log."""
 
     plugin_name = "tables"
 

@@ -53,7 +53,7 @@ def drive(job: Job, backends: Callable[[str], KernelChoice] | None) -> DriverExe
         end(serve_torchrun(job))
     ranks = Ranks(job)
     try:
-        with ranks.blaming():
+        with ranks.naming_root_cause():
             return DriverExecution(job, ranks, backends)
     except BaseException:
         ranks.close(failed=True)
@@ -130,14 +130,14 @@ class DriverExecution(RankExecution):
 
     def kv_capacity(self, block_size: int) -> int:
         self.ranks.call("kv_capacity", block_size)
-        with self.ranks.blaming():
+        with self.ranks.naming_root_cause():
             own = super().kv_capacity(block_size)
         fewest: int = min(own, *self.ranks.answers())
         return fewest
 
     def start(self, *args: Any) -> None:
         self.ranks.call("start", *args)
-        with self.ranks.blaming():
+        with self.ranks.naming_root_cause():
             super().start(*args)
         self.ranks.answers()
 
@@ -151,7 +151,7 @@ class DriverExecution(RankExecution):
         self.ranks.answers()
 
     def _execute(self, step: StepInput) -> Sampled:
-        with self.ranks.blaming():
+        with self.ranks.naming_root_cause():
             self.ranks.broadcast(step)
             return super()._execute(step)
 

@@ -163,7 +163,7 @@ class Ranks:
                     self._start(rank, kind)
             self._give(packed, kind)
             self.answers()  # every rank has imported what it needs, so parallel.timeout can hold from here on
-            with self.blaming():
+            with self.naming_root_cause():
                 local_rank = int(os.environ.get("LOCAL_RANK", 0)) if under_torchrun() else 0
                 device = rank_device(kind, local_rank)
                 self.mesh = Mesh(job.parallel, 0, store_of(order, Store(self._shelf.ask)), device)
@@ -274,24 +274,24 @@ class Ranks:
     def check(self, limit: float) -> None:
         """Raises RankError when a rank has failed, or when it is later than `limit` (perf_counter)."""
         if self._failed.is_set() or perf_counter() > limit:
-            raise self._blame()
+            raise self._root_cause()
 
     @contextmanager
-    def blaming(self) -> Iterator[None]:
+    def naming_root_cause(self) -> Iterator[None]:
         """Turns a collective that failed here into the error of the rank at fault."""
         try:
             yield
         except (CollectiveError, OSError) as error:
-            raise self._blame() from error
+            raise self._root_cause() from error
 
     def _tell(self, kind: bytes, body: bytes) -> None:
         if self._failed.is_set():
-            raise self._blame()
+            raise self._root_cause()
         try:
             for channel in self._channels.values():
                 channel.send(kind, body)
         except OSError as error:
-            raise self._blame() from error
+            raise self._root_cause() from error
 
     def _take(self, source: queue.SimpleQueue[Any], limit: float = float("inf")) -> Any:
         while True:
@@ -354,7 +354,7 @@ class Ranks:
         if hasattr(self, "mesh"):
             self.mesh.abort()  # the main thread may be waiting for the device
 
-    def _blame(self) -> HeadwayError:
+    def _root_cause(self) -> HeadwayError:
         """The error of the run: the rank that failed first of itself, or else the one that the others wait for."""
         until = perf_counter() + GRACE
         while not (own := [f for f in self._failures if not f.secondary]) and perf_counter() < until:

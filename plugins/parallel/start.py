@@ -54,7 +54,7 @@ class Pulse:
         os._exit(1)
 
 
-def confess(channel: Channel, rank: int, error: BaseException, secondary: bool = False) -> None:
+def report_error(channel: Channel, rank: int, error: BaseException, secondary: bool = False) -> None:
     """Tells the driver why this rank ends."""
     text = str(error)
     if not isinstance(error, HeadwayError):
@@ -77,7 +77,7 @@ def main() -> int:
     try:
         from .worker import Worker  # imports torch
     except BaseException as error:
-        confess(channel, rank, error)
+        report_error(channel, rank, error)
         return 1
     return Worker(rank, rank, channel, other, pulse).serve()
 

@@ -22,7 +22,7 @@ from .channel import Channel, Malformed
 from .execution import Job, RankExecution
 from .launch import LAGGING, check, facts, made_by, rank_device, store_of
 from .mesh import CollectiveError, Mesh
-from .start import Pulse, confess, leave_signals_to_the_driver
+from .start import Pulse, leave_signals_to_the_driver, report_error
 from .store import over
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Worker:
         except (EOFError, OSError):
             return 1  # the driver is gone
         except BaseException as error:
-            confess(self.channel, self.rank, error, isinstance(error, CollectiveError))
+            report_error(self.channel, self.rank, error, isinstance(error, CollectiveError))
             return 1
         if self.mesh is not None:
             self.mesh.close()

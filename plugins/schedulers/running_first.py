@@ -24,7 +24,7 @@ class RunningFirst(Scheduler):
     """vLLM v1's scheduler (vllm/v1/core/sched/scheduler.py): running requests in order of admission, then
     waiting ones, as the budget lasts.
 
-    token_budget: tokens a step (max_num_batched_tokens); None is the engine's.
+    token_budget: tokens per step (max_num_batched_tokens); None is the engine's.
     chunk_size: most tokens of one prompt in a step (long_prefill_token_threshold); None is what the budget
     leaves.
 

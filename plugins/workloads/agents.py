@@ -13,7 +13,7 @@ from headway import Arrival, Registry, Request, RequestState, Tags, hookimpl, pa
 from .content import Content, Numbering, only_its_length
 from .lines import Lines, Malformed, json_object, parsed, regular_file
 from .numbers import count, seconds
-from .pace import Paced
+from .pace import TimedWorkload
 
 
 class Call(NamedTuple):
@@ -38,7 +38,7 @@ EXPECTED = "a file with agent sessions, one JSON object a line"
 
 
 @dataclass
-class Agents(Paced):
+class Agents(TimedWorkload):
     """Agent sessions of kv-cache-tester (JSON lines, gzip or not), replayed in a closed loop of calls, tools and thinking.
 
     One session a line: `block_size` and `requests` with `in`, `out`, `hash_ids` (whole blocks of the prompt, local to the session), `think_time` and

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from headway import Arrival, Context, ModelError, Registry, SamplingParams, Tags, WorkloadError, hookimpl, param
 
 from .lines import Lines, Malformed, json_object, parsed
-from .pace import Paced
+from .pace import TimedWorkload
 
 PROMPTS = (
     "What is the capital of France, and which river runs through it?",
@@ -33,7 +33,7 @@ PROMPTS = (
 
 
 @dataclass
-class Chat(Paced):
+class Chat(TimedWorkload):
     """Real prompts through the model's chat template; the model decides how long it answers.
 
     The prompts are a small built-in set, or those of `path`: one a line, or JSON lines with a "prompt".

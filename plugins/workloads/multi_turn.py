@@ -9,11 +9,11 @@ from random import Random
 from headway import Arrival, Registry, Request, RequestState, Tags, hookimpl, param
 
 from .content import only_its_length
-from .pace import LONGEST, Paced, length_range, random_tokens
+from .pace import LONGEST, TimedWorkload, length_range, random_tokens
 
 
 @dataclass
-class MultiTurn(Paced):
+class MultiTurn(TimedWorkload):
     """Conversations in a closed loop: a turn is the whole talk so far plus new tokens, a think time after the last answer.
 
     `arrival` says when conversations begin; with `closed`, `concurrency` of them go on at any time. A conversation also ends where its

@@ -74,7 +74,7 @@ def random_prompt(rng: Random, length: int, vocab_size: int, max_model_len: int)
 
 
 @dataclass
-class Paced(Mix):
+class TimedWorkload(Mix):
     """Base of the workloads whose requests come one by one, in an order that does not depend on when they come.
 
     A subclass gives `requests`; times are filled in here. What is asked and when draw from separate streams of the seed, so

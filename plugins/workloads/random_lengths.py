@@ -9,11 +9,11 @@ from typing import ClassVar
 
 from headway import Arrival, Registry, Tags, hookimpl, param
 
-from .pace import LONGEST, Paced, length_range, random_prompt
+from .pace import LONGEST, TimedWorkload, length_range, random_prompt
 
 
 @dataclass
-class RandomLengths(Paced):
+class RandomLengths(TimedWorkload):
     """Random tokens; input and output lengths fixed or uniform in [low, high]."""
 
     num_requests: int = param(64, min=1, max=10_000_000)

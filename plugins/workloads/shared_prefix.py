@@ -10,11 +10,11 @@ from random import Random
 from headway import Arrival, Registry, Tags, WorkloadError, hookimpl, param
 
 from .content import only_its_length
-from .pace import LONGEST, Paced, length_range, random_tokens
+from .pace import LONGEST, TimedWorkload, length_range, random_tokens
 
 
 @dataclass
-class SharedPrefix(Paced):
+class SharedPrefix(TimedWorkload):
     """A share of the requests falls into groups; a group shares the leading part of its prompts.
 
     The defaults are the classic test: 100 requests of 512 tokens, 70% of which share 80% of the prompt. With a cold cache the first of a

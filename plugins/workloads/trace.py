@@ -12,14 +12,14 @@ from headway import Arrival, Registry, Tags, WorkloadError, hookimpl, param
 
 from .content import Content, Numbering, only_its_length
 from .lines import parsed, regular_file
-from .pace import LONGEST, PROCESSES, Paced
+from .pace import LONGEST, PROCESSES, TimedWorkload
 from .trace_formats import FORMATS, Row
 
 LONGEST_ROW = 4 << 20  # bytes; the block ids of a million tokens are 20 thousand
 
 
 @dataclass
-class Trace(Paced):
+class Trace(TimedWorkload):
     """A trace file (`path`, gzip or not) in one of the public formats: azure, mooncake, burstgpt.
 
     Block ids become tokens, so that shared prefixes are real; where a format has none, every prompt is unlike all others.

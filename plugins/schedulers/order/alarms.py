@@ -24,8 +24,8 @@ class Alarms:
     def clear(self, request: Request) -> None:
         self._live.pop(request.index, None)
 
-    def ring(self, now: float) -> Iterator[Request]:
-        """The requests whose moment has come, earliest first; each rings once."""
+    def pop_due(self, now: float) -> Iterator[Request]:
+        """The requests whose moment has come, earliest first; each is answered once."""
         while self._heap and self._heap[0][0] <= now:
             _, index, serial, request = heapq.heappop(self._heap)
             if self._live.get(index) == serial:

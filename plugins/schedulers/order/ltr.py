@@ -39,7 +39,7 @@ class LearningToRank(KeyOrder):
 
     def order(self, view: View) -> Iterable[Request]:
         self._step = view.step
-        for request in self._starving.ring(view.step):
+        for request in self._starving.pop_due(view.step):
             self._promoted[request.index] = self.priority_quantum
             self.rekey(request)
         return super().order(view)

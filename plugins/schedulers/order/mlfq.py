@@ -61,7 +61,7 @@ class SkipJoinMLFQ(KeyOrder):
         return place.level, place.serial
 
     def order(self, view: View) -> Iterable[Request]:
-        for request in self._starving.ring(view.now):
+        for request in self._starving.pop_due(view.now):
             self._enter(request, 0)
             self.rekey(request)
         return super().order(view)

@@ -16,7 +16,7 @@ DECAY = 0.995  # of the measured prefill throughput, a step; the authors' value
 class Niyama(KeyOrder):
     """Niyama, later QoServe (Goel et al., arXiv 2503.22562, section 3): arrival + SLO + alpha * prefill tokens left, smallest first.
 
-    alpha: seconds a token. 0 is EDF, much is shortest remaining prefill first; 8 ms is the authors' default.
+    alpha: seconds per token. 0 is EDF, much is shortest remaining prefill first; 8 ms is the authors' default.
     output_len: tokens that are expected of an answer; an e2el target, where there is no ttft, leaves the time of that many decodes.
 
     Eager relegation: a request that has not started, and whose prefill would end after its deadline at the throughput that prefills have

@@ -93,7 +93,7 @@ class ProgramService(KeyOrder):
         return self._calls[request.index].level
 
     def order(self, view: View) -> Iterable[Request]:
-        for request in self._starving.ring(view.now):
+        for request in self._starving.pop_due(view.now):
             self._enter(request, 0)
             call = self._calls[request.index]
             # What it has waited so far is over; on_admit will count from when it began to wait.
