@@ -10,7 +10,8 @@ if Path(core.__file__ or "").resolve().parent != Path(__file__).resolve().parent
     found = core.__file__ or list(core.__path__)
     raise ImportError(f"the package `core` that is imported here is {found}, not Headway's: uninstall the one or leave it off the path")
 
-from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
+from core.blocks import ROOT, Block
+from core.chains import chain_key, prefix_keys, root_key
 from core.clock import ReplayClock, VirtualClock, VirtualServer, WallClock
 from core.compose import checkpoint, hf_config
 from core.compose.build import Composition, Run, build

@@ -9,12 +9,12 @@ A prefix cache is an index over these blocks and an eviction policy an order ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from .calls import Calls
+from .chains import chain_key, root_key
 from .errors import InvariantError
 from .inputs import Tags
 from .request import Request
@@ -25,28 +25,6 @@ if TYPE_CHECKING:
 ROOT = -1  # parent of a first block
 NO_TAGS = Tags()
 _NOTHING: Any = object()
-
-
-def root_key(cache_salt: str) -> int:
-    """The key that first blocks of this salt hang under."""
-    return int.from_bytes(blake2b(cache_salt.encode(), digest_size=7).digest(), "little") if cache_salt else 0
-
-
-def chain_key(parent_key: int, tokens: tuple[int, ...]) -> int:
-    """Identity of a block's content: its tokens and all before them, 64 bits.
-
-    Python salts the hash of str and bytes, not that of ints and tuples, so the key is the same in every process. Two contents may share
-    a key: whoever serves KV by it compares the tokens too.
-    """
-    return hash((parent_key, tokens))
-
-
-def prefix_keys(token_ids: Sequence[int], block_size: int, cache_salt: str = "") -> Iterator[int]:
-    """`Block.key` of each full block of a prompt, in order."""
-    key = root_key(cache_salt)
-    for end in range(block_size, len(token_ids) + 1, block_size):
-        key = chain_key(key, tuple(token_ids[end - block_size : end]))
-        yield key
 
 
 class Block:

@@ -87,6 +87,7 @@ class Counts:
             kv_peak=self.kv_peak,
             num_evictions=num_evictions,
             num_preemptions=self._roster.num_preemptions,
+            num_pauses=self._roster.num_pauses,
             planned_tokens=self.planned_tokens,
             oracles=self._roles.oracles(num_evictions),
             warmup_seconds=prepared.seconds,

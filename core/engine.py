@@ -160,12 +160,12 @@ class Engine:
         self.view.begin_step(counts.num_steps, now, len(self.flights))
         builder.begin(counts.num_steps, now, self.config.max_num_batched_tokens, self._seqs_of_a_plan())
         self.calls.call(scheduler, scheduler.plan, builder, self.view)
-        if self.ledger is not None:
-            self.ledger.planned(builder)
         evicted, rejected = self.pool.take_evicted(), self.roster.take_rejected()
         launching = bool(builder.requests)
         plan = builder.build(self.roster.take_left() if launching else [])
-        decided = launching or bool(plan.preempted or rejected)
+        if self.ledger is not None:
+            self.ledger.planned(plan)
+        decided = launching or bool(plan.preempted or plan.paused or rejected)
         if decided:  # with nothing to run the state moved all the same; the executor hears of it later
             self.decisions.record(plan, evicted, rejected)
             counts.num_steps += 1

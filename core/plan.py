@@ -37,8 +37,9 @@ class StepPlan:
     num_tokens: int
     allocated: list[Allocation]  # in order; the executor's only source of block tables
     admitted: list[Request]  # start or restart in this step: their tables begin anew
-    left: list[Request]  # finished, preempted or aborted since the last plan: their rows are free
-    preempted: list[Request]  # of those, preempted for this plan
+    left: list[Request]  # finished, preempted, paused or aborted since the last plan: their rows are free
+    preempted: list[Request]  # for this plan: of those, and of those that were paused before
+    paused: list[Request]  # for this plan, with their blocks
 
     @property
     def chunks(self) -> Iterator[Chunk]:

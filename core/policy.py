@@ -116,7 +116,7 @@ class Role:
         """A step has come back: counts are updated, full blocks published, ended requests reported."""
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """It waits again, with its generated tokens."""
+        """It waits again, with its generated tokens; one that is paused (`request.state`) with its blocks, too."""
 
     def on_finish(self, request: Request, now: float) -> None:
         """It has ended: finished, rejected by a policy, or aborted (`request.state`)."""
@@ -214,7 +214,7 @@ class Order(Role):
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A running request that lacks blocks."""
+    """A running request that lacks blocks; or, where paused ones are asked for, one that wants to start."""
 
     request: Request
     blocks: int
@@ -237,6 +237,10 @@ class Victim(Role):
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         """Requests of `view.running`, first to go first; preempted one by one until `need` is met."""
         raise NotImplementedError
+
+    def paused(self, need: Need, view: View) -> Iterable[Request]:
+        """Requests of `view.paused`, first to lose its blocks first: all of them before anybody who runs."""
+        return reversed(view.paused)
 
 
 class TokenBudget(Role):

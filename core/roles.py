@@ -193,7 +193,7 @@ class Roles:
 
     def admit(self, request: Request, view: View) -> Admit | Defer | Reject:
         """What admission answers for a request that wants to start, now."""
-        preempted = request.state is RequestState.PREEMPTED
+        preempted = request.state is not RequestState.WAITING
         if self.admission is None or (preempted and not self.admission.readmits):
             return _ADMIT
         answer = self.calls.call(self.admission, self.admission.admit, request, view)

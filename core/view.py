@@ -9,6 +9,7 @@ from .blocks import BlockPool
 from .clock import is_finite
 from .errors import PolicyError
 from .matching import Match, Matches
+from .paused import Paused
 from .policy import SERVICES, LengthPrediction, Order
 from .request import Request, RequestState
 from .roles import Roles
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
 __all__ = ["Match", "View"]
 
 _PREEMPTED = RequestState.PREEMPTED
-_WANTS_TO_START = (RequestState.WAITING, RequestState.PREEMPTED)
+_WANTS_TO_START = (RequestState.WAITING, RequestState.PREEMPTED, RequestState.PAUSED)
 
 
 class KVView:
     """Block counts, read-only."""
 
-    __slots__ = ("_pool", "total", "block_size")
+    __slots__ = ("_pool", "_paused", "total", "block_size")
 
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool, self.total, self.block_size = pool, pool.num_blocks, pool.block_size
+    def __init__(self, pool: BlockPool, paused: Paused) -> None:
+        self._pool, self._paused, self.total, self.block_size = pool, paused, pool.num_blocks, pool.block_size
 
     @property
     def free(self) -> int:
@@ -42,6 +43,11 @@ class KVView:
     @property
     def available(self) -> int:
         return self._pool.num_available
+
+    @property
+    def paused(self) -> int:
+        """Blocks beside the available ones that paused requests would give: O(their blocks)."""
+        return self._paused.num_blocks()
 
     @property
     def used(self) -> int:
@@ -69,7 +75,7 @@ class View:
         builder: StepBuilder,
     ) -> None:
         self._roles, self._roster, self._matches, self._builder = roles, roster, matches, builder
-        self.kv, self._layout = KVView(pool), pool.layout
+        self.kv, self._layout = KVView(pool, roster.paused), pool.layout
         self.now = 0.0
         self.step = -1
         self.lag = 0  # steps whose tokens have not come back
@@ -85,7 +91,7 @@ class View:
 
     @property
     def waiting(self) -> tuple[Request, ...]:
-        """Requests that want to start, preempted ones included."""
+        """Requests that want to start, preempted and paused ones included."""
         return self._roster.waiting_at_start
 
     @property
@@ -104,6 +110,11 @@ class View:
     @property
     def preempted(self) -> tuple[Request, ...]:
         return tuple(r for r in self.waiting if r.state is _PREEMPTED)
+
+    @property
+    def paused(self) -> tuple[Request, ...]:
+        """Requests that wait with their blocks, in the order of pausing; unlike the others, as of now."""
+        return tuple(self._roster.paused)
 
     @property
     def budget(self) -> Budget:

@@ -36,7 +36,7 @@ TESTS = {
             "pd_split": "test_pd_split_splits_the_first_prompt_of_a_step_only",
             "sglang": "test_sglang_fills_a_chunk_with_prompts_and_decodes_when_there_are_none",
             "selective": "test_niyama.py::test_a_better_prompt_overtakes_one_that_is_half_done_and_nothing_is_recomputed",
-            "preemptive": "test_orders_keyed.py::test_when_requests_arrive_over_time_preemption_lets_srpt_beat_sjf",
+            "preemptive": "test_pause.py::test_where_memory_suffices_preemption_recomputes_nothing",
         },
     ),
     "order": (
@@ -69,6 +69,7 @@ TESTS = {
             "last_admitted": "test_last_admitted_goes_by_admission_where_newest_goes_by_arrival",
             "fewest_outputs": "test_schedulers.py::test_sglang_retracts_who_has_generated_least",
             "random": "test_random_names_everybody_once_and_each_first_equally_often",
+            "pause_first": "test_pause.py::test_pause_first_takes_whom_the_order_would_serve_last",
         }
         | dict.fromkeys(
             ("newest", "oldest", "lcf", "most_computed", "lowest_priority"),

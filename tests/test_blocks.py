@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.blocks import ROOT, Block, BlockPool, chain_key, prefix_keys, root_key
+from core.blocks import ROOT, Block, BlockPool
+from core.chains import chain_key, prefix_keys, root_key
 from core.errors import PolicyError
 from core.inputs import Arrival
 from core.keyed import BlockHeap

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from core.blocks import ROOT, BlockPool, prefix_keys
+from core.blocks import ROOT, BlockPool
+from core.chains import prefix_keys
 from core.errors import InvariantError, PolicyError
 from core.inputs import Arrival, Tags
 from core.policy import Context, Eviction, Oracle

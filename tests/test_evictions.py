@@ -11,7 +11,8 @@ from helpers.policy_runs import ask, compose, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.blocks import ROOT, Block, BlockPool, prefix_keys
+from core.blocks import ROOT, Block, BlockPool
+from core.chains import prefix_keys
 from core.compose.config import EngineConfig
 from core.errors import ConfigError
 from core.inputs import Arrival, Tags

@@ -43,8 +43,11 @@ class ShakyScheduler(Scheduler):
         for request in running:
             if request.state is not RequestState.RUNNING or request in step:
                 continue  # it was preempted to make room
-            if len(running) > 1 and rng.random() < 0.03:
+            leaves = rng.random() if len(running) > 1 else 1.0
+            if leaves < 0.03:
                 step.preempt(request, rng.choice(("recompute", "drop_tail")))
+            elif leaves < 0.15:
+                step.pause(request)
             else:
                 step.add(request, rng.choice([None, None, 1, 3]))
         for request in self.order(view):
@@ -68,6 +71,9 @@ class ShakyVictim(Victim):
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         return self.rng.sample(view.running, self.rng.randint(1, len(view.running)))
+
+    def paused(self, need: Need, view: View) -> Iterable[Request]:
+        return self.rng.sample(view.paused, self.rng.randint(0, len(view.paused)))
 
 
 @dataclass
