@@ -1,7 +1,8 @@
 """BlockPool: who holds which KV block. The only writer of reference counts, and the keeper of three rules:
 
   allocated + cached + free = total           after every operation
-  only an unreferenced leaf may be evicted    so that a cached block's ancestors are always cached
+  only an unreferenced leaf may be evicted    so that a cached block's ancestors are always cached;
+                                              `cache.subtree`: others too, with all under them
   what a step in flight touches stays put     the engine releases blocks only after the step came back
 
 A prefix cache is an index over these blocks and an eviction policy an order over them; neither can change a count.
@@ -18,6 +19,7 @@ from .chains import chain_key, root_key
 from .errors import InvariantError
 from .inputs import Tags
 from .request import Request
+from .subtrees import Subtrees
 
 if TYPE_CHECKING:
     from .policy import Eviction, PrefixCache
@@ -99,6 +101,7 @@ class BlockPool:
         self.num_evictable = 0  # of those, unreferenced
         self.num_pinned = 0  # blocks held by pins alone or with others
         self._pins: dict[int, int] = {}  # block id -> pins on it
+        self._whole, self._subtrees = cache.subtree, Subtrees()
         self.num_evictions = 0
         self._evicted: list[int] = []  # since `take_evicted`
         self.root_version = 0
@@ -112,6 +115,7 @@ class BlockPool:
         self.free_blocks.clear()
         self._pins.clear()
         self._evicted.clear()
+        self._subtrees.clear()
         self.num_cached = self.num_evictable = self.num_pinned = self.num_evictions = self._touch = 0
         self.root_version += 1
         self._evicting = False
@@ -165,7 +169,7 @@ class BlockPool:
                 raise self._calls.refusal(self.cache, f"matched block {id}, which is not cached")
             if block.ref_count == 0:
                 self.num_evictable -= 1
-                if block.num_children == 0:
+                if block.num_children == 0 or self._whole:
                     call(eviction, eviction.on_in_use, block)
             block.ref_count += 1
             if hit:
@@ -185,7 +189,7 @@ class BlockPool:
             if block.ref_count == 0:
                 if block.cached:
                     self.num_evictable += 1
-                    if block.num_children == 0:
+                    if block.num_children == 0 or self._whole:
                         self._calls.call(self.eviction, self.eviction.on_evictable, block)
                 else:
                     self.free_blocks.append(id)
@@ -228,7 +232,9 @@ class BlockPool:
             if not above.cached:
                 raise InvariantError(f"{block} published under {above}, which is not cached")
             block.depth = above.depth + 1
-            if above.num_children == 0 and above.ref_count == 0:
+            if self._whole:
+                self._subtrees.add(parent, block.id)
+            elif above.num_children == 0 and above.ref_count == 0:
                 self._calls.call(self.eviction, self.eviction.on_in_use, above)  # no longer a leaf
             above.num_children += 1
             above.version += 1
@@ -245,6 +251,7 @@ class BlockPool:
             if hasattr(candidates, "__iter__"):
                 first: Any = call(eviction, next, call(eviction, iter, candidates), _NOTHING)
                 if first is not _NOTHING:
+                    self._evict_below(first)
                     return self._evict_block(first)
         finally:
             self._evicting = False
@@ -253,6 +260,16 @@ class BlockPool:
             f"candidates() yielded nothing although {self.num_evictable} blocks are evictable, it answered "
             f"{candidates!r}: track on_evictable and on_in_use, and yield every block between the two",
         )
+
+    def _evict_below(self, root: Any) -> None:
+        if self._whole and isinstance(root, Block) and not root.ref_count:
+            for id in self._subtrees.below(root.id):  # as unreferenced as the root, since requests hold whole prefixes
+                self._forget(self.blocks[id])
+
+    def _forget(self, block: Block) -> None:
+        self._calls.call(self.eviction, self.eviction.on_in_use, block)
+        self._evict_block(block)
+        self.free_blocks.append(block.id)
 
     def _evict_block(self, block: Block) -> Block:
         if not isinstance(block, Block) or not block.cached or block.ref_count or block.num_children:
@@ -272,7 +289,9 @@ class BlockPool:
         if block.parent != ROOT:
             above = self.blocks[block.parent]
             above.num_children -= 1
-            if above.num_children == 0 and above.ref_count == 0:
+            if self._whole:
+                self._subtrees.remove(block.parent, block.id)
+            elif above.num_children == 0 and above.ref_count == 0:
                 call(eviction, eviction.on_evictable, above)
         return block
 
@@ -301,9 +320,7 @@ class BlockPool:
         for id in reversed(block_ids):
             block = self.blocks[id]
             if block.cached and not block.ref_count and not block.num_children:
-                self._calls.call(self.eviction, self.eviction.on_in_use, block)
-                self._evict_block(block)
-                self.free_blocks.append(id)
+                self._forget(block)
                 dropped += 1
         return dropped
 

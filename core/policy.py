@@ -311,6 +311,7 @@ class PrefixCache(Role):
 
     role = "cache"
     enabled: ClassVar[bool] = True  # False: the core never publishes
+    subtree: bool = False  # True: any unreferenced block is evictable, and takes what hangs under it along
 
     def match(self, request: Request, known: list[int], limit: int) -> list[int]:
         """The cached blocks that continue `known` (already verified ids from the root) along `request.token_ids`,
@@ -331,7 +332,7 @@ class Eviction(Role):
     """Which evictable block goes first?
 
     A block is evictable between `on_evictable` and the next `on_in_use` or `on_evict`: cached, unreferenced, unpinned and
-    without cached children (the core tracks all of that). Hits, times and depth are on the Block.
+    without cached children, unless `cache.subtree` (the core tracks all of that). Hits, times and depth are on the Block.
     """
 
     role = "eviction"

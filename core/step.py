@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _RUNNING, _WAITING, _PAUSED = RequestState.RUNNING, RequestState.WAITING, RequestState.PAUSED
 _WANT_TO_START = (_WAITING, RequestState.PREEMPTED, _PAUSED)
 
-
 _ONE = Granted(1)
 _NO_BUDGET = NoBudget()
 _IN_FLIGHT = NotReady("its next token is in flight")
