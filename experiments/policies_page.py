@@ -57,6 +57,7 @@ TESTS = {
             "dfs_weight": "test_orders_prefix.py::test_dfs_weight_walks_the_heaviest_subtree_first_and_keeps_groups_together",
             "hrrn": "test_orders_prefix.py::test_hrrn_prefers_short_prompts_until_a_long_one_has_waited_enough",
             "vtc": "test_orders_service.py::test_vtc_bounds_the_service_difference_of_backlogged_clients_and_fcfs_does_not",
+            "vtc_predicted": "test_vtc.py::test_with_true_lengths_clients_drift_apart_less_than_by_what_has_come",
             "dlpm": "test_orders_service.py::test_dlpm_is_more_local_than_vtc_and_fairer_than_lpm",
             "mlfq": "test_orders_service.py::test_mlfq_has_levels_without_end_unless_it_is_told",
             "atlas": "test_orders_service.py::test_atlas_charges_the_critical_path_and_plas_all_calls",
