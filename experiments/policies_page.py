@@ -176,7 +176,7 @@ def rows(registry: Registry) -> Iterator[str]:
 
 def preset_rows() -> Iterator[str]:
     yield "\n## policy: presets, which set every role that a paper's policy fills\n"
-    yield "Each is checked by `test_presets.py::test_every_preset_passes_the_conformance_kit`.\n"
+    yield "Each is checked by `test_presets.py::test_every_preset_passes_the_conformance_kit`, or, where it is a single policy, as that.\n"
     yield "| preset | what it is | chooses |"
     yield "|---|---|---|"
     for name in presets.names():
