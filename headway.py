@@ -10,7 +10,8 @@ if Path(core.__file__ or "").resolve().parent != Path(__file__).resolve().parent
     found = core.__file__ or list(core.__path__)
     raise ImportError(f"the package `core` that is imported here is {found}, not Headway's: uninstall the one or leave it off the path")
 
-from core.blocks import ROOT, Block, chain_key, prefix_keys, root_key
+from core.blocks import ROOT, Block
+from core.chains import chain_key, prefix_keys, root_key
 from core.clock import ReplayClock, VirtualClock, VirtualServer, WallClock
 from core.compose import checkpoint, hf_config
 from core.compose.build import Composition, Run, build
@@ -21,6 +22,7 @@ from core.compose.facts import facts as composition_facts
 from core.compose.hooks import Registry, hookimpl, load_registry
 from core.compose.memory import check_fits
 from core.compose.params import describe, param
+from core.context import Context, CostModel, Oracle
 from core.engine import Engine
 from core.errors import (
     ConfigError,
@@ -44,21 +46,18 @@ from core.measure import metrics
 from core.measure.results import whole
 from core.measure.step_log import Lists, StepColumns, StepLog
 from core.outputs import RequestOutput, RunResult, StopText, TextStop
+from core.outside import Observer, StepRecord, Workload
 from core.plan import Allocation, Chunk, KVCopy, StepPlan
 from core.policy import (
     API_VERSION,
     PREEMPTION_MODES,
     Admission,
     Admit,
-    Context,
-    CostModel,
     Defer,
     Eviction,
     KVControl,
     LengthPrediction,
     Need,
-    Observer,
-    Oracle,
     Order,
     Predictor,
     PrefixCache,
@@ -66,10 +65,8 @@ from core.policy import (
     Retention,
     Role,
     Scheduler,
-    StepRecord,
     TokenBudget,
     Victim,
-    Workload,
 )
 from core.prompts import token_ids
 from core.request import Request, RequestState

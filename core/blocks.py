@@ -1,7 +1,8 @@
 """BlockPool: who holds which KV block. The only writer of reference counts, and the keeper of three rules:
 
   allocated + cached + free = total           after every operation
-  only an unreferenced leaf may be evicted    so that a cached block's ancestors are always cached
+  only an unreferenced leaf may be evicted    so that a cached block's ancestors are always cached;
+                                              `cache.subtree`: others too, with all under them
   what a step in flight touches stays put     the engine releases blocks only after the step came back
 
 A prefix cache is an index over these blocks and an eviction policy an order over them; neither can change a count.
@@ -9,16 +10,17 @@ A prefix cache is an index over these blocks and an eviction policy an order ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from .audit import audit
 from .calls import Calls
+from .chains import chain_key, root_key
 from .errors import InvariantError
 from .inputs import Tags
 from .request import Request
+from .subtrees import Subtrees
 
 if TYPE_CHECKING:
     from .policy import Eviction, PrefixCache
@@ -26,28 +28,6 @@ if TYPE_CHECKING:
 ROOT = -1  # parent of a first block
 NO_TAGS = Tags()
 _NOTHING: Any = object()
-
-
-def root_key(cache_salt: str) -> int:
-    """The key that first blocks of this salt hang under."""
-    return int.from_bytes(blake2b(cache_salt.encode(), digest_size=7).digest(), "little") if cache_salt else 0
-
-
-def chain_key(parent_key: int, tokens: tuple[int, ...]) -> int:
-    """Identity of a block's content: its tokens and all before them, 64 bits.
-
-    Python salts the hash of str and bytes, not that of ints and tuples, so the key is the same in every process. Two contents may share
-    a key: whoever serves KV by it compares the tokens too.
-    """
-    return hash((parent_key, tokens))
-
-
-def prefix_keys(token_ids: Sequence[int], block_size: int, cache_salt: str = "") -> Iterator[int]:
-    """`Block.key` of each full block of a prompt, in order."""
-    key = root_key(cache_salt)
-    for end in range(block_size, len(token_ids) + 1, block_size):
-        key = chain_key(key, tuple(token_ids[end - block_size : end]))
-        yield key
 
 
 class Block:
@@ -122,6 +102,7 @@ class BlockPool:
         self.num_evictable = 0  # of those, unreferenced
         self.num_pinned = 0  # blocks held by pins alone or with others
         self._pins: dict[int, int] = {}  # block id -> pins on it
+        self._whole, self._subtrees = cache.subtree, Subtrees()
         self.num_evictions = 0
         self._evicted: list[int] = []  # since `take_evicted`
         self.root_version = 0
@@ -134,6 +115,7 @@ class BlockPool:
         self.free_blocks.clear()
         self._pins.clear()
         self._evicted.clear()
+        self._subtrees.clear()
         self.num_cached = self.num_evictable = self.num_pinned = self.num_evictions = self._touch = 0
         self.root_version += 1
         self._evicting = False
@@ -196,7 +178,7 @@ class BlockPool:
                 raise self._calls.refusal(self.cache, f"matched block {id}, which is not cached")
             if block.ref_count == 0:
                 self.num_evictable -= 1
-                if block.num_children == 0:
+                if block.num_children == 0 or self._whole:
                     call(eviction, eviction.on_in_use, block)
             block.ref_count += 1
             if hit:
@@ -216,7 +198,7 @@ class BlockPool:
             if block.ref_count == 0:
                 if block.cached:
                     self.num_evictable += 1
-                    if block.num_children == 0:
+                    if block.num_children == 0 or self._whole:
                         self._calls.call(self.eviction, self.eviction.on_evictable, block)
                 else:
                     self.free_blocks.append(id)
@@ -259,7 +241,9 @@ class BlockPool:
             if not above.cached:
                 raise InvariantError(f"{block} published under {above}, which is not cached")
             block.depth = above.depth + 1
-            if above.num_children == 0 and above.ref_count == 0:
+            if self._whole:
+                self._subtrees.add(parent, block.id)
+            elif above.num_children == 0 and above.ref_count == 0:
                 self._calls.call(self.eviction, self.eviction.on_in_use, above)  # no longer a leaf
             above.num_children += 1
             above.version += 1
@@ -276,6 +260,7 @@ class BlockPool:
             if hasattr(candidates, "__iter__"):
                 first: Any = call(eviction, next, call(eviction, iter, candidates), _NOTHING)
                 if first is not _NOTHING:
+                    self._evict_below(first)
                     return self._evict_block(first)
         finally:
             self._evicting = False
@@ -284,6 +269,16 @@ class BlockPool:
             f"candidates() yielded nothing although {self.num_evictable} blocks are evictable, it answered "
             f"{candidates!r}: track on_evictable and on_in_use, and yield every block between the two",
         )
+
+    def _evict_below(self, root: Any) -> None:
+        if self._whole and isinstance(root, Block) and not root.ref_count:
+            for id in self._subtrees.below(root.id):  # as unreferenced as the root, since requests hold whole prefixes
+                self._forget(self.blocks[id])
+
+    def _forget(self, block: Block) -> None:
+        self._calls.call(self.eviction, self.eviction.on_in_use, block)
+        self._evict_block(block)
+        self.free_blocks.append(block.id)
 
     def _evict_block(self, block: Block) -> Block:
         if not isinstance(block, Block) or not block.cached or block.ref_count or block.num_children:
@@ -303,7 +298,9 @@ class BlockPool:
         if block.parent != ROOT:
             above = self.blocks[block.parent]
             above.num_children -= 1
-            if above.num_children == 0 and above.ref_count == 0:
+            if self._whole:
+                self._subtrees.remove(block.parent, block.id)
+            elif above.num_children == 0 and above.ref_count == 0:
                 call(eviction, eviction.on_evictable, above)
         return block
 
@@ -332,9 +329,7 @@ class BlockPool:
         for id in reversed(block_ids):
             block = self.blocks[id]
             if block.cached and not block.ref_count and not block.num_children:
-                self._calls.call(self.eviction, self.eviction.on_in_use, block)
-                self._evict_block(block)
-                self.free_blocks.append(id)
+                self._forget(block)
                 dropped += 1
         return dropped
 

@@ -8,8 +8,8 @@ from .blocks import BlockPool
 from .execution import StepResult
 from .flights import Flight
 from .outputs import RunResult
+from .outside import StepRecord
 from .plan import StepPlan
-from .policy import StepRecord
 from .roles import Roles
 from .roster import Committed, Roster
 
@@ -87,6 +87,7 @@ class Counts:
             kv_peak=self.kv_peak,
             num_evictions=num_evictions,
             num_preemptions=self._roster.num_preemptions,
+            num_pauses=self._roster.num_pauses,
             planned_tokens=self.planned_tokens,
             oracles=self._roles.oracles(num_evictions),
             warmup_seconds=prepared.seconds,

@@ -31,7 +31,9 @@ class DecisionLog:
         rest += [r.index for r in plan.preempted]
         rest += evicted
         rest += [r.index for r in rejected]
-        update(_words([plan.step, len(plan.requests), len(plan.allocated), len(plan.preempted), len(evicted), len(rejected)]))
+        rest += [r.index for r in plan.paused]
+        counts = [plan.step, len(plan.requests), len(plan.allocated), len(plan.preempted), len(evicted), len(rejected)]
+        update(_words(counts + [len(plan.paused)] if plan.paused else counts))
         update(_words([r.index for r in plan.requests]))
         update(_words(plan.starts))
         update(_words(plan.lengths))

@@ -22,6 +22,7 @@ from .calls import Calls
 from .clock import RecordingClock
 from .collecting import rare_collections
 from .compose.config import EngineConfig
+from .context import Oracle
 from .counts import Counts
 from .decisions import DecisionLog
 from .errors import NothingPlanned
@@ -34,8 +35,9 @@ from .interrupts import interrupts
 from .ledger import Ledger
 from .matching import Matches
 from .outputs import RunResult, StopText
+from .outside import Observer
 from .patience import Patience
-from .policy import Observer, Oracle, Reject, Role
+from .policy import Reject, Role
 from .request import Request, RequestList
 from .roles import Roles, check_limits, derived, num_blocks
 from .roster import Roster
@@ -178,12 +180,12 @@ class Engine:
         seqs = self.flights.seqs_of_a_plan(self.roles, self.roster, self.config.max_num_seqs)
         builder.begin(counts.num_steps, now, self.config.max_num_batched_tokens, seqs)
         self.calls.call(scheduler, scheduler.plan, builder, self.view)
-        if self.ledger is not None:
-            self.ledger.planned(builder)
         evicted, rejected = self.pool.take_evicted(), self.roster.take_rejected()
         launching = bool(builder.requests)
         plan = builder.build(self.roster.take_left() if launching else [])
-        decided = launching or bool(plan.preempted or rejected)
+        if self.ledger is not None:
+            self.ledger.planned(plan)
+        decided = launching or bool(plan.preempted or plan.paused or rejected)
         if decided:  # with nothing to run the state moved all the same; the executor hears of it later
             self.decisions.record(plan, evicted, rejected)
             counts.num_steps += 1

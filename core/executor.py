@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .compose.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
+from .context import CostModel
 from .errors import ConfigError
 from .execution import ExecutorCaps, Preparation, StepResult
 from .outputs import StopText
-from .policy import CostModel, Role
+from .policy import Role
 
 if TYPE_CHECKING:
     from .plan import StepPlan

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .blocks import Block
+from .context import Context
 from .errors import HeadwayError, PolicyError
-from .policy import Context, Eviction, Order, Scheduler
+from .policy import Eviction, Order, Scheduler
 from .request import Request
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .blocks import BlockPool
     from .roles import Roles
     from .roster import Roster
-    from .step import StepBuilder
 
 GIVEN = (
     "id", "index", "arrival_time", "sort_key", "sampling", "tags", "slo", "cache_salt", "prompt", "num_prompt_tokens",
@@ -43,7 +42,9 @@ class _Account:
     blocks: list[int] = field(default_factory=list)  # of its table, as last allocated
     in_flight: deque[tuple[int, bool, int]] = field(default_factory=deque)  # (tokens, does it sample, drafts) of each step
     next_position: int = 0  # since its admission
+    num_admissions: int = 0
     num_preemptions: int = 0
+    paused: bool = False
     num_cached: int = 0  # tokens, at its first admission
     computed: set[int] = field(default_factory=set)  # positions that were ever planned
     num_recomputed: int = 0
@@ -72,32 +73,37 @@ class Ledger:
             ran_elsewhere=request.first_scheduled_time >= 0,
         )
 
-    def planned(self, builder: StepBuilder) -> None:
-        for request in builder.preempted:
-            self.accounts[request.index].num_preemptions += 1
-        for request in builder.admitted:
-            self.accounts[request.index].blocks.clear()
-        for request, first, blocks in builder.allocated:
+    def planned(self, plan: StepPlan) -> None:
+        for request in plan.paused:
+            self.accounts[request.index].paused = True
+        for request in plan.preempted:
+            account = self.accounts[request.index]
+            account.num_preemptions, account.paused = account.num_preemptions + 1, False
+        for request in plan.admitted:
+            account = self.accounts[request.index]
+            account.num_admissions, account.paused = account.num_admissions + 1, False
+            account.blocks.clear()
+        for request, first, blocks in plan.allocated:
             self.accounts[request.index].blocks[first:] = blocks
-        admitted = {request.index for request in builder.admitted}
-        chunks = (builder.requests, builder.starts, builder.lengths, builder.samples)
+        admitted = {request.index for request in plan.admitted}
+        chunks = (plan.requests, plan.starts, plan.lengths, plan.samples)
         for place, (request, start, length, sample) in enumerate(zip(*chunks, strict=True)):
             account = self.accounts[request.index]
-            if request.index in admitted and not account.num_preemptions and not account.ran_elsewhere:
+            if request.index in admitted and account.num_admissions == 1 and not account.ran_elsewhere:
                 account.num_cached = start
-            drafts = len(builder.drafts.get(place, ()))
+            drafts = len(plan.drafts.get(place, ()))
             known = range(start, start + length - drafts)
             account.num_recomputed += sum(p in account.computed for p in known)
             account.computed.update(known)
             account.next_position = start + length
             account.in_flight.append((length, sample, drafts))
-        self.verify(f"while step {builder.step} was planned", builder.step)
+        self.verify(f"while step {plan.step} was planned", plan.step)
 
     def collected(self, plan: StepPlan, tokens: Tokens) -> None:
         for request, new in zip(plan.requests, tokens, strict=True):
             if (account := self.accounts.get(request.index)) is not None:
                 _, _, drafts = account.in_flight.popleft()
-                if drafts and request.state is RequestState.RUNNING:
+                if drafts and request.state in (RequestState.RUNNING, RequestState.PAUSED):
                     right = min(drafts, len(new) - 1)
                     account.next_position -= drafts - right
                     account.computed.update(range(account.next_position - right, account.next_position))
@@ -124,17 +130,19 @@ class Ledger:
             "token_ids": account.tokens,
             "num_tokens": len(account.tokens) + sum(sample for _, sample, _ in account.in_flight),
             "num_scheduled_tokens": scheduled,
+            "num_admissions": account.num_admissions,
             "num_preemptions": account.num_preemptions,
             "num_cached_tokens": account.num_cached,
             "num_recomputed_tokens": account.num_recomputed,
         }
-        if runs:
+        if runs or account.paused:
             return expected | {
-                "state": RequestState.RUNNING,
+                "state": RequestState.RUNNING if runs else RequestState.PAUSED,
                 "block_table": account.blocks,
                 "num_computed_tokens": account.next_position - scheduled,
             }
-        expected["state"] = RequestState.PREEMPTED if account.num_preemptions or account.ran_elsewhere else RequestState.WAITING
+        was_there = account.num_admissions or account.ran_elsewhere
+        expected["state"] = RequestState.PREEMPTED if was_there else RequestState.WAITING
         expected["block_table"] = account.blocks[: len(request.block_table)]
         if not account.in_flight:
             expected["num_computed_tokens"] = self._pool.layout.num_tokens(len(request.block_table))

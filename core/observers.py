@@ -7,7 +7,7 @@ from typing import Any
 
 from .calls import Calls
 from .outputs import RunResult
-from .policy import Observer
+from .outside import Observer
 from .request import Request
 
 

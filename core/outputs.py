@@ -71,6 +71,7 @@ class RunResult:
     kv_peak: int = 0
     num_evictions: int = 0
     num_preemptions: int = 0
+    num_pauses: int = 0
     planned_tokens: int = 0
     decision_hash: str = ""
     status: str = "finished"  # or "interrupted", "failed"

@@ -48,8 +48,9 @@ class StepPlan:
     num_tokens: int
     allocated: list[Allocation]  # in order; the executor's only source of block tables
     admitted: list[Request]  # start or restart in this step: their tables begin anew
-    left: list[Request]  # finished, preempted or aborted since the last plan: their rows are free
-    preempted: list[Request]  # of those, preempted for this plan
+    left: list[Request]  # finished, preempted, paused or aborted since the last plan: their rows are free
+    preempted: list[Request]  # for this plan: of those, and of those that were paused before
+    paused: list[Request]  # for this plan, with their blocks
     drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)  # by place in the plan; the lengths count them
     copies: Sequence[KVCopy] = ()  # one after the other, after the steps before and before anything of this one
 

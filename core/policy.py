@@ -16,8 +16,8 @@ from `self.rng`; requests and blocks are read, never written. `python -m headway
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, is_dataclass
 from functools import wraps
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from .blocks import Block
 from .compose.params import check
 from .errors import ConfigError
-from .execution import Tokens
 from .request import Request
 
 if TYPE_CHECKING:
-    from .plan import StepPlan
+    from .context import Context
+    from .outside import StepRecord
     from .step import StepBuilder
     from .view import View
 
@@ -61,26 +61,6 @@ ROLES = {
     "workload": "which requests arrive, and when?",
     "tracking": "where do results go, beside the run's own directory?",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One completed step, as callbacks and observers see it. Times in seconds on the run's clock."""
-
-    step: int
-    plan: StepPlan
-    start: float  # the executor began it
-    end: float  # its tokens were on the host
-    tokens: Tokens  # per planned request: those that it was given
-    emitted: int  # tokens that reached requests
-    policy_time: float  # CPU seconds of planning and book-keeping for this step (measured, not virtual)
-    num_running: int
-    num_waiting: int
-    kv_used: int  # blocks
-    kv_cached: int
-    num_preempted: int
-    num_evicted: int
-    timings: dict[str, float] = field(default_factory=dict)  # the executor's own breakdown, seconds by phase
 
 
 class Role:
@@ -116,7 +96,8 @@ class Role:
         """Called after each completed step: counts are updated, full blocks published, ended requests reported."""
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """Called when a running request goes back to the waiting queue, with its generated tokens."""
+        """Called when a running request goes back to the waiting queue, with its generated tokens; one that is paused
+        (`request.state`) keeps its blocks, too."""
 
     def on_finish(self, request: Request, now: float) -> None:
         """Called when the request has ended: finished, rejected by a policy, or aborted (`request.state`)."""
@@ -124,7 +105,7 @@ class Role:
 
 def _check_parameters(role: Role) -> None:
     if is_dataclass(role):
-        check(role, "tracking" if isinstance(role, Observer) else role.role)
+        check(role, "tracking" if role.role == "observer" else role.role)
 
 
 def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -137,45 +118,6 @@ def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 CALLBACKS = ("on_arrival", "on_admit", "on_step_end", "on_preempt", "on_finish")
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a policy may know about the run it is part of, handed to `setup`."""
-
-    seed: int
-    block_size: int
-    num_blocks: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    roles: Mapping[str, Any]  # config node -> the object, of that node's class
-    cost_model: CostModel | None = None
-    model: Any = None  # core.compose.config.ModelShape, where the executor knows it
-    oracle: Oracle | None = None  # only for roles that declare `oracle = True`
-    token_budget: int = 512  # tokens of a step that suit the executor, for a scheduler that is given no number of its own
-    tokenizer: Any = None  # of the executor, for a workload of texts; None where it has none
-
-
-class CostModel(Protocol):
-    """Predicts the seconds of a step that holds these chunks; set by executors that have one."""
-
-    def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
-        """Seconds of a step whose i-th chunk computes positions starts[i] to starts[i] + lengths[i] - 1 of a request."""
-
-
-class Oracle:
-    """The truth that no deployed policy has. Reachable only through roles that declare `oracle = True`."""
-
-    def __init__(self, hidden_ends: Mapping[int, int] | None = None) -> None:
-        """`hidden_ends`: request index -> known tokens at which its emulated answer ends."""
-        self._hidden_ends = {} if hidden_ends is None else hidden_ends
-        self.future: list[Any] = []  # Arrivals, in order of time, where the workload knows them beforehand
-
-    def output_len(self, request: Request) -> int:
-        """Tokens it will have generated when it ends, unless the model ends it first."""
-        longest = request.max_num_tokens
-        return min(longest, self._hidden_ends.get(request.index, longest)) - request.num_prompt_tokens
 
 
 # ---- scheduling ---------------------------------------------------------------------------------------------------
@@ -229,7 +171,7 @@ class Order(Role):
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A running request that lacks blocks."""
+    """A running request that lacks blocks; or, where paused ones are asked for, one that wants to start."""
 
     request: Request
     blocks: int
@@ -257,6 +199,10 @@ class Victim(Role):
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         """Requests of `view.running`, first to go first; preempted one by one until `need` is met."""
         raise NotImplementedError
+
+    def paused(self, need: Need, view: View) -> Iterable[Request]:
+        """Requests of `view.paused`, first to lose its blocks first: all of them before anybody who runs."""
+        return reversed(view.paused)
 
 
 class TokenBudget(Role):
@@ -327,6 +273,7 @@ class PrefixCache(Role):
 
     role = "cache"
     enabled: ClassVar[bool] = True  # False: the core never publishes
+    subtree: bool = False  # True: any unreferenced block is evictable, and takes what hangs under it along
 
     def match(self, request: Request, known: list[int], limit: int) -> list[int]:
         """The cached blocks that continue `known` (already verified ids from the root) along `request.token_ids`,
@@ -347,7 +294,7 @@ class Eviction(Role):
     """Which evictable block goes first?
 
     A block is evictable between `on_evictable` and the next `on_in_use` or `on_evict`: cached, unreferenced, unpinned and
-    without cached children (the core tracks all of that). Hits, times and depth are on the Block.
+    without cached children, unless `cache.subtree` (the core tracks all of that). Hits, times and depth are on the Block.
     """
 
     role = "eviction"
@@ -393,44 +340,3 @@ class Retention(Role):
 
     def retain(self, request: Request, kv: KVControl, now: float) -> None:
         """Called when `request` has finished, after its blocks are published and before they are released."""
-
-
-# ---- running ------------------------------------------------------------------------------------------------------
-
-
-class Workload(Role):
-    """Which requests arrive, and when?"""
-
-    role = "workload"
-
-    def check(self) -> None:
-        """Raises WorkloadError for what can be known before a model is loaded: a file that is not there."""
-
-    def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Any]:
-        """Arrivals in order of time. May be lazy. Raise WorkloadError for what cannot be read."""
-        raise NotImplementedError
-
-    def on_result(self, request: Request, now: float) -> Iterable[Any]:
-        """Closed loop: arrivals that follow a finished or rejected request (its next turn), with time >= now."""
-        return ()
-
-
-class Observer(Role):
-    """Watches a run. Called after the step, in batches, off the critical path."""
-
-    role = "observer"
-
-    def on_build(self, run: Any) -> None:
-        """The core.build.Run that it will watch, if it is its `tracking`: before the first call of `on_start`."""
-
-    def on_start(self, engine: Any) -> None:
-        """The core.engine.Engine that is about to run."""
-
-    def on_step(self, record: StepRecord) -> None:
-        """After every completed step."""
-
-    def on_requests(self, finished: Sequence[Request]) -> None:
-        """Requests that ended since the last call: finished, rejected or aborted."""
-
-    def close(self, result: Any) -> None:
-        """Always called, also after Ctrl-C or an error; `result` is what there is."""

@@ -17,6 +17,7 @@ class RequestState(Enum):
     WAITING = "waiting"  # never started
     RUNNING = "running"  # owns blocks, may be planned
     PREEMPTED = "preempted"  # was running; waits again, its generated tokens are kept
+    PAUSED = "paused"  # was running; waits again, with its blocks
     FINISHED = "finished"
     REJECTED = "rejected"  # refused before it ever ran
     ABORTED = "aborted"  # stopped by the user or by the end of the run
@@ -37,7 +38,7 @@ class Request:
     __slots__ = (
         "id", "index", "arrival_time", "sort_key", "sampling", "tags", "slo", "cache_salt", "prompt",
         "token_ids", "num_prompt_tokens", "num_tokens", "num_computed_tokens", "num_scheduled_tokens",
-        "block_table", "state", "finish_reason", "num_cached_tokens", "num_preemptions", "num_recomputed_tokens",
+        "block_table", "state", "finish_reason", "num_cached_tokens", "num_admissions", "num_preemptions", "num_recomputed_tokens",
         "first_scheduled_time", "finish_time", "token_times", "logprobs", "stop_text", "stop_reason",
         "max_num_tokens", "stop_tokens", "waits_for_token", "planned_step", "num_steps_in_flight",
         "num_published_blocks", "published_parent", "canonical_blocks", "planned_before", "planned_from",
@@ -62,6 +63,7 @@ class Request:
         self.state = RequestState.WAITING
         self.finish_reason = ""
         self.num_cached_tokens = 0  # prefix hit at first admission; later admissions never count as hits
+        self.num_admissions = 0  # 1 where it runs, or ran, for the first time
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
         self.first_scheduled_time = -1.0

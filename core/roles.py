@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .calls import Calls
 from .clock import is_finite
 from .compose.config import EngineConfig
+from .context import Context, Oracle
 from .errors import ConfigError, near
 from .execution import ExecutorCaps
 from .executor import Executor
@@ -18,11 +19,9 @@ from .policy import (
     SERVICES,
     Admission,
     Admit,
-    Context,
     Defer,
     Eviction,
     LengthPrediction,
-    Oracle,
     Order,
     Predictor,
     PrefixCache,
@@ -211,7 +210,7 @@ class Roles:
 
     def admit(self, request: Request, view: View) -> Admit | Defer | Reject:
         """What admission answers for a request that wants to start, now."""
-        preempted = request.state is RequestState.PREEMPTED
+        preempted = request.state is not RequestState.WAITING
         if self.admission is None or (preempted and not self.admission.readmits):
             return _ADMIT
         answer = self.calls.call(self.admission, self.admission.admit, request, view)

@@ -2,13 +2,13 @@
 
     arrive -> waiting -- admit --> running -- finish --> ended
                  ^                   |  |
-                 |      preempt      |  schedule, commit: once per step that plans it
+                 |  preempt, pause   |  schedule, commit: once per step that plans it
                  '-------------------'
     waiting -- reject, abort --> ended          running -- abort --> ended: between two steps
 
 Who leaves `running` while steps that contain it are in flight is also `releasing`: its blocks are given back
-when the last of these steps has come back. A request that is set aside with its blocks (paused) would be a
-third list here.
+when the last of these steps has come back. Who pauses leaves like one that is preempted, and is also in
+`paused`: it keeps its blocks until it is admitted again, or until memory runs short (`take_paused`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from .execution import Tokens
 from .handoff import Handoff
 from .matching import Matches
 from .outputs import RequestOutput, StopText
+from .paused import Paused
 from .pins import Pins
 from .plan import StepPlan
 from .policy import Retention
 from .request import Request, RequestList, RequestState
 
-_RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, RequestState.PREEMPTED
+_RUNNING, _WAITING = RequestState.RUNNING, RequestState.WAITING
+_PREEMPTED, _PAUSED = RequestState.PREEMPTED, RequestState.PAUSED
 
 
 class Committed(NamedTuple):
@@ -67,13 +69,14 @@ class Roster:
         self.reserved_blocks: dict[int, int] = {}  # index of a running request -> blocks that come back for it
         self.hidden_ends: dict[int, int] = {}  # index -> known tokens at which an emulated answer ends
         self.present: dict[str, Request] = {}  # by id: arrived and not ended
-        self.pins = Pins(pool)
+        self.pins, self.paused = Pins(pool), Paused(pool)
         self.finished: list[RequestOutput] = []  # of the run, in the order of ending
-        self.num_preemptions = 0  # of the run
+        self.num_preemptions = self.num_pauses = 0  # of the run
         self.preemptions_since_token = 0
         self._running_at_start: tuple[Request, ...] | None = None
         self._waiting_at_start: tuple[Request, ...] | None = None
         self._left: list[Request] = []
+        self._preempted: list[Request] = []
         self._rejected: list[Request] = []
         self._ended: list[Request] = []
 
@@ -123,7 +126,11 @@ class Roster:
         first = request.state is _WAITING
         if not request.block_table:
             self._take(request, matched)
-        request.planned_from = cached
+        if request.state is _PAUSED:  # it goes on where it was
+            self.paused.remove(request)
+        else:
+            request.planned_from = cached
+        request.num_admissions += 1
         if first:
             request.num_cached_tokens = cached
             request.first_scheduled_time = now
@@ -173,22 +180,42 @@ class Roster:
 
     def preempt(self, request: Request, step: int, keep: int, now: float) -> None:
         """running -> waiting, with its generated tokens and the first `keep` of its blocks."""
-        self._freeze()
-        request.planned_step = step
-        request.state = _PREEMPTED
-        self.reserved_blocks.pop(request.index, None)
-        request.num_preemptions += 1
-        planned = min(request.num_computed_tokens + request.num_scheduled_tokens, request.num_tokens - 1)  # no drafts
-        request.planned_before = spans.union(request.planned_before, request.planned_from, planned)
-        self.num_preemptions += 1
-        self.preemptions_since_token += 1
-        self.running.remove(request)
-        self.waiting.add(request)
-        self._left.append(request)
+        self._set_aside(request, step, _PREEMPTED)
+        self._count_preemption(request)
         if keep:
             self.kept_heads[request.index] = keep
         self._calls.notify("on_preempt", request, now)
         self._give_back(request)
+
+    def pause(self, request: Request, step: int, now: float) -> None:
+        """running -> waiting, with all its blocks."""
+        self._set_aside(request, step, _PAUSED)
+        self.paused.add(request)
+        self.num_pauses += 1
+        self._calls.notify("on_preempt", request, now)
+
+    def take_paused(self, request: Request, step: int) -> None:
+        """Memory has run short: a paused request is a preempted one from now on. It waits as before."""
+        self.paused.remove(request)
+        request.planned_step, request.state = step, _PREEMPTED
+        self._count_preemption(request)
+        self._give_back(request)
+
+    def _set_aside(self, request: Request, step: int, state: RequestState) -> None:
+        self._freeze()
+        request.planned_step, request.state = step, state
+        self.reserved_blocks.pop(request.index, None)
+        self.preemptions_since_token += 1
+        self.running.remove(request)
+        self.waiting.add(request)
+        self._left.append(request)
+
+    def _count_preemption(self, request: Request) -> None:
+        planned = min(request.num_computed_tokens + request.num_scheduled_tokens, request.num_tokens - 1)  # no drafts
+        request.planned_before = spans.union(request.planned_before, request.planned_from, planned)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._preempted.append(request)
 
     def commit(
         self,
@@ -209,7 +236,7 @@ class Roster:
             request.num_scheduled_tokens -= length
             request.num_steps_in_flight -= 1
             computed = start + length
-            if request.state is _RUNNING:
+            if request.state is _RUNNING or request.state is _PAUSED:
                 request.num_computed_tokens = computed
             else:
                 if not request.num_steps_in_flight and request.index in self.releasing:
@@ -237,7 +264,7 @@ class Roster:
                     token = next(more[request.index], -1)
                     continue
                 break
-            if publishing and computed // size > request.num_published_blocks and request.state is _RUNNING:
+            if publishing and computed // size > request.num_published_blocks and request.state is not _PREEMPTED:
                 publish(self._pool, request, min(computed, len(request.token_ids)) // size)
         emitted = plan.samples.count(True)
         if late or more:
@@ -324,6 +351,8 @@ class Roster:
             held.clear()
         self.hidden_ends.clear()
         self.preemptions_since_token = 0
+        self._preempted.clear()
+        self.paused.clear()
         self.pins.clear()
         self._pool.clear()
         self._matches.clear()
@@ -332,7 +361,7 @@ class Roster:
     def begin_run(self) -> None:
         """Outputs and counts are those of one run."""
         self.finished = []
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_pauses = 0
 
     def _leave(self, request: Request) -> None:
         """Takes it off the list that it is on."""
@@ -341,6 +370,8 @@ class Roster:
             self._left.append(request)
         else:
             self.waiting.remove(request)
+            if request.state is _PAUSED:
+                self.paused.remove(request)
 
     def _end(self, request: Request, state: RequestState, reason: str, now: float) -> None:
         request.state, request.finish_reason, request.finish_time = state, reason, now
@@ -365,6 +396,11 @@ class Roster:
     def put_back_left(self, left: list[Request]) -> None:
         """After a launch that failed: the executor may not have heard of them."""
         self._left = left + self._left
+
+    def take_preempted(self) -> list[Request]:
+        """Who was preempted since the last call, those included who were paused before."""
+        preempted, self._preempted = self._preempted, []
+        return preempted
 
     def take_rejected(self) -> list[Request]:
         """Who was rejected by a policy since the last call."""
@@ -405,7 +441,10 @@ class Roster:
         pin."""
         for request in reversed(self.waiting.items):
             if request.block_table and request is not needy and not request.num_steps_in_flight:
-                self._release(request)
+                if request.state is _PAUSED:
+                    self.take_paused(request, -1)
+                else:
+                    self._release(request)
                 return True
         return self.pins.give_up_soonest()
 

@@ -7,8 +7,8 @@ over-allocate nor forget to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .blocks import BlockPool
 from .clock import is_finite
@@ -18,21 +18,21 @@ from .errors import PolicyError, near
 from .grants import Grant, Granted, NeedBlocks, NoBudget, NotReady
 from .matching import Matches
 from .plan import Allocation, StepPlan
-from .policy import PREEMPTION_MODES, Admit, Need, Reject, Role
+from .policy import PREEMPTION_MODES, Admit, Reject, Role
 from .request import Request, RequestState
 from .roles import Roles
+from .room import Room
 from .roster import Roster
 
 if TYPE_CHECKING:
     from .view import View
 
-_RUNNING, _WAITING, _PREEMPTED = RequestState.RUNNING, RequestState.WAITING, RequestState.PREEMPTED
-
+_RUNNING, _WAITING, _PAUSED = RequestState.RUNNING, RequestState.WAITING, RequestState.PAUSED
+_WANT_TO_START = (_WAITING, RequestState.PREEMPTED, _PAUSED)
 
 _ONE = Granted(1)
 _NO_BUDGET = NoBudget()
 _IN_FLIGHT = NotReady("its next token is in flight")
-_NOBODY_LEFT: Any = object()
 _THRASHING = NoBudget("requests preempt each other without emitting a token: nobody starts until one does")
 
 
@@ -42,6 +42,7 @@ class StepBuilder:
     def __init__(self, roles: Roles, roster: Roster, pool: BlockPool, matches: Matches) -> None:
         self._roles, self._roster, self._pool, self._matches = roles, roster, pool, matches
         self.copies = Copies(pool, roles.executor.caps.tier_blocks)
+        self._room = Room(roles, roster, pool)
         self._by_policy: set[int] = set()
         self.begin(-1, 0.0, 0, 0)
 
@@ -54,7 +55,7 @@ class StepBuilder:
         self.samples: list[bool] = []
         self.allocated: list[Allocation] = []
         self.admitted: list[Request] = []
-        self.preempted: list[Request] = []
+        self.paused: list[Request] = []
         self.drafts: dict[int, Sequence[int]] = {}  # by place in the step
         self.num_turned_away = 0  # times that admission deferred or rejected a request in this step so far
         self.wake: float | None = None  # when the engine asks again at the latest, if nothing is planned
@@ -75,7 +76,8 @@ class StepBuilder:
             allocated=self.allocated,
             admitted=self.admitted,
             left=left,
-            preempted=self.preempted,
+            preempted=self._roster.take_preempted(),
+            paused=self.paused,
             drafts=self.drafts,
             copies=self.copies.take() if self.requests else (),
         )
@@ -110,8 +112,7 @@ class StepBuilder:
     def fits(self, request: Request, spare: int = 0) -> bool:
         """Whether blocks for all known tokens of a waiting request are available now, and `spare` more: what
         a scheduler that runs prompts to completion asks before it starts one."""
-        need, available = self._supply(request, self._matches.match(request).blocks, request.num_tokens)
-        return need + spare <= available
+        return self._room.fits(request, self._matches.match(request).blocks, request.num_tokens, spare)
 
     # ---- the verbs ----------------------------------------------------------------------------------------------
 
@@ -140,7 +141,7 @@ class StepBuilder:
         state = request.state
         if state is _RUNNING:
             return self._add_running(request, num_tokens, drafts or ())
-        if state is _WAITING or state is _PREEMPTED:
+        if state in _WANT_TO_START:
             return self._add_waiting(request, num_tokens)
         raise self._error(f"add() of a request that is {state.value}: forget it in on_finish", request)
 
@@ -151,14 +152,19 @@ class StepBuilder:
         `Scheduler.tail_blocks` says.
         Blocks of a step in flight become free when that step has come back.
         """
-        if request.state is not _RUNNING:
-            raise self._error(f"preempt() of a request that is {request.state.value}: only running requests can be preempted", request)
-        if request.planned_step == self.step:
-            raise self._error("preempt() of a request that is already in this step", request)
+        self._check_leaving(request, "preempt")
         if mode not in PREEMPTION_MODES:
             raise self._error(f"preempt(mode={mode!r}): expected one of {PREEMPTION_MODES}.{near(str(mode), PREEMPTION_MODES)}", request)
-        self._by_policy.add(request.index)
-        self._preempt(request, mode, self._roles.tail_blocks(request) if mode == "drop_tail" else 0)
+        tail = self._roles.tail_blocks(request) if mode == "drop_tail" else 0
+        self._room.preempt(request, mode, tail, self.step, self._now)
+
+    def pause(self, request: Request) -> None:
+        """Sets a running request, not yet in this step, aside with its blocks: it waits, and goes on where it was.
+
+        When memory runs short its blocks are the first to go, and it is like any other that was preempted."""
+        self._check_leaving(request, "pause")
+        self.paused.append(request)
+        self._roster.pause(request, self.step, self._now)
 
     def reject(self, request: Request, reason: str) -> None:
         """Refuses a waiting request for good; it counts as an SLO miss."""
@@ -172,6 +178,13 @@ class StepBuilder:
         self._wake_at(t, self._roles.scheduler, "wake_at")
 
     # ---- how the verbs work -------------------------------------------------------------------------------------
+
+    def _check_leaving(self, request: Request, verb: str) -> None:
+        if request.state is not _RUNNING:
+            raise self._error(f"{verb}() of a request that is {request.state.value}: only running requests can be preempted or paused", request)
+        if request.planned_step == self.step:
+            raise self._error(f"{verb}() of a request that is already in this step", request)
+        self._by_policy.add(request.index)
 
     def _wake_at(self, t: float, waker: Role, verb: str) -> None:
         if not is_finite(t):
@@ -198,7 +211,7 @@ class StepBuilder:
             drafts = plannable(self._roles, self._roster, self._pool, request=request, drafts=drafts, most=most)
             n += len(drafts)
         need = self._pool.layout.num_blocks(start + n) - len(request.block_table)
-        if need > self._pool.num_available and (missing := self._make_room(request, need)):
+        if need > self._pool.num_available and (missing := self._room.for_running(request, need, self.step, self._now)):
             if request.state is _RUNNING:
                 self._roster.reserve(request, need)  # what it waits for is not for those who wait to start
             return NeedBlocks(missing)
@@ -212,6 +225,8 @@ class StepBuilder:
                 raise self._error("planned after this policy preempted it in the same step", request)
             return NeedBlocks(self._pool.layout.num_blocks(request.num_tokens), "preempted in this step")
         if request.num_steps_in_flight:
+            if request.state is _PAUSED:
+                return _IN_FLIGHT
             need = self._pool.layout.num_blocks(request.num_tokens)
             return NeedBlocks(need, "its blocks are still in flight")
         if roster.thrashing and roster.running.items:
@@ -225,22 +240,15 @@ class StepBuilder:
         n = self._grantable(request, request.num_tokens - cached, at_most)
         if n <= 0:
             return _NO_BUDGET
-        need, available = self._supply(request, matched, cached + n)
-        if need > available:
-            return NeedBlocks(need - available)
+        if (missing := self._room.for_start(request, matched, cached + n, self.step)) > 0:
+            return NeedBlocks(missing)
         roster.admit(request, matched, cached, self._now)
         self.admitted.append(request)
         if request.block_table:
             self.allocated.append(Allocation(request, 0, list(request.block_table)))
+        need = self._pool.layout.num_blocks(cached + n) - len(request.block_table)
         self._append(request, cached, n, need)
         return Granted(n, cached if first else 0)
-
-    def _supply(self, request: Request, matched: Sequence[int], num_tokens: int) -> tuple[int, int]:
-        """(blocks that a waiting request lacks to hold `num_tokens`, blocks that it may have)."""
-        pool = self._pool
-        need = self._pool.layout.num_blocks(num_tokens) - (len(request.block_table) or len(matched))
-        idle = sum(1 for b in matched if not pool.blocks[b].ref_count)  # evictable now, but not for this request
-        return need, pool.num_available - idle - self._roster.num_reserved_blocks
 
     def _grantable(self, request: Request, new: int, at_most: int | None) -> int:
         left = min(self.tokens_left, new) if self.seqs_left > 0 else 0
@@ -273,42 +281,6 @@ class StepBuilder:
         if answer.until is not None and self._roles.admission is not None:
             self._wake_at(answer.until, self._roles.admission, "Defer")
         return NotReady("admission defers it")
-
-    def _make_room(self, request: Request, need: int) -> int:
-        """Preempts until `need` blocks are available; 0 when they are, else how many are missing."""
-        roster, pool, victim = self._roster, self._pool, self._roles.victim
-        candidates = self._candidates(request, need)
-        while need > pool.num_available:
-            if need <= pool.num_available + roster.num_releasing_blocks:
-                return need - pool.num_available  # blocks of preempted requests come back with the step in flight
-            other = next(candidates, _NOBODY_LEFT)
-            if other is _NOBODY_LEFT or other is request:
-                if roster.reclaim(request):
-                    continue
-                # Named by the policy, or the last one left. Alone, it starts over: what its kept head holds (twins of
-                # published duplicates too) may be just what it lacks.
-                self._preempt(request, victim.mode if len(roster.running) > 1 else "recompute", need)
-                return max(1, need - pool.num_available)
-            planned = isinstance(other, Request) and other.planned_step == self.step
-            if not isinstance(other, Request) or not (other.state is _RUNNING or planned):
-                message = f"victims() named {other!r}, which does not run: yield requests of view.running"
-                raise self._roles.calls.refusal(victim, message, request)
-            if planned:
-                continue
-            self._preempt(other, victim.mode, need - pool.num_available)
-        return 0
-
-    def _candidates(self, request: Request, need: int) -> Iterator[Any]:
-        """Who may be preempted for a request, first to go first."""
-        if self._roster.thrashing:  # from here on the oldest is safe until a token comes out
-            return reversed(self._view.running)
-        victim = self._roles.victim
-        return self._roles.calls.each(victim, victim.victims, Need(request, need), self._view)
-
-    def _preempt(self, request: Request, mode: str, blocks: int) -> None:
-        self.preempted.append(request)
-        keep = max(0, len(request.block_table) - blocks) if mode == "drop_tail" else 0
-        self._roster.preempt(request, self.step, keep, self._now)
 
     @property
     def _view(self) -> View:

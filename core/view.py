@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Match", "View"]
 
 _PREEMPTED = RequestState.PREEMPTED
-_WANTS_TO_START = (RequestState.WAITING, RequestState.PREEMPTED)
+_WANTS_TO_START = (RequestState.WAITING, RequestState.PREEMPTED, RequestState.PAUSED)
 
 
 class Budget(NamedTuple):
@@ -41,7 +41,7 @@ class View:
         builder: StepBuilder,
     ) -> None:
         self._roles, self._roster, self._matches, self._builder = roles, roster, matches, builder
-        self.kv, self._layout = KVView(pool), pool.layout
+        self.kv, self._layout = KVView(pool, roster.paused), pool.layout
         self.now = 0.0
         self.step = -1
         self.lag = 0  # steps whose tokens have not come back
@@ -57,7 +57,7 @@ class View:
 
     @property
     def waiting(self) -> tuple[Request, ...]:
-        """Requests that want to start, preempted ones included."""
+        """Requests that want to start, preempted and paused ones included."""
         return self._roster.waiting_at_start
 
     @property
@@ -76,6 +76,11 @@ class View:
     @property
     def preempted(self) -> tuple[Request, ...]:
         return tuple(r for r in self.waiting if r.state is _PREEMPTED)
+
+    @property
+    def paused(self) -> tuple[Request, ...]:
+        """Requests that wait with their blocks, in the order of pausing; unlike the others, as of now."""
+        return tuple(self._roster.paused)
 
     @property
     def budget(self) -> Budget:

@@ -18,8 +18,8 @@ from random import Random
 
 from core.blocks import ROOT, BlockPool
 from core.compose.hooks import Registry, load_registry
+from core.context import Context, Oracle
 from core.inputs import Arrival, Tags
-from core.policy import Context, Oracle
 from core.request import Request
 from core.roster import publish
 

@@ -1,10 +1,12 @@
 """Prefix hit rate of a Mooncake trace by cache capacity: the block pool, a prefix index and an eviction, without an engine.
 
     python experiments/mooncake_hit_rate.py TRACE.jsonl[.gz] [--capacity 500 1000 ...] [--cache hash] [--eviction lru]
+    python experiments/mooncake_hit_rate.py TRACE.jsonl[.gz] --capacity 16000 --eviction fifo sieve s3fifo two_q arc lru --subtree
 
 Every hash id counts as one block of one token, so that the trace's own blocks are the pool's. Requests come in order of arrival, one
 at a time: leading ids that are cached are hits, the rest is allocated, and all are given back, tail first, before the next request.
-Rates are weighted by tokens (512 a block, the last one partial) and by blocks.
+Rates are weighted by tokens (512 a block, the last one partial) and by blocks. With --subtree each is followed by the one with
+cache.subtree=true, where an eviction may take a block that others hang under, and takes them along.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.blocks import BlockPool
 from core.compose.hooks import load_registry
+from core.context import Context
 from core.inputs import Arrival
-from core.policy import Context
 from core.request import Request
 from core.roster import publish
 from plugins.workloads.trace import Mooncake
 
 
-def hit_rates(rows, capacity: int, cache_name: str = "hash", eviction_name: str = "lru") -> tuple[float, float]:
+def hit_rates(rows, capacity: int, cache_name: str = "hash", eviction_name: str = "lru", *, subtree: bool = False) -> tuple[float, float]:
     """(by tokens, by blocks). `rows` are the trace's."""
     registry = load_registry()
-    cache, eviction = registry.get("cache", cache_name).build(), registry.get("eviction", eviction_name).build()
+    cache, eviction = registry.get("cache", cache_name).build(subtree=subtree), registry.get("eviction", eviction_name).build()
     for role in (cache, eviction):
         role.setup(Context(0, 1, capacity, 1 << 30, 1, 1 << 30, {"cache": cache, "eviction": eviction}))
     pool = BlockPool(capacity, 1, cache, eviction)
@@ -54,17 +56,22 @@ def main() -> None:
     parser.add_argument("trace", help="a Mooncake JSONL file, gzip or not")
     parser.add_argument("--capacity", type=int, nargs="*", default=[500, 1000, 2000, 5000, 10000, 20000, 50000], help="blocks")
     parser.add_argument("--cache", default="hash")
-    parser.add_argument("--eviction", default="lru")
+    parser.add_argument("--eviction", nargs="*", default=["lru"])
+    parser.add_argument("--subtree", action="store_true", help="also with cache.subtree=true")
     options = parser.parse_args()
     rows = Mooncake(path=options.trace).rows()
     everything = sum(len(row.block_ids) for row in rows)
     print(f"{len(rows)} requests, {everything} blocks, {len({id for row in rows for id in row.block_ids})} of them distinct")
-    print(f"{'capacity':>10} {'by tokens':>10} {'by blocks':>10} {'seconds':>8}   {options.cache}, {options.eviction}")
-    for capacity in [*options.capacity, everything]:
-        began = time.perf_counter()
-        tokens, blocks = hit_rates(rows, capacity, options.cache, options.eviction)
-        label = "unlimited" if capacity == everything else capacity
-        print(f"{label:>10} {tokens:>10.4f} {blocks:>10.4f} {time.perf_counter() - began:>8.2f}")
+    print(f"{'capacity':>10} {'by tokens':>10} {'by blocks':>10} {'seconds':>8}   cache, eviction")
+    for eviction in options.eviction:
+        for capacity in [*options.capacity, everything]:
+            for subtree in (False, True) if options.subtree else (False,):
+                began = time.perf_counter()
+                tokens, blocks = hit_rates(rows, capacity, options.cache, eviction, subtree=subtree)
+                label = "unlimited" if capacity == everything else capacity
+                seconds = time.perf_counter() - began
+                what = f"{options.cache}, {eviction}" + (", subtree" if subtree else "")
+                print(f"{label:>10} {tokens:>10.4f} {blocks:>10.4f} {seconds:>8.2f}   {what}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ TESTS = {
             "pd_split": "test_pd_split_splits_the_first_prompt_of_a_step_only",
             "sglang": "test_sglang_fills_a_chunk_with_prompts_and_decodes_when_there_are_none",
             "selective": "test_niyama.py::test_a_better_prompt_overtakes_one_that_is_half_done_and_nothing_is_recomputed",
-            "preemptive": "test_orders_keyed.py::test_when_requests_arrive_over_time_preemption_lets_srpt_beat_sjf",
+            "preemptive": "test_pause.py::test_where_memory_suffices_preemption_recomputes_nothing",
         },
     ),
     "order": (
@@ -57,6 +57,7 @@ TESTS = {
             "dfs_weight": "test_orders_prefix.py::test_dfs_weight_walks_the_heaviest_subtree_first_and_keeps_groups_together",
             "hrrn": "test_orders_prefix.py::test_hrrn_prefers_short_prompts_until_a_long_one_has_waited_enough",
             "vtc": "test_orders_service.py::test_vtc_bounds_the_service_difference_of_backlogged_clients_and_fcfs_does_not",
+            "vtc_predicted": "test_vtc.py::test_with_true_lengths_clients_drift_apart_less_than_by_what_has_come",
             "dlpm": "test_orders_service.py::test_dlpm_is_more_local_than_vtc_and_fairer_than_lpm",
             "mlfq": "test_orders_service.py::test_mlfq_has_levels_without_end_unless_it_is_told",
             "atlas": "test_orders_service.py::test_atlas_charges_the_critical_path_and_plas_all_calls",
@@ -69,6 +70,7 @@ TESTS = {
             "last_admitted": "test_last_admitted_goes_by_admission_where_newest_goes_by_arrival",
             "fewest_outputs": "test_schedulers.py::test_sglang_retracts_who_has_generated_least",
             "random": "test_random_names_everybody_once_and_each_first_equally_often",
+            "pause_first": "test_pause.py::test_pause_first_takes_whom_the_order_would_serve_last",
         }
         | dict.fromkeys(
             ("newest", "oldest", "lcf", "most_computed", "lowest_priority"),
@@ -174,7 +176,7 @@ def rows(registry: Registry) -> Iterator[str]:
 
 def preset_rows() -> Iterator[str]:
     yield "\n## policy: presets, which set every role that a paper's policy fills\n"
-    yield "Each is checked by `test_presets.py::test_every_preset_passes_the_conformance_kit`.\n"
+    yield "Each is checked by `test_presets.py::test_every_preset_passes_the_conformance_kit`, or, where it is a single policy, as that.\n"
     yield "| preset | what it is | chooses |"
     yield "|---|---|---|"
     for name in presets.names():

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.blocks import ROOT, Block, BlockPool, chain_key, prefix_keys, root_key
+from core.blocks import ROOT, Block, BlockPool
+from core.chains import chain_key, prefix_keys, root_key
+from core.context import Context
 from core.errors import PolicyError
 from core.inputs import Arrival
 from core.keyed import BlockHeap
-from core.policy import Context, Eviction
+from core.policy import Eviction
 from core.request import Request
 from core.roster import publish
 from plugins.cache.hash import HashBlocks

@@ -10,10 +10,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from core.blocks import ROOT, BlockPool, prefix_keys
+from core.blocks import ROOT, BlockPool
+from core.chains import prefix_keys
+from core.context import Context, Oracle
 from core.errors import InvariantError, PolicyError
 from core.inputs import Arrival, Tags
-from core.policy import Context, Eviction, Oracle
+from core.policy import Eviction
 from core.request import Request
 from core.roster import publish
 
@@ -25,8 +27,8 @@ TOKENS = st.lists(st.integers(0, 1), min_size=SIZE, max_size=5 * SIZE)
 class Watched(Eviction):
     """Passes everything on to an eviction policy and keeps its own account of what the core promises and of what it asks."""
 
-    def __init__(self, inner: Eviction) -> None:
-        self.inner, self.pool = inner, None
+    def __init__(self, inner: Eviction, subtree: bool) -> None:
+        self.inner, self.pool, self.subtree = inner, None, subtree
         self.evictable: set[int] = set()
         self.known: set[int] = set()
 
@@ -43,7 +45,8 @@ class Watched(Eviction):
         self.inner.on_hit(block)
 
     def on_evictable(self, block) -> None:
-        assert block.id in self.known and block.id not in self.evictable and not block.ref_count and not block.num_children
+        assert block.id in self.known and block.id not in self.evictable and not block.ref_count
+        assert self.subtree or not block.num_children
         self.evictable.add(block.id)
         self.inner.on_evictable(block)
 
@@ -67,6 +70,7 @@ class Pool(RuleBasedStateMachine):
 
     eviction = "lru"
     cache = "hash"
+    subtree = False
     holding = Bundle("holding")
     pinned = Bundle("pinned")
 
@@ -74,8 +78,8 @@ class Pool(RuleBasedStateMachine):
     def start(self) -> None:
         oracle = Oracle()
         oracle.future = [Arrival(0.0, [0, 1] * 4), Arrival(1.0, [0, 0, 1, 1])]
-        self.index = REGISTRY.get("cache", self.cache).build()
-        self.watched = Watched(REGISTRY.get("eviction", self.eviction).build())
+        self.index = REGISTRY.get("cache", self.cache).build(subtree=self.subtree)
+        self.watched = Watched(REGISTRY.get("eviction", self.eviction).build(), self.subtree)
         for role in (self.index, self.watched):
             role.setup(Context(0, SIZE, BLOCKS, 1 << 20, 8, 1 << 20, {}, oracle=oracle))
         self.pool = BlockPool(BLOCKS, SIZE, self.index, self.watched)
@@ -153,8 +157,8 @@ class Pool(RuleBasedStateMachine):
     def holds(self) -> None:
         pool = self.pool
         pool.check()
-        idle_leaves = {b.id for b in pool.blocks if b.cached and not b.ref_count and not b.num_children}
-        assert self.watched.evictable == idle_leaves
+        idle = {b.id for b in pool.blocks if b.cached and not b.ref_count and (self.subtree or not b.num_children)}
+        assert self.watched.evictable == idle
         assert self.watched.known == {b.id for b in pool.blocks if b.cached}
         references = [id for r in self.held for id in (*r.block_table, *r.canonical_blocks.values())] + [id for p in self.pins for id in p]
         assert all(b.ref_count == references.count(b.id) for b in pool.blocks)
@@ -171,6 +175,15 @@ def test_any_sequence_of_operations_keeps_the_rules(eviction: str, cache: str) -
     machine = type("Pool", (Pool,), {"eviction": eviction, "cache": cache})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    )
+
+
+@pytest.mark.parametrize("cache", ["hash", "radix"])
+@pytest.mark.parametrize("eviction", ["lru", "fifo", "sieve", "s3fifo", "two_q", "arc", "gdsf"])
+def test_any_sequence_keeps_the_rules_where_blocks_go_with_what_hangs_under_them(eviction: str, cache: str) -> None:
+    machine = type("Pool", (Pool,), {"eviction": eviction, "cache": cache, "subtree": True})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=12, stateful_step_count=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     )
 
 

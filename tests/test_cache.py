@@ -14,10 +14,10 @@ from core.compose.build import build_roles
 from core.compose.config import EngineConfig
 from core.compose.defaults import default_choices
 from core.compose.hooks import load_registry
+from core.context import Context
 from core.engine import Engine
 from core.inputs import Arrival, SamplingParams, Tags
 from core.outputs import RunResult
-from core.policy import Context
 from core.request import Request
 from core.roster import publish
 from core.testing.oracle import OracleExecutor

@@ -10,10 +10,12 @@ import sys
 import pytest
 from helpers.policy_runs import REGISTRY, compose, run
 
-from core.blocks import ROOT, BlockPool, chain_key, prefix_keys, root_key
+from core.blocks import ROOT, BlockPool
+from core.chains import chain_key, prefix_keys, root_key
 from core.compose.config import EngineConfig
+from core.context import Context
 from core.inputs import Arrival, SamplingParams, Tags
-from core.policy import Context, PrefixCache
+from core.policy import PrefixCache
 from core.request import Request
 from core.roster import publish
 from headway import ConfigError
@@ -173,7 +175,7 @@ def test_a_hash_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keys_are_the_same_in_every_process() -> None:
-    program = "from core.blocks import prefix_keys; print(*prefix_keys(range(2000, 2040), 16), *prefix_keys([1, 2], 1, 'salt'))"
+    program = "from core.chains import prefix_keys; print(*prefix_keys(range(2000, 2040), 16), *prefix_keys([1, 2], 1, 'salt'))"
     printed = {
         subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
         for seed in ("1", "2")

@@ -11,7 +11,8 @@ from helpers.scripted import ask, engine, everybody
 
 from core.compose.hooks import load_registry
 from core.errors import PolicyError
-from core.policy import Observer, Scheduler
+from core.outside import Observer
+from core.policy import Scheduler
 from core.request import Request
 from core.testing.case import random_case
 from core.testing.oracle import OracleExecutor, WrongKV, sampled_token

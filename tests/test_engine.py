@@ -14,7 +14,8 @@ from core.engine import Engine
 from core.errors import ConfigError, InvariantError
 from core.inputs import Arrival, SamplingParams
 from core.outputs import TextStop
-from core.policy import Observer, Order, Retention, Role, Scheduler
+from core.outside import Observer
+from core.policy import Order, Retention, Role, Scheduler
 from core.testing.oracle import OracleExecutor, WrongKV
 
 

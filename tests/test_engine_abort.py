@@ -12,7 +12,8 @@ from helpers.scripted import ask, engine, everybody
 
 from core.compose.config import EngineConfig
 from core.outputs import RunResult
-from core.policy import Observer, Order
+from core.outside import Observer
+from core.policy import Order
 from core.request import RequestState
 from plugins.cache.hash import HashBlocks
 from plugins.schedulers.chunked import ChunkedPrefill

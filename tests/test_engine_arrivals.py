@@ -13,7 +13,8 @@ from core.errors import NothingPlanned, PolicyError, WorkloadError
 from core.executor import Executor
 from core.inputs import SLO, Tags
 from core.measure.metrics import ttft
-from core.policy import Admission, Admit, Defer, Reject, Workload
+from core.outside import Workload
+from core.policy import Admission, Admit, Defer, Reject
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 

@@ -63,14 +63,14 @@ def test_recomputed_tokens_are_positions_that_were_planned_before(depth: int) ->
 BUGS = {
     "completed steps only": (
         roster_module.Roster,
-        "preempt",
+        "_count_preemption",
         "request.num_computed_tokens + request.num_scheduled_tokens",
         "request.num_computed_tokens",
     ),
     "a hit counts as computed": (roster_module.Roster, "admit", "request.planned_from = cached", "request.planned_from = 0"),
     "everything below the highest position": (
         roster_module.Roster,
-        "preempt",
+        "_count_preemption",
         "spans.union(request.planned_before, request.planned_from,",
         "spans.union(request.planned_before, 0,",
     ),

@@ -19,7 +19,8 @@ from core.execution import StepResult
 from core.inputs import Arrival, SamplingParams
 from core.keyed import KeyEviction, KeyOrder
 from core.ledger import Mutated
-from core.policy import Admission, Eviction, LengthPrediction, Observer, Order, Predictor, Retention, TokenBudget, Victim, Workload
+from core.outside import Observer, Workload
+from core.policy import Admission, Eviction, LengthPrediction, Order, Predictor, Retention, TokenBudget, Victim
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 from plugins.cache.hash import HashBlocks

@@ -6,11 +6,13 @@ import pytest
 from helpers.scripted import ask, engine, everybody
 
 from core.compose.config import EngineConfig
+from core.context import Oracle
 from core.engine import Engine
 from core.errors import ConfigError, PolicyError
 from core.inputs import SLO, Arrival, Tags
 from core.measure.metrics import summarize
-from core.policy import Admission, Eviction, LengthPrediction, Observer, Oracle, Order, Predictor, Retention
+from core.outside import Observer
+from core.policy import Admission, Eviction, LengthPrediction, Order, Predictor, Retention
 from core.testing.oracle import OracleExecutor
 from plugins.cache.hash import HashBlocks
 from plugins.cache.none import NoCache

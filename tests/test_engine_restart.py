@@ -11,7 +11,8 @@ from helpers.scripted import ask, engine, everybody
 from core.compose.config import EngineConfig
 from core.engine import Engine
 from core.inputs import Arrival
-from core.policy import Observer, Retention
+from core.outside import Observer
+from core.policy import Retention
 from core.testing.case import random_case
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject

@@ -11,11 +11,12 @@ from helpers.policy_runs import Server, ask, compose, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.blocks import ROOT, Block, BlockPool, prefix_keys
+from core.blocks import ROOT, Block, BlockPool
+from core.chains import prefix_keys
 from core.compose.config import EngineConfig
+from core.context import Context, Oracle
 from core.errors import ConfigError
 from core.inputs import Arrival, Tags
-from core.policy import Context, Oracle
 from core.request import Request
 from core.roster import publish
 from plugins.cache.hash import HashBlocks
@@ -138,8 +139,8 @@ def test_slru_gives_the_protected_segment_its_share_only() -> None:
 class Tree:
     """A pool of blocks of one token, so that a prompt is a path."""
 
-    def __init__(self, eviction: Any, num_blocks: int, block_size: int = 1, future: list[Arrival] | None = None) -> None:
-        self.cache, self.eviction, self.size = HashBlocks(), eviction, block_size
+    def __init__(self, eviction: Any, num_blocks: int, block_size: int = 1, future: list[Arrival] | None = None, *, subtree: bool = False) -> None:
+        self.cache, self.eviction, self.size = HashBlocks(subtree=subtree), eviction, block_size
         oracle = Oracle()
         oracle.future = future or []
         for role in (self.cache, eviction):
@@ -167,6 +168,29 @@ class Tree:
         """How many leading blocks of a prompt are cached now."""
         request = Request(Arrival(0.0, tokens), 1 << 30, max_model_len=1 << 20, eos_token_ids=frozenset())
         return len(self.cache.match(request, [], len(tokens) // self.size))
+
+
+@pytest.mark.parametrize(("name", "left"), [("fifo", (4, 0)), ("sieve", (4, 0)), ("lru", (4, 2))])
+def test_with_subtrees_a_head_that_is_first_takes_its_tails_along(name: str, left: tuple[int, int]) -> None:
+    """[1, 2, 3] was published first, and a block is needed: as leaves go, its tail does; else [1] with all under it, but for LRU."""
+    found = []
+    for subtree in (False, True):
+        tree = Tree(make(name), 7, subtree=subtree)
+        tree.ask([1, 2, 3])
+        tree.ask([4, 5, 6, 7])
+        tree.ask([8])
+        found.append((tree.cached([4, 5, 6, 7]), tree.cached([1, 2, 3])))
+    assert found == [(4, 2), left]
+
+
+def test_with_subtrees_what_somebody_uses_stays() -> None:
+    """[1] is in use, and with it all before it; the block behind it is not, and goes."""
+    tree = Tree(make("fifo"), 4, subtree=True)
+    tree.ask([1, 2, 3])
+    used = tree.cache.match(Request(Arrival(0.0, [1, 2, 3]), 9, max_model_len=64, eos_token_ids=frozenset()), [], 2)
+    tree.pool.acquire(used)
+    tree.ask([4, 5])
+    assert (tree.cached([1, 2, 3]), tree.cached([4, 5])) == (2, 2)
 
 
 @pytest.mark.parametrize("name", EVICTIONS)

@@ -51,6 +51,14 @@ def test_every_triple_keeps_kv_references_and_answers_right(scheduler: str, cach
         assert bool(seen["evictions"]) == bool(seen["cached tokens"]) == (cache != "none")
 
 
+@pytest.mark.parametrize("cache", ("hash", "radix"))
+def test_blocks_that_go_with_all_that_hangs_under_them_keep_it_right(cache: str) -> None:
+    for number, eviction in enumerate(Subject().registry.names("eviction")):
+        subject = Subject((f"cache={cache}", "cache.subtree=true", f"eviction={eviction}"))
+        seen = run(subject, range(1000 * number, 1000 * number + 8))
+        assert seen["evictions"] and seen["cached tokens"]
+
+
 def test_erratic_policies_cannot_break_the_core() -> None:
     seen = run(Subject(), range(1000))
     assert all(seen.values()), seen

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from core import blocks, matching, pins, roster, step
+from core import blocks, matching, pins, room, roster, step
 from core.testing.subject import Subject
 from core.testing.trial import Trial
 from plugins.cache import hash as hash_cache
@@ -91,10 +91,41 @@ BUGS = {
     "parent not evictable after its child": (blocks.BlockPool, "_evict_block", "if above.num_children == 0 and above.ref_count == 0:", "if False:"),
     "evictable count drifts": (blocks.BlockPool, "acquire", "self.num_evictable -= 1", "pass"),
     "cached block still evictable when hit": (blocks.BlockPool, "acquire", "call(eviction, eviction.on_in_use, block)", "pass"),
-    "preempted in its own step": (step.StepBuilder, "_make_room", "if planned:", "if False:"),
+    "paused block handed out while it is kept": (
+        roster.Roster,
+        "pause",
+        "self.paused.add(request)",
+        "self.paused.add(request); self._pool.release(request.block_table[-1:])",
+    ),
+    "paused request thought to have lost its blocks": (
+        roster.Roster,
+        "commit",
+        "if request.state is _RUNNING or request.state is _PAUSED:",
+        "if request.state is _RUNNING:",
+    ),
+    "paused request taken twice": (
+        roster.Roster,
+        "take_paused",
+        "self.paused.remove(request)",
+        "self._release(request)",
+    ),
+    "paused request starts on its own blocks": (room.Room, "for_start", "if other is not request and not", "if not"),
+    "a pause forgets what was computed before a preemption": (
+        roster.Roster,
+        "admit",
+        "self.paused.remove(request)",
+        "self.paused.remove(request); request.planned_from = cached",
+    ),
+    "paused request taken while its step is in flight": (
+        roster.Roster,
+        "take_paused",
+        "self._give_back(request)",
+        "self._release(request)",
+    ),
+    "preempted in its own step": (room.Room, "for_running", "if planned:", "if False:"),
     "token budget not charged": (step.StepBuilder, "_append", "self.tokens_left -= n", "pass"),
     "hits counted again after preemption": (roster.Roster, "admit", "if first:", "if True:"),
-    "matched blocks handed out again": (step.StepBuilder, "_supply", "- idle - self", "- self"),
+    "matched blocks handed out again": (room.Room, "_missing", "- idle - self", "- self"),
     "partial block published": (
         roster.Roster,
         "commit",

@@ -16,7 +16,7 @@ from core.inbox import Inbox
 from core.inputs import Arrival
 from core.interrupts import Interrupts
 from core.outputs import RunResult
-from core.policy import Observer
+from core.outside import Observer
 from core.testing.oracle import OracleExecutor
 
 LIMIT = 20.0  # seconds after which a test gives up; none waits that long when all is well

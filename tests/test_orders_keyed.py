@@ -92,9 +92,15 @@ def test_when_requests_arrive_over_time_preemption_lets_srpt_beat_sjf(seed):
     """Recomputation costs one step here, which srpt must earn back."""
     asked = batch(seed, 30, spread=8.0)
     sjf = mean_completion(run(asked, order="sjf", predictor="oracle"))
-    result = run(asked, order="srpt", predictor="oracle", scheduler="preemptive")
+    result = run(asked, order="srpt", predictor="oracle", scheduler=("preemptive", {"mode": "recompute"}))
     assert mean_completion(result) < sjf
     assert result.num_preemptions > 0
+    again, kept = (
+        run(asked, order="srpt", predictor="oracle", scheduler=("preemptive", {"mode": mode}), server=Server(per_token=0.01))
+        for mode in ("recompute", "pause")
+    )
+    assert mean_completion(kept) < mean_completion(again)
+    assert kept.num_pauses > 0 == kept.num_preemptions
 
 
 def test_sjf_counts_the_whole_job_and_srpt_what_is_left_of_it():
@@ -238,7 +244,7 @@ def test_a_preempted_request_is_left_alone_until_it_has_generated_a_token():
     server = Server(overhead=0.01)
     asked = [ask(0.0, 8, 6, "victim", priority=9)] + [ask(0.1 * i, 1, 1, f"u{i}", priority=0) for i in range(1, 40)]
     steps = Steps()
-    result = run(asked, server=server, order="priority", scheduler=("preemptive", {"chunk_size": 1}), observers=[steps])
+    result = run(asked, server=server, order="priority", scheduler=("preemptive", {"mode": "recompute", "chunk_size": 1}), observers=[steps])
     victim = result.outputs[0]
     assert victim.state == "finished" and 0 < victim.num_preemptions <= 7
 
@@ -285,7 +291,7 @@ def test_a_rank_may_move_with_time(scheduler):
 
 
 def test_preemptive_takes_the_place_of_those_that_now_rank_behind():
-    assert aged(0.0, "preemptive").num_preemptions > 3
+    assert aged(0.0, "preemptive").num_pauses > 3
 
 
 def test_a_moving_order_is_a_fresh_sort_at_every_step():

@@ -9,7 +9,7 @@ from helpers.scripted import ask, engine, everybody
 
 from core.compose.hooks import load_registry
 from core.inputs import Arrival, SamplingParams
-from core.policy import Observer
+from core.outside import Observer
 from core.testing.case import random_case
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject

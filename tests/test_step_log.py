@@ -18,8 +18,8 @@ from core.compose.hooks import load_registry
 from core.execution import StepResult
 from core.measure import step_log
 from core.measure.step_log import StepColumns, StepLog
+from core.outside import Observer
 from core.plan import StepPlan
-from core.policy import Observer
 from core.testing.oracle import OracleExecutor
 from headway import EngineConfig
 from plugins.executors.record import PlanDigest, Recorder, ReplayError, digests

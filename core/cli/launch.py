@@ -21,7 +21,7 @@ from ..interrupts import interrupts, say
 from ..measure import report, results
 from ..measure.metrics import summarize
 from ..outputs import RunResult
-from ..policy import Observer
+from ..outside import Observer
 from . import manual, schema
 from . import sweep as sweeps
 from .arguments import arguments

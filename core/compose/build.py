@@ -14,7 +14,8 @@ from ..executor import BuildContext, Executor
 from ..inputs import SLO, Arrival
 from ..measure.step_log import StepLog
 from ..outputs import RunResult
-from ..policy import SERVICES, Observer, Role, Workload
+from ..outside import Observer, Workload
+from ..policy import SERVICES, Role
 from ..roles import check_limits
 from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
 from .facts import facts

@@ -23,7 +23,8 @@ import pluggy
 
 from .. import keyed, policy
 from ..errors import ConfigError, HeadwayError, PluginError, near
-from ..policy import API_VERSION, ROLES, Observer, Role
+from ..outside import Observer
+from ..policy import API_VERSION, ROLES, Role
 from .params import checked
 
 if TYPE_CHECKING:

@@ -89,6 +89,7 @@ def summarize(result: RunResult) -> dict[str, Any]:
         "cached_tokens": sum(o.num_cached_tokens for o in admitted),
         "recomputed_tokens": sum(o.num_recomputed_tokens for o in outputs),
         "preemptions": result.num_preemptions,
+        "pauses": result.num_pauses,
         "evictions": result.num_evictions,
         "planned_tokens": result.planned_tokens,
         "kv_blocks": result.kv_total,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..policy import Observer, StepRecord
+from ..outside import Observer, StepRecord
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,22 +7,8 @@ from dataclasses import dataclass
 
 from ..blocks import Block
 from ..compose.hooks import Registry
-from ..policy import (
-    Admission,
-    Admit,
-    Context,
-    Defer,
-    Eviction,
-    KVControl,
-    LengthPrediction,
-    Need,
-    Order,
-    Predictor,
-    Retention,
-    Scheduler,
-    TokenBudget,
-    Victim,
-)
+from ..context import Context
+from ..policy import Admission, Admit, Defer, Eviction, KVControl, LengthPrediction, Need, Order, Predictor, Retention, Scheduler, TokenBudget, Victim
 from ..request import Request, RequestState
 from ..step import StepBuilder
 from ..view import View
@@ -43,8 +29,11 @@ class ShakyScheduler(Scheduler):
         for request in running:
             if request.state is not RequestState.RUNNING or request in step:
                 continue  # it was preempted to make room
-            if len(running) > 1 and rng.random() < 0.03:
+            leaves = rng.random() if len(running) > 1 else 1.0
+            if leaves < 0.03:
                 step.preempt(request, rng.choice(("recompute", "drop_tail")))
+            elif leaves < 0.15:
+                step.pause(request)
             else:
                 step.add(request, rng.choice([None, None, 1, 3]))
         for request in self.order(view):
@@ -68,6 +57,9 @@ class ShakyVictim(Victim):
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
         return self.rng.sample(view.running, self.rng.randint(1, len(view.running)))
+
+    def paused(self, need: Need, view: View) -> Iterable[Request]:
+        return self.rng.sample(view.paused, self.rng.randint(0, len(view.paused)))
 
 
 @dataclass

@@ -14,8 +14,9 @@ from ..errors import HeadwayError, InvariantError, NothingPlanned, PolicyError
 from ..executor import Executor
 from ..inputs import Arrival
 from ..outputs import RunResult
+from ..outside import Observer, StepRecord
 from ..plan import StepPlan
-from ..policy import Observer, Role, StepRecord
+from ..policy import Role
 from ..request import Request, RequestState
 from .case import CONTEXT, STEP_SECONDS, VOCAB, Ask, Case, expected_output, feasible
 from .oracle import OracleExecutor, WrongKV
@@ -42,13 +43,14 @@ class Decision:
     allocated: tuple[tuple[str, int, tuple[int, ...]], ...]
     admitted: tuple[str, ...]
     preempted: tuple[str, ...]
+    paused: tuple[str, ...]
     evicted: tuple[int, ...]
     rejected: tuple[str, ...]
     now: float = field(compare=False)
 
     def __str__(self) -> str:
         words = [f"[{id} {start}:{start + n}]" + (" starts" if id in self.admitted else "") for id, start, n in self.chunks]
-        for name, what in (("preempts", self.preempted), ("evicts blocks", self.evicted), ("rejects", self.rejected)):
+        for name, what in (("preempts", self.preempted), ("pauses", self.paused), ("evicts blocks", self.evicted), ("rejects", self.rejected)):
             if what:
                 words.append(f"{name} {', '.join(map(str, what))}")
         blocks = [f"{id}[{first}:]={list(ids)}" for id, first, ids in self.allocated]
@@ -69,7 +71,8 @@ class DecisionTrace(DecisionLog):
                 plan.step,
                 tuple((r.id, s, n) for r, s, n in zip(plan.requests, plan.starts, plan.lengths, strict=True)),
                 tuple((r.id, first, tuple(blocks)) for r, first, blocks in plan.allocated),
-                tuple(r.id for r in plan.admitted), tuple(r.id for r in plan.preempted), tuple(evicted), tuple(r.id for r in rejected),
+                tuple(r.id for r in plan.admitted), tuple(r.id for r in plan.preempted), tuple(r.id for r in plan.paused), tuple(evicted),
+                tuple(r.id for r in rejected),
                 plan.now,
             )
         )  # fmt: skip
@@ -211,7 +214,7 @@ class Trial(Observer):
         if not interrupted:
             engine.roster.pins.expire(float("inf"))
             roster = engine.roster
-            if engine.pool.num_used or roster.releasing or roster.reserved_blocks or roster.kept_heads:
+            if engine.pool.num_used or roster.releasing or roster.reserved_blocks or roster.kept_heads or roster.paused:
                 raise InvariantError(f"all requests have ended, and {engine.pool.num_used} blocks are still held")
         return rejected
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..clock import VirtualClock, VirtualServer
+from ..context import CostModel
 from ..execution import ExecutorCaps, StepResult, Tokens
 from ..executor import Executor
 from ..plan import StepPlan
-from ..policy import CostModel
 
 TOKEN = 1  # sampled at every position, so that output_len and max_tokens alone end a request
 

@@ -11,8 +11,13 @@ from headway import ROOT, Context, PrefixCache, Registry, Request, chain_key, ho
 class HashBlocks(PrefixCache):
     """A block's key is the hash of its parent's key and its own tokens (vLLM's automatic prefix caching).
 
+    subtree: an eviction may take a block that others hang under, and takes them along, as the papers of FIFO-like
+    evictions replay it; off, a block goes only after what hangs under it, as in vLLM and SGLang.
+
     Keys are the same in every process. A hit also compares the parent and the tokens, of a first block the salt: a collision is a miss.
     """
+
+    subtree: bool = False
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)

@@ -35,8 +35,13 @@ def _common(a: list[int], b: list[int]) -> int:
 class RadixTree(PrefixCache):
     """RadixAttention's index (SGLang, NeurIPS'24, section 3) over blocks: runs are compared whole and split on divergence.
 
+    subtree: an eviction may take a block that others hang under, and takes them along; off, leaves go first, as in
+    the paper.
+
     With block_size=1 it matches single tokens, as in the paper.
     """
+
+    subtree: bool = False
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)

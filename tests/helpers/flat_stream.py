@@ -8,8 +8,9 @@ from itertools import accumulate
 
 from core.blocks import BlockPool
 from core.compose.hooks import load_registry
+from core.context import Context, Oracle
 from core.inputs import Arrival
-from core.policy import Context, Eviction, Oracle, Role
+from core.policy import Eviction, Role
 from core.request import Request
 from core.roster import publish
 from plugins.cache.hash import HashBlocks

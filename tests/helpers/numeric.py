@@ -34,7 +34,7 @@ from core.compose.params import Limits, limits_of
 from core.errors import HeadwayError
 from core.inputs import SLO, Arrival, SamplingParams, Tags
 from core.measure.metrics import summarize
-from core.policy import Observer, Workload
+from core.outside import Observer, Workload
 from plugins.executors.sim import SimExecutor
 from plugins.kernels.compose import GROUPS
 

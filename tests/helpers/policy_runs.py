@@ -13,7 +13,7 @@ from core.engine import Engine
 from core.executor import Executor
 from core.inputs import SLO, Arrival, SamplingParams, Tags
 from core.outputs import RunResult
-from core.policy import Observer, StepRecord
+from core.outside import Observer, StepRecord
 from core.testing.virtual import VirtualExecutor
 
 REGISTRY = load_registry()

@@ -19,7 +19,7 @@ class AdaptiveReplacement(Eviction):
     core makes room before a block has content, so the misses of a prompt are read when its request is admitted, and each eviction takes the
     next one as its cause; generated blocks adapt p when they are published. A list whose blocks are all in
     use lets the other one pay. On chains of prefixes it is leaf-ARC: of a list the first block goes that
-    nothing hangs under.
+    nothing hangs under. With `cache.subtree=true` the first that nobody uses does, and takes its tails along.
     """
 
     def setup(self, ctx: Context) -> None:

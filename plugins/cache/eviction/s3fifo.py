@@ -16,8 +16,8 @@ class S3FIFO(Eviction):
 
     Agrees with libCacheSim's S3FIFO hit for hit on flat streams; as there, what the small queue has no room for goes to main until the pool
     overflows for the first time. Blocks in use are passed over: they keep their place and their count. So
-    are, on chains of prefixes,
-    those that others hang under: there it is leaf-S3-FIFO.
+    are, on chains of prefixes, those that others hang under: there it is leaf-S3-FIFO, unless
+    `cache.subtree=true` lets a head take its tails along.
     """
 
     small_size_ratio: float = param(0.1, min=0, max=1)

@@ -15,7 +15,8 @@ class Sieve(Eviction):
     """A hand walks from old to new over a FIFO, spares each visited block once and evicts the first that is not (Zhang et al., NSDI'24).
 
     Agrees with libCacheSim's Sieve hit for hit on flat streams. On chains of prefixes it is leaf-SIEVE: the
-    hand sees only blocks that nothing hangs under, so a head is not judged before its tails are gone. The
+    hand sees only blocks that nothing hangs under, so a head is not judged before its tails are gone; with
+    `cache.subtree=true` it sees all that nobody uses, and a head takes its tails along. The
     queue is kept as what lies ahead of the hand and what lies behind it, so that blocks in use, which the
     hand must not touch, are never walked over.
     """

@@ -16,7 +16,7 @@ class TwoQueues(Eviction):
 
     `kin` and `kout` are the paper's Kin and Kout as shares of the pool. Agrees with libCacheSim's TwoQ hit
     for hit on flat streams. On chains of prefixes it is leaf-2Q: of each queue the first that nothing hangs
-    under goes.
+    under goes. With `cache.subtree=true` the first of all that nobody uses does, and takes its tails along.
     """
 
     kin: float = param(0.25, min=0, max=1)

@@ -94,7 +94,7 @@ class TimeToLive(Retention):
 
     def on_admit(self, request: Request, now: float) -> None:
         had = self._returns.pop(request.index, 0)
-        if not request.num_preemptions and request.num_cached_tokens < had:
+        if request.num_admissions == 1 and request.num_cached_tokens < had:
             self._queueing.append(now - request.arrival_time)
 
     def on_finish(self, request: Request, now: float) -> None:

@@ -76,7 +76,7 @@ class DeficitLongestPrefix(ClientOrder):
 
     def on_admit(self, request: Request, now: float) -> None:
         super().on_admit(request, now)
-        if not request.num_preemptions:
+        if request.num_admissions == 1:
             self.deficits[request.tags.client] -= self.wp * (request.num_prompt_tokens - request.num_cached_tokens)
 
     def on_step_end(self, record: StepRecord) -> None:

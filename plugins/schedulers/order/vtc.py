@@ -65,7 +65,7 @@ class VirtualTokenCounter(ClientOrder):
 
     def on_admit(self, request: Request, now: float) -> None:
         super().on_admit(request, now)
-        if not request.num_preemptions:
+        if request.num_admissions == 1:
             self._charge(request, self.wp * request.num_prompt_tokens)
 
     def on_step_end(self, record: StepRecord) -> None:
