@@ -132,7 +132,7 @@ def test_parameters_of_the_command_line_reach_the_plugin(registry):
         ("scheduler.token_budget=abc", "scheduler.token_budget=abc: expected a whole number or null"),
         ("seed=abc", "seed=abc: expected a whole number"),
         ("parallel.tpp=2", "parallel.tpp: parallel has no such parameter. Did you mean tp"),
-        ("order.wp=1", "order.wp: order=fcfs has no such parameter. It is one of order=dlpm, order=vtc."),
+        ("order.wp=1", "order.wp: order=fcfs has no such parameter. It is one of order=dlpm, order=vtc, order=vtc_predicted."),
         ("parallel=mash", "parallel=mash: there is no such parallel. Did you mean mesh?"),
         ("engine.block_size=[1]", "engine.block_size=[1]: expected a whole number"),
         ("kernels.cuda_graphs=maybe", "kernels.cuda_graphs=maybe: expected true or false"),

@@ -87,7 +87,7 @@ BUGS = {
     "generation not bumped": (blocks.BlockPool, "_evict_block", "block.generation += 1", "pass"),
     "version not bumped": (blocks.BlockPool, "_cached", "above.version += 1", "pass"),
     "root version not bumped": (blocks.BlockPool, "_cached", "self.root_version += 1", "pass"),
-    "parent evicted before its child": (blocks.BlockPool, "release", "if block.num_children == 0:", "if True:"),
+    "parent evicted before its child": (blocks.BlockPool, "release", "if block.num_children == 0 or self._whole:", "if True:"),
     "parent not evictable after its child": (blocks.BlockPool, "_evict_block", "if above.num_children == 0 and above.ref_count == 0:", "if False:"),
     "evictable count drifts": (blocks.BlockPool, "acquire", "self.num_evictable -= 1", "pass"),
     "cached block still evictable when hit": (blocks.BlockPool, "acquire", "call(eviction, eviction.on_in_use, block)", "pass"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from policy_runs import compose
+from helpers.policy_runs import compose
 
 from core.errors import WorkloadError
 from core.measure.metrics import summarize
