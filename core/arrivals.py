@@ -1,5 +1,5 @@
-"""Arrivals that are still to come: those of the workload, read lazily, those that finished requests bring about, and those
-that other threads post."""
+"""Arrivals that are still to come: those of the workload, read lazily, those that finished requests bring
+about, and those that other threads post."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ _TIME = attrgetter("time")
 
 
 def checked(arrival: Any, source: str, earliest: float = 0.0) -> Arrival:
-    """The arrival, if its time is one. Raises WorkloadError, which names `source`: who made it, and which of its arrivals it is."""
+    """The arrival, if its time is one. Raises WorkloadError, which names `source`: who made it, and which of
+    its arrivals it is."""
     if not isinstance(arrival, Arrival):
         raise WorkloadError(f"{source} is {arrival!r}: expected an Arrival")
     if not is_finite(arrival.time) or arrival.time < earliest:
         name = f" (id {arrival.id!r})" if arrival.id is not None else ""
-        raise WorkloadError(f"{source}{name} is at {arrival.time} s: expected a finite time of at least {earliest} s")
+        raise WorkloadError(
+            f"{source}{name} is at {arrival.time} s: expected a finite time of at least {earliest} s"
+        )
     return arrival
 
 
 def in_order(arrivals: Iterable[Arrival], workload: str) -> Iterable[Arrival]:
-    """A finite list checked and sorted by time, equal times as they stand in it; a stream as it is, since it is checked when it is read."""
+    """A finite list checked and sorted by time, equal times as they stand in it; a stream as it is, since it
+    is checked when it is read."""
     if not isinstance(arrivals, (list, tuple)):
         return arrivals
     return sorted((checked(arrival, _place(workload, i)) for i, arrival in enumerate(arrivals)), key=_TIME)
@@ -44,7 +48,8 @@ def _place(workload: str, index: int) -> str:
 
 
 class ArrivalQueue:
-    """Arrivals by time, then by the order in which they were added. Of a stream, only the next one is read ahead."""
+    """Arrivals by time, then by the order in which they were added. Of a stream, only the next one is read
+    ahead."""
 
     def __init__(self, calls: Calls, workload: Any) -> None:
         self._calls, self._role = calls, workload
@@ -71,7 +76,8 @@ class ArrivalQueue:
         self._serial += 1
 
     def stream(self, arrivals: Iterable[Arrival], began: float = 0.0) -> None:
-        """The workload, in order of time; may be endless. Its times are seconds since `began` on the run's clock."""
+        """The workload, in order of time; may be endless. Its times are seconds since `began` on the run's
+        clock."""
         self._stream = self._calls.each(self._role, iter, arrivals)
         self._stream_serial, self._began = None, began
         self._num_read, self._last_time = 0, 0.0
@@ -92,8 +98,8 @@ class ArrivalQueue:
         self.on_result = None
 
     def until(self, now: float) -> Iterator[Arrival]:
-        """Takes out what has arrived. The stream is read on only when the caller is done with an arrival: one that raises
-        loses nothing."""
+        """Takes out what has arrived. The stream is read on only when the caller is done with an arrival: one
+        that raises loses nothing."""
         for posted in self.inbox.take():
             self.add(posted)
         self._read_ahead()
@@ -115,8 +121,10 @@ class ArrivalQueue:
         arrival = checked(arrival, _place(self._role.plugin_name, self._num_read))
         if arrival.time < self._last_time:
             raise WorkloadError(
-                f"{_place(self._role.plugin_name, self._num_read)} is at {arrival.time} s, after one at {self._last_time} s: "
-                "a stream yields its arrivals in order of time; sort them, or answer a list, which is sorted here"
+                f"{_place(self._role.plugin_name, self._num_read)} is at {arrival.time} s, after one at "
+                f"{self._last_time} s: "
+                "a stream yields its arrivals in order of time; sort them, or answer a list, which is sorted "
+                "here"
             )
         self._num_read, self._last_time = self._num_read + 1, arrival.time
         self._stream_serial = self._serial

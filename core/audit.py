@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def audit(pool: BlockPool) -> None:
-    """The whole pool against its rules: O(total), for tests and the conformance kit. Raises InvariantError."""
+    """The whole pool against its rules: O(total), for tests and the conformance kit. Raises
+    InvariantError."""
     used = [b for b in pool.blocks if b.ref_count]
     cached = [b for b in pool.blocks if b.cached]
     free = set(pool.free_blocks)
@@ -19,9 +20,14 @@ def audit(pool: BlockPool) -> None:
         raise InvariantError("a block is on the free list twice")
     idle = [b for b in cached if not b.ref_count]
     if len(used) + len(idle) + pool.num_free != pool.num_blocks:
-        raise InvariantError(f"allocated {len(used)} + cached {len(idle)} + free {pool.num_free} != total {pool.num_blocks}")
+        raise InvariantError(
+            f"allocated {len(used)} + cached {len(idle)} + free {pool.num_free} != total {pool.num_blocks}"
+        )
     if len(cached) != pool.num_cached or len(idle) != pool.num_evictable:
-        raise InvariantError(f"counted {len(cached)} cached and {len(idle)} evictable, kept {pool.num_cached} and {pool.num_evictable}")
+        raise InvariantError(
+            f"counted {len(cached)} cached and {len(idle)} evictable, kept {pool.num_cached} and "
+            f"{pool.num_evictable}"
+        )
     children: dict[int, int] = {}
     for block in pool.blocks:
         if block.ref_count < 0:

@@ -5,7 +5,8 @@
                                               `cache.subtree`: others too, with all under them
   what a step in flight touches stays put     the engine releases blocks only after the step came back
 
-A prefix cache is an index over these blocks and an eviction policy an order over them; neither can change a count.
+A prefix cache is an index over these blocks and an eviction policy an order over them; neither can change a
+count.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Block:
     """
 
     __slots__ = (
-        "id", "ref_count", "parent", "num_children", "depth", "cached", "key", "hits",
-        "last_access", "last_access_time", "created", "created_time", "tags", "version", "generation",
+        "id", "ref_count", "parent", "num_children", "depth", "cached", "key", "hits", "last_access",
+        "last_access_time", "created", "created_time", "tags", "version", "generation",
     )  # fmt: skip
 
     def __init__(self, id: int) -> None:
@@ -49,7 +50,8 @@ class Block:
         self.num_children = 0
         self.depth = 0  # blocks before it in its prefix
         self.cached = False  # in the prefix index
-        self.key = 0  # identity of its content while cached: outlives the id, which is used again after an eviction
+        # identity of its content while cached: outlives the id, which is used again after an eviction
+        self.key = 0
         self.hits = 0  # times a request was given it as a prefix hit
         self.last_access = 0
         self.last_access_time = 0.0
@@ -60,7 +62,10 @@ class Block:
         self.generation = 0  # grows when the block is evicted: a memoised match that names it is shorter now
 
     def __repr__(self) -> str:
-        return f"Block({self.id}, ref={self.ref_count}, parent={self.parent}, children={self.num_children}, cached={self.cached})"
+        return (
+            f"Block({self.id}, ref={self.ref_count}, parent={self.parent}, children={self.num_children}, "
+            f"cached={self.cached})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,9 @@ class BlockPool:
         calls: Calls | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise InvariantError(f"a pool needs at least one block of one token, got {num_blocks} of {block_size}")
+            raise InvariantError(
+                f"a pool needs at least one block of one token, got {num_blocks} of {block_size}"
+            )
         self.num_blocks, self.block_size, self.layout = num_blocks, block_size, KVLayout(block_size)
         self.cache, self.eviction = cache, eviction
         self._calls = calls or Calls()
@@ -110,7 +117,8 @@ class BlockPool:
         self._evicting = False
 
     def clear(self) -> None:
-        """Forgets every block, as if nothing had ever run. Index and eviction order must be made anew with it (`Role.setup`)."""
+        """Forgets every block, as if nothing had ever run. Index and eviction order must be made anew with it
+        (`Role.setup`)."""
         self.blocks.clear()
         self.free_blocks.clear()
         self._pins.clear()
@@ -129,7 +137,7 @@ class BlockPool:
     def now(self, now: float) -> None:
         self.eviction.now = now
 
-    # ---- counts -------------------------------------------------------------------------------------------------
+    # ---- counts -------------------------------------------------------------------------------------------
 
     @property
     def num_free(self) -> int:
@@ -150,10 +158,11 @@ class BlockPool:
         """Whether this is the number of a block that is in the prefix index."""
         return isinstance(id, int) and 0 <= id < len(self.blocks) and self.blocks[id].cached
 
-    # ---- allocation ---------------------------------------------------------------------------------------------
+    # ---- allocation ---------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one reference each, evicting when short. The caller has checked `num_available`."""
+        """`count` blocks with one reference each, evicting when short. The caller has checked
+        `num_available`."""
         return [self.allocate_one() for _ in range(count)]
 
     def allocate_one(self) -> int:
@@ -207,14 +216,14 @@ class BlockPool:
         self._touch += 1
         block.last_access, block.last_access_time, block.tags = self._touch, self.now, tags
 
-    # ---- the prefix index ---------------------------------------------------------------------------------------
+    # ---- the prefix index ---------------------------------------------------------------------------------
 
     def publish(self, request: Request, parent: int, tokens: tuple[int, ...], id: int) -> int:
         """Makes a full, computed block of the request matchable after cached block `parent`, or ROOT.
 
         Returns the block that the index holds for this content: `id`, or a twin that another request
-        published before. Its table keeps its own copy then (no table is ever rewritten under a running kernel), and a
-        reference on the twin keeps the prefix closed.
+        published before. Its table keeps its own copy then (no table is ever rewritten under a running
+        kernel), and a reference on the twin keeps the prefix closed.
         """
         cache = self.cache
         canonical = self._calls.call(cache, cache.insert, request, parent, tokens, id)
@@ -272,7 +281,8 @@ class BlockPool:
 
     def _evict_below(self, root: Any) -> None:
         if self._whole and isinstance(root, Block) and not root.ref_count:
-            for id in self._subtrees.below(root.id):  # as unreferenced as the root, since requests hold whole prefixes
+            # as unreferenced as the root, since requests hold whole prefixes
+            for id in self._subtrees.below(root.id):
                 self._forget(self.blocks[id])
 
     def _forget(self, block: Block) -> None:
@@ -304,7 +314,7 @@ class BlockPool:
                 call(eviction, eviction.on_evictable, above)
         return block
 
-    # ---- pins (retention) ---------------------------------------------------------------------------------------
+    # ---- pins (retention) ---------------------------------------------------------------------------------
 
     def pin(self, block_ids: Sequence[int]) -> tuple[int, ...]:
         """Keeps cached blocks from eviction until `unpin`; blocks that are not cached are left out."""
@@ -324,7 +334,8 @@ class BlockPool:
         self.release(held, tags)
 
     def drop(self, block_ids: Sequence[int]) -> int:
-        """Forgets cached, unreferenced leaves among these, which lie along one prefix, at once (Retention "drop"); returns how many."""
+        """Forgets cached, unreferenced leaves among these, which lie along one prefix, at once (Retention
+        "drop"); returns how many."""
         dropped = 0
         for id in reversed(block_ids):
             block = self.blocks[id]
@@ -338,6 +349,6 @@ class BlockPool:
         evicted, self._evicted = self._evicted, []
         return evicted
 
-    # ---- checks -------------------------------------------------------------------------------------------------
+    # ---- checks -------------------------------------------------------------------------------------------
 
     check = audit

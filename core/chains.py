@@ -14,8 +14,8 @@ def root_key(cache_salt: str) -> int:
 def chain_key(parent_key: int, tokens: tuple[int, ...]) -> int:
     """Identity of a block's content: its tokens and all before them, 64 bits.
 
-    Python salts the hash of str and bytes, not that of ints and tuples, so the key is the same in every process. Two contents may share
-    a key: whoever serves KV by it compares the tokens too.
+    Python salts the hash of str and bytes, not that of ints and tuples, so the key is the same in every
+    process. Two contents may share a key: whoever serves KV by it compares the tokens too.
     """
     return hash((parent_key, tokens))
 

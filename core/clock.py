@@ -1,4 +1,5 @@
-"""The two clocks. The engine reads `now()` once per loop turn; everything else takes the time it is handed."""
+"""The two clocks. The engine reads `now()` once per loop turn; everything else takes the time it is
+handed."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class VirtualClock:
 
 
 class VirtualServer:
-    """What does one thing after another in virtual time: each begins when it is handed over, or when the one before it ends."""
+    """What does one thing after another in virtual time: each begins when it is handed over, or when the one
+    before it ends."""
 
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
@@ -63,7 +65,8 @@ class VirtualServer:
 
 
 class WallClock:
-    """Monotonic time since the first reading, so that loading weights and opening trackers is no part of a run."""
+    """Monotonic time since the first reading, so that loading weights and opening trackers is no part of a
+    run."""
 
     def __init__(self) -> None:
         self._start: float | None = None
@@ -82,8 +85,8 @@ class WallClock:
 
 
 class RecordingClock:
-    """Wraps a clock. Asked to `record`, it keeps every reading: played back by ReplayClock, a run repeats decision for
-    decision."""
+    """Wraps a clock. Asked to `record`, it keeps every reading: played back by ReplayClock, a run repeats
+    decision for decision."""
 
     def __init__(self, inner: Clock) -> None:
         self.inner = inner

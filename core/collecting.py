@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
-YOUNG = 10_000  # more objects made than freed since the last collection bring the next one; Python's default is 700
+# more objects made than freed since the last collection bring the next one; Python's default is 700
+YOUNG = 10_000
 
 _lock = Lock()
 _runs: set[object] = set()  # that go on now, in any thread and one inside another
@@ -20,8 +21,8 @@ _before: list[tuple[int, int, int]] = []  # thresholds to go back to, where they
 
 @contextmanager
 def rare_collections() -> Iterator[None]:
-    """The first run changes the thresholds and the last one to end restores them, unless somebody else has set
-    them meanwhile. A collector that is off or rarer still is left alone."""
+    """The first run changes the thresholds and the last one to end restores them, unless somebody else has
+    set them meanwhile. A collector that is off or rarer still is left alone."""
     run = object()
     try:
         _begin(run)

@@ -23,7 +23,8 @@ class Context:
     cost_model: CostModel | None = None
     model: Any = None  # core.compose.config.ModelShape, where the executor knows it
     oracle: Oracle | None = None  # only for roles that declare `oracle = True`
-    token_budget: int = 512  # tokens of a step that suit the executor, for a scheduler that is given no number of its own
+    # tokens of a step that suit the executor, for a scheduler that is given no number of its own
+    token_budget: int = 512
     tokenizer: Any = None  # of the executor, for a workload of texts; None where it has none
 
 
@@ -31,7 +32,8 @@ class CostModel(Protocol):
     """Predicts the seconds of a step that holds these chunks; set by executors that have one."""
 
     def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
-        """Seconds of a step whose i-th chunk computes positions starts[i] to starts[i] + lengths[i] - 1 of a request."""
+        """Seconds of a step whose i-th chunk computes positions starts[i] to starts[i] + lengths[i] - 1 of a
+        request."""
 
 
 class Oracle:

@@ -18,8 +18,8 @@ class Copies:
         self._asked: list[KVCopy] = []
 
     def add(self, copy: KVCopy) -> None:
-        """Before the next step. Of the pool, a source holds something and a target is held by one request alone.
-        Raises InvariantError for another."""
+        """Before the next step. Of the pool, a source holds something and a target is held by one request
+        alone. Raises InvariantError for another."""
         for tier, block in (copy[:2], copy[2:]):
             if not (0 <= tier < len(self._tier_blocks) and 0 <= block < self._tier_blocks[tier]):
                 have = f"the pool and the tiers behind it have {self._tier_blocks} blocks"
@@ -32,7 +32,9 @@ class Copies:
         if copy.target_tier == 0:
             target = blocks[copy.target] if copy.target < len(blocks) else None
             if target is None or target.cached or target.ref_count != 1:
-                raise InvariantError(f"{copy} writes {target}, which is free, cached or held by others as well")
+                raise InvariantError(
+                    f"{copy} writes {target}, which is free, cached or held by others as well"
+                )
         self._asked.append(copy)
 
     def take(self) -> list[KVCopy]:

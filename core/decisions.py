@@ -1,4 +1,5 @@
-"""The decision log's hash: what was decided, never when. Same seed, same hash, on any executor that emits the same tokens."""
+"""The decision log's hash: what was decided, never when. Same seed, same hash, on any executor that emits the
+same tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def _words(values: Sequence[int]) -> bytes:
 
 
 class DecisionLog:
-    """Chains every plan into one digest: who, from where, how many tokens, into which blocks, at whose expense."""
+    """Chains every plan into one digest: who, from where, how many tokens, into which blocks, at whose
+    expense."""
 
     def __init__(self) -> None:
         self.begin()
@@ -32,7 +34,14 @@ class DecisionLog:
         rest += evicted
         rest += [r.index for r in rejected]
         rest += [r.index for r in plan.paused]
-        counts = [plan.step, len(plan.requests), len(plan.allocated), len(plan.preempted), len(evicted), len(rejected)]
+        counts = [
+            plan.step,
+            len(plan.requests),
+            len(plan.allocated),
+            len(plan.preempted),
+            len(evicted),
+            len(rejected),
+        ]
         update(_words(counts + [len(plan.paused)] if plan.paused else counts))
         update(_words([r.index for r in plan.requests]))
         update(_words(plan.starts))

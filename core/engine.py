@@ -46,7 +46,8 @@ from .view import View
 
 
 class Engine:
-    """Composes one object per role into a running system. `roles`: config node -> object, see `policy.ROLES`."""
+    """Composes one object per role into a running system. roles: config node -> object, see
+    `policy.ROLES`."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class Engine:
         check_limits(config, executor.caps, executor.plugin_name)
         self.clock = RecordingClock(executor.clock)
         count, size = num_blocks(config, executor), config.block_size
-        self.pool = pool = BlockPool(count, size, self.roles.cache, self.roles.eviction, calls)
+        self.pool = pool = BlockPool(count, size, self.roles.cache, self.roles.eviction, calls=calls)
         self.coming = ArrivalQueue(calls, self.roles.workload)
         matches = Matches(pool, calls)
         self.roster = Roster(
@@ -84,13 +85,12 @@ class Engine:
         longest, ledger = self.max_model_len, self.ledger
         self.intake = Intake(self.coming, self.roster, pool, executor, max_model_len=longest, ledger=ledger)
         self.builder = StepBuilder(self.roles, self.roster, pool, matches)
-        self.view = calls.view = View(self.roles, self.roster, pool, matches, self.builder)
+        self.view = calls.view = View(self.roles, self.roster, pool, matches, builder=self.builder)
         max_inflight = executor.caps.default_inflight if config.max_inflight is None else config.max_inflight
         self.flights = Flights(executor, calls, self.clock, max_inflight)
         self.decisions = DecisionLog()
         self.oracle = Oracle(self.roster.hidden_ends)
-        self.patience = Patience(calls)
-        self.seed = seed
+        self.patience, self.seed = Patience(calls), seed
         left_open = self.roles.left_open()
         self.roles.set_up(config, count, seed, self.oracle)
         limits = {"num_blocks": count, "max_inflight": max_inflight, "max_model_len": self.max_model_len}
@@ -116,13 +116,14 @@ class Engine:
 
     @property
     def inbox(self) -> Inbox:
-        """For a server: `open()` it before `run`, and other threads may `add` and `abort` until it is closed."""
+        """For a server: `open()` it before `run`; other threads may `add` and `abort` until it is closed."""
         return self.coming.inbox
 
-    # ---- arrivals ------------------------------------------------------------------------------------------
+    # ---- arrivals -----------------------------------------------------------------------------------------
 
     def add(self, arrival: Arrival) -> None:
-        """One more request, at its own time on the clock (or now, if that has passed). From any thread, see `inbox`."""
+        """One more request, at its time on the clock, or now if that has passed; from any thread
+        (`inbox`)."""
         self.inbox.post(checked(arrival, "Engine.add: the arrival"))
 
     def abort(self, id: str) -> None:
@@ -131,12 +132,14 @@ class Engine:
         self.inbox.wake()
 
     def detach(self, id: str) -> Handoff | None:
-        """Takes a request out with its KV, between two turns, for another engine to `attach`. None if it is not there."""
-        return detach(self.intake, self.roster, self.executor, id, now=self.clock.now(), collect=self._collect)
+        """Takes a request out with its KV, between two turns, for another engine to `attach`; None if
+        gone."""
+        now, collect = self.clock.now(), self._collect
+        return detach(self.intake, self.roster, self.executor, id, now=now, collect=collect)
 
     def attach(self, handoff: Handoff) -> None:
         """Goes on with a request of another engine, which waits here from now on. Between two turns."""
-        attach(self.intake, self.roster, self.executor, handoff, self.clock.now())
+        attach(self.intake, self.roster, self.executor, handoff, now=self.clock.now())
 
     def _ingest(self, now: float) -> None:
         if self.intake.ingest(now, self._welcome) + self.intake.end_aborted(now):
@@ -149,7 +152,7 @@ class Engine:
             if isinstance(answer := self.roles.admit(request, self.view), Reject):
                 self.roster.reject(request, answer.reason, now)
 
-    # ---- one turn of the loop ------------------------------------------------------------------------------
+    # ---- one turn of the loop -----------------------------------------------------------------------------
 
     def step(self) -> bool:
         """Ingests, plans and launches if there is room in flight, else collects. False: nothing is left."""
@@ -223,11 +226,13 @@ class Engine:
         if (self.running.items or self.waiting.items) and wake is None:
             if not self.running.items and self.roster.holds_blocks_for_later and self.roster.reclaim():
                 return True
-            raise NothingPlanned(self.roles.scheduler.plugin_name, self.counts.num_steps, self.view.describe())
-        observing.tell_ended(self.observers, self.calls, self.roster.take_ended())  # somebody may wait for an answer
+            scheduler = self.roles.scheduler.plugin_name
+            raise NothingPlanned(scheduler, self.counts.num_steps, self.view.describe())
+        # Somebody may wait for an answer.
+        observing.tell_ended(self.observers, self.calls, self.roster.take_ended())
         return self.patience.wait(self.clock, self.coming, now, wake=wake, waker=self.builder.waker)
 
-    # ---- whole runs ----------------------------------------------------------------------------------------
+    # ---- whole runs ---------------------------------------------------------------------------------------
 
     def run(self, arrivals: Iterable[Arrival] = (), on_result: OnResult | None = None) -> RunResult:
         """Runs until nothing is left. Ctrl-C and errors end the run but keep what was done; an error is

@@ -23,7 +23,9 @@ class PolicyError(HeadwayError):
     """A policy broke an invariant or raised. Names the plugin, the step and the request, and shows the
     view."""
 
-    def __init__(self, message: str, *, plugin: str = "", step: int = -1, request: str = "", view: str = "") -> None:
+    def __init__(
+        self, message: str, *, plugin: str = "", step: int = -1, request: str = "", view: str = ""
+    ) -> None:
         super().__init__(message)
         self.message, self.plugin, self.step, self.request, self.view = message, plugin, step, request, view
 
@@ -45,7 +47,10 @@ class NothingPlanned(PolicyError):
     progress."""
 
     def __init__(self, scheduler: str, step: int, view: str) -> None:
-        message = "planned nothing although requests wait and nothing is in flight: add one, reject one, or say step.wake_at(t)"
+        message = (
+            "planned nothing although requests wait and nothing is in flight: add one, reject one, or say "
+            "step.wake_at(t)"
+        )
         super().__init__(message, plugin=scheduler, step=step, view=view)
 
 

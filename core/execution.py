@@ -20,19 +20,25 @@ class ExecutorCaps:
     placeholders: bool = True  # may a plan hold a token that a step in flight is still sampling?
     max_inflight: int = 2  # most plans in flight
     model: Any = None  # core.compose.config.ModelShape
-    default_inflight: int = 1  # plans in flight that suit it, no fewer than its pipeline's stages: engine.max_inflight where none is given
-    default_token_budget: int = 512  # tokens of a step that suit it: a scheduler's token_budget where none is given
-    tokens_per_step: int = 1  # most tokens that one step gives a request; above 1, a request is in one plan at a time
-    max_drafts: int = 0  # draft tokens of one request that a step verifies; each that is right is one token more
-    tier_blocks: tuple[int, ...] = ()  # KV blocks of each tier behind the pool, which plans may copy to and from
+    # plans in flight that suit it, no fewer than its pipeline's stages: engine.max_inflight where none is
+    # given
+    default_inflight: int = 1
+    # tokens of a step that suit it: a scheduler's token_budget where none is given
+    default_token_budget: int = 512
+    # most tokens that one step gives a request; above 1, a request is in one plan at a time
+    tokens_per_step: int = 1
+    # draft tokens of one request that a step verifies; each that is right is one token more
+    max_drafts: int = 0
+    # KV blocks of each tier behind the pool, which plans may copy to and from
+    tier_blocks: tuple[int, ...] = ()
 
 
 class Tokens(Sequence[list[int]]):
     """What a step sampled: a list of token ids per planned request, empty where nothing was.
 
-    Nearly every list holds one token, so they are kept flat: a list for each of 256 requests would cost the host a
-    twentieth of its time. `first` is the first token of each request, -1 for none; `more` holds those that follow
-    it, by place in the plan.
+    Nearly every list holds one token, so they are kept flat: a list for each of 256 requests would cost the
+    host a twentieth of its time. `first` is the first token of each request, -1 for none; `more` holds those
+    that follow it, by place in the plan.
     """
 
     __slots__ = ("first", "more")
@@ -73,7 +79,8 @@ class Tokens(Sequence[list[int]]):
 class StepResult:
     """What `collect` returns. Tokens come as a list per planned request, or as `Tokens`, which costs less."""
 
-    tokens: Sequence[Sequence[int]]  # empty where the plan does not sample; at least one token, in order, where it does
+    # empty where the plan does not sample; at least one token, in order, where it does
+    tokens: Sequence[Sequence[int]]
     start: float
     end: float
     logprobs: Sequence[Sequence[Any]] | None = None  # one per token
@@ -82,7 +89,9 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What an executor compiles and captures so that steps run fast, as far as it knows: of its own process."""
+    """What an executor compiles and captures so that steps run fast, as far as it knows: of its own
+    process."""
 
     seconds: float = 0.0  # spent before the first step: the warm-up
-    late: int = 0  # kernels compiled and graphs captured since the warm-up, in time that is charged to requests
+    # kernels compiled and graphs captured since the warm-up, in time that is charged to requests
+    late: int = 0

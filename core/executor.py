@@ -35,8 +35,10 @@ class BuildContext:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     kernels: Any = None  # the kernels role; None without one
-    kernels_named: Callable[[str], Any] | None = None  # another kernels role with its defaults, for a composition of several
-    executor_named: Callable[[str], Executor] = _by_name  # another executor with its defaults, not built yet: to wrap it
+    # another kernels role with its defaults, for a composition of several
+    kernels_named: Callable[[str], Any] | None = None
+    # another executor with its defaults, not built yet: to wrap it
+    executor_named: Callable[[str], Executor] = _by_name
     facts: Callable[[], dict[str, Any]] = _nothing_known  # every choice and parameter of the run (core.facts)
 
     @property
@@ -54,16 +56,18 @@ class Executor(Role):
     caps: ExecutorCaps
     clock: Any
     cost_model: CostModel | None = None
-    tokenizer: Any = None  # of the model: encode, answer, has_chat_template, encode_chat; None where it has none
+    # of the model: encode, answer, has_chat_template, encode_chat; None where it has none
+    tokenizer: Any = None
 
     def check(self, context: BuildContext) -> ExecutorCaps | None:
-        """Raises HeadwayError for what can be known to be wrong without weights, ranks or a download. Answers what is known
-        of `caps`, so that a sweep's limits are checked before its first job; None for nothing."""
+        """Raises HeadwayError for what can be known to be wrong without weights, ranks or a download. Answers
+        what is known of `caps`, so that a sweep's limits are checked before its first job; None for
+        nothing."""
         return getattr(self, "caps", None)
 
     def build(self, context: BuildContext) -> Executor:
-        """Makes it ready to run: afterwards `caps`, `clock` and `kv_capacity` hold. Answers who runs the plans: itself, or an
-        executor that wraps it or another one."""
+        """Makes it ready to run: afterwards `caps`, `clock` and `kv_capacity` hold. Answers who runs the
+        plans: itself, or an executor that wraps it or another one."""
         return self
 
     @property
@@ -80,12 +84,15 @@ class Executor(Role):
         """Blocks that fit into the memory left after the weights."""
         raise NotImplementedError
 
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int
+    ) -> None:
         """Allocates the KV cache. Called once, before the first launch."""
 
     @property
     def preparation(self) -> Preparation:
-        """So far; read when a run begins and when it ends. An executor that has nothing to prepare leaves this as it is."""
+        """So far; read when a run begins and when it ends. An executor that has nothing to prepare leaves
+        this as it is."""
         return Preparation()
 
     def launch(self, plan: StepPlan) -> Any:
@@ -93,20 +100,22 @@ class Executor(Role):
         raise NotImplementedError
 
     def linger(self) -> None:
-        """Asked before a plan that will wait behind steps in flight: returns when the device is about to run out of work, so
-        that what arrives meanwhile can be in the plan. An executor that cannot tell returns at once."""
+        """Asked before a plan that will wait behind steps in flight: returns when the device is about to run
+        out of work, so that what arrives meanwhile can be in the plan. An executor that cannot tell returns
+        at once."""
 
     def collect(self, ticket: Any) -> StepResult:
         """Waits for that step. Tickets are collected in the order of launch."""
         raise NotImplementedError
 
     def read_blocks(self, blocks: Sequence[int]) -> Any:
-        """What these KV blocks hold when every step launched so far is done, for `write_blocks` of another executor of the
-        same model."""
+        """What these KV blocks hold when every step launched so far is done, for `write_blocks` of another
+        executor of the same model."""
         raise ConfigError(f"{self.plugin_name} cannot hand KV to another engine")
 
     def write_blocks(self, blocks: Sequence[int], content: Any, first: int) -> None:
-        """Fills these KV blocks, before the next step, with what `content` holds from its block number `first` on."""
+        """Fills these KV blocks, before the next step, with what `content` holds from its block number
+        `first` on."""
         raise ConfigError(f"{self.plugin_name} cannot take KV from another engine")
 
     def close(self) -> None:

@@ -94,7 +94,11 @@ class Flights:
             raise self._refusal(f"collect() answered {times} for step {step}: expected finite seconds")
         first = tokens.first
         try:
-            right = min(first) >= 0 if samples.count(True) == len(samples) else [token >= 0 for token in first] == samples
+            right = (
+                min(first) >= 0
+                if samples.count(True) == len(samples)
+                else [token >= 0 for token in first] == samples
+            )
         except (TypeError, ValueError):
             right = False
         if not right:
@@ -130,7 +134,9 @@ class Flights:
             right = all(isinstance(token, int) and token >= 0 for token in rest) and tokens.first[place] >= 0
             if not right or len(rest) >= most:
                 message = f"collect() answered {[tokens.first[place], *rest]} in step {plan.step}: "
-                message += f"expected at most {most} token ids (ExecutorCaps.tokens_per_step, and the plan's drafts)"
+                message += (
+                    f"expected at most {most} token ids (ExecutorCaps.tokens_per_step, and the plan's drafts)"
+                )
                 raise self._calls.refusal(self._executor, message, plan.requests[place])
 
     def _refusal(self, message: str) -> PolicyError:

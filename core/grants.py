@@ -8,7 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """`n` tokens are in the step; `cached` tokens of the prompt came from the prefix cache (admissions only)."""
+    """`n` tokens are in the step; `cached` tokens of the prompt came from the prefix cache (admissions
+    only)."""
 
     n: int
     cached: int = 0
@@ -25,14 +26,16 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class NoBudget(Refused):
-    """Nobody else fits into this step: no tokens or sequences are left, or too many requests run already. Ends a walk over those that wait."""
+    """Nobody else fits into this step: no tokens or sequences are left, or too many requests run already.
+    Ends a walk over those that wait."""
 
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class NeedBlocks(Refused):
-    """`k` blocks are missing, or come back with a step in flight. Ends a walk: who comes later must not take what this one waits for."""
+    """`k` blocks are missing, or come back with a step in flight. Ends a walk: who comes later must not take
+    what this one waits for."""
 
     k: int
     reason: str = ""
@@ -40,7 +43,8 @@ class NeedBlocks(Refused):
 
 @dataclass(frozen=True, slots=True)
 class NotReady(Refused):
-    """This request alone cannot go on now: its tokens are in flight, or admission defers or rejects it. A walk goes on to the next one."""
+    """This request alone cannot go on now: its tokens are in flight, or admission defers or rejects it. A
+    walk goes on to the next one."""
 
     reason: str = ""
 

@@ -1,7 +1,7 @@
 """A request on its way from one engine to another, with its tokens and its KV.
 
-Both engines are of one model, with blocks of the same size. Each is between two turns of its loop; the one that takes
-the request may be another process's, if what the executors exchange can travel there.
+Both engines are of one model, with blocks of the same size. Each is between two turns of its loop; the one
+that takes the request may be another process's, if what the executors exchange can travel there.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def detach(
     now: float,
     collect: Callable[[], None],
 ) -> Handoff | None:
-    """Takes a request out of its engine. `collect` brings its steps in flight back first, which may end it; None for a
-    request that is not there (any more)."""
+    """Takes a request out of its engine. `collect` brings its steps in flight back first, which may end it;
+    None for a request that is not there (any more)."""
     while (request := roster.present.get(id)) is not None and request.num_steps_in_flight:
         collect()
     if request is None:
@@ -87,8 +87,8 @@ def _arrival(request: Request, hidden_end: int | None) -> Arrival:
 
 
 def attach(intake: Intake, roster: Roster, executor: Executor, handoff: Handoff, now: float) -> None:
-    """Puts it among those that wait. Its blocks are the cached ones that hold the same, and new ones as far as there are
-    any: what does not fit is computed again. Those that arrived can be matched from now on."""
+    """Puts it among those that wait. Its blocks are the cached ones that hold the same, and new ones as far
+    as there are any: what does not fit is computed again. Those that arrived can be matched from now on."""
     if handoff.block_size != roster.layout.block_size:
         sizes = f"KV blocks of {handoff.block_size} tokens cannot become blocks of {roster.layout.block_size}"
         raise ConfigError(f"Engine.attach: {sizes}: give both engines one engine.block_size")

@@ -11,7 +11,8 @@ from .interrupts import interrupts
 
 
 class Inbox:
-    """Arrivals from any thread, in the order of posting. While it is open, the run goes on although nothing is to come.
+    """Arrivals from any thread, in the order of posting. While it is open, the run goes on although nothing
+    is to come.
 
     A SimpleQueue takes what a signal handler or a destructor puts, and who waits for it uses no time.
     """
@@ -51,8 +52,8 @@ class Inbox:
                 yield arrival
 
     def sleep(self, seconds: float | None) -> None:
-        """Until something comes, at most so long; None: however long that takes. Ctrl-C is felt at once, since nothing
-        is in flight."""
+        """Until something comes, at most so long; None: however long that takes. Ctrl-C is felt at once,
+        since nothing is in flight."""
         if self._taken or (seconds is not None and seconds <= 0):
             return
         with interrupts.sleeping():

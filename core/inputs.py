@@ -12,7 +12,8 @@ GREEDY = 1e-5  # temperatures below it pick the most likely token, as in vLLM
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Names and meanings are vLLM's. `temperature=0` is greedy. `max_tokens=None` means up to the model's context."""
+    """Names and meanings are vLLM's. `temperature=0` is greedy. `max_tokens=None` means up to the model's
+    context."""
 
     temperature: float = param(1.0, min=0, max=1e6, doc="below 1e-5 is greedy")
     top_k: int = param(0, min=-1, doc="0 or -1: off")
@@ -22,7 +23,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = param((), min=0)
     ignore_eos: bool = False
-    waits_for_token: bool = False  # no plan before its last token is on the host: a grammar makes a mask of it
+    # no plan before its last token is on the host: a grammar makes a mask of it
+    waits_for_token: bool = False
     seed: int | None = None  # None: the run's seed
     logprobs: int | None = param(
         None,
@@ -59,7 +61,8 @@ class SLO:
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """Who a request belongs to. Policies key their state on these; blocks remember the tags that last touched them."""
+    """Who a request belongs to. Policies key their state on these; blocks remember the tags that last touched
+    them."""
 
     client: str = ""
     session: str = ""  # conversation, program or agent id
@@ -69,12 +72,14 @@ class Tags:
     tool: str = ""  # the tool call that follows this request, "" for none
     parents: tuple[str, ...] = ()  # ids of the calls of its program whose answers it waited for, where known
     last: bool = False  # nothing of its program follows, where that is known
-    adapter: str = ""  # that its model is fitted with (LoRA), "" for none; its KV is of no use to others, so salt it
+    # that its model is fitted with (LoRA), "" for none; its KV is of no use to others, so salt it
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request as a workload states it. `output_len` is the true length: only the engine and oracle roles see it."""
+    """One request as a workload states it. `output_len` is the true length: only the engine and oracle roles
+    see it."""
 
     time: float  # seconds on the run's clock
     prompt_token_ids: Sequence[int]

@@ -63,8 +63,8 @@ class Intake:
             self._ledger.arrived(request)
 
     def attached(self, arrival: Arrival) -> Request:
-        """The request of an arrival that comes from another engine. Raises WorkloadError for one that can never run
-        here."""
+        """The request of an arrival that comes from another engine. Raises WorkloadError for one that can
+        never run here."""
         known = arrival.id in self.ids
         request, refusal, _ = self._request(arrival)
         if refusal:

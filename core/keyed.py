@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
 
 def _holds_nan(key: Any) -> bool:
-    """Whether a key is NaN or a tuple with one in it: it compares with nothing, and a queue that holds it is in no order."""
+    """Whether a key is NaN or a tuple with one in it: it compares with nothing, and a queue that holds it is
+    in no order."""
     return any(map(_holds_nan, key)) if isinstance(key, tuple) else bool(key != key)
 
 
 class KeyOrder(Order):
-    """Smallest `key(request)` first, ties by arrival. The queue is kept sorted here: O(log n) comparisons a change, O(w) a step.
+    """Smallest `key(request)` first, ties by arrival. The queue is kept sorted here: O(log n) comparisons a
+    change, O(w) a step.
 
-    The key is read when a request begins to wait, on arrival and after a preemption; where it changes while the request waits,
-    say `rekey(request)`. Keys of one order must compare with each other.
+    The key is read when a request begins to wait, on arrival and after a preemption; where it changes while
+    the request waits, say `rekey(request)`. Keys of one order must compare with each other.
     """
 
     window: ClassVar[int] = Scheduler.window  # requests offered a step: no scheduler looks at more
@@ -86,7 +88,11 @@ class KeyOrder(Order):
     def _join(self, request: Request) -> None:
         entry = self.rank(request)
         if _holds_nan(entry[0]):
-            raise PolicyError(f"key() answered {entry[0]!r}, which sorts nowhere", plugin=self.plugin_name, request=request.id)
+            raise PolicyError(
+                f"key() answered {entry[0]!r}, which sorts nowhere",
+                plugin=self.plugin_name,
+                request=request.id,
+            )
         self._key_of[request.index] = entry
         at = bisect_left(self._keys, entry)
         self._keys.insert(at, entry)
@@ -98,7 +104,8 @@ class KeyOrder(Order):
 
 
 class MovingOrder(Order):
-    """Smallest `key(request, now)` first, ties by arrival: for ranks that move with time, at which no queue stays sorted.
+    """Smallest `key(request, now)` first, ties by arrival: for ranks that move with time, at which no queue
+    stays sorted.
 
     The keys of all waiting requests are read per step, O(n log w).
     """
@@ -119,7 +126,11 @@ class MovingOrder(Order):
                 message = f"key() raised {type(error).__name__}: {error}"
                 raise PolicyError(message, plugin=self.plugin_name, request=request.id) from error
             if _holds_nan(key):
-                raise PolicyError(f"key() answered {key!r}, which sorts nowhere", plugin=self.plugin_name, request=request.id)
+                raise PolicyError(
+                    f"key() answered {key!r}, which sorts nowhere",
+                    plugin=self.plugin_name,
+                    request=request.id,
+                )
             return key, request.sort_key
 
         return rank
@@ -134,8 +145,9 @@ class MovingOrder(Order):
 
 
 class BlockHeap:
-    """Blocks by key, smallest first, ties in the order in which they came. What queue-based evictions are made of: a queue holds
-    only its evictable blocks, each at the position it has in the paper's list, so that nothing ever walks over blocks in use.
+    """Blocks by key, smallest first, ties in the order in which they came. What queue-based evictions are
+    made of: a queue holds only its evictable blocks, each at the position it has in the paper's list, so that
+    nothing ever walks over blocks in use.
 
     Entries of blocks that left before their turn are dropped lazily: every operation is O(log n), amortised.
     """
@@ -204,7 +216,9 @@ class KeyEviction(Eviction):
     def on_evictable(self, block: Block) -> None:
         key = self.key(block)
         if _holds_nan(key):
-            raise PolicyError(f"key() answered {key!r} for {block}, which sorts nowhere", plugin=self.plugin_name)
+            raise PolicyError(
+                f"key() answered {key!r} for {block}, which sorts nowhere", plugin=self.plugin_name
+            )
         self._heap.push(key, block)
 
     def on_in_use(self, block: Block) -> None:

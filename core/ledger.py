@@ -1,8 +1,10 @@
-"""A second set of books (`engine.check=true`): what every request must be, from arrivals, plans and results alone.
+"""A second set of books (`engine.check=true`): what every request must be, from arrivals, plans and results
+alone.
 
-Policies read requests and never write them, and nothing in Python stops one that does. After every plan and every completed step each
-request is compared with what the ledger says, so that a policy that changed one is found on every executor, before a token of it is used.
-It keeps the core honest, too: counts and tables are worked out here in another way. O(tokens in the system) a step.
+Policies read requests and never write them, and nothing in Python stops one that does. After every plan and
+every completed step each request is compared with what the ledger says, so that a policy that changed one is
+found on every executor, before a token of it is used. It keeps the core honest, too: counts and tables are
+worked out here in another way. O(tokens in the system) a step.
 """
 
 from __future__ import annotations
@@ -23,9 +25,20 @@ if TYPE_CHECKING:
     from .roster import Roster
 
 GIVEN = (
-    "id", "index", "arrival_time", "sort_key", "sampling", "tags", "slo", "cache_salt", "prompt", "num_prompt_tokens",
-    "max_num_tokens", "stop_tokens", "waits_for_token",
-)  # fmt: skip
+    "id",
+    "index",
+    "arrival_time",
+    "sort_key",
+    "sampling",
+    "tags",
+    "slo",
+    "cache_salt",
+    "prompt",
+    "num_prompt_tokens",
+    "max_num_tokens",
+    "stop_tokens",
+    "waits_for_token",
+)
 _given = attrgetter(*GIVEN)
 
 
@@ -40,7 +53,8 @@ class _Account:
     given: tuple[Any, ...]
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)  # of its table, as last allocated
-    in_flight: deque[tuple[int, bool, int]] = field(default_factory=deque)  # (tokens, does it sample, drafts) of each step
+    # (tokens, does it sample, drafts) of each step
+    in_flight: deque[tuple[int, bool, int]] = field(default_factory=deque)
     next_position: int = 0  # since its admission
     num_admissions: int = 0
     num_preemptions: int = 0
@@ -60,7 +74,7 @@ class Ledger:
         """Nobody is in the system any more."""
         self.accounts = {}
 
-    # ---- what happened -------------------------------------------------------------------------------------------
+    # ---- what happened ------------------------------------------------------------------------------------
 
     def arrived(self, request: Request) -> None:
         self.accounts[request.index] = _Account(
@@ -110,7 +124,7 @@ class Ledger:
                 account.tokens += new
         self.verify(f"after step {plan.step} had come back", plan.step)
 
-    # ---- the comparison ------------------------------------------------------------------------------------------
+    # ---- the comparison -----------------------------------------------------------------------------------
 
     def verify(self, when: str, step: int) -> None:
         """Raises Mutated for the first request that is not what the books say."""
@@ -153,5 +167,6 @@ class Ledger:
         policies = ", ".join(role.plugin_name for node, role in roles if node not in ("executor", "workload"))
         return (
             f"{name} is {getattr(request, name)!r}, and from arrivals, plans and results it is {expected!r}: "
-            f"a policy ({policies}) changed {when} what it may only read; `python -m headway check` finds out which"
+            f"a policy ({policies}) changed {when} what it may only read; `python -m headway check` finds "
+            "out which"
         )

@@ -45,17 +45,34 @@ class RequestOutput:
     prompt: str | None = None
     text: str | None = None  # the answer before a stop string; without one, the tokens are the answer
     logprobs: list[Any] = field(default_factory=list)
-    stop_reason: int | str | None = None  # the token (of the end of sequence, too) or the stop string that ended it
+    # the token (of the end of sequence, too) or the stop string that ended it
+    stop_reason: int | str | None = None
     prompt_token_ids: list[int] = field(default_factory=list)  # of a text, whose answer reads on from it
 
     @classmethod
     def of(cls, r: Request) -> RequestOutput:
         return cls(
-            r.id, r.index, r.state.value, r.finish_reason, r.arrival_time, r.first_scheduled_time, r.finish_time,
-            r.num_prompt_tokens, r.num_cached_tokens, r.num_preemptions, r.num_recomputed_tokens,
-            r.output_token_ids, r.token_times, r.tags, r.slo, r.prompt, r.stop_text, r.logprobs, r.stop_reason,
+            r.id,
+            r.index,
+            r.state.value,
+            r.finish_reason,
+            r.arrival_time,
+            r.first_scheduled_time,
+            r.finish_time,
+            r.num_prompt_tokens,
+            r.num_cached_tokens,
+            r.num_preemptions,
+            r.num_recomputed_tokens,
+            r.output_token_ids,
+            r.token_times,
+            r.tags,
+            r.slo,
+            r.prompt,
+            r.stop_text,
+            r.logprobs,
+            r.stop_reason,
             [] if r.prompt is None else r.prompt_token_ids,
-        )  # fmt: skip
+        )
 
 
 @dataclass
@@ -77,7 +94,9 @@ class RunResult:
     status: str = "finished"  # or "interrupted", "failed"
     error: str = ""
     oracles: list[str] = field(default_factory=list)
-    warmup_seconds: float = 0.0  # of compiling and capturing, before the first step of the executor's first run
+    # of compiling and capturing, before the first step of the executor's first run
+    warmup_seconds: float = 0.0
     late_preparations: int = 0  # kernels compiled and graphs captured since, in this run
     step_time_basis: str = ""  # what predicted the step times that policies ask for; "" without a cost model
-    derived: dict[str, Any] = field(default_factory=dict)  # parameters that were left None -> what became of them
+    # parameters that were left None -> what became of them
+    derived: dict[str, Any] = field(default_factory=dict)

@@ -45,7 +45,8 @@ class Workload(Role):
         raise NotImplementedError
 
     def on_result(self, request: Request, now: float) -> Iterable[Any]:
-        """Closed loop: arrivals that follow a finished or rejected request (its next turn), with time >= now."""
+        """Closed loop: arrivals that follow a finished or rejected request (its next turn), with time >=
+        now."""
         return ()
 
 
@@ -55,7 +56,8 @@ class Observer(Role):
     role = "observer"
 
     def on_build(self, run: Any) -> None:
-        """The core.build.Run that it will watch, if it is its `tracking`: before the first call of `on_start`."""
+        """The core.build.Run that it will watch, if it is its `tracking`: before the first call of
+        `on_start`."""
 
     def on_start(self, engine: Any) -> None:
         """The core.engine.Engine that is about to run."""

@@ -11,7 +11,8 @@ from .clock import Clock
 
 MOST_TURNS_AT_ONCE = 50  # with nothing done, because a policy asks to be woken at once
 MOST_IDLE_TURNS = 1_000_000  # with nothing done, woken by policies at later times
-FIRST_NAP = 1e-9  # seconds until a turn that is asked for at once; doubled each time, so that virtual time moves
+# seconds until a turn that is asked for at once; doubled each time, so that virtual time moves
+FIRST_NAP = 1e-9
 
 
 class Patience:
@@ -27,8 +28,8 @@ class Patience:
         self._idle_turns = self._turns_at_once = 0
 
     def wait(self, clock: Clock, coming: ArrivalQueue, now: float, *, wake: float | None, waker: Any) -> bool:
-        """Until there may be something to do: at `wake`, if a policy asks for that, at the next arrival, or when
-        something comes into the inbox. False if nothing can come."""
+        """Until there may be something to do: at `wake`, if a policy asks for that, at the next arrival, or
+        when something comes into the inbox. False if nothing can come."""
         if wake is not None:
             wake = self.next_turn(now, wake, waker)
         times = [t for t in (wake, coming.next_time) if t is not None]
@@ -48,8 +49,10 @@ class Patience:
             wake = now + max(math.ulp(now), FIRST_NAP * 2.0**self._turns_at_once)
         if self._turns_at_once > MOST_TURNS_AT_ONCE or self._idle_turns > MOST_IDLE_TURNS:
             message = (
-                f"asked {self._idle_turns} times in a row to be woken, {self._turns_at_once} times not after now, "
-                f"and nothing was planned, rejected or arrived; now is {now}: let a request start, reject it, or "
+                f"asked {self._idle_turns} times in a row to be woken, {self._turns_at_once} times not after "
+                "now, "
+                f"and nothing was planned, rejected or arrived; now is {now}: let a request start, reject "
+                "it, or "
                 "wait until something changes"
             )
             raise self._calls.refusal(waker, message)

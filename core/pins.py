@@ -11,7 +11,8 @@ from .request import Request
 
 
 class Pins:
-    """What `Retention.retain` is handed (KVControl). Every pin ends at a time, at its session's end, or under memory pressure."""
+    """What `Retention.retain` is handed (KVControl). Every pin ends at a time, at its session's end, or under
+    memory pressure."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
@@ -23,9 +24,12 @@ class Pins:
         return len(self._heap)
 
     def pin(self, request: Request, until: float) -> None:
-        """Keeps the request's cached blocks until that time (seconds on the run's clock), or until memory runs out."""
+        """Keeps the request's cached blocks until that time (seconds on the run's clock), or until memory
+        runs out."""
         if not isinstance(until, (float, int)) or math.isnan(until):
-            raise ValueError(f"pin(until={until!r}): expected seconds on the run's clock; inf is until memory runs out")
+            raise ValueError(
+                f"pin(until={until!r}): expected seconds on the run's clock; inf is until memory runs out"
+            )
         held = self._pool.pin(request.canonical_table)
         if held:
             self._serial += 1
@@ -41,7 +45,8 @@ class Pins:
                 self._pool.unpin(held, request.tags)
 
     def drop(self, request: Request) -> None:
-        """Forgets the request's blocks where nobody else holds them: at once, or when the last step in flight that uses them is back."""
+        """Forgets the request's blocks where nobody else holds them: at once, or when the last step in flight
+        that uses them is back."""
         self._dropped.add(request.index)
 
     def take_dropped(self, request: Request) -> bool:

@@ -26,8 +26,8 @@ class Allocation(NamedTuple):
 
 
 class KVCopy(NamedTuple):
-    """The content of a KV block goes to another block, of the same tier or another. Tier 0 is the pool, tier i
-    the executor's `tier_blocks[i - 1]`."""
+    """The content of a KV block goes to another block, of the same tier or another. Tier 0 is the pool, tier
+    i the executor's `tier_blocks[i - 1]`."""
 
     source_tier: int
     source: int
@@ -51,8 +51,10 @@ class StepPlan:
     left: list[Request]  # finished, preempted, paused or aborted since the last plan: their rows are free
     preempted: list[Request]  # for this plan: of those, and of those that were paused before
     paused: list[Request]  # for this plan, with their blocks
-    drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)  # by place in the plan; the lengths count them
-    copies: Sequence[KVCopy] = ()  # one after the other, after the steps before and before anything of this one
+    # by place in the plan; the lengths count them
+    drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    # one after the other, after the steps before and before anything of this one
+    copies: Sequence[KVCopy] = ()
 
     @property
     def chunks(self) -> Iterator[Chunk]:

@@ -1,7 +1,9 @@
-"""The roles: base classes that plugin authors subclass. One object fills one role, or several that share state.
+"""The roles: base classes that plugin authors subclass. One object fills one role, or several that share
+state.
 
-A plugin is a dataclass: its fields are its parameters and the only source of their defaults; its first docstring line is
-what `python -m headway plugins` shows. State is made in `setup`, never in field defaults that a user could set:
+A plugin is a dataclass: its fields are its parameters and the only source of their defaults; its first
+docstring line is what `python -m headway plugins` shows. State is made in `setup`, never in field defaults
+that a user could set:
 
     @dataclass
     class ShortestFirst(Order):
@@ -10,8 +12,9 @@ what `python -m headway plugins` shows. State is made in `setup`, never in field
         def order(self, view):
             return sorted(view.waiting, key=lambda r: r.num_prompt_tokens)
 
-Rules every policy follows: time comes from `view.now` alone; no clock, no `set` order, no salted `hash()`, no rank; chance
-from `self.rng`; requests and blocks are read, never written. `python -m headway check` finds the ones that don't.
+Rules every policy follows: time comes from `view.now` alone; no clock, no `set` order, no salted `hash()`, no
+rank; chance from `self.rng`; requests and blocks are read, never written. `python -m headway check` finds the
+ones that don't.
 """
 
 from __future__ import annotations
@@ -69,7 +72,8 @@ class Role:
     role: ClassVar[str] = ""
     api: ClassVar[int] = API_VERSION
     oracle: ClassVar[bool] = False  # True: sees true output lengths or the future; stamped on the results
-    may_starve: ClassVar[str] = ""  # why a request may wait without end, where that is by design; the conformance kit notes it
+    # why a request may wait without end, where that is by design; the conformance kit notes it
+    may_starve: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()  # what it cannot work without: see SERVICES
     plugin_name: str = ""
     rng: Random
@@ -84,20 +88,22 @@ class Role:
         _check_parameters(self)
 
     def setup(self, ctx: Context) -> None:
-        """Once, after every role is built and before the first request. Make state here; call super().setup(ctx)."""
+        """Once, when all roles are built, before the first request. Make state here; call
+        super().setup(ctx)."""
 
     def on_arrival(self, request: Request, now: float) -> None:
-        """Called when the request joins the waiting queue. Requests that can never run are rejected before this."""
+        """Called when the request joins the waiting queue; those that can never run are rejected before."""
 
     def on_admit(self, request: Request, now: float) -> None:
-        """Called when the request starts to run, for the first time or after a preemption; `request.num_computed_tokens` holds its prefix hit."""
+        """Called when the request starts to run, for the first time or after a preemption;
+        `request.num_computed_tokens` holds its prefix hit."""
 
     def on_step_end(self, record: StepRecord) -> None:
-        """Called after each completed step: counts are updated, full blocks published, ended requests reported."""
+        """Called after each completed step: counts are updated, full blocks published, ends reported."""
 
     def on_preempt(self, request: Request, now: float) -> None:
-        """Called when a running request goes back to the waiting queue, with its generated tokens; one that is paused
-        (`request.state`) keeps its blocks, too."""
+        """Called when a running request goes back to the waiting queue, with its generated tokens; one that
+        is paused (`request.state`) keeps its blocks, too."""
 
     def on_finish(self, request: Request, now: float) -> None:
         """Called when the request has ended: finished, rejected by a policy, or aborted (`request.state`)."""
@@ -120,7 +126,7 @@ def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
 CALLBACKS = ("on_arrival", "on_admit", "on_step_end", "on_preempt", "on_finish")
 
 
-# ---- scheduling ---------------------------------------------------------------------------------------------------
+# ---- scheduling ------------------------------------------------------------------------------------------
 
 
 class Scheduler(Role):
@@ -134,14 +140,16 @@ class Scheduler(Role):
         self._order: Order = ctx.roles["order"]
 
     def order(self, view: View) -> Iterator[Request]:
-        """Waiting requests, as the `order` role ranks them; at most `window` of them, not counting those that admission turns away."""
+        """Waiting requests, as the `order` role ranks them; at most `window` of them, not counting those that
+        admission turns away."""
         return view.candidates(self._order, self.window)
 
     def plan(self, step: StepBuilder, view: View) -> None:
-        """Fills the step with `step.add`, whose answer says what was granted. An empty step needs a reason: see `step.wake_at`.
+        """Fills the step with `step.add`, whose answer says what was granted. An empty step needs a reason:
+        see `step.wake_at`.
 
-        A walk over `self.order(view)` ends when the answer is NoBudget or NeedBlocks, which holds for everybody behind as well, and
-        goes on after NotReady, which is about this request alone."""
+        A walk over `self.order(view)` ends when the answer is NoBudget or NeedBlocks, which holds for
+        everybody behind as well, and goes on after NotReady, which is about this request alone."""
         raise NotImplementedError
 
     def tail_blocks(self, request: Request) -> int:
@@ -149,8 +157,8 @@ class Scheduler(Role):
         return max(1, len(request.block_table) // 4)
 
     def plan_share(self, num_requests: int, num_plans: int) -> int:
-        """Requests that a plan holds at most, where a request in flight cannot be planned again and so many plans are in flight at once,
-        as in a pipeline. At least 1. num_requests: those that run and wait."""
+        """Requests that a plan holds at most, where a request in flight cannot be planned again and so many
+        plans are in flight at once, as in a pipeline. At least 1. num_requests: those that run and wait."""
         return max(1, -(-num_requests // num_plans))
 
 
@@ -164,8 +172,8 @@ class Order(Role):
         raise NotImplementedError
 
     def rank_at(self, now: float) -> Callable[[Request], Any] | None:
-        """How it compares any two requests at this time, waiting or running: the smaller goes first. None for a queue
-        discipline, which says nothing of those that run."""
+        """How it compares any two requests at this time, waiting or running: the smaller goes first. None for
+        a queue discipline, which says nothing of those that run."""
         return None
 
 
@@ -192,8 +200,8 @@ class Victim(Role):
             raise ConfigError(f"victim.mode={self.mode!r}: expected one of {', '.join(PREEMPTION_MODES)}")
 
     def most_preemptions(self, max_num_seqs: int) -> int:
-        """Preemptions in a row without a single token, after which it counts as a livelock: from then on the oldest is no victim and
-        nobody new starts, until a token comes out."""
+        """Preemptions in a row without a single token, after which it counts as a livelock: from then on the
+        oldest is no victim and nobody new starts, until a token comes out."""
         return 2 * max_num_seqs + 8
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
@@ -206,7 +214,8 @@ class Victim(Role):
 
 
 class TokenBudget(Role):
-    """How many tokens of an unfinished prompt may this step take? Asked by `step.add`; decodes are not asked."""
+    """How many tokens of an unfinished prompt may this step take? Asked by `step.add`; decodes are not
+    asked."""
 
     role = "budget"
 
@@ -222,8 +231,8 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Defer:
-    """Not yet. `until` (seconds on the run's clock) wakes the engine when it would otherwise idle; a time that has passed asks again at
-    once, but not for ever: who does nothing else is stopped."""
+    """Not yet. `until` (seconds on the run's clock) wakes the engine when it would otherwise idle; a time
+    that has passed asks again at once, but not for ever: who does nothing else is stopped."""
 
     until: float | None = None
 
@@ -236,14 +245,15 @@ class Reject:
 
 
 class Admission(Role):
-    """Take, defer or refuse? Asked once when a request arrives and again each time a scheduler tries to start it."""
+    """Take, defer or refuse? Asked once when a request arrives and again each time a scheduler tries to start
+    it."""
 
     role = "admission"
     #: True: also asked before a preempted request starts again, which may be deferred but not rejected.
     readmits: ClassVar[bool] = False
 
     def admit(self, request: Request, view: View) -> Admit | Defer | Reject:
-        """The answer for now. How often it is asked is up to the scheduler, so nothing may hang on the count."""
+        """The answer for now. How often it is asked is up to the scheduler: nothing may hang on the count."""
         raise NotImplementedError
 
 
@@ -265,24 +275,26 @@ class Predictor(Role):
         raise NotImplementedError
 
 
-# ---- KV blocks ----------------------------------------------------------------------------------------------------
+# ---- KV blocks -------------------------------------------------------------------------------------------
 
 
 class PrefixCache(Role):
-    """Which blocks already hold this prefix? An index over blocks; counts, parents and eviction belong to the core."""
+    """Which blocks already hold this prefix? An index over blocks; counts, parents and eviction belong to the
+    core."""
 
     role = "cache"
     enabled: ClassVar[bool] = True  # False: the core never publishes
     subtree: bool = False  # True: any unreferenced block is evictable, and takes what hangs under it along
 
     def match(self, request: Request, known: list[int], limit: int) -> list[int]:
-        """The cached blocks that continue `known` (already verified ids from the root) along `request.token_ids`,
-        so that known + result has at most `limit` blocks. Equality of tokens must be checked, not only a hash."""
+        """The cached blocks that continue `known` (already verified ids from the root) along
+        `request.token_ids`, so that known + result has at most `limit` blocks. Equality of tokens must be
+        checked, not only a hash."""
         raise NotImplementedError
 
     def insert(self, request: Request, parent: int, tokens: tuple[int, ...], block: int) -> int:
-        """`block` now holds `tokens` after cached block `parent` (ROOT for the first). Returns the block that the index
-        holds for this content: `block` itself, or a twin that was published before."""
+        """`block` now holds `tokens` after cached block `parent` (ROOT for the first). Returns the block that
+        the index holds for this content: `block` itself, or a twin that was published before."""
         raise NotImplementedError
 
     def remove(self, block: int) -> None:
@@ -293,8 +305,9 @@ class PrefixCache(Role):
 class Eviction(Role):
     """Which evictable block goes first?
 
-    A block is evictable between `on_evictable` and the next `on_in_use` or `on_evict`: cached, unreferenced, unpinned and
-    without cached children, unless `cache.subtree` (the core tracks all of that). Hits, times and depth are on the Block.
+    A block is evictable between `on_evictable` and the next `on_in_use` or `on_evict`: cached, unreferenced,
+    unpinned and without cached children, unless `cache.subtree` (the core tracks all of that). Hits, times
+    and depth are on the Block.
     """
 
     role = "eviction"

@@ -32,19 +32,28 @@ class Request:
       num_tokens            known tokens plus placeholders of tokens that are being sampled in steps in flight
       num_computed_tokens   tokens whose KV is written, by completed steps or by a prefix hit
       num_scheduled_tokens  tokens in steps in flight
-    The next chunk starts at num_computed_tokens + num_scheduled_tokens; a request decodes when exactly one is left.
+    The next chunk starts at num_computed_tokens + num_scheduled_tokens; a request decodes when one is left.
     """
 
     __slots__ = (
         "id", "index", "arrival_time", "sort_key", "sampling", "tags", "slo", "cache_salt", "prompt",
         "token_ids", "num_prompt_tokens", "num_tokens", "num_computed_tokens", "num_scheduled_tokens",
-        "block_table", "state", "finish_reason", "num_cached_tokens", "num_admissions", "num_preemptions", "num_recomputed_tokens",
-        "first_scheduled_time", "finish_time", "token_times", "logprobs", "stop_text", "stop_reason",
-        "max_num_tokens", "stop_tokens", "waits_for_token", "planned_step", "num_steps_in_flight",
-        "num_published_blocks", "published_parent", "canonical_blocks", "planned_before", "planned_from",
+        "block_table", "state", "finish_reason", "num_cached_tokens", "num_admissions", "num_preemptions",
+        "num_recomputed_tokens", "first_scheduled_time", "finish_time", "token_times", "logprobs",
+        "stop_text", "stop_reason", "max_num_tokens", "stop_tokens", "waits_for_token", "planned_step",
+        "num_steps_in_flight", "num_published_blocks", "published_parent", "canonical_blocks",
+        "planned_before", "planned_from",
     )  # fmt: skip
 
-    def __init__(self, arrival: Arrival, index: int, *, max_model_len: int, eos_token_ids: frozenset[int], id: str | None = None) -> None:
+    def __init__(
+        self,
+        arrival: Arrival,
+        index: int,
+        *,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        id: str | None = None,
+    ) -> None:
         """`id` is for an arrival that brings none."""
         self.id = arrival.id if arrival.id is not None else id or f"r{index}"
         self.index = index  # order of arrival, unique in a run
@@ -78,7 +87,7 @@ class Request:
         stops = frozenset(arrival.sampling.stop_token_ids)
         only_own_stops = arrival.sampling.ignore_eos or arrival.output_len is not None
         self.stop_tokens = stops if only_own_stops else stops | eos_token_ids
-        self.waits_for_token = arrival.sampling.waits_for_token  # it is never planned while its last token is sampled
+        self.waits_for_token = arrival.sampling.waits_for_token  # not planned while its last one is sampled
         self.planned_step = -1  # last step that planned or preempted this request
         self.num_steps_in_flight = 0  # that contain it
         self.num_published_blocks = 0  # leading blocks offered to the prefix cache
@@ -113,12 +122,14 @@ class Request:
     @property
     def is_prefill(self) -> bool:
         """True until everything but the last known token is computed or in flight; also while recomputing."""
-        return self.num_tokens - self.num_computed_tokens - self.num_scheduled_tokens > 1 or not self.token_times
+        return self.num_new_tokens > 1 or not self.token_times
 
     def __repr__(self) -> str:
         return (
-            f"Request({self.id}, {self.state.value}, prompt={self.num_prompt_tokens}, tokens={self.num_tokens}, "
-            f"computed={self.num_computed_tokens}, in_flight={self.num_scheduled_tokens}, blocks={len(self.block_table)})"
+            f"Request({self.id}, {self.state.value}, prompt={self.num_prompt_tokens}, "
+            f"tokens={self.num_tokens}, "
+            f"computed={self.num_computed_tokens}, in_flight={self.num_scheduled_tokens}, "
+            f"blocks={len(self.block_table)})"
         )
 
 

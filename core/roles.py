@@ -64,7 +64,8 @@ def derived(
     config: EngineConfig,
     limits: dict[str, int],
 ) -> dict[str, int | float | str]:
-    """What the roles, in their `setup`, and the engine made of parameters that were left open, by their names."""
+    """What the roles, in their `setup`, and the engine made of parameters that were left open, by their
+    names."""
     made = {f"{node}.{name}": getattr(role, name) for node, role, name in left_open}
     made |= {f"engine.{name}": value for name, value in limits.items() if getattr(config, name) is None}
     return {name: value for name, value in made.items() if isinstance(value, int | float | str)}
@@ -156,7 +157,7 @@ class Roles:
                     missing = f"{role.plugin_name} needs {service}, and none is chosen"
                     raise ConfigError(f"{missing}: {SERVICES[service]}")
 
-    # ---- numbers that a role chooses, checked ------------------------------------------------------------------
+    # ---- numbers that a role chooses, checked -------------------------------------------------------------
 
     def most_preemptions(self, max_num_seqs: int) -> int:
         return self._chosen(self.victim, "most_preemptions", max_num_seqs)
@@ -170,12 +171,17 @@ class Roles:
     def _chosen(self, role: Role, method: str, *given: Any) -> int:
         answer = self.calls.call(role, getattr(role, method), *given)
         if not isinstance(answer, int) or isinstance(answer, bool) or answer < 1:
-            raise self.calls.refusal(role, f"{method}() answered {answer!r}: expected a whole number of at least 1")
+            raise self.calls.refusal(
+                role, f"{method}() answered {answer!r}: expected a whole number of at least 1"
+            )
         return answer
 
     def _callbacks(self) -> dict[str, list[tuple[Role, Callable[..., None]]]]:
         """Of each callback, the roles that override it."""
-        return {name: [(role, getattr(role, name)) for role in self.objects if _overrides(role, name)] for name in CALLBACKS}
+        return {
+            name: [(role, getattr(role, name)) for role in self.objects if _overrides(role, name)]
+            for name in CALLBACKS
+        }
 
     def set_up(self, config: EngineConfig, num_blocks: int, seed: int, oracle: Oracle) -> None:
         """Gives each object its generator and calls its `setup`; those that declare it get the oracle."""
@@ -216,7 +222,9 @@ class Roles:
         answer = self.calls.call(self.admission, self.admission.admit, request, view)
         if isinstance(answer, (Admit, Defer)) or (isinstance(answer, Reject) and not preempted):
             return answer
-        expected = "Admit or Defer for a request that was preempted" if preempted else "Admit, Defer or Reject"
+        expected = (
+            "Admit or Defer for a request that was preempted" if preempted else "Admit, Defer or Reject"
+        )
         message = f"admit() answered {answer!r}: expected {expected}"
         raise self.calls.refusal(self.admission, message, request)
 

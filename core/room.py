@@ -34,8 +34,8 @@ class Room:
         return missing <= 0 or missing <= self._roster.paused.num_blocks(request, matched)
 
     def for_start(self, request: Request, matched: Sequence[int], num_tokens: int, step: int) -> int:
-        """Blocks that a waiting request lacks to hold so many tokens, beside `matched`: at most 0 where it may
-        have them. Paused requests give theirs only if that is enough."""
+        """Blocks that a waiting request lacks to hold so many tokens, beside `matched`: at most 0 where it
+        may have them. Paused requests give theirs only if that is enough."""
         missing = self._missing(request, matched, num_tokens)
         if missing <= 0 or missing > self._roster.paused.num_blocks(request, matched):
             return missing
@@ -52,7 +52,8 @@ class Room:
         paused, running = self._paused(request, need), self._victims(request, need)
         while need > pool.num_available:
             if need <= pool.num_available + roster.num_releasing_blocks:
-                return need - pool.num_available  # blocks of preempted requests come back with the step in flight
+                # blocks of preempted requests come back with the step in flight
+                return need - pool.num_available
             if (other := next(paused, _NOBODY_LEFT)) is not _NOBODY_LEFT:
                 roster.take_paused(other, step)
                 continue
@@ -60,9 +61,11 @@ class Room:
             if other is _NOBODY_LEFT or other is request:
                 if roster.reclaim(request):
                     continue
-                # Named by the policy, or the last one left. Alone, it starts over: what its kept head holds (twins of
-                # published duplicates too) may be just what it lacks.
-                self.preempt(request, victim.mode if len(roster.running) > 1 else "recompute", need, step, now)
+                # Named by the policy, or the last one left. Alone, it starts over: what its kept head holds
+                # (twins of published duplicates too) may be just what it lacks.
+                self.preempt(
+                    request, victim.mode if len(roster.running) > 1 else "recompute", need, step, now
+                )
                 return max(1, need - pool.num_available)
             planned = isinstance(other, Request) and other.planned_step == step
             if not isinstance(other, Request) or not (other.state is _RUNNING or planned):
@@ -82,7 +85,8 @@ class Room:
         """Blocks that a waiting request lacks to hold `num_tokens`, less those that it may have."""
         pool = self._pool
         need = pool.layout.num_blocks(num_tokens) - (len(request.block_table) or len(matched))
-        idle = sum(1 for b in matched if not pool.blocks[b].ref_count)  # evictable now, but not for this request
+        # evictable now, but not for this request
+        idle = sum(1 for b in matched if not pool.blocks[b].ref_count)
         return need - (pool.num_available - idle - self._roster.num_reserved_blocks)
 
     def _victims(self, request: Request, need: int) -> Iterator[Any]:
@@ -93,13 +97,16 @@ class Room:
         return self._roles.calls.each(victim, victim.victims, Need(request, need), self._view)
 
     def _paused(self, request: Request, need: int) -> Iterator[Request]:
-        """Paused requests, first to lose their blocks first: as the victim role names them, then whom it left out."""
+        """Paused requests, first to lose their blocks first: as the victim role names them, then whom it left
+        out."""
         if not self._roster.paused:
             return
         calls, victim = self._roles.calls, self._roles.victim
         for other in calls.each(victim, victim.paused, Need(request, need), self._view):
             if not isinstance(other, Request) or other.state is not _PAUSED:
-                message = f"paused() named {other!r}, which is not paused: yield requests of view.paused, each once"
+                message = (
+                    f"paused() named {other!r}, which is not paused: yield requests of view.paused, each once"
+                )
                 raise calls.refusal(victim, message, request)
             yield other
         yield from reversed(list(self._roster.paused))

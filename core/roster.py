@@ -66,7 +66,7 @@ class Roster:
         self.waiting, self.running = RequestList(), RequestList()
         self.releasing: dict[int, Request] = {}  # by index: left `running`, with blocks in steps in flight
         self.kept_heads: dict[int, int] = {}  # index -> head blocks that a drop_tail preemption keeps
-        self.reserved_blocks: dict[int, int] = {}  # index of a running request -> blocks that come back for it
+        self.reserved_blocks: dict[int, int] = {}  # index of who runs -> blocks that come back for it
         self.hidden_ends: dict[int, int] = {}  # index -> known tokens at which an emulated answer ends
         self.present: dict[str, Request] = {}  # by id: arrived and not ended
         self.pins, self.paused = Pins(pool), Paused(pool)
@@ -80,7 +80,7 @@ class Roster:
         self._rejected: list[Request] = []
         self._ended: list[Request] = []
 
-    # ---- the lists as policies see them --------------------------------------------------------------------
+    # ---- the lists as policies see them -------------------------------------------------------------------
 
     def begin_step(self) -> None:
         """From now on `running_at_start` and `waiting_at_start` are the lists as they are now."""
@@ -106,7 +106,7 @@ class Roster:
     def decides_stop_strings(self) -> bool:
         return self._stop_text is not None
 
-    # ---- transitions ---------------------------------------------------------------------------------------
+    # ---- transitions --------------------------------------------------------------------------------------
 
     @property
     def layout(self) -> KVLayout:
@@ -162,7 +162,9 @@ class Roster:
         request.num_steps_in_flight += 1
         return start
 
-    def schedule(self, request: Request, step: int, start: int, n: int, blocks: Sequence[int], drafts: int = 0) -> bool:
+    def schedule(
+        self, request: Request, step: int, start: int, n: int, blocks: Sequence[int], drafts: int = 0
+    ) -> bool:
         """Plans `n` tokens from `start` on, the last `drafts` of them guesses, in a table with `blocks` more.
         Returns whether one is sampled."""
         if blocks:
@@ -211,28 +213,25 @@ class Roster:
         self._left.append(request)
 
     def _count_preemption(self, request: Request) -> None:
-        planned = min(request.num_computed_tokens + request.num_scheduled_tokens, request.num_tokens - 1)  # no drafts
+        planned = request.num_computed_tokens + request.num_scheduled_tokens
+        planned = min(planned, request.num_tokens - 1)  # no drafts
         request.planned_before = spans.union(request.planned_before, request.planned_from, planned)
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._preempted.append(request)
 
     def commit(
-        self,
-        plan: StepPlan,
-        tokens: Tokens,
-        now: float,
-        logprobs: Sequence[Sequence[Any]] | None = None,
+        self, plan: StepPlan, tokens: Tokens, now: float, logprobs: Sequence[Sequence[Any]] | None = None
     ) -> Committed:
-        """A step has come back: counts, tokens and full blocks of everyone in it. The hot loop of the
-        host."""
+        """A step has come back: counts, tokens and full blocks of everyone in it. The host's hot loop."""
         size, publishing = self._block_size, self._pool.cache.enabled
         hidden_ends, stop_text = self.hidden_ends, self._stop_text
         more = {plan.requests[place].index: iter(rest) for place, rest in tokens.more.items()}
         ended: list[tuple[Request, str]] = []
         late: set[int] = set()  # index of requests that ended while this step was in flight
         lengths = _without_wrong_drafts(plan, tokens) if plan.drafts else plan.lengths
-        for request, start, length, token in zip(plan.requests, plan.starts, lengths, tokens.first, strict=True):
+        chunks = (plan.requests, plan.starts, lengths, tokens.first)
+        for request, start, length, token in zip(*chunks, strict=True):
             request.num_scheduled_tokens -= length
             request.num_steps_in_flight -= 1
             computed = start + length
@@ -245,6 +244,7 @@ class Roster:
                 if request.state is not _PREEMPTED:
                     late.add(request.index)
                     continue
+                computed = 0  # its blocks were given back
             while token >= 0:
                 known = request.token_ids
                 known.append(token)
@@ -264,7 +264,7 @@ class Roster:
                     token = next(more[request.index], -1)
                     continue
                 break
-            if publishing and computed // size > request.num_published_blocks and request.state is not _PREEMPTED:
+            if publishing and computed // size > request.num_published_blocks:
                 publish(self._pool, request, min(computed, len(request.token_ids)) // size)
         emitted = plan.samples.count(True)
         if late or more:
@@ -304,12 +304,13 @@ class Roster:
         self._tell_end(request, now)
 
     def attach(self, request: Request, had: Handoff, now: float) -> tuple[int, list[int]]:
-        """A new request goes on with what it `had` in another engine. Returns the blocks whose KV has to be filled with
-        what arrived, and the place of the first in its table."""
+        """A new request goes on with what it `had` in another engine. Returns the blocks whose KV has to be
+        filled with what arrived, and the place of the first in its table."""
         request.token_ids, request.num_tokens = list(had.token_ids), len(had.token_ids)
         request.token_times, request.logprobs = list(had.token_times), list(had.logprobs)
-        request.first_scheduled_time, request.num_cached_tokens = had.first_scheduled_time, had.num_cached_tokens
-        request.num_preemptions, request.num_recomputed_tokens = had.num_preemptions, had.num_recomputed_tokens
+        request.first_scheduled_time = had.first_scheduled_time
+        request.num_cached_tokens, request.num_preemptions = had.num_cached_tokens, had.num_preemptions
+        request.num_recomputed_tokens = had.num_recomputed_tokens
         request.state = _WAITING if had.first_scheduled_time < 0 else _PREEMPTED
         pool, blocks, matched = self._pool, [], self._matches.match(request).blocks
         self._take(request, matched)
@@ -347,7 +348,8 @@ class Roster:
     def clear(self) -> None:
         """Forgets everyone, with every block: nothing is in flight any more."""
         self._left += self.running.items
-        for held in (self.running.items, self.waiting.items, self.kept_heads, self.reserved_blocks, self.releasing):
+        lists = (self.running.items, self.waiting.items)
+        for held in (*lists, self.kept_heads, self.reserved_blocks, self.releasing):
             held.clear()
         self.hidden_ends.clear()
         self.preemptions_since_token = 0
@@ -386,7 +388,7 @@ class Roster:
         self._calls.notify("on_finish", request, now)
         self.hidden_ends.pop(request.index, None)
 
-    # ---- what others take out of it ------------------------------------------------------------------------
+    # ---- what others take out of it -----------------------------------------------------------------------
 
     def take_left(self) -> list[Request]:
         """Who stopped running since the last launched plan: their rows on the device are free."""
@@ -412,7 +414,7 @@ class Roster:
         ended, self._ended = self._ended, []
         return ended
 
-    # ---- blocks --------------------------------------------------------------------------------------------
+    # ---- blocks -------------------------------------------------------------------------------------------
 
     @property
     def thrashing(self) -> bool:
@@ -497,8 +499,7 @@ class Roster:
 
 
 def _without_wrong_drafts(plan: StepPlan, tokens: Tokens) -> list[int]:
-    """The chunks' lengths as far as the KV that they wrote is of tokens that came of it: what was drafted wrongly is
-    computed again."""
+    """The chunks' lengths without what was drafted wrongly, whose KV is computed again."""
     lengths = list(plan.lengths)
     for place, drafts in plan.drafts.items():
         wrong = max(0, len(drafts) - len(tokens.more.get(place, ())))

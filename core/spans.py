@@ -1,4 +1,5 @@
-"""Sets of token positions as disjoint spans (first, last), `last` not included: which positions of a request were computed before."""
+"""Sets of token positions as disjoint spans (first, last), `last` not included: which positions of a request
+were computed before."""
 
 from __future__ import annotations
 
@@ -16,4 +17,7 @@ def union(spans: Spans, start: int, end: int) -> Spans:
         return spans
     apart = tuple(span for span in spans if span[1] < start or end < span[0])
     touching = [span for span in spans if span not in apart]
-    return (*apart, (min([start, *(first for first, _ in touching)]), max([end, *(last for _, last in touching)])))
+    return (
+        *apart,
+        (min([start, *(first for first, _ in touching)]), max([end, *(last for _, last in touching)])),
+    )

@@ -1,8 +1,8 @@
 """StepBuilder: all that a policy can do in a step, and the only mutator.
 
-It makes the illegal impossible. `add` checks budget, sequence cap and block supply, matches the prefix, allocates,
-evicts when short, asks the victim role when a running request still lacks a block, and answers. A policy can neither
-over-allocate nor forget to.
+It makes the illegal impossible. `add` checks budget, sequence cap and block supply, matches the prefix,
+allocates, evicts when short, asks the victim role when a running request still lacks a block, and answers. A
+policy can neither over-allocate nor forget to.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class StepBuilder:
             copies=self.copies.take() if self.requests else (),
         )
 
-    # ---- what a policy reads of the step so far ------------------------------------------------------------------
+    # ---- what a policy reads of the step so far -----------------------------------------------------------
 
     @property
     def num_seqs(self) -> int:
@@ -105,8 +105,9 @@ class StepBuilder:
             self.seqs_left = min(self.seqs_left, max(0, seqs))
 
     def admits(self, request: Request) -> bool:
-        """Whether admission lets a waiting request start now. A scheduler that asks more than `add` before it starts one (`fits`, what
-        is left of its own budget) asks this first: a request that admission defers then stops nobody behind it."""
+        """Whether admission lets a waiting request start now. A scheduler that asks more than `add` before it
+        starts one (`fits`, what is left of its own budget) asks this first: a request that admission defers
+        then stops nobody behind it."""
         return self._turned_away(request) is None
 
     def fits(self, request: Request, spare: int = 0) -> bool:
@@ -114,19 +115,22 @@ class StepBuilder:
         a scheduler that runs prompts to completion asks before it starts one."""
         return self._room.fits(request, self._matches.match(request).blocks, request.num_tokens, spare)
 
-    # ---- the verbs ----------------------------------------------------------------------------------------------
+    # ---- the verbs ----------------------------------------------------------------------------------------
 
-    def add(self, request: Request, num_tokens: int | None = None, drafts: Sequence[int] | None = None) -> Grant:
-        """Plans the request's next token, or its next chunk of at most `num_tokens`. `drafts` are guesses of the tokens
-        behind its last known one, for a running request whose next one is to be sampled: as many of them as the executor
-        verifies and as fit without preempting anybody are planned with it, and `Granted` counts them.
+    def add(
+        self, request: Request, num_tokens: int | None = None, drafts: Sequence[int] | None = None
+    ) -> Grant:
+        """Plans the request's next token, or its next chunk of at most `num_tokens`. `drafts` are guesses of
+        the tokens behind its last known one, for a running request whose next one is to be sampled: as many
+        of them as the executor verifies and as fit without preempting anybody are planned with it, and
+        `Granted` counts them.
 
         A running request that lacks a block evicts, then preempts whom the victim role names, itself last.
         A waiting request is admitted only into free or evictable blocks.
         Raises PolicyError for a request planned twice, preempted by this policy in this step, or ended.
         """
         if drafts is None and self.tokens_left > 0 and self.seqs_left > 0:
-            # The decode of a running request that has room in its last block: nearly every call, so it comes first.
+            # A running request decodes and has room in its last block: nearly every call, so it comes first.
             start = self._roster.schedule_decode(request, self.step)
             if start >= 0:
                 self.tokens_left -= 1
@@ -137,7 +141,8 @@ class StepBuilder:
                 self.samples.append(True)
                 return _ONE
         if num_tokens is not None and not num_tokens >= 1:  # NaN too
-            raise self._error(f"add(num_tokens={num_tokens}): expected at least 1, or None for as many as fit", request)
+            expected = "expected at least 1, or None for as many as fit"
+            raise self._error(f"add(num_tokens={num_tokens}): {expected}", request)
         state = request.state
         if state is _RUNNING:
             return self._add_running(request, num_tokens, drafts or ())
@@ -154,12 +159,14 @@ class StepBuilder:
         """
         self._check_leaving(request, "preempt")
         if mode not in PREEMPTION_MODES:
-            raise self._error(f"preempt(mode={mode!r}): expected one of {PREEMPTION_MODES}.{near(str(mode), PREEMPTION_MODES)}", request)
+            expected = f"expected one of {PREEMPTION_MODES}.{near(str(mode), PREEMPTION_MODES)}"
+            raise self._error(f"preempt(mode={mode!r}): {expected}", request)
         tail = self._roles.tail_blocks(request) if mode == "drop_tail" else 0
         self._room.preempt(request, mode, tail, self.step, self._now)
 
     def pause(self, request: Request) -> None:
-        """Sets a running request, not yet in this step, aside with its blocks: it waits, and goes on where it was.
+        """Sets a running request, not yet in this step, aside with its blocks: it waits, and goes on where it
+        was.
 
         When memory runs short its blocks are the first to go, and it is like any other that was preempted."""
         self._check_leaving(request, "pause")
@@ -169,19 +176,22 @@ class StepBuilder:
     def reject(self, request: Request, reason: str) -> None:
         """Refuses a waiting request for good; it counts as an SLO miss."""
         if request.state is not _WAITING:
-            raise self._error(f"reject() of a request that is {request.state.value}: only requests that never started can be rejected", request)
+            only = "only requests that never started can be rejected"
+            raise self._error(f"reject() of a request that is {request.state.value}: {only}", request)
         self._roster.reject(request, reason, self._now)
 
     def wake_at(self, t: float) -> None:
-        """A policy that idles on purpose says until when (seconds on the run's clock). A time that is not after now means the next
-        turn; who asks for that again and again, and plans nothing, is stopped by the engine."""
+        """A policy that idles on purpose says until when (seconds on the run's clock). A time that is not
+        after now means the next turn; who asks for that again and again, and plans nothing, is stopped by the
+        engine."""
         self._wake_at(t, self._roles.scheduler, "wake_at")
 
-    # ---- how the verbs work -------------------------------------------------------------------------------------
+    # ---- how the verbs work -------------------------------------------------------------------------------
 
     def _check_leaving(self, request: Request, verb: str) -> None:
         if request.state is not _RUNNING:
-            raise self._error(f"{verb}() of a request that is {request.state.value}: only running requests can be preempted or paused", request)
+            only = "only running requests can be preempted or paused"
+            raise self._error(f"{verb}() of a request that is {request.state.value}: {only}", request)
         if request.planned_step == self.step:
             raise self._error(f"{verb}() of a request that is already in this step", request)
         self._by_policy.add(request.index)
@@ -208,10 +218,15 @@ class StepBuilder:
         start = request.num_computed_tokens + request.num_scheduled_tokens
         if drafts:
             most = min(self.tokens_left, at_most or self.tokens_left) - 1
-            drafts = plannable(self._roles, self._roster, self._pool, request=request, drafts=drafts, most=most)
+            drafts = plannable(
+                self._roles, self._roster, self._pool, request=request, drafts=drafts, most=most
+            )
             n += len(drafts)
         need = self._pool.layout.num_blocks(start + n) - len(request.block_table)
-        if need > self._pool.num_available and (missing := self._room.for_running(request, need, self.step, self._now)):
+        room = self._room
+        if need > self._pool.num_available and (
+            missing := room.for_running(request, need, self.step, self._now)
+        ):
             if request.state is _RUNNING:
                 self._roster.reserve(request, need)  # what it waits for is not for those who wait to start
             return NeedBlocks(missing)

@@ -30,7 +30,8 @@ class Budget(NamedTuple):
 
 
 class View:
-    """What a policy may know at this step. Read-only; lists are as the step began, in the order (arrival, index)."""
+    """What a policy may know at this step. Read-only; lists are as it began, in the order (arrival,
+    index)."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class View:
 
     @property
     def prefilling(self) -> list[Request]:
-        """Of the running requests, those with more than one token to compute: the rest of a prompt, or of a recomputation."""
+        """Running requests with more than one token to compute: the rest of a prompt or a recomputation."""
         return [r for r in self.running if r.num_tokens - r.num_computed_tokens - r.num_scheduled_tokens > 1]
 
     @property
@@ -92,15 +93,17 @@ class View:
         return self._builder.starts, self._builder.lengths
 
     def candidates(self, order: Order, window: int) -> Iterator[Request]:
-        """Waiting requests as `order` ranks them, until `window` of them were looked at; those that admission turned away in this step do
-        not count. Raises PolicyError for what does not wait and for a request that is named twice."""
+        """Waiting requests as `order` ranks them, until `window` of them were looked at, those not counted
+        that admission turned away in this step. Raises PolicyError for what does not wait and for a request
+        that is named twice."""
         return self._checked(order, self._roles.calls.each(order, order.order, self), window)
 
     def _checked(self, order: Order, ranked: Iterator[Request], window: int) -> Iterator[Request]:
         calls, builder = self._roles.calls, self._builder
         named: set[int] = set()
         for request in ranked:
-            if not isinstance(request, Request) or not (request.state in _WANTS_TO_START or request in self.waiting):
+            known = isinstance(request, Request)
+            if not known or not (request.state in _WANTS_TO_START or request in self.waiting):
                 message = f"order() named {request!r}, which does not wait: name requests of view.waiting"
                 raise calls.refusal(order, message)
             if request.index in named:
@@ -114,7 +117,7 @@ class View:
                     return
 
     def match(self, request: Request) -> Match:
-        """Cached prefix of a waiting request. Memoised across steps: O(1) while the cache did not change around it."""
+        """Cached prefix of a waiting request. Memoised across steps: O(1) while the cache is as it was."""
         return self._matches.match(request)
 
     def num_blocks_for(self, num_tokens: int) -> int:
@@ -124,7 +127,7 @@ class View:
         """Predicted seconds of a step with these chunks, from the executor's cost model."""
         executor, calls = self._roles.executor, self._roles.calls
         if (model := executor.cost_model) is None:
-            raise PolicyError("asked for step_time, but this executor has no cost model: " + SERVICES["step_time"])
+            raise PolicyError(f"asked for step_time, but no cost model is there: {SERVICES['step_time']}")
         seconds = calls.call(executor, model.step_time, starts, lengths)
         if not is_finite(seconds):
             chunks = f"chunks of {list(lengths)[:8]} tokens: expected finite seconds"
@@ -143,8 +146,10 @@ class View:
         kv = self.kv
         lines = [
             f"view: step={self.step} now={self.now:.6f} lag={self.lag} budget={tuple(self.budget)}",
-            f"  kv: total={kv.total} free={kv.free} evictable={kv.evictable} pinned={kv.pinned} block_size={kv.block_size}",
+            f"  kv: total={kv.total} free={kv.free} evictable={kv.evictable} pinned={kv.pinned} "
+            f"block_size={kv.block_size}",
         ]
         for name, items in (("running", self._roster.running.items), ("waiting", self._roster.waiting.items)):
-            lines.append(f"  {name} ({len(items)}): " + "; ".join(map(repr, items[:4])) + (" ..." if len(items) > 4 else ""))
+            first = "; ".join(map(repr, items[:4])) + (" ..." if len(items) > 4 else "")
+            lines.append(f"  {name} ({len(items)}): {first}")
         return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The command that a user types, `python run.py ...`, beside the same command with other options: what its defaults cost.
+"""The command that a user types, `python run.py ...`, beside the same command with other options: what its
+defaults cost.
 
     python experiments/bench_command.py [default] [budgets] [repeats] [tp] [--repeats 3] [--model qwen3_8b]
 
@@ -7,8 +8,8 @@ budgets  scheduler=chunked with 512 and 2,048 tokens per step, and without a num
 repeats  an open load at 80% of what the GPU can do, the same command in three processes
 tp       one GPU against two with parallel.tp=2
 
-Random weights, nano-vLLM's 256 requests at once unless said otherwise. Variants of a figure take turns in every repeat, each in a
-process of its own, so the machine's moods meet all of them.
+Random weights, nano-vLLM's 256 requests at once unless said otherwise. Variants of a figure take turns in
+every repeat, each in a process of its own, so the machine's moods meet all of them.
 """
 
 from __future__ import annotations
@@ -34,18 +35,27 @@ BY_HAND = [
 ]  # fmt: skip
 NANO = ["workload=nano_bench"]
 OPEN = [
-    "workload=shared_prefix", "workload.rate=26", *(f"workload.{name}={value}" for name, value in online.LOAD.items()),
-    f"engine.num_blocks={online.BLOCKS}", f"scheduler.token_budget={online.BUDGET}",
-]  # fmt: skip
+    "workload=shared_prefix",
+    "workload.rate=26",
+    *(f"workload.{name}={value}" for name, value in online.LOAD.items()),
+    f"engine.num_blocks={online.BLOCKS}",
+    f"scheduler.token_budget={online.BUDGET}",
+]
 
 
 def run(model: str, options: list[str], devices: str = "0") -> dict[str, Any]:
     """The summary of one run. devices: numbers of GPUs."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "run.py", f"model={model}", "model.load_format=dummy", "tracking=none", f"hydra.run.dir={folder}/run",
-            "results.files=[summary.json]", *options,
-        ]  # fmt: skip
+            sys.executable,
+            "run.py",
+            f"model={model}",
+            "model.load_format=dummy",
+            "tracking=none",
+            f"hydra.run.dir={folder}/run",
+            "results.files=[summary.json]",
+            *options,
+        ]
         environment = dict(os.environ, CUDA_VISIBLE_DEVICES=devices, HF_HUB_OFFLINE="1")
         began = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -71,12 +81,18 @@ def throughputs(
             found[name].append(summary["output_throughput"])
             print(f"   {name}: {summary['output_throughput']:,.0f} output tok/s, {late(summary)}", flush=True)
     for name, values in found.items():
-        print(f"   {name:<12} {statistics.median(values):>9,.0f} tok/s ({min(values):,.0f} to {max(values):,.0f})")
+        print(
+            f"   {name:<12} {statistics.median(values):>9,.0f} tok/s ({min(values):,.0f} to "
+            f"{max(values):,.0f})"
+        )
     return {name: statistics.median(values) for name, values in found.items()}
 
 
 def late(summary: dict[str, Any]) -> str:
-    return f"{summary['late_preparations']} late compilations or captures, warm-up {summary['warmup_seconds']:.1f} s"
+    return (
+        f"{summary['late_preparations']} late compilations or captures, warm-up "
+        f"{summary['warmup_seconds']:.1f} s"
+    )
 
 
 def goal(what: str, value: float, reached: bool, wanted: str) -> None:
@@ -125,13 +141,17 @@ FIGURES = {"default": default, "budgets": budgets, "repeats": repeats, "tp": tp}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("figures", nargs="*", default=["default"], metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default="qwen3_8b")
     args = parser.parse_args()
     if unknown := set(args.figures) - set(FIGURES):
-        parser.error(f"no figure is called {', '.join(sorted(unknown))}: expected some of {', '.join(FIGURES)}")
+        parser.error(
+            f"no figure is called {', '.join(sorted(unknown))}: expected some of {', '.join(FIGURES)}"
+        )
     for name in args.figures:
         print(f"\n{name}", flush=True)
         FIGURES[name](args)

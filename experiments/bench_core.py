@@ -2,8 +2,8 @@
 
     python experiments/bench_core.py [--running 64 256 1024] [--waiting 64] [--steps 300] [--repeats 5]
 
-The executor does nothing, so what is left is the engine: plan, decision log, token append, publishing, metrics times.
-Waiting requests cannot start (the sequence cap is reached), as in a saturated server.
+The executor does nothing, so what is left is the engine: plan, decision log, token append, publishing,
+metrics times. Waiting requests cannot start (the sequence cap is reached), as in a saturated server.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import statistics
 import time
 
 from core.compose.build import build_roles
-from headway import Arrival, Engine, EngineConfig, SamplingParams, VirtualExecutor, default_choices, load_registry
+from headway import (
+    Arrival,
+    Engine,
+    EngineConfig,
+    SamplingParams,
+    VirtualExecutor,
+    default_choices,
+    load_registry,
+)
 
 
 def measure(scheduler: str, cache: str, running: int, waiting: int, steps: int) -> tuple[float, float]:
@@ -28,7 +36,13 @@ def measure(scheduler: str, cache: str, running: int, waiting: int, steps: int) 
     blocks = (running + waiting) * ((prompt + steps + 64) // 16 + 2)
     engine = Engine(roles, EngineConfig(num_blocks=blocks, max_num_seqs=running, max_num_batched_tokens=8192))
     for i in range(running + waiting):
-        engine.add(Arrival(0.0, [(i * 131 + j * 7) % 50000 for j in range(prompt)], SamplingParams(max_tokens=steps + 1000, ignore_eos=True)))
+        engine.add(
+            Arrival(
+                0.0,
+                [(i * 131 + j * 7) % 50000 for j in range(prompt)],
+                SamplingParams(max_tokens=steps + 1000, ignore_eos=True),
+            )
+        )
     while len(engine.running) < running or any(r.num_new_tokens != 1 for r in engine.running):
         engine.step()
     gc.collect()
@@ -42,7 +56,9 @@ def measure(scheduler: str, cache: str, running: int, waiting: int, steps: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scheduler", default="chunked")
     parser.add_argument("--cache", default="hash")
     parser.add_argument("--running", type=int, nargs="+", default=[64, 256, 1024])
@@ -50,13 +66,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    print(f"Python {platform.python_version()}, {platform.machine()}, {args.scheduler} + {args.cache}, {args.waiting} waiting, {args.steps} steps")
-    print(f"{'running':>8} {'policy us/req':>14} {'min..max':>14} {'loop us/req':>12} {'min..max':>14} {'step us':>9}")
+    print(
+        f"Python {platform.python_version()}, {platform.machine()}, {args.scheduler} + {args.cache}, "
+        f"{args.waiting} waiting, {args.steps} steps"
+    )
+    print(
+        f"{'running':>8} {'policy us/req':>14} {'min..max':>14} {'loop us/req':>12} {'min..max':>14} "
+        f"{'step us':>9}"
+    )
     for running in args.running:
-        runs = [measure(args.scheduler, args.cache, running, args.waiting, args.steps) for _ in range(args.repeats)]
+        runs = [
+            measure(args.scheduler, args.cache, running, args.waiting, steps=args.steps)
+            for _ in range(args.repeats)
+        ]
         policy, loop = [r[0] for r in runs], [r[1] for r in runs]
         print(
-            f"{running:>8} {statistics.median(policy):>14.2f} {min(policy):>7.2f}..{max(policy):<5.2f} {statistics.median(loop):>12.2f} "
+            f"{running:>8} {statistics.median(policy):>14.2f} {min(policy):>7.2f}..{max(policy):<5.2f} "
+            f"{statistics.median(loop):>12.2f} "
             f"{min(loop):>7.2f}..{max(loop):<5.2f} {statistics.median(loop) * running:>9.0f}"
         )
 

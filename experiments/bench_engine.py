@@ -1,18 +1,22 @@
-"""The real engine's speed on one GPU, beside other engines and the roofline: one command, one machine, one order.
+"""The real engine's speed on one GPU, beside other engines and the roofline: one command, one machine, one
+order.
 
-    python experiments/bench_engine.py A B C D decode seam [--peer vllm=PYTHONPATH] [--peer nano=PYTHONPATH] [--repeats 3] [--json FILE]
+    python experiments/bench_engine.py A B C D decode seam [--peer vllm=PYTHONPATH] [--peer nano=PYTHONPATH]
+    [--repeats 3] [--json FILE]
 
-A      nano-vLLM's benchmark: 256 requests at once, prompts and answers of 100 to 1,024 tokens, T=0.6; shape of Qwen3-0.6B, bf16
+A      nano-vLLM's benchmark: 256 requests at once, prompts and answers of 100 to 1,024 tokens, T=0.6; shape
+       of Qwen3-0.6B, bf16
 B      the same requests on the shape of Qwen3-8B
 C      B's requests as Poisson arrivals at 80% of B's saturated rate: TTFT and TPOT
-D      100 prompts of 512 tokens, 70 of which begin with the same 80% (rounded up to a block): cache=hash against cache=none; 8B
-decode one request, 8B: step time over the time to read the weights once; host time with graphs against without
+D      100 prompts of 512 tokens, 70 of which begin with the same 80% (rounded up to a block): cache=hash
+       against cache=none; 8B
+decode one request, 8B: step time over the time to read the weights once; host time with graphs and without
 seam   A through hooks and roles against the same engine with its policy wired in by hand
 online 20, 26 and 32 requests/s of online.py's load, beside vLLM
 mixed  the step of online.py that holds a chunk and 64 decodes: what the host and the GPU take
 
-Every engine runs in its own process with random weights; the first repeat warms up and is not counted. A peer is any of vllm, nano
-(nano-vLLM) and sglang; PYTHONPATH is where it is found, "" where it is installed.
+Every engine runs in its own process with random weights; the first repeat warms up and is not counted. A peer
+is any of vllm, nano (nano-vLLM) and sglang; PYTHONPATH is where it is found, "" where it is installed.
 """
 
 from __future__ import annotations
@@ -38,15 +42,28 @@ from roofline import SHAPES, floor  # noqa: E402
 
 from plugins.workloads.nano_bench import requests  # noqa: E402
 
-MODEL = {"A": "0.6B", "B": "8B", "C": "8B", "D": "8B", "decode": "8B", "seam": "0.6B", "online": "8B", "mixed": "8B"}
+MODEL = {
+    "A": "0.6B",
+    "B": "8B",
+    "C": "8B",
+    "D": "8B",
+    "decode": "8B",
+    "seam": "0.6B",
+    "online": "8B",
+    "mixed": "8B",
+}
 RATES = (20, 26, 32)  # requests/s of `online`
-GOALS = {"A": {"vllm": 1.2, "nano": 1.35, "roofline": 0.75}, "B": {"vllm": 1.12, "nano": 1.2, "roofline": 0.80}}
+GOALS = {
+    "A": {"vllm": 1.2, "nano": 1.35, "roofline": 0.75},
+    "B": {"vllm": 1.12, "nano": 1.2, "roofline": 0.80},
+}
 LOAD = 0.8  # of the saturated rate, in C
-HOST = ("policy", "prepare", "launch", "collect", "rest")  # the host's parts of a step, seconds, as `profiled` names them
+# the host's parts of a step, seconds, as `profiled` names them
+HOST = ("policy", "prepare", "launch", "collect", "rest")
 FULL = (241, 256)  # running requests in a full step: what the peers' host cost was taken at
 
 
-# ---- workers: one engine, one process --------------------------------------------------------------------------------
+# ---- workers: one engine, one process --------------------------------------------------------------------
 
 
 def report(**result: Any) -> None:
@@ -56,21 +73,30 @@ def report(**result: Any) -> None:
 def kernel_choice(text: str) -> dict[str, Any]:
     """ "flash_attn,decode=triton" -> a kernels choice, with graphs unless "eager" is one of the words."""
     name, *fields = text.split(",")
-    return {"name": name, "cuda_graphs": "eager" not in fields} | dict(field.split("=") for field in fields if field != "eager")
+    return {"name": name, "cuda_graphs": "eager" not in fields} | dict(
+        field.split("=") for field in fields if field != "eager"
+    )
 
 
 def ours(model: str, kernels: str, **options: Any) -> Any:
     from headway import LLM
 
     defaults = {
-        "kernels": kernel_choice(kernels), "scheduler": "fcfs", "cache": "hash", "max_model_len": 4096, "max_num_seqs": 256,
-        "max_num_batched_tokens": 16384, "max_inflight": 2, "block_size": 256,
-    }  # fmt: skip
+        "kernels": kernel_choice(kernels),
+        "scheduler": "fcfs",
+        "cache": "hash",
+        "max_model_len": 4096,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 16384,
+        "max_inflight": 2,
+        "block_size": 256,
+    }
     return LLM(model, load_format="dummy", **SHAPES[model], **(defaults | options))
 
 
 def saturated(generate: Any, repeats: int, engine: str) -> None:
-    """`generate(prompts, lengths)` -> tokens made. Reports output tokens/s; the first repeat is the warm-up."""
+    """`generate(prompts, lengths)` -> tokens made. Reports output tokens/s; the first repeat is the
+    warm-up."""
     for repeat in range(repeats + 1):
         prompts, lengths = requests(repeat)
         start = time.perf_counter()
@@ -83,9 +109,15 @@ def saturated(generate: Any, repeats: int, engine: str) -> None:
 def work_headway(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     {
-        "A": ours_saturated, "B": ours_saturated, "C": ours_open, "D": ours_prefix, "decode": ours_decode, "seam": ours_seam,
-        "online": ours_online, "mixed": ours_mixed,
-    }[args.workload](args)  # fmt: skip
+        "A": ours_saturated,
+        "B": ours_saturated,
+        "C": ours_open,
+        "D": ours_prefix,
+        "decode": ours_decode,
+        "seam": ours_seam,
+        "online": ours_online,
+        "mixed": ours_mixed,
+    }[args.workload](args)
     print(f"worker took {time.perf_counter() - began:.1f} s", flush=True)
 
 
@@ -108,11 +140,17 @@ def ours_saturated(args: argparse.Namespace) -> None:
     total = {k: sum(s.get(k, 0.0) for s in decode) for k in ("gpu", "gpu_idle", *HOST)}
     full = [s for s in decode if FULL[0] <= s["seqs"] <= FULL[1]]
     report(
-        engine="headway", profile=True, idle_share=total["gpu_idle"] / (total["gpu"] + total["gpu_idle"]), decode_steps=len(decode),
-        host_us=host_us(decode), full_steps=len(full), full_host_us=host_us(full), step_ms={k: v / len(decode) * 1e3 for k, v in total.items()},
+        engine="headway",
+        profile=True,
+        idle_share=total["gpu_idle"] / (total["gpu"] + total["gpu_idle"]),
+        decode_steps=len(decode),
+        host_us=host_us(decode),
+        full_steps=len(full),
+        full_host_us=host_us(full),
+        step_ms={k: v / len(decode) * 1e3 for k, v in total.items()},
         prompt_s=sum(s["gpu"] + s.get("gpu_idle", 0.0) for s in steps if not s["decode"]),
         by_batch=by_batch(decode),
-    )  # fmt: skip
+    )
 
 
 def host_us(steps: list[dict[str, Any]]) -> dict[str, float]:
@@ -123,7 +161,8 @@ def host_us(steps: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def by_batch(decode: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Batch size class -> [steps, mean GPU ms, mean idle ms, mean host ms, planning and book-keeping in us per request]."""
+    """Batch size class -> [steps, mean GPU ms, mean idle ms, mean host ms, planning and book-keeping in us
+    per request]."""
     table = {}
     for low, high in ((1, 1), (2, 4), (5, 16), (17, 64), (65, 128), (129, 192), (193, 256)):
         chosen = [s for s in decode if low <= s["seqs"] <= high]
@@ -131,7 +170,13 @@ def by_batch(decode: list[dict[str, Any]]) -> dict[str, list[float]]:
             mean = lambda key, among=chosen: statistics.fmean(s.get(key, 0.0) for s in among) * 1e3  # noqa: E731
             host = sum(mean(part) for part in HOST)
             policy = host_us(chosen)["policy"]
-            table[f"{low}-{high}"] = [len(chosen), round(mean("gpu"), 3), round(mean("gpu_idle"), 4), round(host, 3), round(policy, 2)]
+            table[f"{low}-{high}"] = [
+                len(chosen),
+                round(mean("gpu"), 3),
+                round(mean("gpu_idle"), 4),
+                round(host, 3),
+                round(policy, 2),
+            ]
     return table
 
 
@@ -149,9 +194,15 @@ def profiled(llm: Any, call: Any) -> list[dict[str, Any]]:
         def on_step(self, record: Any) -> None:
             now = time.perf_counter()
             plan, known = record.plan, record.timings
-            row = {"decode": plan.num_tokens == len(plan.requests), "seqs": len(plan.requests), "policy": record.policy_time, **known}
-            # What is left of the turn once every part that is timed is taken out: the loop itself and the clock. A turn plans and
-            # launches the next step and collects this one, so one step's value is off by what the two differ; a mean is not.
+            row = {
+                "decode": plan.num_tokens == len(plan.requests),
+                "seqs": len(plan.requests),
+                "policy": record.policy_time,
+                **known,
+            }
+            # What is left of the turn once every part that is timed is taken out: the loop itself and the
+            # clock. A turn plans and launches the next step and collects this one, so one step's value is off
+            # by what the two differ; a mean is not.
             timed = sum(known.get(k, 0.0) for k in ("prepare", "launch", "wait", "collect", "profile"))
             row["rest"] = now - self.last - record.policy_time - timed
             steps.append(row)
@@ -185,7 +236,11 @@ def ours_open(args: argparse.Namespace) -> None:
         ttft = sorted(o.token_times[0] - o.arrival_time for o in done)
         tpot = sorted((o.token_times[-1] - o.token_times[0]) / (len(o.token_times) - 1) for o in done)
         named = {"ttft": ttft, "tpot": tpot}
-        figures = {f"{name}_p{q}": values[min(len(values) - 1, q * len(values) // 100)] for name, values in named.items() for q in (50, 99)}
+        figures = {
+            f"{name}_p{q}": values[min(len(values) - 1, q * len(values) // 100)]
+            for name, values in named.items()
+            for q in (50, 99)
+        }
         report(engine="headway", repeat=repeat, rate=args.rate, **figures)
 
 
@@ -205,15 +260,24 @@ def ours_prefix(args: argparse.Namespace) -> None:
             made = run_ours(llm, prompts[:1], [args.output_len]) + run_ours(llm, rest, [args.output_len] * 99)
             seconds = time.perf_counter() - start
             computed = llm.engine.counts.planned_tokens - planned - (made - 100)
-            report(engine="headway", cache=cache, repeat=repeat, seconds=seconds, saved=1 - computed / (100 * 512))
+            report(
+                engine="headway",
+                cache=cache,
+                repeat=repeat,
+                seconds=seconds,
+                saved=1 - computed / (100 * 512),
+            )
         llm.close()
         del llm
 
 
 def ours_decode(args: argparse.Namespace) -> None:
-    """One request of 128 tokens answers 256: a step's seconds, and the host's part of it, with graphs and without."""
+    """One request of 128 tokens answers 256: a step's seconds, and the host's part of it, with graphs and
+    without."""
     for graphs in (True, False):
-        llm = ours("8B", args.kernels + ("" if graphs else ",eager"), max_num_seqs=8, max_num_batched_tokens=2048)
+        llm = ours(
+            "8B", args.kernels + ("" if graphs else ",eager"), max_num_seqs=8, max_num_batched_tokens=2048
+        )
         for repeat in range(args.repeats + 1):
             one_request(llm, graphs, repeat)
         llm.close()
@@ -226,9 +290,21 @@ def one_request(llm: Any, graphs: bool, repeat: int) -> None:
     run_ours(llm, [prompt], [256])
     wall = time.perf_counter() - start
     steps = [s for s in profiled(llm, lambda: run_ours(llm, [prompt], [64])) if s["decode"]][8:]
-    ms = {key: statistics.median(s.get(key, 0.0) for s in steps) * 1e3 for key in ("gpu", "prepare", "launch", "collect")}
-    host = ms["prepare"] + ms["launch"] + ms["collect"]  # the executor's part; planning is the same with graphs and without
-    report(engine="headway", graphs=graphs, repeat=repeat, step_ms=wall / 256 * 1e3, gpu_ms=ms["gpu"], launch_ms=ms["launch"], host_ms=host)
+    ms = {
+        key: statistics.median(s.get(key, 0.0) for s in steps) * 1e3
+        for key in ("gpu", "prepare", "launch", "collect")
+    }
+    # the executor's part; planning is the same with graphs and without
+    host = ms["prepare"] + ms["launch"] + ms["collect"]
+    report(
+        engine="headway",
+        graphs=graphs,
+        repeat=repeat,
+        step_ms=wall / 256 * 1e3,
+        gpu_ms=ms["gpu"],
+        launch_ms=ms["launch"],
+        host_ms=host,
+    )
 
 
 def ours_seam(args: argparse.Namespace) -> None:
@@ -242,16 +318,23 @@ def ours_seam(args: argparse.Namespace) -> None:
             undo = wire(llm.engine) if wired else None
             start = time.perf_counter()
             made = run_ours(llm, *requests(2 * repeat + wired))
-            report(engine="headway", wired=wired, repeat=repeat, seconds=time.perf_counter() - start, tokens=made)
+            report(
+                engine="headway", wired=wired, repeat=repeat, seconds=time.perf_counter() - start, tokens=made
+            )
             if undo is not None:
                 undo()
 
 
 def online_engine(args: argparse.Namespace, budget: int) -> Any:
     return ours(
-        "8B", args.kernels, scheduler={"name": "chunked", "token_budget": budget}, block_size=online.BLOCK_SIZE, num_blocks=online.BLOCKS,
-        max_model_len=online.CONTEXT, max_num_batched_tokens=max(budget, 8192),
-    )  # fmt: skip
+        "8B",
+        args.kernels,
+        scheduler={"name": "chunked", "token_budget": budget},
+        block_size=online.BLOCK_SIZE,
+        num_blocks=online.BLOCKS,
+        max_model_len=online.CONTEXT,
+        max_num_batched_tokens=max(budget, 8192),
+    )
 
 
 def ours_online(args: argparse.Namespace) -> None:
@@ -266,7 +349,12 @@ def ours_mixed(args: argparse.Namespace) -> None:
         steps = profiled(llm, lambda repeat=repeat: online.mixed_steps(llm, repeat))
         full = [s for s in steps if not s["decode"] and s["seqs"] >= online.DECODES]
         parts = ("gpu", "gpu_idle", *HOST)
-        report(engine="headway", repeat=repeat, steps=len(full), ms={k: statistics.median(s.get(k, 0.0) for s in full) * 1e3 for k in parts})
+        report(
+            engine="headway",
+            repeat=repeat,
+            steps=len(full),
+            ms={k: statistics.median(s.get(k, 0.0) for s in full) * 1e3 for k in parts},
+        )
     report(engine="headway", span_over_kernels=online.span_over_kernels(llm, args.repeats + 1))
 
 
@@ -277,14 +365,27 @@ def peer_directory(model: str) -> str:
 
     path, shape = Path(tempfile.gettempdir()) / f"headway-bench-{model}", SHAPES[model]
     path.mkdir(exist_ok=True)
-    vocab = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *(f"t{i}" for i in range(3, shape["vocab_size"]))])}
+    vocab = {
+        word: i
+        for i, word in enumerate(["<s>", "</s>", "<unk>", *(f"t{i}" for i in range(3, shape["vocab_size"]))])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
     config = {k: v for k, v in shape.items() if k not in ("architecture", "dtype")} | {
-        "architectures": [shape["architecture"]], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
-        "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": shape["dtype"], "initializer_range": 0.02, "rope_scaling": None,
-    }  # fmt: skip
+        "architectures": [shape["architecture"]],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": shape["dtype"],
+        "initializer_range": 0.02,
+        "rope_scaling": None,
+    }
     (path / "config.json").write_text(json.dumps(config))
     return str(path)
 
@@ -299,7 +400,10 @@ def work_vllm(args: argparse.Namespace) -> None:
 
     def generate(prompts: list[list[int]], lengths: list[int]) -> int:
         params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in lengths]
-        return sum(len(r.outputs[0].token_ids) for r in llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False))
+        return sum(
+            len(r.outputs[0].token_ids)
+            for r in llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        )
 
     saturated(generate, args.repeats, "vllm")
 
@@ -309,7 +413,8 @@ def work_nano(args: argparse.Namespace) -> None:
     from nanovllm import LLM, SamplingParams
 
     llm = LLM(peer_directory(MODEL[args.workload]), enforce_eager=False, max_model_len=4096)
-    for name, parameter in llm.model_runner.model.named_parameters():  # it has no random initialisation of its own
+    # it has no random initialisation of its own
+    for name, parameter in llm.model_runner.model.named_parameters():
         with torch.no_grad():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=0.02)
 
@@ -324,13 +429,22 @@ def work_sglang(args: argparse.Namespace) -> None:
     import sglang
 
     llm = sglang.Engine(
-        model_path=peer_directory(MODEL[args.workload]), load_format="dummy", attention_backend="fa3", sampling_backend="pytorch",
-        context_length=4096, mem_fraction_static=0.85, max_running_requests=512, log_level="warning",
-    )  # fmt: skip
+        model_path=peer_directory(MODEL[args.workload]),
+        load_format="dummy",
+        attention_backend="fa3",
+        sampling_backend="pytorch",
+        context_length=4096,
+        mem_fraction_static=0.85,
+        max_running_requests=512,
+        log_level="warning",
+    )
 
     def generate(prompts: list[list[int]], lengths: list[int]) -> int:
         params = [{"temperature": 0.6, "ignore_eos": True, "max_new_tokens": n} for n in lengths]
-        return sum(r["meta_info"]["completion_tokens"] for r in llm.generate(input_ids=prompts, sampling_params=params))
+        return sum(
+            r["meta_info"]["completion_tokens"]
+            for r in llm.generate(input_ids=prompts, sampling_params=params)
+        )
 
     saturated(generate, args.repeats, "sglang")
     llm.shutdown()
@@ -339,11 +453,24 @@ def work_sglang(args: argparse.Namespace) -> None:
 WORKERS = {"headway": work_headway, "vllm": work_vllm, "nano": work_nano, "sglang": work_sglang}
 
 
-# ---- the driver ------------------------------------------------------------------------------------------------------
+# ---- the driver ------------------------------------------------------------------------------------------
 
 
-def run_worker(engine: str, workload: str, args: argparse.Namespace, path: str | None = None, **extra: Any) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__, "--worker", engine, "--workload", workload, "--repeats", str(args.repeats), "--kernels", args.kernels]
+def run_worker(
+    engine: str, workload: str, args: argparse.Namespace, path: str | None = None, **extra: Any
+) -> list[dict[str, Any]]:
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        engine,
+        "--workload",
+        workload,
+        "--repeats",
+        str(args.repeats),
+        "--kernels",
+        args.kernels,
+    ]
     for name, value in extra.items():
         command += [f"--{name}", str(value)]
     environment = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_USE_FLASHINFER_SAMPLER="0", PYTHONUNBUFFERED="1")
@@ -352,7 +479,11 @@ def run_worker(engine: str, workload: str, args: argparse.Namespace, path: str |
     began = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.timeout)
     results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    print(f"-- {engine} {workload}: {len(results)} results, {time.perf_counter() - began:.0f} s, exit {done.returncode}", flush=True)
+    print(
+        f"-- {engine} {workload}: {len(results)} results, {time.perf_counter() - began:.0f} s, exit "
+        f"{done.returncode}",
+        flush=True,
+    )
     if done.returncode or not results:
         print((done.stdout + done.stderr)[:4000], "\n...\n", (done.stdout + done.stderr)[-1500:], flush=True)
     return results
@@ -369,7 +500,10 @@ def throughputs(results: list[dict[str, Any]]) -> list[float]:
 def compare(workload: str, args: argparse.Namespace, rates: dict[str, float], found: dict[str, Any]) -> None:
     least = floor(SHAPES[MODEL[workload]], rates)
     tokens = sum(requests(0)[1])
-    print(f"\n{workload}: Qwen3-{MODEL[workload]} shape, {tokens:,} output tokens; roofline floor {least:.2f} s = {tokens / least:,.0f} tok/s")
+    print(
+        f"\n{workload}: Qwen3-{MODEL[workload]} shape, {tokens:,} output tokens; roofline floor {least:.2f} "
+        f"s = {tokens / least:,.0f} tok/s"
+    )
     engines = {"headway": None, **dict(peer.split("=", 1) for peer in args.peer)}
     speeds: dict[str, float] = {}
     for engine, path in engines.items():
@@ -378,19 +512,30 @@ def compare(workload: str, args: argparse.Namespace, rates: dict[str, float], fo
         if not values:
             continue
         speeds[engine] = statistics.median(values)
-        line = f"   {engine:<8} {statistics.median(values):>9,.0f} tok/s ({min(values):,.0f} to {max(values):,.0f}), {tokens / speeds[engine]:.2f} s"
+        line = (
+            f"   {engine:<8} {statistics.median(values):>9,.0f} tok/s ({min(values):,.0f} to "
+            f"{max(values):,.0f}), {tokens / speeds[engine]:.2f} s"
+        )
         if engine != "headway" and "headway" in speeds:
             ratio = speeds["headway"] / speeds[engine]
-            line += f"; headway is {ratio:.3f}x ({met(ratio >= GOALS[workload].get(engine, 0))}: at least {GOALS[workload].get(engine, 0)}x)"
+            least = GOALS[workload].get(engine, 0)
+            line += f"; headway is {ratio:.3f}x ({met(ratio >= least)}: at least {least}x)"
         print(line, flush=True)
         for r in results:
             if r.get("profile"):
                 full, mean = r["full_host_us"], r["host_us"]
-                print(f"      GPU idle share in decode {r['idle_share']:.2%} ({met(r['idle_share'] <= 0.03)}: at most 3%)")
-                print(f"      host us per running request, {FULL[0]} to {FULL[1]} running ({r['full_steps']} steps): {rounded(full)}"
-                      f" ({met(0 < full['host'] <= 2)}: at most 2)")  # fmt: skip
                 print(
-                    f"      host us per running request, all {r['decode_steps']} decode steps: {rounded(mean)} ({met(mean['host'] <= 2)}: at most 2)"
+                    f"      GPU idle share in decode {r['idle_share']:.2%} ({met(r['idle_share'] <= 0.03)}: "
+                    "at most 3%)"
+                )
+                print(
+                    f"      host us per running request, {FULL[0]} to {FULL[1]} running ({r['full_steps']} "
+                    f"steps): {rounded(full)}"
+                    f" ({met(0 < full['host'] <= 2)}: at most 2)"
+                )
+                print(
+                    f"      host us per running request, all {r['decode_steps']} decode steps: "
+                    f"{rounded(mean)} ({met(mean['host'] <= 2)}: at most 2)"
                 )
                 print(f"      mean decode step, ms: {rounded(r['step_ms'])}; prompts {r['prompt_s']:.3f} s")
                 print(f"      batch: steps, GPU ms, idle ms, host ms, policy us per request: {r['by_batch']}")
@@ -417,7 +562,10 @@ def open_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
         print("\nC needs B before it, or --rate")
         return
     results = found["C headway"] = run_worker("headway", "C", args, rate=rate, scheduler=args.scheduler)
-    print(f"\nC: Qwen3-8B shape, Poisson arrivals at {rate:.2f} requests/s, scheduler {args.scheduler or 'chunked, 2,048 tokens per step'}")
+    print(
+        f"\nC: Qwen3-8B shape, Poisson arrivals at {rate:.2f} requests/s, scheduler "
+        f"{args.scheduler or 'chunked, 2,048 tokens per step'}"
+    )
     for name, unit in (("ttft_p50", "s"), ("ttft_p99", "s"), ("tpot_p50", "s"), ("tpot_p99", "s")):
         if results:
             print(f"   {name} {spread([r[name] for r in results])} {unit}")
@@ -425,13 +573,21 @@ def open_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
 
 def prefix_test(args: argparse.Namespace, found: dict[str, Any]) -> None:
     results = found["D headway"] = run_worker("headway", "D", args, **{"output-len": args.output_len})
-    seconds = {c: [r["seconds"] for r in results if r["cache"] == c and r["repeat"]] for c in ("none", "hash")}
+    seconds = {
+        c: [r["seconds"] for r in results if r["cache"] == c and r["repeat"]] for c in ("none", "hash")
+    }
     if not all(seconds.values()):
         return
     saved = min(r["saved"] for r in results if r["cache"] == "hash" and r["repeat"])
     ratio = statistics.median(seconds["none"]) / statistics.median(seconds["hash"])
-    print(f"\nD: Qwen3-8B shape, {args.output_len} output tokens: cache=none {spread(seconds['none'])} s, cache=hash {spread(seconds['hash'])} s")
-    print(f"   {ratio:.2f}x ({met(ratio >= 1.78)}: at least 1.78x), {saved:.2%} of the prompt tokens saved ({met(saved >= 0.56)}: at least 56%)")
+    print(
+        f"\nD: Qwen3-8B shape, {args.output_len} output tokens: cache=none {spread(seconds['none'])} s, "
+        f"cache=hash {spread(seconds['hash'])} s"
+    )
+    print(
+        f"   {ratio:.2f}x ({met(ratio >= 1.78)}: at least 1.78x), {saved:.2%} of the prompt tokens saved "
+        f"({met(saved >= 0.56)}: at least 56%)"
+    )
 
 
 def single_decode(args: argparse.Namespace, rates: dict[str, float], found: dict[str, Any]) -> None:
@@ -439,15 +595,26 @@ def single_decode(args: argparse.Namespace, rates: dict[str, float], found: dict
 
     results = found["decode headway"] = run_worker("headway", "decode", args)
     model = ModelShape(**SHAPES["8B"])
-    least = (model.num_hidden_layers * model.layer_parameters + model.embedding_parameters) * model.dtype_bytes / rates["bandwidth"] * 1e3
+    least = (
+        (model.num_hidden_layers * model.layer_parameters + model.embedding_parameters)
+        * model.dtype_bytes
+        / rates["bandwidth"]
+        * 1e3
+    )
     counted = [r for r in results if r["repeat"]]
     names = ("step_ms", "gpu_ms", "launch_ms", "host_ms")
-    pick = {g: {k: statistics.median(r[k] for r in counted if r["graphs"] is g) for k in names} for g in (True, False)}
+    pick = {
+        g: {k: statistics.median(r[k] for r in counted if r["graphs"] is g) for k in names}
+        for g in (True, False)
+    }
     ratio, saved = pick[True]["step_ms"] / least, 1 - pick[True]["host_ms"] / pick[False]["host_ms"]
     print(f"\ndecode: one request, Qwen3-8B shape, weights over bandwidth {least:.2f} ms")
     print(f"   graphs {rounded(pick[True])}\n   eager  {rounded(pick[False])}")
     print(f"   {ratio:.3f}x the floor ({met(ratio <= 1.35)}: at most 1.35x)")
-    print(f"   the executor's CPU time is {saved:.0%} below the step without graphs ({met(saved >= 0.6)}: at least 60%)")
+    print(
+        f"   the executor's CPU time is {saved:.0%} below the step without graphs ({met(saved >= 0.6)}: at "
+        "least 60%)"
+    )
 
 
 def seam(args: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -464,7 +631,10 @@ def online_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
     medians: dict[tuple[str, int, str], float] = {}
     names = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
     print("\nonline: Qwen3-8B shape, chunked + hash, 2,048 tokens per step, 6,000 KV blocks of 16")
-    for engine, path in {"headway": None, **dict(peer.split("=", 1) for peer in args.peer if peer.startswith("vllm="))}.items():
+    for engine, path in {
+        "headway": None,
+        **dict(peer.split("=", 1) for peer in args.peer if peer.startswith("vllm=")),
+    }.items():
         results = found[f"online {engine}"] = run_worker(engine, "online", args, path)
         for r in results:
             if times := r.get("first_ttft_ms"):
@@ -472,7 +642,10 @@ def online_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
                 print(f"   first token of each of 12 requests, ms: {', '.join(f'{t:.1f}' for t in times)}")
                 print(f"   the first over the tenth: {ratio:.2f} ({met(ratio <= 1.2)}: at most 1.2)")
             if "late_preparations" in r:
-                print(f"   compiled or captured after the start: {r['late_preparations']} ({met(not r['late_preparations'])}: 0)")
+                print(
+                    f"   compiled or captured after the start: {r['late_preparations']} "
+                    f"({met(not r['late_preparations'])}: 0)"
+                )
         for rate in RATES:
             rows = [r for r in results if r.get("rate") == rate and r["repeat"]]
             for name in names if rows else ():
@@ -490,7 +663,10 @@ def mixed_step(args: argparse.Namespace, found: dict[str, Any]) -> None:
     counted = [r for r in results if r.get("repeat")]
     if counted:
         ms = {k: statistics.median(r["ms"][k] for r in counted) for k in counted[0]["ms"]}
-        print(f"\nmixed: {online.CHUNK} tokens of a prompt beside {online.DECODES} decodes, Qwen3-8B shape, {counted[0]['steps']} steps")
+        print(
+            f"\nmixed: {online.CHUNK} tokens of a prompt beside {online.DECODES} decodes, Qwen3-8B shape, "
+            f"{counted[0]['steps']} steps"
+        )
         print(f"   ms: {rounded(ms)}")
         print(f"   launch {ms['launch']:.2f} ms ({met(ms['launch'] <= 0.5)}: at most 0.5 ms)")
         ratio = results[-1]["span_over_kernels"]
@@ -498,7 +674,9 @@ def mixed_step(args: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workloads", nargs="*", default=["A", "B", "C", "D", "decode", "seam"])
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHONPATH")
     parser.add_argument("--repeats", type=int, default=3)
@@ -514,17 +692,35 @@ def main() -> None:
     if args.worker:
         WORKERS[args.worker](args)
         return
-    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import roofline; print(json.dumps(roofline.machine_rates()))"
-    rates = json.loads(subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=True).stdout)
-    print(f"read {rates['read'] / 1e12:.2f} TB/s, copy {rates['copy'] / 1e12:.2f} TB/s, bf16 product {rates['flops'] / 1e12:.0f} TFLOP/s")
+    code = (
+        "import sys, json; sys.path.insert(0, sys.argv[1]); import roofline; "
+        "print(json.dumps(roofline.machine_rates()))"
+    )
+    rates = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parent)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    print(
+        f"read {rates['read'] / 1e12:.2f} TB/s, copy {rates['copy'] / 1e12:.2f} TB/s, bf16 product "
+        f"{rates['flops'] / 1e12:.0f} TFLOP/s"
+    )
     found: dict[str, Any] = {"rates": rates}
     for workload in args.workloads:
         if workload in GOALS:
             compare(workload, args, rates, found)
         else:
-            {"C": lambda: open_load(args, found), "D": lambda: prefix_test(args, found), "decode": lambda: single_decode(args, rates, found),
-             "seam": lambda: seam(args, found), "online": lambda: online_load(args, found),
-             "mixed": lambda: mixed_step(args, found)}[workload]()  # fmt: skip
+            {
+                "C": lambda: open_load(args, found),
+                "D": lambda: prefix_test(args, found),
+                "decode": lambda: single_decode(args, rates, found),
+                "seam": lambda: seam(args, found),
+                "online": lambda: online_load(args, found),
+                "mixed": lambda: mixed_step(args, found),
+            }[workload]()
         if args.json:
             Path(args.json).write_text(json.dumps(found, indent=1))
 

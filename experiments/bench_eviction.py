@@ -1,11 +1,13 @@
-"""What an eviction costs: nanoseconds, for every policy under both indexes, at several numbers of cached blocks.
+"""What an eviction costs: nanoseconds, for every policy under both indexes, at several numbers of cached
+blocks.
 
-    python experiments/bench_eviction.py [--sizes 100 1000 10000 100000 1000000] [--evictions 20000] [--only sieve] [--cache radix]
+    python experiments/bench_eviction.py [--sizes 100 1000 10000 100000 1000000] [--evictions 20000] [--only
+    sieve] [--cache radix]
 
-The pool is full of cached chains of 64 blocks, two in three of which were hit once. The first figure is what allocating a block costs when
-one must be evicted for it: the policy, the index's remove and the pool's book-keeping. The second is the whole life of a block in a full
-pool: evicted, published under a parent, hit and released. O(log n) or better shows as a row that hardly grows; what grows is the
-memory's latency.
+The pool is full of cached chains of 64 blocks, two in three of which were hit once. The first figure is what
+allocating a block costs when one must be evicted for it: the policy, the index's remove and the pool's
+book-keeping. The second is the whole life of a block in a full pool: evicted, published under a parent, hit
+and released. O(log n) or better shows as a row that hardly grows; what grows is the memory's latency.
 """
 
 from __future__ import annotations
@@ -33,9 +35,21 @@ class Bench:
         self.index = registry.get("cache", cache).build()
         self.eviction = registry.get("eviction", eviction).build()
         oracle = Oracle()
-        oracle.future = [Arrival(0.0, [0] * SIZE)]  # Belady then knows that nothing comes back, and still keeps its order
+        # Belady then knows that nothing comes back, and still keeps its order
+        oracle.future = [Arrival(0.0, [0] * SIZE)]
         for role in (self.index, self.eviction):
-            role.setup(Context(0, SIZE, num_blocks, 1 << 30, 1, 1 << 30, {}, oracle=oracle))
+            role.setup(
+                Context(
+                    seed=0,
+                    block_size=SIZE,
+                    num_blocks=num_blocks,
+                    max_model_len=1 << 30,
+                    max_num_seqs=1,
+                    max_num_batched_tokens=1 << 30,
+                    roles={},
+                    oracle=oracle,
+                )
+            )
         self.pool = BlockPool(num_blocks, SIZE, self.index, self.eviction)
         self.rng = Random(0)
         self.serial = 0
@@ -45,7 +59,12 @@ class Bench:
         pool, serial = self.pool, self.serial
         self.serial += 1
         pool.now = serial * 0.01
-        tags = Tags(session=str(serial), turn=serial % 5, category="chat" if serial % 2 else "api", priority=serial % 3)
+        tags = Tags(
+            session=str(serial),
+            turn=serial % 5,
+            category="chat" if serial % 2 else "api",
+            priority=serial % 3,
+        )
         arrival = Arrival(pool.now, [serial * CHAIN + i // SIZE for i in range(blocks * SIZE)], tags=tags)
         request = Request(arrival, serial, max_model_len=1 << 30, eos_token_ids=NO_EOS)
         self.eviction.on_admit(request, pool.now)
@@ -82,13 +101,18 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[100, 1000, 10_000, 100_000, 1_000_000], help="cached blocks")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[100, 1000, 10_000, 100_000, 1_000_000], help="cached blocks"
+    )
     parser.add_argument("--evictions", type=int, default=20_000)
     parser.add_argument("--only", default="", help="evictions whose name holds this")
     parser.add_argument("--cache", nargs="+", default=["hash", "radix"])
     args = parser.parse_args()
     registry = load_registry()
-    print(f"{platform.machine()}, Python {platform.python_version()}; ns an eviction (ns a block's whole turn), by cached blocks")
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}; ns an eviction (ns a block's whole "
+        "turn), by cached blocks"
+    )
     print(f"{'eviction':24s}" + "".join(f"{size:>18,d}" for size in args.sizes))
     for eviction in registry.names("eviction"):
         for cache in args.cache if args.only in eviction else ():

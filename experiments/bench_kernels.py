@@ -1,11 +1,13 @@
-"""Times every kernel on one GPU, against plain torch and FlashAttention: medians of CUDA-graph replays, and bytes over time.
+"""Times every kernel on one GPU, against plain torch and FlashAttention: medians of CUDA-graph replays, and
+bytes over time.
 
     python experiments/bench_kernels.py                     # the table
     python experiments/bench_kernels.py --tune              # attention launch shapes side by side
     python experiments/bench_kernels.py --only decode,store
 
-A graph holds many calls that go round several KV caches, so that what is measured is memory and not the cache. FlashAttention runs
-where its package is installed. Caches and tables are random: neither layout nor values are friendlier than a real run's.
+A graph holds many calls that go round several KV caches, so that what is measured is memory and not the
+cache. FlashAttention runs where its package is installed. Caches and tables are random: neither layout nor
+values are friendlier than a real run's.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ RESULTS: list[dict[str, Any]] = []
 
 
 def graph_us(call: Callable[[int], Any], calls: int, replays: int) -> tuple[float, float]:
-    """Median and spread (largest minus smallest of the middle half) of one call, in microseconds, inside a graph of `calls` calls."""
+    """Median and spread (largest minus smallest of the middle half) of one call, in microseconds, inside a
+    graph of `calls` calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -60,15 +63,34 @@ def graph_us(call: Callable[[int], Any], calls: int, replays: int) -> tuple[floa
 
 
 def row(what: str, case: str, variant: str, us: float, spread: float, note: str = "") -> None:
-    RESULTS.append({"what": what, "case": case, "variant": variant, "us": round(us, 2), "spread": round(spread, 2), "note": note})
+    RESULTS.append(
+        {
+            "what": what,
+            "case": case,
+            "variant": variant,
+            "us": round(us, 2),
+            "spread": round(spread, 2),
+            "note": note,
+        }
+    )
     print(f"{what:8} {case:34} {variant:24} {us:9.2f} us  +-{spread:6.2f}  {note}", flush=True)
 
 
-def attempt(what: str, case: str, variant: str, note: Callable[[float], str], call: Callable[[int], Any], calls: int, replays: int = 15) -> None:
+def attempt(
+    what: str,
+    case: str,
+    variant: str,
+    note: Callable[[float], str],
+    call: Callable[[int], Any],
+    calls: int,
+    replays: int = 15,
+) -> None:
     try:
         us, spread = graph_us(call, calls, replays)
     except Exception as error:  # a launch shape that does not fit: the other rows still count
-        print(f"{what:8} {case:34} {variant:24} failed: {type(error).__name__} {str(error)[:120]}", flush=True)
+        print(
+            f"{what:8} {case:34} {variant:24} failed: {type(error).__name__} {str(error)[:120]}", flush=True
+        )
         return
     row(what, case, variant, us, spread, note(us))
 
@@ -85,11 +107,15 @@ class Case:
     flops: float
 
 
-def attention_case(queries: list[int], contexts: list[int], heads: int, kv_heads: int, size: int, block_size: int, name: str) -> Case:
+def attention_case(
+    queries: list[int], contexts: list[int], heads: int, kv_heads: int, size: int, block_size: int, name: str
+) -> Case:
     blocks_of = [-(-context // block_size) for context in contexts]
     blocks = sum(blocks_of) + 1
     ids = torch.randperm(blocks - 1, device=DEVICE).to(torch.int32) + 1
-    tables = torch.zeros(len(contexts), max(-(-4096 // block_size), max(blocks_of)), dtype=torch.int32, device=DEVICE)
+    tables = torch.zeros(
+        len(contexts), max(-(-4096 // block_size), max(blocks_of)), dtype=torch.int32, device=DEVICE
+    )
     start = 0
     for i, count in enumerate(blocks_of):
         tables[i, :count] = ids[start : start + count]
@@ -121,7 +147,9 @@ def flash_attention() -> Callable[..., Any] | None:
     return attention
 
 
-def time_attention(what: str, case: Case, variants: dict[str, Callable[..., Any]], note: Callable[[Case, float], str]) -> None:
+def time_attention(
+    what: str, case: Case, variants: dict[str, Callable[..., Any]], note: Callable[[Case, float], str]
+) -> None:
     calls = max(len(case.caches), 8 if case.kv_bytes > 1e9 or case.flops > 1e12 else 16)
     for name, attention in variants.items():
         case.batch.extra.clear()
@@ -159,8 +187,11 @@ DECODES = {
 }
 
 
-def attention_variants(role: str, shapes: Sequence[DecodeShape | PromptShape]) -> dict[str, Callable[..., Any]]:
-    """Ours, FlashAttention where it is installed, and ours at other launch shapes. role: "decode" or "prompt"."""
+def attention_variants(
+    role: str, shapes: Sequence[DecodeShape | PromptShape]
+) -> dict[str, Callable[..., Any]]:
+    """Ours, FlashAttention where it is installed, and ours at other launch shapes. role: "decode" or
+    "prompt"."""
     variants: dict[str, Callable[..., Any]] = {"triton": kernels.attention}
     flash = flash_attention()
     if flash is not None:
@@ -171,23 +202,44 @@ def attention_variants(role: str, shapes: Sequence[DecodeShape | PromptShape]) -
 
 
 TUNE_DECODE = [
-    DecodeShape(64, 3, 4, 3, 4096, 168), DecodeShape(64, 3, 4, 3), DecodeShape(64, 6, 4, 3, 4096, 168), DecodeShape(64, 2, 4, 4),
-    DecodeShape(64, 3, 4, 3, 4096), DecodeShape(64, 3, 4, 3, 2048), DecodeShape(32, 6, 2, 3, 4096, 168),
-]  # fmt: skip
+    DecodeShape(64, 3, 4, 3, 4096, 168),
+    DecodeShape(64, 3, 4, 3),
+    DecodeShape(64, 6, 4, 3, 4096, 168),
+    DecodeShape(64, 2, 4, 4),
+    DecodeShape(64, 3, 4, 3, 4096),
+    DecodeShape(64, 3, 4, 3, 2048),
+    DecodeShape(32, 6, 2, 3, 4096, 168),
+]
 TUNE_PROMPT = [
-    PromptShape(128, 64, 8, 4), PromptShape(128, 128, 8, 3), PromptShape(64, 128, 4, 2), PromptShape(128, 32, 8, 4), PromptShape(64, 32, 4, 4),
-]  # fmt: skip
+    PromptShape(128, 64, 8, 4),
+    PromptShape(128, 128, 8, 3),
+    PromptShape(64, 128, 4, 2),
+    PromptShape(128, 32, 8, 4),
+    PromptShape(64, 32, 4, 4),
+]
 
 
 def bench_decode(shapes: Sequence[DecodeShape]) -> None:
     variants = attention_variants("decode", shapes)
-    for heads, kv_heads, names in ((16, 8, DECODES), (32, 8, ["64 x 4096", "256 x 1024", "1 x 1024"]), (64, 8, ["64 x 4096"])):
+    for heads, kv_heads, names in (
+        (16, 8, DECODES),
+        (32, 8, ["64 x 4096", "256 x 1024", "1 x 1024"]),
+        (64, 8, ["64 x 4096"]),
+    ):
         for name in names:
             for block_size in (16, 256):
                 if shapes and block_size == 256 and name != "64 x 4096":
                     continue
                 contexts = DECODES[name]
-                case = attention_case([1] * len(contexts), contexts, heads, kv_heads, 128, block_size, f"{heads}/{kv_heads} {name} bs{block_size}")
+                case = attention_case(
+                    [1] * len(contexts),
+                    contexts,
+                    heads,
+                    kv_heads,
+                    128,
+                    block_size,
+                    f"{heads}/{kv_heads} {name} bs{block_size}",
+                )
                 time_attention("decode", case, variants, bandwidth)
                 del case
 
@@ -221,57 +273,101 @@ def bench_store(shapes: Sequence[Any]) -> None:
         qkv = [torch.randn(tokens, 32, size, device=DEVICE, dtype=DTYPE) for _ in range(4)]
 
         def index_put(i: int) -> None:
-            _, k, v = qkv[i % 4].split((16, 8, 8), dim=1)  # noqa: B023
-            k_cache.view(-1, kv_heads, size)[slots] = k  # noqa: B023
-            v_cache.view(-1, kv_heads, size)[slots] = v  # noqa: B023
+            _, k, v = qkv[i % 4].split((16, 8, 8), dim=1)
+            k_cache.view(-1, kv_heads, size)[slots] = k
+            v_cache.view(-1, kv_heads, size)[slots] = v
 
         def store(i: int) -> None:
-            _, k, v = qkv[i % 4].split((16, 8, 8), dim=1)  # noqa: B023
-            kernels.store_kv(k, v, k_cache, v_cache, slots)  # noqa: B023
+            _, k, v = qkv[i % 4].split((16, 8, 8), dim=1)
+            kernels.store_kv(k, v, k_cache, v_cache, slots)
 
         attempt("store", f"{tokens} tokens", "torch index_put", nothing, index_put, 8)
         moved = tokens * kv_heads * size * 2 * 2 * 2
-        attempt("store", f"{tokens} tokens", "triton", lambda us, moved=moved: f"{moved / us / 1e6:5.2f} TB/s", store, 8)
+        attempt(
+            "store",
+            f"{tokens} tokens",
+            "triton",
+            lambda us, moved=moved: f"{moved / us / 1e6:5.2f} TB/s",
+            store,
+            8,
+        )
 
 
 def bench_layers(shapes: Sequence[Any]) -> None:
-    """Qwen3-0.6B's shapes (hidden 1024, 16/8 heads of 128, intermediate 3072) and Qwen3-8B's (4096, 32/8, 12288)."""
+    """Qwen3-0.6B's shapes (hidden 1024, 16/8 heads of 128, intermediate 3072) and Qwen3-8B's (4096, 32/8,
+    12288)."""
     for hidden, heads, kv_heads, wide in ((1024, 16, 8, 3072), (4096, 32, 8, 12288)):
         for tokens in (1, 256, 4096):
             case = f"{tokens} tokens, hidden {hidden}"
             x = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE)
             residual = torch.randn_like(x)
-            weight, head_weight = torch.randn(hidden, device=DEVICE, dtype=DTYPE), torch.randn(128, device=DEVICE, dtype=DTYPE)
+            weight, head_weight = (
+                torch.randn(hidden, device=DEVICE, dtype=DTYPE),
+                torch.randn(128, device=DEVICE, dtype=DTYPE),
+            )
             gate_up = torch.randn(tokens, 2 * wide, device=DEVICE, dtype=DTYPE)
             qkv = torch.randn(tokens, (heads + 2 * kv_heads) * 128, device=DEVICE, dtype=DTYPE)
-            positions, cos_sin = torch.randint(4096, (tokens,), device=DEVICE), torch.rand(4096, 128, device=DEVICE)
+            positions, cos_sin = (
+                torch.randint(4096, (tokens,), device=DEVICE),
+                torch.rand(4096, 128, device=DEVICE),
+            )
             k_cache, v_cache = (torch.zeros(512, 16, kv_heads, 128, device=DEVICE, dtype=DTYPE) for _ in "kv")
             slots = torch.randperm(512 * 16, device=DEVICE)[:tokens]
-            fused = (qkv, head_weight, head_weight, 1e-6, positions, cos_sin, k_cache, v_cache, slots, heads, kv_heads)
+            fused = (
+                qkv,
+                head_weight,
+                head_weight,
+                1e-6,
+                positions,
+                cos_sin,
+                k_cache,
+                v_cache,
+                slots,
+                heads,
+                kv_heads,
+            )
             for name, ops in (("torch", plain), ("triton", kernels)):
-                attempt("norm", case, name, nothing, lambda i, o=ops: o.rms_norm(x, weight, 1e-6), 8)  # noqa: B023
-                attempt("add+norm", case, name, nothing, lambda i, o=ops: o.add_rms_norm(x, residual, weight, 1e-6), 8)  # noqa: B023
-                attempt("silu*mul", case, name, nothing, lambda i, o=ops: o.silu_and_mul(gate_up), 8)  # noqa: B023
-                attempt("qk+rope", case, name, nothing, lambda i, o=ops: o.qk_norm_rope_store(*fused), 8)  # noqa: B023
+                attempt("norm", case, name, nothing, lambda i, o=ops: o.rms_norm(x, weight, 1e-6), 8)
+                attempt(
+                    "add+norm",
+                    case,
+                    name,
+                    nothing,
+                    lambda i, o=ops: o.add_rms_norm(x, residual, weight, 1e-6),
+                    8,
+                )
+                attempt("silu*mul", case, name, nothing, lambda i, o=ops: o.silu_and_mul(gate_up), 8)
+                attempt("qk+rope", case, name, nothing, lambda i, o=ops: o.qk_norm_rope_store(*fused), 8)
 
 
 def bench_products(shapes: Sequence[Any]) -> None:
-    """A layer's four products with the norms and the activation between them, on Qwen3-0.6B's shapes: cuBLAS and separate kernels, and
-    the products that Triton takes. The weights of 16 layers in turn, so that they come from memory."""
+    """A layer's four products with the norms and the activation between them, on Qwen3-0.6B's shapes: cuBLAS
+    and separate kernels, and the products that Triton takes. The weights of 16 layers in turn, so that they
+    come from memory."""
     hidden, heads, wide, projected = 1024, 2048, 3072, 4096
     shapes_of = ((hidden, heads), (2 * wide, hidden), (hidden, wide), (projected, hidden))
-    layers = [[torch.randn(n, k, device=DEVICE, dtype=DTYPE) * k**-0.5 for n, k in shapes_of] for _ in range(16)]
+    layers = [
+        [torch.randn(n, k, device=DEVICE, dtype=DTYPE) * k**-0.5 for n, k in shapes_of] for _ in range(16)
+    ]
     weight = torch.ones(hidden, device=DEVICE, dtype=DTYPE)
     for rows in (1, 4, 16, 64, 128, 192, 256):
-        x, residual = torch.randn(rows, heads, device=DEVICE, dtype=DTYPE), torch.randn(rows, hidden, device=DEVICE, dtype=DTYPE)
+        x, residual = (
+            torch.randn(rows, heads, device=DEVICE, dtype=DTYPE),
+            torch.randn(rows, hidden, device=DEVICE, dtype=DTYPE),
+        )
 
         def layer(i: int, linear: Any, parts: Any, gated: Any) -> torch.Tensor:
             o, gate_up, down, qkv = layers[i % 16]
-            h, _ = kernels.add_rms_norm(parts(x, o, None), residual, weight, 1e-6)  # noqa: B023
-            h, _ = kernels.add_rms_norm(parts(gated(h, gate_up, None), down, None), residual, weight, 1e-6)  # noqa: B023
+            h, _ = kernels.add_rms_norm(parts(x, o, None), residual, weight, 1e-6)
+            h, _ = kernels.add_rms_norm(parts(gated(h, gate_up, None), down, None), residual, weight, 1e-6)
             return linear(h, qkv, None)
 
-        library = partial(layer, linear=plain.linear, parts=plain.linear, gated=lambda h, w, b: kernels.silu_and_mul(plain.linear(h, w, b)))
+        library = partial(
+            layer,
+            linear=plain.linear,
+            parts=plain.linear,
+            gated=lambda h, w, b: kernels.silu_and_mul(plain.linear(h, w, b)),
+        )
         attempt("layer", f"{rows} rows", "cuBLAS", nothing, library, 16)
         ours = partial(layer, linear=kernels.linear, parts=kernels.linear_parts, gated=kernels.gated_linear)
         attempt("layer", f"{rows} rows", "triton", nothing, ours, 16)
@@ -282,7 +378,11 @@ def bench_sample(shapes: Sequence[Any]) -> None:
         logits = [torch.randn(rows, 151936, device=DEVICE, dtype=DTYPE) * 3 for _ in range(2)]
         temperature = torch.full((rows,), 0.6, device=DEVICE)
         seeds, positions = torch.arange(rows, device=DEVICE), torch.arange(rows, device=DEVICE)
-        limits = torch.full((rows,), 20, dtype=torch.int32, device=DEVICE), torch.full((rows,), 0.95, device=DEVICE), torch.zeros(rows, device=DEVICE)
+        limits = (
+            torch.full((rows,), 20, dtype=torch.int32, device=DEVICE),
+            torch.full((rows,), 0.95, device=DEVICE),
+            torch.zeros(rows, device=DEVICE),
+        )
         for case, given in (
             ("greedy", (None, None, None, None)),
             ("temperature", (temperature, None, None, None)),
@@ -290,28 +390,44 @@ def bench_sample(shapes: Sequence[Any]) -> None:
         ):
             for name, ops in (("torch", plain), ("triton", kernels)):
                 attempt(
-                    "sample", f"{rows} x 151936 {case}", name, nothing,
-                    lambda i, o=ops, g=given: o.sample(logits[i % 2], *g, seeds, positions), 2, 5,  # noqa: B023
-                )  # fmt: skip
+                    "sample",
+                    f"{rows} x 151936 {case}",
+                    name,
+                    nothing,
+                    lambda i, o=ops, g=given: o.sample(logits[i % 2], *g, seeds, positions),
+                    2,
+                    5,
+                )
 
 
 TUNE: dict[str, Sequence[Any]] = {"decode": TUNE_DECODE, "prompt": TUNE_PROMPT}
 PARTS: dict[str, Callable[[Sequence[Any]], None]] = {
-    "decode": bench_decode, "prompt": bench_prompt, "store": bench_store, "layers": bench_layers, "products": bench_products,
+    "decode": bench_decode,
+    "prompt": bench_prompt,
+    "store": bench_store,
+    "layers": bench_layers,
+    "products": bench_products,
     "sample": bench_sample,
-}  # fmt: skip
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
-    parser.add_argument("--tune", action="store_true", help="other launch shapes of the attention kernels too")
+    parser.add_argument(
+        "--tune", action="store_true", help="other launch shapes of the attention kernels too"
+    )
     parser.add_argument("--json", type=Path, help="write the rows there")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_kernels needs a GPU: torch.cuda.is_available() is false here.")
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bandwidth in % of {READ_BANDWIDTH / 1e12} TB/s")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bandwidth in % of "
+        f"{READ_BANDWIDTH / 1e12} TB/s"
+    )
     for name in args.only.split(","):
         PARTS[name](TUNE.get(name, ()) if args.tune else ())
     if args.json:

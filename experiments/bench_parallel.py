@@ -1,19 +1,24 @@
 """Tensor and pipeline parallelism on the GPUs of one host: one command, random weights, medians of three.
 
-    python experiments/bench_parallel.py plan                       what a step's plan costs on its way to the ranks; needs no GPU
-    python experiments/bench_parallel.py gpus --out DIR             all PHASES on four GPUs, one JSON line a figure; some: --phases 3 5
-    python experiments/bench_parallel.py layout --tp 2 --pp 2 ...   one layout in this process
+    python experiments/bench_parallel.py plan                 what a step's plan costs on its way to the ranks
+    python experiments/bench_parallel.py gpus --out DIR       all PHASES on four GPUs; some: --phases 3 5
+    python experiments/bench_parallel.py layout --tp 2 ...    one layout in this process
 
-decode    prompts of 256 tokens, then steps in which every request decodes (mean context 270 to 320 tokens); tokens/s of windows of
-          those steps; with `--prompts random` the prompts are not computed, which changes nothing about the steps that are measured:
+decode    prompts of 256 tokens, then steps in which every request decodes (mean context 270 to 320 tokens);
+          tokens/s of windows of
+          those steps; with `--prompts random` the prompts are not computed, which changes nothing about the
+          steps that are measured:
           every request has its own blocks, filled with random numbers
 prefill   prompts of 1,024 tokens and 4 answers each; prompt tokens/s of the whole run
-bubbles   prompts of 1,024 tokens and answers of 64 as they find room, 2,048 tokens per plan: the share of a stage's time in which it
+bubbles   prompts of 1,024 tokens and answers of 64 as they find room, 2,048 tokens per plan: the share of a
+          stage's time in which it
           waits for input, from events around its layers
-share     kernel time of the driver's rank by torch.profiler, a step, at the end of a decode run and in a prefill run of its own:
+share     kernel time of the driver's rank by torch.profiler, a step, at the end of a decode run and in a
+          prefill run of its own:
           communication (and copies) against everything, and how much of it ran while something else did
 
-`--modes` measures several ways to communicate in one start, see MODES. docs/parallel.md says which phase gives which of its tables.
+`--modes` measures several ways to communicate in one start, see MODES. docs/parallel.md says which phase
+gives which of its tables.
 """
 
 from __future__ import annotations
@@ -48,23 +53,54 @@ from plugins.kernels.triton import TritonKernels  # noqa: E402
 SHAPES = {
     "tiny": {"name_or_path": "tiny", "load_format": "auto"},
     "qwen3_8b": {
-        "architecture": "Qwen3ForCausalLM", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960,
-        "rope_theta": 1e6, "dtype": "bfloat16", "load_format": "dummy",
+        "architecture": "Qwen3ForCausalLM",
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "dtype": "bfloat16",
+        "load_format": "dummy",
     },
     "qwen3_32b": {
-        "architecture": "Qwen3ForCausalLM", "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "head_dim": 128, "intermediate_size": 25600, "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960,
-        "rope_theta": 1e6, "dtype": "bfloat16", "load_format": "dummy",
+        "architecture": "Qwen3ForCausalLM",
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 25600,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "dtype": "bfloat16",
+        "load_format": "dummy",
     },
     "llama_70b": {
-        "architecture": "LlamaForCausalLM", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "head_dim": 128, "intermediate_size": 28672, "vocab_size": 128256, "tie_word_embeddings": False, "max_position_embeddings": 131072,
-        "rope_theta": 5e5, "dtype": "bfloat16", "load_format": "dummy",
+        "architecture": "LlamaForCausalLM",
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 131072,
+        "rope_theta": 5e5,
+        "dtype": "bfloat16",
+        "load_format": "dummy",
     },
-}  # fmt: skip
+}
 REPEATS = 3
-#: (how steps of at least `--overlap-tokens` tokens communicate, through what); "symmetric" takes NCCL without `--all-reduce symmetric`
+#: (how steps of at least `--overlap-tokens` tokens communicate, through what); "symmetric" takes NCCL without
+#: `--all-reduce symmetric`
 MODES = {
     "split": ("split", "symmetric"),  # tokens shared between products, copy engines beside the products
     "split_library": ("split", "library"),
@@ -75,7 +111,8 @@ MODES = {
 
 @dataclass
 class FewGraphs(TritonKernels):
-    """Triton kernels with decode graphs of the measured batch sizes only: capturing the rest would take most of the time here."""
+    """Triton kernels with decode graphs of the measured batch sizes only: capturing the rest would take most
+    of the time here."""
 
     plugin_name = "few_graphs"
     sizes: str = ""
@@ -89,7 +126,9 @@ class FewGraphs(TritonKernels):
             runner.ModelRunner._mixed = randomly(runner.ModelRunner._mixed)  # type: ignore[method-assign]
 
         sizes = [int(size) for size in self.sizes.split(",") if size != "0"]
-        graphs.batch_sizes = lambda largest: sorted({min(size, largest) for size in [*sizes, largest]}, reverse=True)
+        graphs.batch_sizes = lambda largest: sorted(
+            {min(size, largest) for size in [*sizes, largest]}, reverse=True
+        )
         return super().operations(device)
 
 
@@ -100,7 +139,8 @@ def headway_register(registry: Any) -> None:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """This module is a plugin of an installed package, here and in the processes that are started meanwhile."""
+    """This module is a plugin of an installed package, here and in the processes that are started
+    meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "bench_parallel-1.dist-info"
         package.mkdir()
@@ -111,11 +151,16 @@ def installed() -> Iterator[None]:
 
 
 class RandomPrompts:
-    """The model in steps with prompts, when only the decode steps that follow are measured: random numbers for the keys and values of
-    all requests, drawn once, and for the hidden states that first tokens are sampled from. Each request has blocks of its own."""
+    """The model in steps with prompts, when only the decode steps that follow are measured: random numbers
+    for the keys and values of all requests, drawn once, and for the hidden states that first tokens are
+    sampled from. Each request has blocks of its own."""
 
     def __init__(self, model: Any) -> None:
-        self.compute_logits, self._size, self._drawn = model.compute_logits, model.spec.shape.hidden_size, False
+        self.compute_logits, self._size, self._drawn = (
+            model.compute_logits,
+            model.spec.shape.hidden_size,
+            False,
+        )
 
     def __call__(self, tokens: Any, positions: Any, caches: Any, batch: Any) -> Any:
         keys = caches[0][0]
@@ -146,7 +191,7 @@ def report(**result: Any) -> None:
     print("RESULT " + json.dumps(result), flush=True)
 
 
-# ---- one layout ------------------------------------------------------------------------------------------------------
+# ---- one layout ------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -167,24 +212,44 @@ class Bench:
             kernels: Any = FewGraphs(sizes=",".join(map(str, [*shares, args.requests])), prompts=args.prompts)
         else:
             kernels = TorchKernels()
-        parallel = ParallelConfig(tp=args.tp, pp=args.pp, all_reduce=args.all_reduce, overlap_tokens=args.overlap_tokens, timeout=60)
+        parallel = ParallelConfig(
+            tp=args.tp, pp=args.pp, all_reduce=args.all_reduce, overlap_tokens=args.overlap_tokens, timeout=60
+        )
         limits = EngineConfig(
-            max_num_seqs=max(args.batches), max_num_batched_tokens=args.budget, max_model_len=2048, max_inflight=depth, num_blocks=args.blocks
+            max_num_seqs=max(args.batches),
+            max_num_batched_tokens=args.budget,
+            max_model_len=2048,
+            max_inflight=depth,
+            num_blocks=args.blocks,
         )
         began = time.perf_counter()
         executor = TorchExecutor(device=args.device, profile=args.pp > 1)
-        executor.prepare(ModelConfig(**SHAPES[args.model]), kernels, engine=limits, backends=lookup({"torch": TorchKernels, "triton": TritonKernels}),
-                         parallel=parallel)  # fmt: skip
+        executor.prepare(
+            ModelConfig(**SHAPES[args.model]),
+            kernels,
+            engine=limits,
+            backends=lookup({"torch": TorchKernels, "triton": TritonKernels}),
+            parallel=parallel,
+        )
         loaded = time.perf_counter()
         self.scheduler = ChunkedPrefill(token_budget=args.budget)
-        roles = build_roles(load_registry(), default_choices(cache="none"))[0] | {"scheduler": self.scheduler, "executor": executor}
+        roles = build_roles(load_registry(), default_choices(cache="none"))[0] | {
+            "scheduler": self.scheduler,
+            "executor": executor,
+        }
         self.engine = Engine(roles, limits)
         self.executor = executor
         self.records: list[Any] = []
         self.engine.calls.callbacks["on_step_end"].append((executor, self._step_ended))
         self.hooks: dict[int, Any] = {}
-        report(layout=self.layout, model=args.model, figure="start", load_s=loaded - began, start_s=time.perf_counter() - loaded,
-               kv_blocks=self.engine.pool.num_blocks)  # fmt: skip
+        report(
+            layout=self.layout,
+            model=args.model,
+            figure="start",
+            load_s=loaded - began,
+            start_s=time.perf_counter() - loaded,
+            kv_blocks=self.engine.pool.num_blocks,
+        )
 
     def _step_ended(self, record: Any) -> None:
         self.records.append(record)
@@ -195,7 +260,12 @@ class Bench:
         """Seconds of a run of equal requests that all wait at its start."""
         vocab = self.executor.caps.vocab_size
         sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-        arrivals = [Arrival(0.0, [self.rng.randrange(vocab) for _ in range(prompt)], sampling, id=f"r{next(self.ids)}") for _ in range(requests)]
+        arrivals = [
+            Arrival(
+                0.0, [self.rng.randrange(vocab) for _ in range(prompt)], sampling, id=f"r{next(self.ids)}"
+            )
+            for _ in range(requests)
+        ]
         self.records.clear()
         began = time.perf_counter()
         self.engine.run(arrivals)
@@ -207,7 +277,11 @@ class Bench:
 
     @staticmethod
     def _is_steady(record: Any, batch: int) -> bool:
-        return record.plan.num_tokens == len(record.plan.requests) and record.num_running == batch and not record.num_waiting
+        return (
+            record.plan.num_tokens == len(record.plan.requests)
+            and record.num_running == batch
+            and not record.num_waiting
+        )
 
     def switch(self, mode: str) -> None:
         mesh = self.executor.execution.mesh if mode else None
@@ -216,21 +290,31 @@ class Bench:
         self.mode = mode
 
     def report(self, **result: Any) -> None:
-        report(layout=self.layout, model=self.args.model, **({"mode": self.mode} if self.mode else {}), **result)
+        report(
+            layout=self.layout, model=self.args.model, **({"mode": self.mode} if self.mode else {}), **result
+        )
 
-    def profiled(self, figure: str, matches: Any, first: int, steps: int, requests: int, prompt: int, output: int) -> float:
-        """`run`, with a profile of `steps` steps from the `first` that matches. On one stage of GPUs; else `run`."""
+    def profiled(
+        self, figure: str, matches: Any, first: int, steps: int, requests: int, prompt: int, output: int
+    ) -> float:
+        """`run`, with a profile of `steps` steps from the `first` that matches. On one stage of GPUs; else
+        `run`."""
         if self.args.pp > 1 or self.args.device != "cuda":
             return self.run(requests, prompt, output)
-        self.hooks["profile"] = Profile(matches, first, steps, lambda **result: self.report(figure=figure, **result))
+        self.hooks["profile"] = Profile(
+            matches, first, steps, lambda **result: self.report(figure=figure, **result)
+        )
         seconds = self.run(requests, prompt, output)
         del self.hooks["profile"]
         return seconds
 
     def decode(self, batch: int) -> None:
         args, last = self.args, self.args.steps - 16  # the steady step after which the profile begins
-        filling = math.ceil(batch * args.prompt / (args.budget - batch / 2))  # steps: prompts beside the requests that decode already
-        self.profiled("share", lambda r: self._is_steady(r, batch), last, 6, batch, args.prompt, filling + args.steps)
+        # steps: prompts beside the requests that decode already
+        filling = math.ceil(batch * args.prompt / (args.budget - batch / 2))
+        self.profiled(
+            "share", lambda r: self._is_steady(r, batch), last, 6, batch, args.prompt, filling + args.steps
+        )
         steps = self.steady(batch)[:last]
         size = len(steps) // REPEATS
         if size < 2:
@@ -242,8 +326,15 @@ class Bench:
             seconds = window[-1].end - window[0].end
             rates.append(sum(r.emitted for r in window[1:]) / seconds)
             times.append(seconds / (size - 1))
-        self.report(figure="decode", batch=batch, depth=self.engine.max_inflight, tokens_per_s=statistics.median(rates), all=rates,
-                    step_ms=statistics.median(times) * 1e3, steps=len(steps))  # fmt: skip
+        self.report(
+            figure="decode",
+            batch=batch,
+            depth=self.engine.max_inflight,
+            tokens_per_s=statistics.median(rates),
+            all=rates,
+            step_ms=statistics.median(times) * 1e3,
+            steps=len(steps),
+        )
 
     def prefill(self, requests: int) -> None:
         self.scheduler.token_budget = 2048 if self.args.pp > 1 else self.args.budget
@@ -252,11 +343,23 @@ class Bench:
         for _ in range(REPEATS):
             seconds.append(self.run(requests, 1024, 4))
             steps = [r for r in self.records if r.plan.num_tokens == self.args.budget]
-            full += [self.args.budget * (len(steps) - 1) / (steps[-1].end - steps[0].end)] if len(steps) > 1 else []
+            full += (
+                [self.args.budget * (len(steps) - 1) / (steps[-1].end - steps[0].end)]
+                if len(steps) > 1
+                else []
+            )
         rates = [requests * 1024 / s for s in seconds]
-        self.report(figure="prefill", requests=requests, tokens_per_s=statistics.median(rates), all=rates, full_steps_only=full)
+        self.report(
+            figure="prefill",
+            requests=requests,
+            tokens_per_s=statistics.median(rates),
+            all=rates,
+            full_steps_only=full,
+        )
         if self.args.pp == 1 and self.args.device == "cuda":
-            self.profiled("share of prefill", lambda r: r.plan.num_tokens == self.args.budget, 2, 2, requests, 1024, 4)
+            self.profiled(
+                "share of prefill", lambda r: r.plan.num_tokens == self.args.budget, 2, 2, requests, 1024, 4
+            )
         self.scheduler.token_budget = self.args.budget
 
     def bubbles(self, requests: int) -> None:
@@ -268,14 +371,22 @@ class Bench:
             seconds = self.run(requests, 1024, 64)
             del self.hooks["window"]
             results = [round(1 - busy / elapsed, 4) for busy, elapsed in window.result if elapsed]
-            self.report(figure="bubbles", depth=depth, idle_share_of_stage=results, tokens_per_s=requests * 1088 / seconds, times=window.result)
+            self.report(
+                figure="bubbles",
+                depth=depth,
+                idle_share_of_stage=results,
+                tokens_per_s=requests * 1088 / seconds,
+                times=window.result,
+            )
         self.scheduler.token_budget = self.args.budget
 
 
 def one_layout(args: argparse.Namespace) -> None:
     bench = Bench(args)
     modes = args.modes or [""]
-    decode = [case.rpartition(":") for case in args.decode or [f"{modes[0]}:{batch}" for batch in args.batches]]
+    decode = [
+        case.rpartition(":") for case in args.decode or [f"{modes[0]}:{batch}" for batch in args.batches]
+    ]
     try:
         for mode in modes:
             bench.switch(mode)
@@ -290,11 +401,12 @@ def one_layout(args: argparse.Namespace) -> None:
     report(layout=bench.layout, figure="closed")
 
 
-# ---- the plan --------------------------------------------------------------------------------------------------------
+# ---- the plan --------------------------------------------------------------------------------------------
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Microseconds from a StepInput of 256 requests to its receipt by every rank, in processes of their own."""
+    """Microseconds from a StepInput of 256 requests to its receipt by every rank, in processes of their
+    own."""
     import numpy as np
 
     from plugins.executors.torch.batch import StepInput
@@ -302,7 +414,8 @@ def plan(args: argparse.Namespace) -> None:
     from plugins.parallel.messages import pack_step
 
     script = (
-        "import sys, socket; from plugins.parallel import channel as w; from plugins.parallel.messages import unpack_step\n"
+        "import sys, socket; from plugins.parallel import channel as w; from plugins.parallel.messages "
+        "import unpack_step\n"
         "c = w.Channel(socket.socket(fileno=int(sys.argv[1])))\n"
         "c.send(w.ANSWER)\n"
         "while True:\n"
@@ -320,9 +433,28 @@ def plan(args: argparse.Namespace) -> None:
             channels.append(wire.Channel(ours))
         for channel in channels:
             channel.receive()
-        # A steady decode step of 256: 16 new blocks. The largest: all 256 rows and tokens of a pipeline, and those blocks.
-        for name, words in (("decode, same rows", 48), ("decode, new rows and tokens", 48 + 512), ("mixed, 8192 tokens", 17_500)):
-            step = StepInput(np.arange(words, dtype=np.int32), True, True, 256, 256, 256, 16, 0, 1, 1024, 0, -1, None)
+        # A steady decode step of 256: 16 new blocks. The largest: all 256 rows and tokens of a pipeline, and
+        # those blocks.
+        for name, words in (
+            ("decode, same rows", 48),
+            ("decode, new rows and tokens", 48 + 512),
+            ("mixed, 8192 tokens", 17_500),
+        ):
+            step = StepInput(
+                data=np.arange(words, dtype=np.int32),
+                decode=True,
+                same_rows=True,
+                num_seqs=256,
+                num_tokens=256,
+                num_samples=256,
+                num_updates=16,
+                num_admitted=0,
+                max_query=1,
+                max_context=1024,
+                sampling=0,
+                logprobs=-1,
+                sampled=None,
+            )
             sent, received = [], []
             for _ in range(args.rounds):
                 began = time.perf_counter()
@@ -333,15 +465,21 @@ def plan(args: argparse.Namespace) -> None:
                 for channel in channels:
                     channel.receive()
                 received.append(time.perf_counter() - began)
-            report(figure="plan", ranks=ranks, step=name, bytes=len(body), send_us=statistics.median(sent) * 1e6,
-                   round_trip_us=statistics.median(received) * 1e6)  # fmt: skip
+            report(
+                figure="plan",
+                ranks=ranks,
+                step=name,
+                bytes=len(body),
+                send_us=statistics.median(sent) * 1e6,
+                round_trip_us=statistics.median(received) * 1e6,
+            )
         for channel in channels:
             channel.send(wire.QUIT)
         for other in others:
             other.wait()
 
 
-# ---- everything on four GPUs -------------------------------------------------------------------------------------------
+# ---- everything on four GPUs -----------------------------------------------------------------------------
 
 LAYOUT, PYTEST = f"{__file__} layout ", "-m pytest -q tests/gpu/test_parallel_gpu.py"
 TP4 = LAYOUT + "--tp 4 --all-reduce symmetric --overlap-tokens 1024 "
@@ -353,14 +491,34 @@ SATURATED = "split:2560 split:4096 symmetric:1024 symmetric:2560"
 PHASES: list[list[tuple[str, str, int]]] = [
     [("0,1", PYTEST, 150), ("2,3", LAYOUT + "--tp 2 --model llama_70b --batches 128 --requests 16", 70)],
     [("0,1,2,3", LAYOUT + "--pp 4 --batches 256 1024 --requests 96", 75)],
-    [("0", LAYOUT + "--tp 1 --batches 256 640 --requests 32", 85), ("2,3", LAYOUT + "--pp 2 --batches 256 512 --requests 48", 85)],
+    [
+        ("0", LAYOUT + "--tp 1 --batches 256 640 --requests 32", 85),
+        ("2,3", LAYOUT + "--pp 2 --batches 256 512 --requests 48", 85),
+    ],
     [("0,1,2,3", LAYOUT + "--tp 2 --pp 2 --batches 256 1024 --requests 64", 65)],
     [("0,1,2,3", LAYOUT + "--tp 4 --all-reduce symmetric --batches 256 1024 --requests 96", 75)],
     [("0,1,2,3", LAYOUT + "--tp 4 --batches 256 1024 --requests 96", 75)],
     [("0,1", LAYOUT + "--tp 2 --batches 256 512 --requests 48", 80)],
-    [("0,1,2,3", TP4 + "--batches 1024 2560 --requests 48 --modes split symmetric library split_library --decode " + COMPUTED, 200)],
+    [
+        (
+            "0,1,2,3",
+            TP4
+            + "--batches 1024 2560 --requests 48 --modes split symmetric library split_library --decode "
+            + COMPUTED,
+            200,
+        )
+    ],
     [("0", LAYOUT + "--tp 1 --batches 640 768 " + FULL, 90)],
-    [("0,1,2,3", TP4 + FULL + "--batches 1024 2560 4096 --budget 32768 --modes split symmetric --decode " + SATURATED, 120)],
+    [
+        (
+            "0,1,2,3",
+            TP4
+            + FULL
+            + "--batches 1024 2560 4096 --budget 32768 --modes split symmetric --decode "
+            + SATURATED,
+            120,
+        )
+    ],
     [("0,1,2,3", PYTEST + " -k 'tp2pp2 or tp4'", 150)],
 ]
 
@@ -374,7 +532,11 @@ def gpus(args: argparse.Namespace) -> None:
         running = []
         for devices, what, limit in phase:
             left = args.seconds - (time.perf_counter() - started)
-            print(f"{time.perf_counter() - started:6.1f} s  GPU {devices}: {what}" + (": left out, no time" if left < 30 else ""), flush=True)
+            print(
+                f"{time.perf_counter() - started:6.1f} s  GPU {devices}: {what}"
+                + (": left out, no time" if left < 30 else ""),
+                flush=True,
+            )
             if left < 30:
                 continue
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices, "PYTHONUNBUFFERED": "1"}
@@ -408,20 +570,37 @@ def gpus(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     layout = verbs.add_parser("layout")
     layout.add_argument("--tp", type=int, default=1)
     layout.add_argument("--pp", type=int, default=1)
     layout.add_argument("--all-reduce", default="library")
     layout.add_argument("--overlap-tokens", type=int, default=ParallelConfig.overlap_tokens)
-    layout.add_argument("--modes", nargs="+", choices=MODES, help="ways to communicate to measure in turn; one as configured unless given")
-    layout.add_argument("--decode", nargs="+", metavar="MODE:BATCH", help="the decode figures; every batch in the first mode unless given")
+    layout.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        help="ways to communicate to measure in turn; one as configured unless given",
+    )
+    layout.add_argument(
+        "--decode",
+        nargs="+",
+        metavar="MODE:BATCH",
+        help="the decode figures; every batch in the first mode unless given",
+    )
     layout.add_argument("--device", default="cuda")
     layout.add_argument("--model", default="qwen3_32b", choices=SHAPES)
     layout.add_argument("--batches", type=int, nargs="+", default=[256])
     layout.add_argument("--requests", type=int, default=32, help="of the prefill figure; 0: without it")
-    layout.add_argument("--prompts", default="computed", choices=("computed", "random"), help="random: decode figures alone, see RandomPrompts")
+    layout.add_argument(
+        "--prompts",
+        default="computed",
+        choices=("computed", "random"),
+        help="random: decode figures alone, see RandomPrompts",
+    )
     layout.add_argument("--prompt", type=int, default=256, help="tokens, of the decode figure")
     layout.add_argument("--steps", type=int, default=60, help="of the decode figure")
     layout.add_argument("--window", type=int, default=40, help="steps, of the bubbles figure")
@@ -430,8 +609,15 @@ def main() -> None:
     layout.add_argument("--blocks", type=int, default=None)
     everything = verbs.add_parser("gpus")
     everything.add_argument("--out", required=True)
-    everything.add_argument("--seconds", type=float, default=1200, help="of all phases; what would begin in the last 30 is left out")
-    everything.add_argument("--phases", type=int, nargs="+", default=range(len(PHASES)), help="which of PHASES, by number")
+    everything.add_argument(
+        "--seconds",
+        type=float,
+        default=1200,
+        help="of all phases; what would begin in the last 30 is left out",
+    )
+    everything.add_argument(
+        "--phases", type=int, nargs="+", default=range(len(PHASES)), help="which of PHASES, by number"
+    )
     verbs.add_parser("plan").add_argument("--rounds", type=int, default=2000)
     args = parser.parse_args()
     if args.verb == "layout" and args.prompts == "random" and (args.requests or args.pp > 1):

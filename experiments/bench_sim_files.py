@@ -1,13 +1,16 @@
-"""What a simulated run costs, and what its files add: CPU seconds, the garbage collector's share, peak memory.
+"""What a simulated run costs, and what its files add: CPU seconds, the garbage collector's share, peak
+memory.
 
     python experiments/bench_sim_files.py [--loads turns mooncake] [--trace FILE] [--repeats 5]
 
 turns     conversations of a Mooncake-like size, made by workload=multi_turn: no file is needed
-mooncake  the first 10 minutes of Mooncake's conversation trace (--trace, as published or gzipped) at half speed
+mooncake  the first 10 minutes of Mooncake's conversation trace (--trace, as published or gzipped) at half
+          speed
 
-Each run is a process of its own, `none` (no file is written) and `all` take turns, and what is measured begins
-with the built engine and ends with the last file on the disk. All runs of a load must take the same decisions
-at the same times: their fingerprint is of the decision hash, every token's time and every reading of the clock.
+Each run is a process of its own, `none` (no file is written) and `all` take turns, and what is measured
+begins with the built engine and ends with the last file on the disk. All runs of a load must take the same
+decisions at the same times: their fingerprint is of the decision hash, every token's time and every reading
+of the clock.
 """
 
 from __future__ import annotations
@@ -29,7 +32,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SIM = ["executor=sim", "model=qwen3_8b", "hardware=h200", "scheduler=chunked", "cache=hash", "engine.block_size=16"]
+SIM = [
+    "executor=sim",
+    "model=qwen3_8b",
+    "hardware=h200",
+    "scheduler=chunked",
+    "cache=hash",
+    "engine.block_size=16",
+]
 TURNS = [
     "workload=multi_turn", "workload.num_sessions=400", "workload.turns=[1,6]", "workload.system_len=512",
     "workload.input_len=[512,8192]", "workload.output_len=[64,640]", "workload.think_time=20",
@@ -117,7 +127,10 @@ def compare(name: str, overrides: list[str], repeats: int) -> None:
     if len(seen := {run["seen"] for done in runs.values() for run in done}) != 1:
         sys.exit(f"{name}: runs of one load differ: {seen}")
     first = runs["all"][0]
-    print(f"\n{name}: {first['requests']:,} requests, {first['steps']:,} steps, files of {first['file_mb']:.1f} MB, {first['seen']}")
+    print(
+        f"\n{name}: {first['requests']:,} requests, {first['steps']:,} steps, files of "
+        f"{first['file_mb']:.1f} MB, {first['seen']}"
+    )
     print(f"{'files':>6} {'CPU seconds':>24} {'collector, % of it':>24} {'peak MB':>24}")
     for files, done in runs.items():
         cpu, share = [run["cpu"] for run in done], [run["gc"] / run["cpu"] * 100 for run in done]
@@ -128,7 +141,9 @@ def compare(name: str, overrides: list[str], repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--loads", nargs="+", choices=("turns", "mooncake"), default=["turns"])
     parser.add_argument("--trace", default="")
     parser.add_argument("--repeats", type=int, default=5)
@@ -140,7 +155,10 @@ def main() -> None:
         return
     if "mooncake" in args.loads and not args.trace:
         parser.error("the load mooncake reads a file: give --trace FILE")
-    print(f"Python {platform.python_version()}, {platform.machine()}, {cpu_name()}, {args.repeats} runs each: median (spread)")
+    print(
+        f"Python {platform.python_version()}, {platform.machine()}, {cpu_name()}, {args.repeats} runs each: "
+        "median (spread)"
+    )
     for name in args.loads:
         load = TURNS if name == "turns" else mooncake(args.trace)
         compare(name, [*SIM, *load], args.repeats)
@@ -151,7 +169,10 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 if __name__ == "__main__":

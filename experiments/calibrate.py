@@ -2,10 +2,11 @@
 
     python -m experiments.calibrate model=qwen3_8b hardware=h100 [parallel.tp=2] [--out FILE] [--repeats 2]
 
-The words are run.py's. Runs bursts of decodes at several batch sizes and contexts, prompts of many lengths, and both at once as an
-open load, and takes the chunks and the seconds of every step. What comes out (plugins/executors/profile.py) is explainable: a few
-terms with seconds per unit. Its error is measured on steps that the fit has not seen, a fifth of them at a time. A profile in
-conf/hardware/profiles is found by `executor=sim` by itself; `executor=sim executor.profile=FILE` names one.
+The words are run.py's. Runs bursts of decodes at several batch sizes and contexts, prompts of many lengths,
+and both at once as an open load, and takes the chunks and the seconds of every step. What comes out
+(plugins/executors/profile.py) is explainable: a few terms with seconds per unit. Its error is measured on
+steps that the fit has not seen, a fifth of them at a time. A profile in conf/hardware/profiles is found by
+`executor=sim` by itself; `executor=sim executor.profile=FILE` names one.
 """
 
 from __future__ import annotations
@@ -51,14 +52,16 @@ class Steps(Observer):
 
     def on_step(self, record: StepRecord) -> None:
         if record.plan.requests:
-            self._seen.append((list(record.plan.starts), list(record.plan.lengths), record.end - record.start))
+            self._seen.append(
+                (list(record.plan.starts), list(record.plan.lengths), record.end - record.start)
+            )
 
     def take(self) -> list[Sample]:
         found, self._seen = self._seen, []
         return found
 
 
-# ---- what is run -----------------------------------------------------------------------------------------------------
+# ---- what is run -----------------------------------------------------------------------------------------
 
 
 class Loads:
@@ -115,11 +118,14 @@ def measured(run: Run, repeats: int) -> list[Sample]:
             run.engine.run(arrivals)
             found = steps.take()
             samples += found if repeat else []
-            print(f"   {'warm-up' if not repeat else f'repeat {repeat}'}: {name}, {len(found)} steps", file=sys.stderr)
+            print(
+                f"   {'warm-up' if not repeat else f'repeat {repeat}'}: {name}, {len(found)} steps",
+                file=sys.stderr,
+            )
     return samples
 
 
-# ---- the fit ---------------------------------------------------------------------------------------------------------
+# ---- the fit ---------------------------------------------------------------------------------------------
 
 
 def fitted(samples: Sequence[Sample], sizes: Sequence[int]) -> tuple[Terms, dict[str, float]]:
@@ -164,7 +170,8 @@ def rows(samples: Sequence[Sample], sizes: Sequence[int], knots: Sequence[int]) 
 
 
 def nonnegative(table: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Least squares of the relative error with no coefficient below 0, by coordinate descent, which converges: the problem is convex."""
+    """Least squares of the relative error with no coefficient below 0, by coordinate descent, which
+    converges: the problem is convex."""
     scale = np.abs(table).max(axis=0)
     scale[scale == 0] = 1.0
     weighted = table / scale / seconds[:, None]
@@ -216,7 +223,11 @@ def graph_sizes(run: Run) -> tuple[list[int], list[int]]:
 
 def made(run: Run) -> dict[str, str]:
     """Where the numbers come from."""
-    found = {"date": date.today().isoformat(), "device": platform.processor() or platform.machine(), "python": platform.python_version()}
+    found = {
+        "date": date.today().isoformat(),
+        "device": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
     try:
         import torch
     except ImportError:
@@ -224,10 +235,14 @@ def made(run: Run) -> dict[str, str]:
     found["torch"] = str(torch.__version__)
     if torch.cuda.is_available():
         found |= {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
-    return found | {"kernels": str(getattr(getattr(run.engine.executor, "execution", None), "kernels", "none")).splitlines()[0]}
+    return found | {
+        "kernels": str(
+            getattr(getattr(run.engine.executor, "execution", None), "kernels", "none")
+        ).splitlines()[0]
+    }
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------
 
 
 def composed(words: Sequence[str]) -> Composition:
@@ -250,10 +265,14 @@ def calibrate(words: Sequence[str], repeats: int = 2) -> Profile:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as run.py takes them")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--out", type=Path, help=f"default: {FOLDER.relative_to(ROOT)}/HARDWARE_MODEL_tpN.yaml")
+    parser.add_argument(
+        "--out", type=Path, help=f"default: {FOLDER.relative_to(ROOT)}/HARDWARE_MODEL_tpN.yaml"
+    )
     args = parser.parse_args(argv)
     began = time.perf_counter()
     try:

@@ -1,9 +1,12 @@
-"""Workers of bench_engine.py for steps that hold prompts beside decodes: an online load, on Headway and on vLLM, and one kind of step alone.
+"""Workers of bench_engine.py for steps that hold prompts beside decodes: an online load, on Headway and on
+vLLM, and one kind of step alone.
 
-online   240 requests as Poisson arrivals; 70% of them in 8 groups that share 80% of their prompt (256 to 1,536 tokens); answers of
-         32 to 384; Qwen3-8B's shape; 6,000 KV blocks of 16 tokens; prefix caching; 2,048 tokens per step. Each repeat is another seed.
-         Before them, twelve requests one after the other: the first one's time to its first token against the tenth's.
-mixed    64 requests decode at about 1,000 tokens of context while a chunk of 512 tokens of another prompt is computed in each step
+online   240 requests as Poisson arrivals; 70% of them in 8 groups that share 80% of their prompt (256 to
+         1,536 tokens); answers of 32 to 384; Qwen3-8B's shape; 6,000 KV blocks of 16 tokens; prefix
+         caching; 2,048 tokens per step. Each repeat is another seed. Before them, twelve requests one after
+         the other: the first one's time to its first token against the tenth's.
+mixed    64 requests decode at about 1,000 tokens of context while a chunk of 512 tokens of another prompt is
+         computed in each step
 """
 
 from __future__ import annotations
@@ -49,9 +52,11 @@ def figures(requests: Sequence[tuple[float, Times]]) -> dict[str, float]:
     tpot = sorted((times[-1] - times[0]) / max(1, len(times) - 1) * 1e3 for _, times in requests)
     tail = lambda values: values[min(len(values) - 1, len(values) * 99 // 100)]  # noqa: E731
     return {
-        "mean_ttft_ms": statistics.fmean(ttft), "p99_ttft_ms": tail(ttft),
-        "mean_tpot_ms": statistics.fmean(tpot), "p99_tpot_ms": tail(tpot),
-    }  # fmt: skip
+        "mean_ttft_ms": statistics.fmean(ttft),
+        "p99_ttft_ms": tail(ttft),
+        "mean_tpot_ms": statistics.fmean(tpot),
+        "p99_tpot_ms": tail(tpot),
+    }
 
 
 def headway_online(llm: Any, rates: Sequence[float], repeats: int, report: Callable[..., None]) -> None:
@@ -60,16 +65,25 @@ def headway_online(llm: Any, rates: Sequence[float], repeats: int, report: Calla
         begin = 0.2  # seconds after the run begins
         arrivals = [replace(a, time=begin + a.time) for a in load(rate, repeat)]
         outputs = llm.engine.run(arrivals).outputs
-        report(engine="headway", rate=rate, repeat=repeat, **figures([(o.arrival_time, o.token_times) for o in outputs]))
+        report(
+            engine="headway",
+            rate=rate,
+            repeat=repeat,
+            **figures([(o.arrival_time, o.token_times) for o in outputs]),
+        )
     report(engine="headway", late_preparations=llm.engine.executor.preparation.late)
 
 
 def headway_first(llm: Any, report: Callable[..., None]) -> None:
-    """Twelve requests one after the other, of 512 tokens that no other one has, in the first run of an engine."""
+    """Twelve requests one after the other, of 512 tokens that no other one has, in the first run of an
+    engine."""
     from headway import Arrival, SamplingParams
 
     rng = Random(0)
-    arrivals = [Arrival(0.2 + 0.3 * i, drawn(rng, 512), SamplingParams(ignore_eos=True, max_tokens=4)) for i in range(12)]
+    arrivals = [
+        Arrival(0.2 + 0.3 * i, drawn(rng, 512), SamplingParams(ignore_eos=True, max_tokens=4))
+        for i in range(12)
+    ]
     outputs = llm.engine.run(arrivals).outputs
     report(engine="headway", first_ttft_ms=[(o.token_times[0] - o.arrival_time) * 1e3 for o in outputs])
 
@@ -91,13 +105,21 @@ def vllm_online(model: str, rates: Sequence[float], repeats: int, report: Callab
     async def serve() -> None:
         engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                model=model, load_format="dummy", max_model_len=CONTEXT, num_gpu_blocks_override=BLOCKS, max_num_seqs=256,
-                max_num_batched_tokens=BUDGET, enable_prefix_caching=True, disable_log_stats=True,
+                model=model,
+                load_format="dummy",
+                max_model_len=CONTEXT,
+                num_gpu_blocks_override=BLOCKS,
+                max_num_seqs=256,
+                max_num_batched_tokens=BUDGET,
+                enable_prefix_caching=True,
+                disable_log_stats=True,
             )
-        )  # fmt: skip
+        )
         for rate, repeat in turns(rates, repeats):
             begin = time.perf_counter() + 0.2
-            asked = [answer(engine, f"{rate}/{repeat}/{i}", begin, a) for i, a in enumerate(load(rate, repeat))]
+            asked = [
+                answer(engine, f"{rate}/{repeat}/{i}", begin, a) for i, a in enumerate(load(rate, repeat))
+            ]
             report(engine="vllm", rate=rate, repeat=repeat, **figures(await asyncio.gather(*asked)))
         engine.shutdown()
 

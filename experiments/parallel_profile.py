@@ -28,7 +28,9 @@ COMMUNICATION = ("nccl", "all_reduce", "shot", "barrier", "memcpy")
 class Profile:
     """Kernel and copy time of the driver's rank over a few steps."""
 
-    def __init__(self, matches: Callable[[Any], bool], first: int, steps: int, report: Callable[..., None]) -> None:
+    def __init__(
+        self, matches: Callable[[Any], bool], first: int, steps: int, report: Callable[..., None]
+    ) -> None:
         import torch
 
         self._matches, self._first, self._steps, self._report, self._seen = matches, first, steps, report, 0
@@ -51,7 +53,8 @@ class Profile:
         from torch.autograd import DeviceType
 
         events = [e for e in self._profiler.events() if e.device_type == DeviceType.CUDA]
-        spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}  # communication, everything else: (begin, end) in us
+        # communication, everything else: (begin, end) in us
+        spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         kernels: dict[str, float] = {}
         for event in events:
             talks = any(word in event.name.lower() for word in COMMUNICATION)
@@ -60,13 +63,22 @@ class Profile:
         if not events:
             return self._report(problem="the profiler saw no kernel")
         everything = [*spans[True], *spans[False]]
-        talk, rest, both = (covered(some) / self._steps / 1e3 for some in (spans[True], spans[False], everything))
+        talk, rest, both = (
+            covered(some) / self._steps / 1e3 for some in (spans[True], spans[False], everything)
+        )
         wall = (max(end for _, end in everything) - min(begin for begin, _ in everything)) / self._steps / 1e3
         top = sorted(kernels.items(), key=lambda item: -item[1])[:12]
         total = sum(kernels.values()) / self._steps / 1e3
-        self._report(wall_ms=wall, kernel_ms=total, busy_ms=both, communication_ms=talk, hidden_ms=talk + rest - both,
-                     communication_share=talk / both, exposed_share=(both - rest) / wall,
-                     top={name[:90]: round(t / self._steps / 1e3, 3) for name, t in top})  # fmt: skip
+        self._report(
+            wall_ms=wall,
+            kernel_ms=total,
+            busy_ms=both,
+            communication_ms=talk,
+            hidden_ms=talk + rest - both,
+            communication_share=talk / both,
+            exposed_share=(both - rest) / wall,
+            top={name[:90]: round(t / self._steps / 1e3, 3) for name, t in top},
+        )
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

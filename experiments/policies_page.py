@@ -3,8 +3,8 @@
     python experiments/policies_page.py            writes the page
     python experiments/policies_page.py --check    exit code 1 where the page is not what it would write
 
-Names, papers and differences come from the plugins' own docstrings and from the comments of conf/policy, so that they are
-written once; the tests are named here.
+Names, papers and differences come from the plugins' own docstrings and from the comments of conf/policy, so
+that they are written once; the tests are named here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ TESTS = {
             "fcfs": "test_fcfs_is_the_other_name_of_prefill_first",
             "pd_split": "test_pd_split_splits_the_first_prompt_of_a_step_only",
             "sglang": "test_sglang_fills_a_chunk_with_prompts_and_decodes_when_there_are_none",
-            "selective": "test_niyama.py::test_a_better_prompt_overtakes_one_that_is_half_done_and_nothing_is_recomputed",
+            "selective": (
+                "test_niyama.py::test_a_better_prompt_overtakes_one_that_is_half_done_and_nothing_is_recomputed"
+            ),
             "preemptive": "test_pause.py::test_where_memory_suffices_preemption_recomputes_nothing",
         },
     ),
@@ -43,7 +45,9 @@ TESTS = {
         "test_orders_keyed.py",
         {
             "fcfs": "test_orders_prefix.py::test_lpm_is_fcfs_above_its_window",
-            "program_fcfs": "test_program_fcfs_serves_the_next_turn_of_a_program_before_programs_that_came_later",
+            "program_fcfs": (
+                "test_program_fcfs_serves_the_next_turn_of_a_program_before_programs_that_came_later"
+            ),
             "priority": "test_priority_is_smallest_first_and_then_by_arrival",
             "sjf": "test_sjf_counts_the_whole_job_and_srpt_what_is_left_of_it",
             "srpt": "test_on_a_batch_srpt_is_no_worse_than_sjf_and_sjf_no_worse_than_fcfs",
@@ -53,11 +57,21 @@ TESTS = {
             "random": "test_a_random_order_keeps_a_requests_place_and_depends_on_the_seed_alone",
             "niyama": "test_niyama.py::test_alpha_is_what_a_token_of_prefill_weighs",
             "lpm": "test_orders_prefix.py::test_lpm_offers_the_longest_cached_prefix_first",
-            "k_lpm": "test_orders_prefix.py::test_k_lpm_takes_the_oldest_and_then_k_minus_one_with_the_longest_prefix",
-            "dfs_weight": "test_orders_prefix.py::test_dfs_weight_walks_the_heaviest_subtree_first_and_keeps_groups_together",
-            "hrrn": "test_orders_prefix.py::test_hrrn_prefers_short_prompts_until_a_long_one_has_waited_enough",
-            "vtc": "test_orders_service.py::test_vtc_bounds_the_service_difference_of_backlogged_clients_and_fcfs_does_not",
-            "vtc_predicted": "test_vtc.py::test_with_true_lengths_clients_drift_apart_less_than_by_what_has_come",
+            "k_lpm": (
+                "test_orders_prefix.py::test_k_lpm_takes_the_oldest_and_then_k_minus_one_with_the_longest_prefix"
+            ),
+            "dfs_weight": (
+                "test_orders_prefix.py::test_dfs_weight_walks_the_heaviest_subtree_first_and_keeps_groups_together"
+            ),
+            "hrrn": (
+                "test_orders_prefix.py::test_hrrn_prefers_short_prompts_until_a_long_one_has_waited_enough"
+            ),
+            "vtc": (
+                "test_orders_service.py::test_vtc_bounds_the_service_difference_of_backlogged_clients_and_fcfs_does_not"
+            ),
+            "vtc_predicted": (
+                "test_vtc.py::test_with_true_lengths_clients_drift_apart_less_than_by_what_has_come"
+            ),
             "dlpm": "test_orders_service.py::test_dlpm_is_more_local_than_vtc_and_fairer_than_lpm",
             "mlfq": "test_orders_service.py::test_mlfq_has_levels_without_end_unless_it_is_told",
             "atlas": "test_orders_service.py::test_atlas_charges_the_critical_path_and_plas_all_calls",
@@ -89,8 +103,12 @@ TESTS = {
         {
             "always": "test_always_decides_as_no_admission_does",
             "past_future": "test_with_true_lengths_and_nothing_reserved_past_future_never_preempts",
-            "peak_memory": "test_peak_memory_never_preempts_and_starts_more_than_orca_whose_reservation_holds_to_the_end",
-            "new_token_ratio": "test_a_request_starts_when_all_it_may_need_fits_beside_half_of_what_the_others_may",
+            "peak_memory": (
+                "test_peak_memory_never_preempts_and_starts_more_than_orca_whose_reservation_holds_to_the_end"
+            ),
+            "new_token_ratio": (
+                "test_a_request_starts_when_all_it_may_need_fits_beside_half_of_what_the_others_may"
+            ),
             "rpm": "test_rpm_takes_so_many_of_a_clients_requests_in_any_minute_and_rejects_the_rest",
             "early_reject": "test_early_reject_refuses_at_arrival_what_would_miss_its_ttft",
         },
@@ -141,8 +159,9 @@ TESTS = {
 HEAD = """# Policies
 
 Written by `python experiments/policies_page.py` from the plugins and presets themselves; a test compares.
-Each policy passes the conformance kit (`python -m headway check order=vtc`, `check policy=vtc`), and the test that is named shows the
-property that its paper defines it by. "Differs" is what the paper or its authors' code has and the policy has not, or has otherwise.
+Each policy passes the conformance kit (`python -m headway check order=vtc`, `check policy=vtc`), and the test
+that is named shows the property that its paper defines it by. "Differs" is what the paper or its authors'
+code has and the policy has not, or has otherwise.
 """
 
 
@@ -176,7 +195,10 @@ def rows(registry: Registry) -> Iterator[str]:
 
 def preset_rows() -> Iterator[str]:
     yield "\n## policy: presets, which set every role that a paper's policy fills\n"
-    yield "Each is checked by `test_presets.py::test_every_preset_passes_the_conformance_kit`, or, where it is a single policy, as that.\n"
+    yield (
+        "Each is checked by `test_presets.py::test_every_preset_passes_the_conformance_kit`, or, where it is "
+        "a single policy, as that.\n"
+    )
     yield "| preset | what it is | chooses |"
     yield "|---|---|---|"
     for name in presets.names():
@@ -193,7 +215,9 @@ def page() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:
         return int(PAGE.read_text(encoding="utf-8") != page())

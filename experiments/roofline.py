@@ -6,12 +6,32 @@ import statistics
 from typing import Any
 
 QWEN3 = {
-    "architecture": "Qwen3ForCausalLM", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
-    "rope_theta": 1e6, "rms_norm_eps": 1e-6, "dtype": "bfloat16",
-}  # fmt: skip
+    "architecture": "Qwen3ForCausalLM",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "dtype": "bfloat16",
+}
 SHAPES = {
-    "0.6B": QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "tie_word_embeddings": True},
-    "8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False},
+    "0.6B": QWEN3
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "8B": QWEN3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -38,23 +58,35 @@ def machine_rates() -> dict[str, float]:
     target = torch.empty_like(data)
     copy = 2 * data.nbytes / seconds(lambda: target.copy_(data))
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return {"read": read, "copy": copy, "bandwidth": max(read, copy), "flops": 2 * 8192**3 / seconds(lambda: a @ b)}
+    return {
+        "read": read,
+        "copy": copy,
+        "bandwidth": max(read, copy),
+        "flops": 2 * 8192**3 / seconds(lambda: a @ b),
+    }
 
 
 def floor(shape: dict[str, Any], rates: dict[str, float]) -> float:
-    """Seconds that the requests of A and B take at least: prompts at the matrix rate, then one step a token, each at the larger of
-    reading weights and KV once and its FLOPs."""
+    """Seconds that the requests of A and B take at least: prompts at the matrix rate, then one step a token,
+    each at the larger of reading weights and KV once and its FLOPs."""
     from headway import ModelShape
     from plugins.workloads.nano_bench import requests
 
     model = ModelShape(**shape)
     prompts, lengths = requests()
     sizes = [len(p) for p in prompts]
-    flops = sum(model.linear_flops_per_token * n + model.attention_flops_per_pair * n * (n + 1) // 2 + model.head_flops for n in sizes)
+    flops = sum(
+        model.linear_flops_per_token * n
+        + model.attention_flops_per_pair * n * (n + 1) // 2
+        + model.head_flops
+        for n in sizes
+    )
     total = flops / rates["flops"]
     for done in range(1, max(lengths)):
         contexts = [size + done for size, length in zip(sizes, lengths, strict=True) if length > done]
-        moved = (model.num_hidden_layers * model.layer_parameters + model.embedding_parameters) * model.dtype_bytes
+        moved = (
+            model.num_hidden_layers * model.layer_parameters + model.embedding_parameters
+        ) * model.dtype_bytes
         moved += sum(contexts) * model.kv_bytes_per_token
         total += max(moved / rates["bandwidth"], sum(map(model.flops_per_token, contexts)) / rates["flops"])
     return total

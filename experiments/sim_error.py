@@ -1,10 +1,11 @@
-"""How far the simulator's step times are from measured ones: the cost model against decode steps and prompts of the real engine.
+"""How far the simulator's step times are from measured ones: the cost model against decode steps and prompts
+of the real engine.
 
     python experiments/sim_error.py
 
-Measured: one H200, or four of one host, on 2026-11-21; Qwen3 shapes, random weights, bf16, CUDA graphs (docs/performance.md and docs/parallel.md).
-The constants of conf/hardware/h200.yaml were chosen by qwen3_0_6b's decode steps, among them those here, and qwen3_8b's prompts; for the
-other rows they predict.
+Measured: one H200, or four of one host, on 2026-11-21; Qwen3 shapes, random weights, bf16, CUDA graphs
+(docs/performance.md and docs/parallel.md). The constants of conf/hardware/h200.yaml were chosen by
+qwen3_0_6b's decode steps, among them those here, and qwen3_8b's prompts; for the other rows they predict.
 """
 
 from __future__ import annotations
@@ -53,16 +54,26 @@ class Prompts:
         return f"{self.model} tp={self.tp} prompts, {self.tokens // self.length} x {self.length}"
 
     def predicted(self, cost: Roofline) -> float:
-        return cost.step_time([0] * (self.tokens // self.length), [self.length] * (self.tokens // self.length))
+        return cost.step_time(
+            [0] * (self.tokens // self.length), [self.length] * (self.tokens // self.length)
+        )
 
 
 CASES: list[Decode | Prompts] = [
-    Decode("qwen3_0_6b", 1, 256, 956, 7.753e-3), Decode("qwen3_0_6b", 1, 128, 867, 4.078e-3), Decode("qwen3_0_6b", 1, 64, 856, 2.586e-3),
-    Decode("qwen3_0_6b", 1, 16, 1014, 1.740e-3), Decode("qwen3_0_6b", 1, 1, 689, 0.930e-3),
-    Decode("qwen3_8b", 1, 192, 963, 12.79e-3), Decode("qwen3_8b", 1, 64, 873, 7.13e-3), Decode("qwen3_8b", 1, 1, 327, 4.58e-3),
-    Decode("qwen3_32b", 1, 256, 300, 34.96e-3), Decode("qwen3_32b", 1, 640, 300, 82.1e-3), Decode("qwen3_32b", 4, 1024, 300, 41.5e-3),
-    Prompts("qwen3_32b", 1, 8192, 1024, 8192 / 9685), Prompts("qwen3_32b", 4, 8192, 1024, 237.6e-3),
-]  # fmt: skip
+    Decode("qwen3_0_6b", 1, 256, 956, measured=7.753e-3),
+    Decode("qwen3_0_6b", 1, 128, 867, measured=4.078e-3),
+    Decode("qwen3_0_6b", 1, 64, 856, measured=2.586e-3),
+    Decode("qwen3_0_6b", 1, 16, 1014, measured=1.740e-3),
+    Decode("qwen3_0_6b", 1, 1, 689, measured=0.930e-3),
+    Decode("qwen3_8b", 1, 192, 963, measured=12.79e-3),
+    Decode("qwen3_8b", 1, 64, 873, measured=7.13e-3),
+    Decode("qwen3_8b", 1, 1, 327, measured=4.58e-3),
+    Decode("qwen3_32b", 1, 256, 300, measured=34.96e-3),
+    Decode("qwen3_32b", 1, 640, 300, measured=82.1e-3),
+    Decode("qwen3_32b", 4, 1024, 300, measured=41.5e-3),
+    Prompts("qwen3_32b", 1, 8192, 1024, measured=8192 / 9685),
+    Prompts("qwen3_32b", 4, 8192, 1024, measured=237.6e-3),
+]
 
 
 def main() -> None:
@@ -72,7 +83,10 @@ def main() -> None:
     for case in CASES:
         shape = ModelConfig(**OmegaConf.load(conf / "model" / f"{case.model}.yaml")).shape()
         predicted = case.predicted(Roofline(shape, hardware, tp=case.tp))
-        print(f"{case!s:44} {case.measured * 1e3:11.2f} {predicted * 1e3:13.2f} {predicted / case.measured - 1:+7.0%}")
+        print(
+            f"{case!s:44} {case.measured * 1e3:11.2f} {predicted * 1e3:13.2f} "
+            f"{predicted / case.measured - 1:+7.0%}"
+        )
 
 
 if __name__ == "__main__":

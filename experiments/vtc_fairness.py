@@ -61,7 +61,9 @@ def differences(clients: list[ClientService], every: float = 5.0) -> list[tuple[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--orders", nargs="+", default=["fcfs", "vtc"])
     parser.add_argument("--minutes", type=float, default=6.0, help="for which the clients go on asking")
     parser.add_argument("--out", type=Path, default=Path("vtc_fairness"))
@@ -85,13 +87,21 @@ def plot(rows: list[tuple[str, float, float]], bound: float, out: Path) -> str:
     except ImportError:
         return ' (no figure: pip install "headway[report]")'
     data = altair.Data(values=[{"order": o, "seconds": t, "difference": d} for o, t, d in rows])
-    lines = altair.Chart(data).mark_line().encode(
-        x=altair.X("seconds:Q", title="time (s)"),
-        y=altair.Y("difference:Q", title="service difference (weighted tokens)"),
-        color="order:N",
-    )  # fmt: skip
-    rule = altair.Chart(altair.Data(values=[{"bound": bound}])).mark_rule(strokeDash=[4, 4]).encode(y="bound:Q")
-    chart = (lines + rule).properties(width=420, height=260, title="Two backlogged clients; dashed: the theorem's bound")
+    lines = (
+        altair.Chart(data)
+        .mark_line()
+        .encode(
+            x=altair.X("seconds:Q", title="time (s)"),
+            y=altair.Y("difference:Q", title="service difference (weighted tokens)"),
+            color="order:N",
+        )
+    )
+    rule = (
+        altair.Chart(altair.Data(values=[{"bound": bound}])).mark_rule(strokeDash=[4, 4]).encode(y="bound:Q")
+    )
+    chart = (lines + rule).properties(
+        width=420, height=260, title="Two backlogged clients; dashed: the theorem's bound"
+    )
     for suffix in (".svg", ".png"):
         chart.save(str(out.with_suffix(suffix)))
     return f", {out.with_suffix('.svg')}, {out.with_suffix('.png')}"

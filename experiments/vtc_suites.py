@@ -1,11 +1,13 @@
-"""The suites of VTC's artifact (Sheng et al., OSDI'24; fair_bench/exp_suite.py), simulated, beside the figures of its authors' logs.
+"""The suites of VTC's artifact (Sheng et al., OSDI'24; fair_bench/exp_suite.py), simulated, beside the
+figures of its authors' logs.
 
     python experiments/vtc_suites.py [--suites eight_clients on_off short_long weighted] [--order vtc]
 
-Composed as conf/experiment/vtc_fairness.yaml (Llama-2-7B on an A10G, 10,000 KV tokens), with the requests of each suite. Two
-measures are printed: the largest difference of what any two clients have been served since the beginning, once a second, and
-`service_difference` of docs/metrics.md, over intervals in which both are backlogged. Requests are drawn here from the suites'
-parameters, not with the artifact's generator, so that times differ from theirs.
+Composed as conf/experiment/vtc_fairness.yaml (Llama-2-7B on an A10G, 10,000 KV tokens), with the requests of
+each suite. Two measures are printed: the largest difference of what any two clients have been served since
+the beginning, once a second, and `service_difference` of docs/metrics.md, over intervals in which both are
+backlogged. Requests are drawn here from the suites' parameters, not with the artifact's generator, so that
+times differ from theirs.
 """
 
 from __future__ import annotations
@@ -36,11 +38,14 @@ def ask(client: int, number: int, time: float, prompt: int, output: int) -> Arri
     rng = Random(f"{client}/{number}")
     tokens = rng.choices(range(3, 32000), k=prompt)
     sampling = SamplingParams(max_tokens=output)
-    return Arrival(time, tokens, sampling, output, f"client{client}.{number}", Tags(client=f"client{client}"))
+    return Arrival(
+        time, tokens, sampling, output, id=f"client{client}.{number}", tags=Tags(client=f"client{client}")
+    )
 
 
 def uniform(rates: list[float], seconds: float, on: float | None = None) -> Iterator[Arrival]:
-    """Evenly spaced, 256 tokens in and out; the first client asks in every other spell of `on` seconds alone, if given."""
+    """Evenly spaced, 256 tokens in and out; the first client asks in every other spell of `on` seconds alone,
+    if given."""
     for client, rate in enumerate(rates):
         phase = Random(f"phase/{client}").random() / rate
         for number in count():
@@ -48,7 +53,7 @@ def uniform(rates: list[float], seconds: float, on: float | None = None) -> Iter
             if time >= seconds:
                 break
             if on is None or client or int(time // on) % 2 == 0:
-                yield ask(client, number, time, 256, 256)
+                yield ask(client, number, time, 256, output=256)
 
 
 def short_long(rates: tuple[float, float], seconds: float, lengths: tuple[int, int]) -> Iterator[Arrival]:
@@ -60,7 +65,7 @@ def short_long(rates: tuple[float, float], seconds: float, lengths: tuple[int, i
             time += rng.expovariate(rate)
             if time >= seconds:
                 break
-            yield ask(client, number, time, prompt, output)
+            yield ask(client, number, time, prompt, output=output)
 
 
 @dataclass(frozen=True)
@@ -77,13 +82,15 @@ class Suite:
 SUITES = {
     "eight_clients": Suite("overload-multi", 360.0, lambda s: uniform([0.4] * 3 + [0.6] * 5, s), "3,601"),
     "on_off": Suite("on_off_overload", 600.0, lambda s: uniform([2.0, 3.0], s, on=60.0), "8,820"),
-    "short_long": Suite("poisson_short_long_2", 600.0, lambda s: short_long((8.0, 1.5), s, (32, 512)), "20,025"),
+    "short_long": Suite(
+        "poisson_short_long_2", 600.0, lambda s: short_long((8.0, 1.5), s, (32, 512)), "20,025"
+    ),
     "weighted": Suite(
         "overload-weighted",
         360.0,
         lambda s: uniform([0.8, 0.8, 1.2, 1.6], s),
         "1 : 2.00 : 3.00 : 4.01",
-        {f"client{i}": i + 1.0 for i in range(4)},
+        weights={f"client{i}": i + 1.0 for i in range(4)},
     ),
 }
 
@@ -107,7 +114,9 @@ def served(suite: Suite, seconds: float, *overrides: str) -> tuple[list[ClientSe
     schema.register(registry)
     given = ["experiment=vtc_fairness", "tracking=none", *overrides]
     if suite.weights:
-        given.append(f"order.weights={{{','.join(f'{name}:{weight}' for name, weight in suite.weights.items())}}}")
+        given.append(
+            f"order.weights={{{','.join(f'{name}:{weight}' for name, weight in suite.weights.items())}}}"
+        )
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composition = schema.composition(hydra.compose("config", given))
     engine = build(registry, composition, observers=[Until(seconds)]).engine
@@ -129,17 +138,25 @@ def shares(clients: list[ClientService], seconds: float) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--order", default="vtc")
     args = parser.parse_args()
-    print(f"{'suite':<15}{'artifact':<22}{'theirs':>24}{'since 0':>12}{'backlogged':>12}{'preempted':>11}   shares")
+    print(
+        f"{'suite':<15}{'artifact':<22}{'theirs':>24}{'since 0':>12}{'backlogged':>12}{'preempted':>11}   "
+        "shares"
+    )
     for name in args.suites:
         suite = SUITES[name]
         clients, result = served(suite, suite.seconds, f"order={args.order}")
         largest, backlogged = since_the_beginning(clients, suite.seconds), service_difference(clients)
         ratio = " : ".join(f"{share:.2f}" for share in shares(clients, suite.seconds))
-        print(f"{name:<15}{suite.called:<22}{suite.theirs:>24}{largest:>12,.0f}{backlogged:>12,.0f}{result.num_preemptions:>11}   {ratio}")
+        print(
+            f"{name:<15}{suite.called:<22}{suite.theirs:>24}{largest:>12,.0f}{backlogged:>12,.0f}"
+            f"{result.num_preemptions:>11}   {ratio}"
+        )
 
 
 if __name__ == "__main__":

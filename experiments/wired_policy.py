@@ -1,7 +1,7 @@
 """A test double for `bench_engine.py seam`: the same engine with its decode policy written out by hand.
 
-No scheduler, no StepBuilder, no view, no decision log: a step of decodes is one loop over the running requests. Whatever else happens
-(arrivals, prompts, a pool that runs short) is left to the engine as it is.
+No scheduler, no StepBuilder, no view, no decision log: a step of decodes is one loop over the running
+requests. Whatever else happens (arrivals, prompts, a pool that runs short) is left to the engine as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ def wire(engine: Engine) -> Callable[[], None]:
 
     def plan(now: float) -> bool:
         running = engine.running.items
-        if engine.waiting.items or pool.num_available < len(running) or any(r.num_new_tokens > 1 for r in running):
+        if (
+            engine.waiting.items
+            or pool.num_available < len(running)
+            or any(r.num_new_tokens > 1 for r in running)
+        ):
             return original(now)
         step = engine.counts.num_steps
         requests, starts, allocated = [], [], []

@@ -1,6 +1,8 @@
-"""Hydra's own sweeper, except that jobs are checked by core/cli/sweep.py. Hydra takes sweepers from `hydra_plugins` alone.
+"""Hydra's own sweeper, except that jobs are checked by core/cli/sweep.py. Hydra takes sweepers from
+`hydra_plugins` alone.
 
-Other Hydra applications in the same environment find this module too, so it imports nothing of Headway before it is used.
+Other Hydra applications in the same environment find this module too, so it imports nothing of Headway before
+it is used.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ class CheckedSweeper(BasicSweeper):
         from core.cli.sweep import check_jobs
 
         loader, config = self.hydra_context.config_loader, self.config
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides([*self._parse_config(), *arguments])
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides(
+            [*self._parse_config(), *arguments]
+        )
         jobs = [job for batch in self.split_arguments(overrides, self.max_batch_size) for job in batch]
         check_jobs(jobs, lambda job: loader.load_sweep_config(config, list(job)))
         return super().sweep(arguments)

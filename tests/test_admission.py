@@ -25,10 +25,12 @@ TIGHT = EngineConfig(block_size=4, num_blocks=160, max_num_seqs=24, max_num_batc
 
 def test_always_decides_as_no_admission_does():
     asked = load(0)
-    assert run(asked, admission="always", engine=TIGHT).decision_hash == run(asked, engine=TIGHT).decision_hash
+    assert (
+        run(asked, admission="always", engine=TIGHT).decision_hash == run(asked, engine=TIGHT).decision_hash
+    )
 
 
-# ---- past-future -----------------------------------------------------------------------------------------------------
+# ---- past-future -----------------------------------------------------------------------------------------
 
 
 def brute_force_peak(batch: list[tuple[int, int]], size: int) -> int:
@@ -57,7 +59,9 @@ def test_with_true_lengths_and_nothing_reserved_past_future_never_preempts(seed)
     """Whole blocks of 16 tokens, and no prompt takes more than a step, whether it has one to itself or shares
     it with decodes.
     """
-    config = EngineConfig(block_size=16, num_blocks=40, max_num_seqs=24, max_num_batched_tokens=2048, check=True)
+    config = EngineConfig(
+        block_size=16, num_blocks=40, max_num_seqs=24, max_num_batched_tokens=2048, check=True
+    )
     asked = load(seed)
     for scheduler in ("prefill_first", ("chunked", {"token_budget": 2048})):
         assert run(asked, scheduler=scheduler, engine=config).num_preemptions > 0
@@ -100,9 +104,12 @@ def test_past_future_is_asked_before_a_preempted_request_starts_again():
     of the others to pass.
     """
     engine = compose(
-        admission=("past_future", {"reserved": 0}), predictor=("constant", {"length": 4}),
-        engine=EngineConfig(block_size=4, num_blocks=30, max_num_seqs=4, max_num_batched_tokens=256, check=True),
-    )  # fmt: skip
+        admission=("past_future", {"reserved": 0}),
+        predictor=("constant", {"length": 4}),
+        engine=EngineConfig(
+            block_size=4, num_blocks=30, max_num_seqs=4, max_num_batched_tokens=256, check=True
+        ),
+    )
     answers = []
     admit = engine.roles.admission.admit
 
@@ -140,21 +147,29 @@ def test_with_true_lengths_past_future_never_preempts(seed):
 
 
 def test_past_future_learns_from_finished_requests():
-    """History makes it preempt less than admitting everybody; the first predictions are guesses, so not never."""
+    """History makes it preempt less than admitting everybody; the first predictions are guesses, so not
+    never."""
     plain = careful = 0
     for seed in range(4):
         asked = load(seed, 120)
         plain += run(asked, engine=TIGHT).num_preemptions
-        careful += run(asked, admission="past_future", predictor=("history", {"initial": 60.0}), engine=TIGHT).num_preemptions
+        careful += run(
+            asked, admission="past_future", predictor=("history", {"initial": 60.0}), engine=TIGHT
+        ).num_preemptions
     assert careful < 0.3 * plain
 
 
 def test_past_future_starts_a_request_alone_however_long_it_may_get():
-    result = run([ask(0.0, 4, 30)], admission=("past_future", {"reserved": 0.9}), predictor=("constant", {"length": 1e6}), engine=TIGHT)
+    result = run(
+        [ask(0.0, 4, 30)],
+        admission=("past_future", {"reserved": 0.9}),
+        predictor=("constant", {"length": 1e6}),
+        engine=TIGHT,
+    )
     assert result.outputs[0].state == "finished"
 
 
-# ---- peak memory -------------------------------------------------------------------------------------------
+# ---- peak memory -----------------------------------------------------------------------------------------
 
 
 def declared(seed: int, n: int = 60) -> list:
@@ -168,7 +183,9 @@ def declared(seed: int, n: int = 60) -> list:
 @pytest.mark.parametrize("seed", range(4))
 def test_peak_memory_never_preempts_and_starts_more_than_orca_whose_reservation_holds_to_the_end(seed):
     asked = declared(seed)
-    config = EngineConfig(block_size=4, num_blocks=160, max_num_seqs=24, max_num_batched_tokens=1024, check=True)
+    config = EngineConfig(
+        block_size=4, num_blocks=160, max_num_seqs=24, max_num_batched_tokens=1024, check=True
+    )
     assert run(asked, scheduler="prefill_first", engine=config).num_preemptions > 0
     peak = run(asked, scheduler="prefill_first", admission="peak_memory", engine=config)
     orca = run(asked, scheduler="orca", engine=config)
@@ -183,7 +200,7 @@ def test_peak_memory_takes_a_request_without_max_tokens_to_fill_the_context():
     assert result.outputs[1].first_scheduled_time >= result.outputs[0].finish_time
 
 
-# ---- new token ratio ---------------------------------------------------------------------------------------
+# ---- new token ratio -------------------------------------------------------------------------------------
 
 
 def may_ask(prompt: int, cap: int, output: int, id: str, time: float = 0.0):
@@ -194,15 +211,24 @@ RATIO = {"init": 0.5, "min_factor": 0.2, "decay_steps": 10, "retract_steps": 5}
 
 
 def ratio_engine(num_blocks: int, *asked, **parameters):
-    config = EngineConfig(block_size=1, num_blocks=num_blocks, max_num_seqs=8, max_num_batched_tokens=256, check=True)
-    engine = compose(admission=("new_token_ratio", RATIO | parameters), scheduler="sglang", victim="fewest_outputs", engine=config)
+    config = EngineConfig(
+        block_size=1, num_blocks=num_blocks, max_num_seqs=8, max_num_batched_tokens=256, check=True
+    )
+    engine = compose(
+        admission=("new_token_ratio", RATIO | parameters),
+        scheduler="sglang",
+        victim="fewest_outputs",
+        engine=config,
+    )
     for a in asked:
         engine.add(a)
     return engine
 
 
 @pytest.mark.parametrize(("num_blocks", "together"), [(134, False), (135, True)])
-def test_a_request_starts_when_all_it_may_need_fits_beside_half_of_what_the_others_may(num_blocks: int, together: bool):
+def test_a_request_starts_when_all_it_may_need_fits_beside_half_of_what_the_others_may(
+    num_blocks: int, together: bool
+):
     """When B comes A holds 10 tokens, and half of its 99 more count: 49.5. B may need 5 + 70, less than what
     is left.
     """
@@ -244,7 +270,7 @@ def test_after_a_retraction_the_ratio_is_what_was_used():
     assert {o.state for o in engine.roster.finished} == {"finished"}
 
 
-# ---- requests per minute -----------------------------------------------------------------------------------
+# ---- requests per minute ---------------------------------------------------------------------------------
 
 
 def minute(over: str, limit: int = 3):
@@ -267,10 +293,11 @@ def test_rpm_that_defers_starts_at_most_so_many_in_any_minute_and_all_in_the_end
     assert {o.state for o in result.outputs} == {"finished"}
     starts = sorted(o.first_scheduled_time for o in result.outputs if o.tags.client == "busy")
     assert all(later - earlier >= 60.0 for earlier, later in zip(starts, starts[3:], strict=False))
-    assert starts[-1] == pytest.approx(200.0, abs=0.1)  # 12 requests, 3 per minute: the last three come 3 minutes after 20 s
+    # 12 requests, 3 per minute: the last three come 3 minutes after 20 s
+    assert starts[-1] == pytest.approx(200.0, abs=0.1)
 
 
-# ---- early rejection ---------------------------------------------------------------------------------------------------
+# ---- early rejection -------------------------------------------------------------------------------------
 
 
 def slow() -> Server:
@@ -282,9 +309,15 @@ def states(result) -> list[str]:
 
 
 def test_early_reject_refuses_at_arrival_what_would_miss_its_ttft():
-    """Each prompt takes 110 ms: under a target of 250 ms the first two can make it, the third would need 330."""
+    """Each prompt takes 110 ms: under a target of 250 ms the first two can make it, the third would need
+    330."""
     asked = [ask(0.0, 100, 1, slo=SLO(ttft=0.25)) for _ in range(4)]
-    result = run(asked, server=slow(), admission=("early_reject", {"chunk_size": 100}), engine=EngineConfig(max_num_seqs=1))
+    result = run(
+        asked,
+        server=slow(),
+        admission=("early_reject", {"chunk_size": 100}),
+        engine=EngineConfig(max_num_seqs=1),
+    )
     assert states(result) == ["finished", "finished", "rejected", "rejected"]
     assert result.outputs[2].finish_reason.startswith("predicted TTFT of 0.33")
     assert result.outputs[2].finish_time == 0.0
@@ -292,9 +325,15 @@ def test_early_reject_refuses_at_arrival_what_would_miss_its_ttft():
 
 def test_early_reject_asks_again_before_it_starts():
     """A later request of higher priority overtakes the second one, which then can't make it any more."""
-    asked = [ask(0.0, 100, 1, priority=1), ask(0.0, 100, 1, "second", SLO(ttft=0.25), priority=2), ask(0.05, 100, 1, priority=0)]
+    asked = [
+        ask(0.0, 100, 1, priority=1),
+        ask(0.0, 100, 1, "second", SLO(ttft=0.25), priority=2),
+        ask(0.05, 100, 1, priority=0),
+    ]
     parameters = ("early_reject", {"chunk_size": 100})
-    result = run(asked, server=slow(), admission=parameters, order="priority", engine=EngineConfig(max_num_seqs=1))
+    result = run(
+        asked, server=slow(), admission=parameters, order="priority", engine=EngineConfig(max_num_seqs=1)
+    )
     assert states(result) == ["finished", "rejected", "finished"]
     assert result.outputs[1].finish_time > 0.2
 
@@ -312,13 +351,23 @@ def test_early_reject_leaves_requests_without_targets_alone_unless_it_has_its_ow
     engine = EngineConfig(max_num_seqs=1)
     assert states(run(asked, server=slow(), admission="early_reject", engine=engine)) == ["finished"] * 4
     own = ("early_reject", {"ttft": 0.25, "chunk_size": 100})
-    assert states(run(asked, server=slow(), admission=own, engine=engine)) == ["finished", "finished", "rejected", "rejected"]
+    assert states(run(asked, server=slow(), admission=own, engine=engine)) == [
+        "finished",
+        "finished",
+        "rejected",
+        "rejected",
+    ]
 
 
 def test_those_whom_early_reject_lets_in_make_their_target_on_a_server_as_predicted():
     rng = Random(1)
     asked = [ask(0.02 * i, rng.randint(10, 150), 1, slo=SLO(ttft=0.4)) for i in range(80)]
-    result = run(asked, server=slow(), admission=("early_reject", {"chunk_size": 512}), engine=EngineConfig(max_num_seqs=1))
+    result = run(
+        asked,
+        server=slow(),
+        admission=("early_reject", {"chunk_size": 512}),
+        engine=EngineConfig(max_num_seqs=1),
+    )
     done = [o for o in result.outputs if o.state == "finished"]
     assert 10 < len(done) < 80
     assert all(o.token_times[0] - o.arrival_time <= 0.4 + 1e-9 for o in done)

@@ -1,4 +1,5 @@
-"""BlockPool: counts add up, eviction hears of exactly the unreferenced leaves, blocks know where they are in their prefix."""
+"""BlockPool: counts add up, eviction hears of exactly the unreferenced leaves, blocks know where they are in
+their prefix."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ class Ledger(Eviction):
         self.hit += 1
 
     def on_evictable(self, block: Block) -> None:
-        assert block.cached and not block.ref_count and not block.num_children and block.id not in self.evictable
+        assert (
+            block.cached and not block.ref_count and not block.num_children and block.id not in self.evictable
+        )
         self.evictable[block.id] = block
 
     def on_in_use(self, block: Block) -> None:
@@ -60,7 +63,9 @@ def pool_of(num_blocks: int, size: int = 1, eviction: Eviction | None = None, ca
 
 
 def request_of(tokens: list[int], index: int = 0, salt: str = "") -> Request:
-    return Request(Arrival(0.0, tokens, cache_salt=salt), index, max_model_len=1 << 20, eos_token_ids=frozenset())
+    return Request(
+        Arrival(0.0, tokens, cache_salt=salt), index, max_model_len=1 << 20, eos_token_ids=frozenset()
+    )
 
 
 def start(pool: BlockPool, request: Request) -> int:
@@ -80,14 +85,16 @@ def stop(pool: BlockPool, request: Request) -> None:
     request.block_table, request.num_published_blocks, request.published_parent = [], 0, ROOT
 
 
-# ---- properties ------------------------------------------------------------------------------------------------------
+# ---- properties ------------------------------------------------------------------------------------------
 
 PROMPTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=40)
 
 
 @settings(max_examples=60, deadline=None)
 @given(prompts=PROMPTS, num_blocks=st.integers(8, 24), size=st.integers(1, 3), data=st.data())
-def test_counts_add_up_and_eviction_sees_exactly_the_unreferenced_leaves(prompts, num_blocks, size, data) -> None:
+def test_counts_add_up_and_eviction_sees_exactly_the_unreferenced_leaves(
+    prompts, num_blocks, size, data
+) -> None:
     ledger = Ledger()
     pool = pool_of(num_blocks, size, ledger)
     running: list[Request] = []
@@ -108,7 +115,7 @@ def test_counts_add_up_and_eviction_sees_exactly_the_unreferenced_leaves(prompts
     assert ledger.inserted - ledger.evicted == pool.num_cached
 
 
-# ---- what a block knows ----------------------------------------------------------------------------------------------
+# ---- what a block knows ----------------------------------------------------------------------------------
 
 
 def test_a_block_records_parent_depth_hits_and_who_touched_it_last() -> None:
@@ -143,14 +150,17 @@ def test_the_content_key_survives_eviction_and_tells_contents_apart() -> None:
     stop(pool, request)
     other = request_of([5, 8], 1)
     start(pool, other)
-    assert keys[1] not in [pool.blocks[i].key for i in other.block_table]  # the same tokens after another prefix
+    # the same tokens after another prefix
+    assert keys[1] not in [pool.blocks[i].key for i in other.block_table]
     stop(pool, other)
     start(pool, request)
     assert [pool.blocks[i].key for i in request.block_table] == keys
 
 
 def test_a_salt_gives_other_keys() -> None:
-    assert list(prefix_keys([1, 2], 1, "a")) != list(prefix_keys([1, 2], 1, "b")) != list(prefix_keys([1, 2], 1))
+    assert (
+        list(prefix_keys([1, 2], 1, "a")) != list(prefix_keys([1, 2], 1, "b")) != list(prefix_keys([1, 2], 1))
+    )
     assert root_key("") == 0
 
 
@@ -158,7 +168,7 @@ def test_prefix_keys_cover_full_blocks_only() -> None:
     assert list(prefix_keys([1, 2, 3], 2)) == [chain_key(root_key(""), (1, 2))]
 
 
-# ---- twins and pins --------------------------------------------------------------------------------------------------
+# ---- twins and pins --------------------------------------------------------------------------------------
 
 
 def test_a_published_duplicate_keeps_its_own_copy_and_holds_the_twin() -> None:
@@ -205,7 +215,7 @@ def test_drop_forgets_unreferenced_leaves_tail_first_and_spares_what_others_hold
     assert pool.cache.match(request_of([1, 2, 3]), [], 3) == table[:1]
 
 
-# ---- wrong use is refused ---------------------------------------------------------------------------------------------
+# ---- wrong use is refused --------------------------------------------------------------------------------
 
 
 class Liar(HashBlocks):
@@ -229,11 +239,16 @@ def test_a_match_of_an_uncached_block_is_caught() -> None:
         pool.acquire(pool.allocate(1))
 
 
-# ---- the heap that evictions share ------------------------------------------------------------------------------------
+# ---- the heap that evictions share -----------------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["push", "discard", "pop"]), st.integers(0, 5), st.integers(0, 3)), max_size=200))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["push", "discard", "pop"]), st.integers(0, 5), st.integers(0, 3)),
+        max_size=200,
+    )
+)
 def test_block_heap_is_a_sorted_list(operations) -> None:
     heap, model = BlockHeap(), {}  # model: block id -> (key, serial)
     blocks = [Block(i) for i in range(6)]

@@ -1,4 +1,5 @@
-"""BlockPool under any sequence of what the engine may do to it, for every eviction: counts add up and only idle leaves go."""
+"""BlockPool under any sequence of what the engine may do to it, for every eviction: counts add up and only
+idle leaves go."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ import pytest
 from helpers.policy_runs import REGISTRY
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from core.blocks import ROOT, BlockPool
 from core.chains import prefix_keys
@@ -25,7 +33,8 @@ TOKENS = st.lists(st.integers(0, 1), min_size=SIZE, max_size=5 * SIZE)
 
 
 class Watched(Eviction):
-    """Passes everything on to an eviction policy and keeps its own account of what the core promises and of what it asks."""
+    """Passes everything on to an eviction policy and keeps its own account of what the core promises and of
+    what it asks."""
 
     def __init__(self, inner: Eviction, subtree: bool) -> None:
         self.inner, self.pool, self.subtree = inner, None, subtree
@@ -88,17 +97,27 @@ class Pool(RuleBasedStateMachine):
         self.pins: list[tuple[int, ...]] = []
         self.wrote: dict[int, tuple[int, ...]] = {}  # block -> the prefix that was computed into it
 
-    @rule(target=holding, tokens=TOKENS, salt=st.sampled_from(["", "s"]), category=st.sampled_from(["", "chat"]), turn=st.integers(0, 2))
+    @rule(
+        target=holding,
+        tokens=TOKENS,
+        salt=st.sampled_from(["", "s"]),
+        category=st.sampled_from(["", "chat"]),
+        turn=st.integers(0, 2),
+    )
     def admit(self, tokens: list[int], salt: str, category: str, turn: int) -> Any:
         """Matches, takes what is cached and allocates the rest; published later or never."""
         self.count += 1
         self.pool.now += 0.5
-        arrival = Arrival(self.pool.now, tokens, cache_salt=salt, tags=Tags(category=category, turn=turn, priority=turn))
+        arrival = Arrival(
+            self.pool.now, tokens, cache_salt=salt, tags=Tags(category=category, turn=turn, priority=turn)
+        )
         request = Request(arrival, self.count - 1, max_model_len=1 << 20, eos_token_ids=frozenset())
         limit = len(tokens) // SIZE
         found = self.index.match(request, [], limit)
         for i, block in enumerate(found):
-            assert self.wrote[block] == (salt, *tokens[: SIZE * (i + 1)]), "a match must hold exactly the prompt's tokens"
+            assert self.wrote[block] == (salt, *tokens[: SIZE * (i + 1)]), (
+                "a match must hold exactly the prompt's tokens"
+            )
         idle = sum(1 for b in found if not self.pool.blocks[b].ref_count)
         if self.pool.num_available - idle < limit - len(found):
             return None
@@ -116,20 +135,26 @@ class Pool(RuleBasedStateMachine):
     @rule(request=holding, share=st.floats(0, 1))
     def publish(self, request: Request | None, share: float) -> None:
         if request in self.held:
-            publish(self.pool, request, max(request.num_published_blocks, round(share * len(request.block_table))))
+            publish(
+                self.pool, request, max(request.num_published_blocks, round(share * len(request.block_table)))
+            )
 
     @rule(request=holding)
     def give_back(self, request: Request | None) -> None:
         if request in self.held:
             self.held.remove(request)
-            self.pool.release([request.canonical_blocks[i] for i in sorted(request.canonical_blocks)], request.tags)
+            self.pool.release(
+                [request.canonical_blocks[i] for i in sorted(request.canonical_blocks)], request.tags
+            )
             self.pool.release(request.block_table, request.tags)
 
     @rule(target=pinned, request=holding)
     def pin(self, request: Request | None) -> Any:
         if request not in self.held:
             return None
-        self.pins.append(self.pool.pin([request.canonical_blocks.get(i, b) for i, b in enumerate(request.block_table)]))
+        self.pins.append(
+            self.pool.pin([request.canonical_blocks.get(i, b) for i, b in enumerate(request.block_table)])
+        )
         return self.pins[-1]
 
     @rule(pin=pinned)
@@ -157,10 +182,14 @@ class Pool(RuleBasedStateMachine):
     def holds(self) -> None:
         pool = self.pool
         pool.check()
-        idle = {b.id for b in pool.blocks if b.cached and not b.ref_count and (self.subtree or not b.num_children)}
+        idle = {
+            b.id for b in pool.blocks if b.cached and not b.ref_count and (self.subtree or not b.num_children)
+        }
         assert self.watched.evictable == idle
         assert self.watched.known == {b.id for b in pool.blocks if b.cached}
-        references = [id for r in self.held for id in (*r.block_table, *r.canonical_blocks.values())] + [id for p in self.pins for id in p]
+        references = [id for r in self.held for id in (*r.block_table, *r.canonical_blocks.values())] + [
+            id for p in self.pins for id in p
+        ]
         assert all(b.ref_count == references.count(b.id) for b in pool.blocks)
         for block in pool.blocks:
             if block.cached:
@@ -174,16 +203,32 @@ class Pool(RuleBasedStateMachine):
 def test_any_sequence_of_operations_keeps_the_rules(eviction: str, cache: str) -> None:
     machine = type("Pool", (Pool,), {"eviction": eviction, "cache": cache})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        machine,
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
     )
 
 
 @pytest.mark.parametrize("cache", ["hash", "radix"])
 @pytest.mark.parametrize("eviction", ["lru", "fifo", "sieve", "s3fifo", "two_q", "arc", "gdsf"])
-def test_any_sequence_keeps_the_rules_where_blocks_go_with_what_hangs_under_them(eviction: str, cache: str) -> None:
+def test_any_sequence_keeps_the_rules_where_blocks_go_with_what_hangs_under_them(
+    eviction: str, cache: str
+) -> None:
     machine = type("Pool", (Pool,), {"eviction": eviction, "cache": cache, "subtree": True})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=12, stateful_step_count=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        machine,
+        settings=settings(
+            max_examples=12,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
     )
 
 
@@ -216,7 +261,12 @@ class Planted(Eviction):
 
 @pytest.mark.parametrize(
     ("what", "says"),
-    [("nothing", "yielded nothing although 4 blocks"), ("parent", "cached children"), ("used", "referenced or pinned"), ("free", "not cached")],
+    [
+        ("nothing", "yielded nothing although 4 blocks"),
+        ("parent", "cached children"),
+        ("used", "referenced or pinned"),
+        ("free", "not cached"),
+    ],
 )
 def test_an_eviction_that_breaks_its_contract_is_named(what: str, says: str) -> None:
     planted = Planted()

@@ -14,12 +14,20 @@ WIDE = ("chunked", {"token_budget": CONFIG.max_num_batched_tokens})
 
 
 def chunks(steps: Steps, id: str) -> list[int]:
-    return [n for r in steps.records for q, n in zip(r.plan.requests, r.plan.lengths, strict=True) if q.id == id]
+    return [
+        n for r in steps.records for q, n in zip(r.plan.requests, r.plan.lengths, strict=True) if q.id == id
+    ]
 
 
 def test_fixed_cuts_every_prompt_into_equal_chunks_and_leaves_decodes_alone():
     steps = Steps()
-    run([ask(0.0, 100, 3, "a"), ask(0.0, 70, 2, "b")], budget=("fixed", {"chunk_size": 32}), scheduler=WIDE, engine=CONFIG, observers=[steps])
+    run(
+        [ask(0.0, 100, 3, "a"), ask(0.0, 70, 2, "b")],
+        budget=("fixed", {"chunk_size": 32}),
+        scheduler=WIDE,
+        engine=CONFIG,
+        observers=[steps],
+    )
     assert chunks(steps, "a") == [32, 32, 32, 4, 1, 1]
     assert chunks(steps, "b") == [32, 32, 6, 1]
 
@@ -52,8 +60,10 @@ def test_dynamic_chunk_keeps_every_token_of_a_decode_on_time():
     assert deadlines_met(steps, 0.02)
     plain, whole = long_prompt_joins(None, tpot=0.02)
     assert whole == [1500, 1] and max(gaps(plain, "decode")) > 0.15
-    # Slack saved before goes into one large chunk, then every step takes what 20 ms leave: (0.020 - 0.005) / 0.0001 - 1 = 149.
-    assert 300 < sizes[0] < 1000 and len(sizes) > 5 and set(sizes[1:-2]) <= {144, 160}  # 160 where tiles left slack over
+    # Slack saved before goes into one large chunk, then every step takes what 20 ms leave: (0.020 - 0.005) /
+    # 0.0001 - 1 = 149.
+    # 160 where tiles left slack over
+    assert 300 < sizes[0] < 1000 and len(sizes) > 5 and set(sizes[1:-2]) <= {144, 160}
 
 
 def test_dynamic_chunk_takes_the_largest_tile_that_fits():
@@ -64,7 +74,14 @@ def test_dynamic_chunk_takes_the_largest_tile_that_fits():
 
 def test_dynamic_chunk_without_decodes_gives_everything():
     steps = Steps()
-    run([ask(0.0, 1500, 2, "prompt")], server=slow(), budget="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
+    run(
+        [ask(0.0, 1500, 2, "prompt")],
+        server=slow(),
+        budget="dynamic_chunk",
+        scheduler=WIDE,
+        engine=CONFIG,
+        observers=[steps],
+    )
     assert chunks(steps, "prompt") == [1500, 1]
 
 
@@ -75,7 +92,14 @@ def test_dynamic_chunk_takes_its_floor_while_a_decode_is_late():
     steps, sizes = long_prompt_joins(("dynamic_chunk", {"floor": 100}), tpot=0.001)
     assert sizes == [100] * 15 + [1]
     asked = [ask(0.0, 16, 300, "decode", SLO(tpot=0.001)), ask(0.02, 70, 2, "a"), ask(0.02, 70, 2, "b")]
-    run(asked, server=slow(), budget=("dynamic_chunk", {"floor": 100}), scheduler=WIDE, engine=CONFIG, observers=[steps := Steps()])
+    run(
+        asked,
+        server=slow(),
+        budget=("dynamic_chunk", {"floor": 100}),
+        scheduler=WIDE,
+        engine=CONFIG,
+        observers=[steps := Steps()],
+    )
     assert (chunks(steps, "a"), chunks(steps, "b")) == ([70, 1], [30, 40, 1])
 
 
@@ -95,11 +119,20 @@ def test_deadlines_count_from_arrival_so_that_who_is_early_has_slack():
     run(asked, server=slow(), budget="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
     assert chunks(steps, "B") == [2000, 1]
     due = [6.0 + 0.05 * n for n in range(100)]
-    assert all(end <= by for end, by in zip([r.end for r in steps.records if "A" in [q.id for q in r.plan.requests]], due, strict=True))
+    assert all(
+        end <= by
+        for end, by in zip(
+            [r.end for r in steps.records if "A" in [q.id for q in r.plan.requests]], due, strict=True
+        )
+    )
 
 
 def test_a_request_without_a_target_between_tokens_makes_no_demands():
-    asked = [ask(0.0, 16, 300, "batch", SLO(e2el=60.0)), ask(0.0, 16, 300, "other", SLO(ttft=0.1)), ask(0.1, 1500, 2, "prompt")]
+    asked = [
+        ask(0.0, 16, 300, "batch", SLO(e2el=60.0)),
+        ask(0.0, 16, 300, "other", SLO(ttft=0.1)),
+        ask(0.1, 1500, 2, "prompt"),
+    ]
     steps = Steps()
     run(asked, server=slow(), budget="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
     assert chunks(steps, "prompt") == [1500, 1]
@@ -112,7 +145,9 @@ def test_dynamic_chunk_needs_a_cost_model():
         compose(server=server, budget="dynamic_chunk")
 
 
-@pytest.mark.parametrize("budget", [("fixed", {"chunk_size": 0}), ("dynamic_chunk", {"floor": -1}), ("dynamic_chunk", {"tile": 0})])
+@pytest.mark.parametrize(
+    "budget", [("fixed", {"chunk_size": 0}), ("dynamic_chunk", {"floor": -1}), ("dynamic_chunk", {"tile": 0})]
+)
 def test_budgets_refuse_what_would_never_let_a_prompt_through(budget):
     with pytest.raises(ConfigError, match="expected"):
         compose(budget=budget)

@@ -37,7 +37,9 @@ class Served:
         self.index, self.size = index, size
         eviction = LeastRecent()
         for role in (index, eviction):
-            role.setup(Context(0, size, num_blocks, 1 << 20, 8, 1 << 20, {"cache": index, "eviction": eviction}))
+            role.setup(
+                Context(0, size, num_blocks, 1 << 20, 8, 1 << 20, {"cache": index, "eviction": eviction})
+            )
         self.pool = BlockPool(num_blocks, size, index, eviction)
         self.count = 0
 
@@ -47,7 +49,12 @@ class Served:
 
     def request(self, tokens: list[int], salt: str = "") -> Request:
         self.count += 1
-        return Request(Arrival(0.0, tokens, cache_salt=salt), self.count, max_model_len=1 << 20, eos_token_ids=frozenset())
+        return Request(
+            Arrival(0.0, tokens, cache_salt=salt),
+            self.count,
+            max_model_len=1 << 20,
+            eos_token_ids=frozenset(),
+        )
 
     def serve(self, tokens: list[int], salt: str = "") -> list[int]:
         """Returns the table of a request that came and went."""
@@ -64,9 +71,11 @@ class Served:
         return request.block_table
 
 
-# ---- one behaviour ---------------------------------------------------------------------------------------------------
+# ---- one behaviour ---------------------------------------------------------------------------------------
 
-PROMPTS = st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=10), st.sampled_from(["", "", "tenant"])), max_size=30)
+PROMPTS = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), max_size=10), st.sampled_from(["", "", "tenant"])), max_size=30
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -77,7 +86,11 @@ def test_hash_and_radix_answer_every_match_alike(prompts, num_blocks, size) -> N
         first, second = one.match(tokens, salt), two.match(tokens, salt)
         assert first == second
         for known in range(len(first) + 1):  # a memoised match goes on from any verified block
-            assert one.match(tokens, salt, first[:known]) == two.match(tokens, salt, first[:known]) == first[known:]
+            assert (
+                one.match(tokens, salt, first[:known])
+                == two.match(tokens, salt, first[:known])
+                == first[known:]
+            )
         assert one.serve(tokens, salt) == two.serve(tokens, salt)
 
 
@@ -86,17 +99,31 @@ def run(seed: int, cache: str, eviction: str) -> RunResult:
     rng = random.Random(seed)
     roles, _ = build_roles(REGISTRY, default_choices(cache=cache, eviction=eviction))
     roles["executor"] = OracleExecutor(num_blocks=rng.randint(10, 16))
-    config = EngineConfig(block_size=rng.choice([1, 1, 2, 3]), max_num_seqs=4, max_num_batched_tokens=16, max_inflight=rng.choice([1, 2]), check=True)
+    config = EngineConfig(
+        block_size=rng.choice([1, 1, 2, 3]),
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        max_inflight=rng.choice([1, 2]),
+        check=True,
+    )
     arrivals, now = [], 0.0
     for _ in range(20):
         now += rng.choice([0, 0.01, 0.1])
         prompt = [rng.randrange(2) for _ in range(rng.randint(1, 10))]
         tags = Tags(category=rng.choice("ab"), turn=rng.randint(0, 2), priority=rng.randint(0, 2))
-        arrivals.append(Arrival(now, prompt, SamplingParams(max_tokens=rng.randint(1, 6)), tags=tags, cache_salt=rng.choice(["", "", "x"])))
+        arrivals.append(
+            Arrival(
+                now,
+                prompt,
+                SamplingParams(max_tokens=rng.randint(1, 6)),
+                tags=tags,
+                cache_salt=rng.choice(["", "", "x"]),
+            )
+        )
     return Engine(roles, config, seed=seed).run(arrivals)
 
 
-# ---- matching --------------------------------------------------------------------------------------------------------
+# ---- matching --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", INDEXES)
@@ -115,7 +142,9 @@ def test_the_limit_is_kept(index) -> None:
     served = Served(index())
     table = served.serve([1, 2, 3, 4])
     request = served.request([1, 2, 3, 4])
-    assert [served.index.match(request, [], limit) for limit in range(5)] == [table[:limit] for limit in range(5)]
+    assert [served.index.match(request, [], limit) for limit in range(5)] == [
+        table[:limit] for limit in range(5)
+    ]
 
 
 @pytest.mark.parametrize("index", INDEXES)
@@ -131,7 +160,11 @@ def test_salts_share_nothing(index) -> None:
     served = Served(index())
     a, b, c = served.serve([1, 2, 3], "alice"), served.serve([1, 2, 3], "bob"), served.serve([1, 2, 3])
     assert not set(a) & set(b) | set(a) & set(c) | set(b) & set(c)
-    assert (served.match([1, 2], "alice"), served.match([1, 2], "bob"), served.match([1, 2])) == (a[:2], b[:2], c[:2])
+    assert (served.match([1, 2], "alice"), served.match([1, 2], "bob"), served.match([1, 2])) == (
+        a[:2],
+        b[:2],
+        c[:2],
+    )
     assert served.match([1, 2], "carol") == []
 
 
@@ -152,7 +185,7 @@ def test_only_a_cached_block_can_be_removed(index) -> None:
         served.index.remove(5)
 
 
-# ---- hash: a collision is a miss ---------------------------------------------------------------------------------------
+# ---- hash: a collision is a miss -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -191,10 +224,12 @@ def test_equal_tokens_under_colliding_parents_are_told_apart_by_the_parent(colli
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "two_q"])
 def test_collisions_cost_hits_and_nothing_else(colliding, eviction) -> None:
     for seed in range(8):
-        assert [o.output_token_ids for o in run(seed, "hash", eviction).outputs] == [o.output_token_ids for o in run(seed, "none", eviction).outputs]
+        assert [o.output_token_ids for o in run(seed, "hash", eviction).outputs] == [
+            o.output_token_ids for o in run(seed, "none", eviction).outputs
+        ]
 
 
-# ---- radix: runs -------------------------------------------------------------------------------------------------------
+# ---- radix: runs -----------------------------------------------------------------------------------------
 
 
 def runs(tree: RadixTree) -> list[list[int]]:
@@ -244,5 +279,9 @@ def test_a_block_with_descendants_cannot_be_removed() -> None:
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.data())
 def test_the_common_prefix_of_two_lists_that_differ(a, data) -> None:
     at = data.draw(st.integers(0, len(a) - 1))
-    b = a[:at] + [9] + data.draw(st.lists(st.integers(0, 3), min_size=len(a) - at - 1, max_size=len(a) - at - 1))
+    b = (
+        a[:at]
+        + [9]
+        + data.draw(st.lists(st.integers(0, 3), min_size=len(a) - at - 1, max_size=len(a) - at - 1))
+    )
     assert common_prefix(a, b) == at

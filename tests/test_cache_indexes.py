@@ -1,4 +1,5 @@
-"""hash and radix are two indexes over the same blocks: what one finds the other finds, and neither finds what is not there."""
+"""hash and radix are two indexes over the same blocks: what one finds the other finds, and neither finds what
+is not there."""
 
 from __future__ import annotations
 
@@ -38,7 +39,12 @@ class Served:
 
     def request(self, tokens: list[int], salt: str = "") -> Request:
         self.asked += 1
-        return Request(Arrival(0.0, tokens, cache_salt=salt), self.asked, max_model_len=1 << 20, eos_token_ids=frozenset())
+        return Request(
+            Arrival(0.0, tokens, cache_salt=salt),
+            self.asked,
+            max_model_len=1 << 20,
+            eos_token_ids=frozenset(),
+        )
 
     def match(self, tokens: list[int], salt: str = "", known: int = 0) -> list[int]:
         """Block ids for the prefix; the first `known` of them are given, as a memo of the core would."""
@@ -47,7 +53,8 @@ class Served:
         return found if known == 0 else found[:known] + self.cache.match(request, found[:known], limit)
 
     def put(self, tokens: list[int], salt: str = "") -> list[int]:
-        """Computes what is not cached and publishes it. Returns the request's blocks, which stay cached and unreferenced."""
+        """Computes what is not cached and publishes it. Returns the request's blocks, which stay cached and
+        unreferenced."""
         request = self.request(tokens, salt)
         found = self.cache.match(request, [], len(tokens) // self.size)
         self.pool.acquire(found)
@@ -66,21 +73,37 @@ def conversations(seed: int, count: int = 40) -> list[Arrival]:
     prompts: list[list[int]] = []
     for _ in range(count):
         base = rng.choice(prompts) if prompts and rng.random() < 0.7 else []
-        prompts.append((base[: rng.randint(0, len(base))] + [rng.randint(2, 3) for _ in range(rng.randint(1, 12))])[:40])
+        prompts.append(
+            (base[: rng.randint(0, len(base))] + [rng.randint(2, 3) for _ in range(rng.randint(1, 12))])[:40]
+        )
     arrivals = []
     for i, prompt in enumerate(prompts):
-        tags = Tags(rng.choice("ab"), rng.choice("xyz"), i % 3, rng.choice(["chat", "api"]), rng.randint(0, 2))
+        tags = Tags(
+            rng.choice("ab"), rng.choice("xyz"), i % 3, rng.choice(["chat", "api"]), rng.randint(0, 2)
+        )
         salt = rng.choice(["", "", "s"])
-        arrivals.append(Arrival(0.02 * i, prompt, SamplingParams(max_tokens=8), rng.randint(1, 8), tags=tags, cache_salt=salt))
+        arrivals.append(
+            Arrival(
+                0.02 * i, prompt, SamplingParams(max_tokens=8), rng.randint(1, 8), tags=tags, cache_salt=salt
+            )
+        )
     return arrivals
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3])
 @pytest.mark.parametrize("eviction", REGISTRY.names("eviction"))
 def test_both_make_the_same_decisions_under_any_eviction(eviction: str, block_size: int) -> None:
-    config = EngineConfig(block_size=block_size, num_blocks=60 // block_size, max_num_seqs=3, max_num_batched_tokens=16, check=True)
+    config = EngineConfig(
+        block_size=block_size,
+        num_blocks=60 // block_size,
+        max_num_seqs=3,
+        max_num_batched_tokens=16,
+        check=True,
+    )
     for seed in range(4):
-        one, other = (run(conversations(seed), cache=cache, eviction=eviction, engine=config) for cache in INDEXES)
+        one, other = (
+            run(conversations(seed), cache=cache, eviction=eviction, engine=config) for cache in INDEXES
+        )
         assert one.decision_hash == other.decision_hash
         assert [o.num_cached_tokens for o in one.outputs] == [o.num_cached_tokens for o in other.outputs]
         assert one.num_evictions > 0 and sum(o.num_cached_tokens for o in one.outputs) > 0
@@ -118,7 +141,11 @@ class TestAnIndex:
         three = served.put([1, 2, 9, 9])
         assert two[:2] == one[:2] and not set(two[2:]) & set(one)
         assert three[:1] == one[:1] and three[1] not in one + two
-        for tokens, blocks in (([1, 2, 3, 4, 5, 6, 7, 8], one), ([1, 2, 3, 4, 9, 9, 7, 8], two), ([1, 2, 9, 9], three)):
+        for tokens, blocks in (
+            ([1, 2, 3, 4, 5, 6, 7, 8], one),
+            ([1, 2, 3, 4, 9, 9, 7, 8], two),
+            ([1, 2, 9, 9], three),
+        ):
             assert served.match(tokens) == blocks
 
     def test_forgets_leaves_and_keeps_what_is_above(self, index: str) -> None:
@@ -141,13 +168,20 @@ class TestAnIndex:
             tables.append(request)
         for request in tables:
             publish(served.pool, request, 2)
-        assert not tables[0].canonical_blocks and [tables[1].canonical_blocks[i] for i in range(2)] == tables[0].block_table
+        assert (
+            not tables[0].canonical_blocks
+            and [tables[1].canonical_blocks[i] for i in range(2)] == tables[0].block_table
+        )
         assert served.match([1, 2, 3, 4]) == tables[0].block_table
         assert served.pool.num_cached == 2
 
     def test_shares_within_a_salt_only(self, index: str) -> None:
         served = Served(index)
-        plain, salted, other = served.put([1, 2, 3, 4]), served.put([1, 2, 3, 4], "a"), served.put([1, 2, 3, 4], "b")
+        plain, salted, other = (
+            served.put([1, 2, 3, 4]),
+            served.put([1, 2, 3, 4], "a"),
+            served.put([1, 2, 3, 4], "b"),
+        )
         assert len({*plain, *salted, *other}) == 6
         for salt, blocks in (("", plain), ("a", salted), ("b", other), ("c", [])):
             assert served.match([1, 2, 3, 4], salt) == blocks
@@ -156,7 +190,9 @@ class TestAnIndex:
         served = Served(index)
         for salt in ("", "s"):
             blocks = served.put([1, 2, 3, 4, 5, 6], salt)
-            assert [served.pool.blocks[b].key for b in blocks] == list(prefix_keys([1, 2, 3, 4, 5, 6, 7], 2, salt))
+            assert [served.pool.blocks[b].key for b in blocks] == list(
+                prefix_keys([1, 2, 3, 4, 5, 6, 7], 2, salt)
+            )
 
 
 def test_a_hash_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,18 +211,36 @@ def test_a_hash_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keys_are_the_same_in_every_process() -> None:
-    program = "from core.chains import prefix_keys; print(*prefix_keys(range(2000, 2040), 16), *prefix_keys([1, 2], 1, 'salt'))"
+    program = (
+        "from core.chains import prefix_keys; print(*prefix_keys(range(2000, 2040), 16), *prefix_keys([1, "
+        "2], 1, 'salt'))"
+    )
     printed = {
-        subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for seed in ("1", "2")
     }
-    assert printed == {" ".join(map(str, [*prefix_keys(range(2000, 2040), 16), *prefix_keys([1, 2], 1, "salt")])) + "\n"}
+    assert printed == {
+        " ".join(map(str, [*prefix_keys(range(2000, 2040), 16), *prefix_keys([1, 2], 1, "salt")])) + "\n"
+    }
     assert root_key("") == 0 and root_key("a") != root_key("b")
-    assert list(prefix_keys([1, 2, 3, 4, 5], 2)) == [chain_key(0, (1, 2)), chain_key(chain_key(0, (1, 2)), (3, 4))]
+    assert list(prefix_keys([1, 2, 3, 4, 5], 2)) == [
+        chain_key(0, (1, 2)),
+        chain_key(chain_key(0, (1, 2)), (3, 4)),
+    ]
 
 
 def test_nothing_is_shared_without_an_index() -> None:
-    result = run(conversations(0), cache="none", engine=EngineConfig(block_size=2, num_blocks=40, max_num_seqs=3, check=True))
+    result = run(
+        conversations(0),
+        cache="none",
+        engine=EngineConfig(block_size=2, num_blocks=40, max_num_seqs=3, check=True),
+    )
     assert sum(o.num_cached_tokens for o in result.outputs) == 0 and result.num_evictions == 0
 
 

@@ -18,7 +18,9 @@ SEEN = {"messages": [{"role": "user", "content": "hé"}]}
 
 ENDLESS = {
     "loops without output": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "calls that double": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(100) }}",
+    "calls that double": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(100) }}"
+    ),
 }
 TOO_MUCH = {
     "a long range": ("\n{% for i in range(10000000) %}x{% endfor %}", r"t\.jinja:2: .*Range too big"),
@@ -73,7 +75,9 @@ def test_a_template_sees_no_secret_of_the_environment(process, monkeypatch):
 
 def test_an_answer_to_a_question_that_was_given_up_is_not_taken_for_the_next(process, monkeypatch):
     started = process._started()
-    monkeypatch.setattr(started.stdout, "readline", lambda: os.kill(os.getpid(), signal.SIGINT), raising=False)
+    monkeypatch.setattr(
+        started.stdout, "readline", lambda: os.kill(os.getpid(), signal.SIGINT), raising=False
+    )
     with pytest.raises(KeyboardInterrupt):
         process.render(ChatTemplate("first", Path("t.jinja")), SEEN)
     assert process.render(ChatTemplate("second", Path("t.jinja")), SEEN) == "second"
@@ -82,9 +86,12 @@ def test_an_answer_to_a_question_that_was_given_up_is_not_taken_for_the_next(pro
 def test_the_process_ends_with_its_owner():
     code = (
         "import os, signal; from pathlib import Path; from plugins.models.chat_template import *\n"
-        "p = TemplateProcess(); p.render(ChatTemplate('x', Path('t')), {}); print(p._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "p = TemplateProcess(); p.render(ChatTemplate('x', Path('t')), {}); print(p._process.pid, "
+        "flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     child = int(done.stdout)
     assert done.returncode == -signal.SIGKILL
     for _ in range(200):  # until it has seen the end of its input

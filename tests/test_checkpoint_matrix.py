@@ -1,4 +1,5 @@
-"""Checkpoints as people have them: the answers are transformers' from the same directory, or a refusal that says why.
+"""Checkpoints as people have them: the answers are transformers' from the same directory, or a refusal that
+says why.
 
 transformers itself writes each checkpoint; then its config.json and files are made what the case is about.
 """
@@ -24,16 +25,28 @@ from plugins.models.layers import rotary_table
 from plugins.models.spec import read_config
 
 SIZES = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 99,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "float32",
-    "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 99,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 BASES: dict[str, dict[str, Any]] = {
     "llama": SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0},
     "qwen2": SIZES | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000000.0},
-    "qwen3": SIZES | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rope_theta": 1000000.0, "head_dim": 16},
+    "qwen3": SIZES
+    | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rope_theta": 1000000.0, "head_dim": 16},
 }
-#: What decides the shapes of tensors; the checkpoint is written with these alone, so that a case may spoil the rest.
+#: What decides the shapes of tensors; the checkpoint is written with these alone, so that a case may spoil
+#: the rest.
 FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 STRUCTURE = (
     *(name for name in SIZES if name not in ("rms_norm_eps", "hidden_act", "dtype")),
@@ -136,7 +149,9 @@ def stale_shards(directory: Path) -> None:
 
 def a_shard_that_is_not_listed(directory: Path) -> None:
     stray = next(iter(sorted(directory.glob("model-*.safetensors"))))
-    store(directory, {name: t * 0 for name, t in load_file(stray).items()}, "model-99999-of-99999.safetensors")
+    store(
+        directory, {name: t * 0 for name, t in load_file(stray).items()}, "model-99999-of-99999.safetensors"
+    )
 
 
 def spoil(value: float, name: str = "model.layers.1.mlp.down_proj.weight") -> Callable[[Path], None]:
@@ -194,12 +209,18 @@ CASES = {
     "qwen2: head_dim is null": qwen2({"head_dim": None}, refused="head_dim=null"),
     "qwen3: head_dim is null": qwen3({"head_dim": None}, refused="head_dim=null"),
     "qwen3: head_dim is absent, so 128": qwen3({"head_dim": ABSENT}),
-    "qwen3: KV heads are absent, so 32": qwen3({"num_key_value_heads": ABSENT}, refused="num_key_value_heads=32"),
-    "llama: hidden size that heads do not divide": llama(files=describe(num_attention_heads=5, num_key_value_heads=5), refused="no multiple of"),
+    "qwen3: KV heads are absent, so 32": qwen3(
+        {"num_key_value_heads": ABSENT}, refused="num_key_value_heads=32"
+    ),
+    "llama: hidden size that heads do not divide": llama(
+        files=describe(num_attention_heads=5, num_key_value_heads=5), refused="no multiple of"
+    ),
     "qwen3: hidden size that heads do not divide": qwen3({"hidden_size": 38, "intermediate_size": 31}),
     "qwen3: one token in the vocabulary more": qwen3({"vocab_size": 101, "tie_word_embeddings": True}),
     "qwen3: three layers": qwen3({"num_hidden_layers": 3}),
-    "llama: the vocabulary of config.json is larger": llama(files=change(lambda n, t: (n, t[:90]) if "embed" in n else (n, t)), refused="[90, 32]"),
+    "llama: the vocabulary of config.json is larger": llama(
+        files=change(lambda n, t: (n, t[:90]) if "embed" in n else (n, t)), refused="[90, 32]"
+    ),
     # biases
     "llama: biases everywhere": llama({"attention_bias": True, "mlp_bias": True}),
     "qwen3: attention_bias": qwen3({"attention_bias": True}),
@@ -211,15 +232,26 @@ CASES = {
     "qwen2: tied, and the file repeats the table": qwen2({"tie_word_embeddings": True}, files=the_same_head),
     "qwen3: tied, and the file has another head": qwen3({"tie_word_embeddings": True}, files=another_head),
     "qwen3: tied, and the file has the head alone": qwen3({"tie_word_embeddings": True}, files=head_alone),
-    "llama: not tied, without a head": llama(files=change(lambda n, t: None if "lm_head" in n else (n, t)), refused="'lm_head.weight' is missing"),
+    "llama: not tied, without a head": llama(
+        files=change(lambda n, t: None if "lm_head" in n else (n, t)), refused="'lm_head.weight' is missing"
+    ),
     "llama: tying is not said": llama(absent("tie_word_embeddings")),
     "llama: tying is null": llama({"tie_word_embeddings": None}, refused="tie_word_embeddings=None"),
     # rotary embedding
-    "llama: theta in rope_parameters": llama({"rope_theta": ABSENT, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
-    "qwen3: theta in both, the inner counts": qwen3({"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
-    "llama: theta in rope_scaling": llama({"rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
+    "llama: theta in rope_parameters": llama(
+        {"rope_theta": ABSENT, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    ),
+    "qwen3: theta in both, the inner counts": qwen3(
+        {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    ),
+    "llama: theta in rope_scaling": llama(
+        {"rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
+    ),
     "llama: rope_scaling goes before rope_parameters": llama(
-        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0}}
+        {
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+        }
     ),
     "llama: theta is absent": llama(absent("rope_theta")),
     "llama: theta is a whole number": llama({"rope_theta": 500}),
@@ -227,33 +259,78 @@ CASES = {
     "llama: theta is negative": llama({"rope_theta": -1.0}, refused="rope_theta=-1.0"),
     "llama: theta is absurd": llama({"rope_theta": 1e300}, refused="rope_theta=1e+300"),
     "llama: llama3": llama({"rope_scaling": LLAMA3}),
-    "llama: llama3, the outer context counts": llama({"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}),
-    "llama: llama3 without its context": llama({"rope_scaling": {k: v for k, v in LLAMA3.items() if "original" not in k}}),
-    "llama: llama3 without a factor": llama({"rope_scaling": {k: v for k, v in LLAMA3.items() if "low" not in k}}, refused="lacks low_freq_factor"),
-    "qwen2: yarn": qwen2({"rope_scaling": YARN}),
-    "qwen3: yarn by its older key": qwen3({"rope_scaling": {("type" if k == "rope_type" else k): v for k, v in YARN.items()}}),
-    "qwen3: yarn with all its numbers": qwen3(
-        {"rope_parameters": YARN | {"beta_fast": 16, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False, "rope_theta": 5e5}}
+    "llama: llama3, the outer context counts": llama(
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}
     ),
-    "llama: yarn, attention factor and no factor": llama({"rope_scaling": YARN | {"factor": None, "attention_factor": 1.3}}),
+    "llama: llama3 without its context": llama(
+        {"rope_scaling": {k: v for k, v in LLAMA3.items() if "original" not in k}}
+    ),
+    "llama: llama3 without a factor": llama(
+        {"rope_scaling": {k: v for k, v in LLAMA3.items() if "low" not in k}}, refused="lacks low_freq_factor"
+    ),
+    "qwen2: yarn": qwen2({"rope_scaling": YARN}),
+    "qwen3: yarn by its older key": qwen3(
+        {"rope_scaling": {("type" if k == "rope_type" else k): v for k, v in YARN.items()}}
+    ),
+    "qwen3: yarn with all its numbers": qwen3(
+        {
+            "rope_parameters": YARN
+            | {
+                "beta_fast": 16,
+                "beta_slow": 2,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "truncate": False,
+                "rope_theta": 5e5,
+            }
+        }
+    ),
+    "llama: yarn, attention factor and no factor": llama(
+        {"rope_scaling": YARN | {"factor": None, "attention_factor": 1.3}}
+    ),
     "llama: dynamic": llama({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
-    "llama: longrope": llama({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, refused="'longrope'"),
-    "llama: a factor that is text": llama({"rope_scaling": {"type": "linear", "factor": "4.0"}}, refused="factor='4.0'"),
+    "llama: longrope": llama(
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        refused="'longrope'",
+    ),
+    "llama: a factor that is text": llama(
+        {"rope_scaling": {"type": "linear", "factor": "4.0"}}, refused="factor='4.0'"
+    ),
     "llama: part of a head, scaled": llama(
-        {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}}, refused="partial_rotary_factor=0.5"
+        {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        refused="partial_rotary_factor=0.5",
     ),
     "qwen3: part of a head, which the plain type ignores": qwen3({"partial_rotary_factor": 0.5}),
-    "qwen3: other rotations for other layers": qwen3({"rope_parameters": {"full_attention": YARN}}, refused="rope_parameters.full_attention"),
-    # windows
-    "qwen2: a window that is not used": qwen2({"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}),
-    "qwen2: windows from a layer that is not there": qwen2({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
-    "qwen3: windows in a layer": qwen3({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, refused="sliding-window"),
-    "qwen2: windows of nothing": qwen2({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, refused="sliding-window"),
-    "qwen3: windows as wide as the context": qwen3({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}),
-    "qwen3: layer_types are all full": qwen3(
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "layer_types": ["full_attention"] * 2}
+    "qwen3: other rotations for other layers": qwen3(
+        {"rope_parameters": {"full_attention": YARN}}, refused="rope_parameters.full_attention"
     ),
-    "qwen3: a sliding layer without a window": qwen3({"layer_types": ["full_attention", "sliding_attention"]}, refused="sliding-window"),
+    # windows
+    "qwen2: a window that is not used": qwen2(
+        {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}
+    ),
+    "qwen2: windows from a layer that is not there": qwen2(
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+    ),
+    "qwen3: windows in a layer": qwen3(
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, refused="sliding-window"
+    ),
+    "qwen2: windows of nothing": qwen2(
+        {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, refused="sliding-window"
+    ),
+    "qwen3: windows as wide as the context": qwen3(
+        {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}
+    ),
+    "qwen3: layer_types are all full": qwen3(
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 0,
+            "layer_types": ["full_attention"] * 2,
+        }
+    ),
+    "qwen3: a sliding layer without a window": qwen3(
+        {"layer_types": ["full_attention", "sliding_attention"]}, refused="sliding-window"
+    ),
     "llama: a window": llama({"sliding_window": 4}, refused="sliding-window"),
     "llama: a window as wide as the context": llama({"sliding_window": 512}),
     "llama: attention in chunks": llama({"attention_chunk_size": 8}, refused="attention_chunk_size=8"),
@@ -262,7 +339,9 @@ CASES = {
     "qwen3: eps is absent": qwen3(absent("rms_norm_eps")),
     "llama: eps is text": llama({"rms_norm_eps": "1e-5"}, refused="rms_norm_eps='1e-5'"),
     "llama: eps is negative": llama({"rms_norm_eps": -1e-5}, refused="rms_norm_eps=-1e-05"),
-    "llama: a layer count with a fraction": llama({"num_hidden_layers": 2.0}, refused="num_hidden_layers=2.0"),
+    "llama: a layer count with a fraction": llama(
+        {"num_hidden_layers": 2.0}, refused="num_hidden_layers=2.0"
+    ),
     "llama: a negative size": llama({"intermediate_size": -48}, refused="intermediate_size=-48"),
     "llama: a billion layers": llama({"num_hidden_layers": 10**9}, refused="num_hidden_layers=1000000000"),
     "llama: padding outside the vocabulary": llama({"pad_token_id": 99}, refused="pad_token_id=99"),
@@ -274,13 +353,21 @@ CASES = {
     # which model
     "qwen3: architectures are absent": qwen3(absent("architectures")),
     "llama: architectures name the bare decoder": llama({"architectures": ["LlamaModel"]}),
-    "llama: architectures contradict model_type": llama({"architectures": ["Qwen2ForCausalLM"]}, refused="contradict"),
-    "llama: a classifier": llama({"architectures": ["LlamaForSequenceClassification"]}, refused="'LlamaForSequenceClassification'"),
+    "llama: architectures contradict model_type": llama(
+        {"architectures": ["Qwen2ForCausalLM"]}, refused="contradict"
+    ),
+    "llama: a classifier": llama(
+        {"architectures": ["LlamaForSequenceClassification"]}, refused="'LlamaForSequenceClassification'"
+    ),
     "llama: inside a multimodal model": llama({"text_config": {"hidden_size": 32}}, refused="text_config"),
-    "llama: quantized": llama({"quantization_config": {"quant_method": "fp8"}}, refused="quantization_config"),
+    "llama: quantized": llama(
+        {"quantization_config": {"quant_method": "fp8"}}, refused="quantization_config"
+    ),
     # files and types
     "qwen3: shards": qwen3(shard="12KB"),
-    "llama: shards, and one that the index does not list": llama(shard="12KB", files=a_shard_that_is_not_listed),
+    "llama: shards, and one that the index does not list": llama(
+        shard="12KB", files=a_shard_that_is_not_listed
+    ),
     "llama: shards of an earlier save": llama(files=stale_shards),
     "llama: adapters, other precisions, optimizers": llama(files=stray_files),
     "qwen2: names without their prefix": qwen2(files=change(lambda n, t: (n.removeprefix("model."), t))),
@@ -293,18 +380,29 @@ CASES = {
     "qwen3: bfloat16 and float32 in the file": qwen3(files=mixed),
     "llama: the type is in torch_dtype": llama({"dtype": ABSENT, "torch_dtype": "float32"}),
     "llama: no type, so the file's": llama(absent("dtype")),
-    "llama: a type that transformers does not know": llama({"dtype": "torch.float32"}, refused="dtype='torch.float32'"),
+    "llama: a type that transformers does not know": llama(
+        {"dtype": "torch.float32"}, refused="dtype='torch.float32'"
+    ),
     "llama: int8 in the file": llama(files=cast(torch.int8), refused="holds I8"),
     "llama: NaN": llama(files=spoil(float("nan")), refused="NaN or infinite"),
     "llama: infinity": llama(files=spoil(float("-inf")), refused="NaN or infinite"),
-    "llama: a layer is missing": llama({"num_hidden_layers": 3}, files=change(lambda n, t: None if ".2." in n else (n, t)), refused="layers.2."),
-}  # fmt: skip
+    "llama: a layer is missing": llama(
+        {"num_hidden_layers": 3},
+        files=change(lambda n, t: None if ".2." in n else (n, t)),
+        refused="layers.2.",
+    ),
+}
 
 
 def write(directory: Path, case: Case, seed: int = 0) -> None:
-    """By transformers, in the sizes that the case's config.json describes where it describes possible ones."""
-    config = {name: value for name, value in (BASES[case.model] | case.changes).items() if value is not ABSENT}
-    sizes = BASES[case.model] | {name: value for name, value in case.changes.items() if name in STRUCTURE and possible(name, value)}
+    """By transformers, in the sizes that the case's config.json describes where it describes possible
+    ones."""
+    config = {
+        name: value for name, value in (BASES[case.model] | case.changes).items() if value is not ABSENT
+    }
+    sizes = BASES[case.model] | {
+        name: value for name, value in case.changes.items() if name in STRUCTURE and possible(name, value)
+    }
     made = AutoConfig.for_model(
         case.model,
         **{name: value for name, value in sizes.items() if name in STRUCTURE and value is not ABSENT},
@@ -330,7 +428,9 @@ def possible(name: str, value: Any) -> bool:
 @torch.inference_mode()
 def reference(directory: Path) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens and the log-probabilities of the whole vocabulary at each, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     tokens, rows = list(PROMPT), []
     for _ in range(STEPS):
         rows.append(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].log_softmax(-1))
@@ -370,7 +470,7 @@ def test_the_matrix_notices_another_rotation(tmp_path, monkeypatch):
     assert not torch.allclose(ours(tmp_path, rows.shape[1])[1], rows, atol=2e-4, rtol=2e-4)
 
 
-# ---- facts that no logits of a short prompt show ----------------------------------------------------------------------
+# ---- facts that no logits of a short prompt show ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -393,32 +493,52 @@ BF16, F16 = cast(torch.bfloat16), cast(torch.float16)
 @pytest.mark.parametrize(
     ("changes", "files"),
     [
-        ({}, BF16), ({"dtype": "float16"}, BF16), ({"dtype": "bfloat16", "torch_dtype": "float16"}, None), (absent("dtype"), BF16),
-        (absent("dtype"), F16), (absent("dtype"), None), (absent("dtype"), mixed), (absent("dtype"), half_of_the_shards),
+        ({}, BF16),
+        ({"dtype": "float16"}, BF16),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, None),
+        (absent("dtype"), BF16),
+        (absent("dtype"), F16),
+        (absent("dtype"), None),
+        (absent("dtype"), mixed),
+        (absent("dtype"), half_of_the_shards),
         ({"dtype": None, "torch_dtype": "float16"}, None),
     ],
-)  # fmt: skip
+)
 def test_the_type_is_the_config_s_or_else_the_file_s(changes, files, tmp_path):
-    write(tmp_path, Case("llama", changes, files=files, shard="12KB" if files is half_of_the_shards else "1GB"))
+    write(
+        tmp_path, Case("llama", changes, files=files, shard="12KB" if files is half_of_the_shards else "1GB")
+    )
     expected = str(AutoModelForCausalLM.from_pretrained(tmp_path).dtype).removeprefix("torch.")
-    assert read_config(tmp_path).shape.dtype == expected == ModelConfig(name_or_path=str(tmp_path)).shape().dtype
+    assert (
+        read_config(tmp_path).shape.dtype == expected == ModelConfig(name_or_path=str(tmp_path)).shape().dtype
+    )
     assert read_config(tmp_path, "float64").shape.dtype == "float64"
 
 
 @pytest.mark.parametrize(
     ("config", "generation"),
     [
-        (7, None), ([7, 8], None), (None, None), (ABSENT, None), (7, {"eos_token_id": 8}), (7, {"eos_token_id": [8, 9]}),
-        (7, {"eos_token_id": None}), (7, {"eos_token_id": []}), (7, {"do_sample": True}), ([], None),
+        (7, None),
+        ([7, 8], None),
+        (None, None),
+        (ABSENT, None),
+        (7, {"eos_token_id": 8}),
+        (7, {"eos_token_id": [8, 9]}),
+        (7, {"eos_token_id": None}),
+        (7, {"eos_token_id": []}),
+        (7, {"do_sample": True}),
+        ([], None),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("model", ["llama", "qwen3"])
 def test_the_ends_of_an_answer_are_those_of_transformers(model, config, generation, tmp_path):
     write(tmp_path, Case(model, {"eos_token_id": config}))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     ends = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
-    assert read_config(tmp_path).eos_token_ids == set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    assert read_config(tmp_path).eos_token_ids == set(
+        ends if isinstance(ends, list) else [] if ends is None else [ends]
+    )
 
 
 @pytest.mark.parametrize("wrong", ["7", [7, "8"], [[7]], 7.0, True, {"7": 8}])

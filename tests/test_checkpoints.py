@@ -1,4 +1,5 @@
-"""Files of checkpoints: whatever is wrong with one is a ModelError with its name, in no time; cached ones are what was written."""
+"""Files of checkpoints: whatever is wrong with one is a ModelError with its name, in no time; cached ones are
+what was written."""
 
 from __future__ import annotations
 
@@ -29,9 +30,17 @@ SECONDS = 10  # that a refusal may take on a busy machine; most take millisecond
 
 
 SMALL = LLAMA | {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48,
-    "vocab_size": 99, "max_position_embeddings": 512, "eos_token_id": 7, "pad_token_id": None,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 99,
+    "max_position_embeddings": 512,
+    "eos_token_id": 7,
+    "pad_token_id": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +77,7 @@ def refusal(directory: Path) -> str:
     return str(caught.value)
 
 
-# ---- one broken file ------------------------------------------------------------------------------------------------
+# ---- one broken file -------------------------------------------------------------------------------------
 
 
 def nothing(path: Path) -> None:
@@ -150,12 +159,18 @@ JSON = (
     ),
 )
 WEIGHTS = (
-    *FILE, cut, cut_in_the_header, longer, content(struct.pack("<Q", 1 << 60) + b"{}"), content(b"\x80\x04pickle"), header(b"[]"),
+    *FILE,
+    cut,
+    cut_in_the_header,
+    longer,
+    content(struct.pack("<Q", 1 << 60) + b"{}"),
+    content(b"\x80\x04pickle"),
+    header(b"[]"),
     header(b'{"a":' * 10**5),
     header(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', b"\0" * 8),
     header(b'{"a":{"dtype":"F32","shape":[1152921504606846976,16],"data_offsets":[0,16]}}', b"\0" * 16),
     header(b'{"a":{"dtype":"F99","shape":[4],"data_offsets":[0,16]}}', b"\0" * 16),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("damage", JSON, ids=lambda d: d.__name__)
@@ -179,11 +194,25 @@ def test_a_broken_file_of_weights_is_named(name, damage, whole, shards, tmp_path
 @pytest.mark.parametrize(
     "listed",
     [
-        {"a": "../outside.safetensors"}, {"a": "/etc/passwd"}, {"a": "sub/model.safetensors"}, {"a": ".."}, {"a": ""}, {"a": "pytorch_model.bin"},
-        {"a": "C:\\model.safetensors"}, {"a": "x\0.safetensors"}, {"a": 7}, {"a": None}, {"a": ["x.safetensors"]}, [], "x", None, 7, {},
+        {"a": "../outside.safetensors"},
+        {"a": "/etc/passwd"},
+        {"a": "sub/model.safetensors"},
+        {"a": ".."},
+        {"a": ""},
+        {"a": "pytorch_model.bin"},
+        {"a": "C:\\model.safetensors"},
+        {"a": "x\0.safetensors"},
+        {"a": 7},
+        {"a": None},
+        {"a": ["x.safetensors"]},
+        [],
+        "x",
+        None,
+        7,
+        {},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_an_index_names_files_beside_it(listed, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "model")
     shutil.copy(copy / SHARDS[0], tmp_path / "outside.safetensors")
@@ -222,7 +251,7 @@ def test_a_name_that_is_no_model(name):
         TorchExecutor(device="cpu").prepare(ModelConfig(name_or_path=name))
 
 
-# ---- fuzz -----------------------------------------------------------------------------------------------------------
+# ---- fuzz ------------------------------------------------------------------------------------------------
 
 VALUES = (
     None,
@@ -253,9 +282,16 @@ VALUES = (
 
 ROPES = [{"rope_type": kind} for kind in ("llama3", "yarn", "linear", "dynamic", "default")]
 FIELDS = (
-    *SMALL, "rope_scaling", "rope_parameters", "original_max_position_embeddings", "layer_types", "sliding_window", "use_sliding_window", "mlp_bias",
+    *SMALL,
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "layer_types",
+    "sliding_window",
+    "use_sliding_window",
+    "mlp_bias",
     "partial_rotary_factor",
-)  # fmt: skip
+)
 ROPE_FIELDS = (
     *LLAMA["rope_scaling"],
     "rope_theta",
@@ -276,7 +312,9 @@ def damaged_json(text: str, chance: Random) -> str:
             config[chance.choice(FIELDS)] = chance.choice(VALUES)
         else:
             rope = dict(config["rope_scaling"]) if isinstance(config["rope_scaling"], dict) else {}
-            config["rope_scaling"] = rope | chance.choice(ROPES) | {chance.choice(ROPE_FIELDS): chance.choice(VALUES)}
+            config["rope_scaling"] = (
+                rope | chance.choice(ROPES) | {chance.choice(ROPE_FIELDS): chance.choice(VALUES)}
+            )
     return json.dumps(config)
 
 
@@ -303,9 +341,14 @@ def damage(directory: Path, saved: dict[str, bytes], chance: Random) -> str:
 
 
 def fuzz(good: Path, directory: Path, seed: int, trials: int) -> int:
-    """How many of the damaged checkpoints were refused; all others loaded. Anything else is raised or fails."""
+    """How many of the damaged checkpoints were refused; all others loaded. Anything else is raised or
+    fails."""
     chance, refused = Random(seed), 0
-    saved = {path.name: path.read_bytes() for path in sorted(good.iterdir()) if not path.name.startswith("tokenizer")}
+    saved = {
+        path.name: path.read_bytes()
+        for path in sorted(good.iterdir())
+        if not path.name.startswith("tokenizer")
+    }
     for trial in range(trials):
         what = damage(directory, saved, chance)
         began = time.monotonic()
@@ -322,7 +365,8 @@ def fuzz(good: Path, directory: Path, seed: int, trials: int) -> int:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damage_is_a_model_error_or_a_good_load(seed, shards, tmp_path):
-    assert 30 < fuzz(shards, tmp_path / "model", seed, trials=100) < 95  # the damage is neither harmless nor always noticed
+    # the damage is neither harmless nor always noticed
+    assert 30 < fuzz(shards, tmp_path / "model", seed, trials=100) < 95
 
 
 @pytest.mark.parametrize(
@@ -344,7 +388,7 @@ def test_the_fuzz_finds_a_check_that_is_missing(owner, name, without, shards, tm
     assert not isinstance(caught.value, ModelError)
 
 
-# ---- weights that are no numbers ------------------------------------------------------------------------------------
+# ---- weights that are no numbers -------------------------------------------------------------------------
 
 
 def with_weight(good: Path, directory: Path, *values: float) -> Path:
@@ -359,7 +403,9 @@ def test_weights_too_wide_for_the_type_are_refused(whole, tmp_path):
     directory = with_weight(whole, tmp_path / "model", 1e6)
     load(directory)
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
-    with pytest.raises(ModelError, match=r"up_proj\.weight.*infinite as float16.*too wide for model\.dtype=float16"):
+    with pytest.raises(
+        ModelError, match=r"up_proj\.weight.*infinite as float16.*too wide for model\.dtype=float16"
+    ):
         executor.prepare(ModelConfig(name_or_path=str(directory), dtype="float16"))
 
 
@@ -367,7 +413,7 @@ def test_weights_whose_sum_overflows_are_no_infinities(whole, tmp_path):
     load(with_weight(whole, tmp_path / "model", 3e38, 3e38))
 
 
-# ---- the cache ------------------------------------------------------------------------------------------------------
+# ---- the cache -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -418,7 +464,9 @@ def test_a_cached_entry_that_changed_is_written_again(damage, cache):
     assert cached("model", write) == entry and write.calls == 1
     damage(entry)
     assert cached("model", write) == entry and write.calls == 2
-    assert (entry / "config.json").read_text() == '{"a": 1}' and (entry / "model.safetensors").stat().st_size == checkpoints.ALWAYS_READ + 100
+    assert (entry / "config.json").read_text() == '{"a": 1}' and (
+        entry / "model.safetensors"
+    ).stat().st_size == checkpoints.ALWAYS_READ + 100
     assert [path.name for path in cache.iterdir()] == ["model"]
 
 
@@ -482,7 +530,7 @@ def test_writers_at_once_write_once(cache):
     assert write.calls == 1 and [path.name for path in cache.iterdir()] == ["model"]
 
 
-# ---- where checkpoints come from --------------------------------------------------------------------------------------
+# ---- where checkpoints come from -------------------------------------------------------------------------
 
 
 def test_no_pickle_and_no_other_format_is_downloaded(monkeypatch):
@@ -490,14 +538,34 @@ def test_no_pickle_and_no_other_format_is_downloaded(monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
     repository = [
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", INDEX, *SHARDS,
-        "pytorch_model.bin", "model.pt", "model.pkl", "training_args.bin", "optimizer.pth", "tf_model.h5", "model.ckpt", "run.py", "model.gguf",
-        "consolidated.safetensors", "original/consolidated.00.pth", "onnx/model.safetensors", "onnx/config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        INDEX,
+        *SHARDS,
+        "pytorch_model.bin",
+        "model.pt",
+        "model.pkl",
+        "training_args.bin",
+        "optimizer.pth",
+        "tf_model.h5",
+        "model.ckpt",
+        "run.py",
+        "model.gguf",
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "onnx/model.safetensors",
+        "onnx/config.json",
+        "adapter_model.safetensors",
+    ]
     taken = []
 
     def download(name, allow_patterns, ignore_patterns):
-        taken.extend(filter_repo_objects(repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        taken.extend(
+            filter_repo_objects(repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        )
         return "."
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -511,7 +579,9 @@ def test_no_pickle_and_no_other_format_is_downloaded(monkeypatch):
     [nothing, cut, longer, fifo, dangling, directory, content(b"GGUF\3\0\0\0" + b"\xff" * 64), overwrite],
     ids=lambda d: d.__name__,
 )
-def test_a_gguf_that_is_not_the_published_one_is_refused_before_it_is_parsed(damage, cache, monkeypatch, tmp_path):
+def test_a_gguf_that_is_not_the_published_one_is_refused_before_it_is_parsed(
+    damage, cache, monkeypatch, tmp_path
+):
     path = tmp_path / "SmolLM2.gguf"
     with open(path, "wb") as file:
         file.truncate(smollm2.SIZE)

@@ -1,4 +1,5 @@
-"""While an engine runs, garbage is collected rarely; however the run ends, the collector is as it was before."""
+"""While an engine runs, garbage is collected rarely; however the run ends, the collector is as it was
+before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Hydra's side: every option composes, wrong names and types are refused in plain words, objects are shared and prepared."""
+"""Hydra's side: every option composes, wrong names and types are refused in plain words, objects are shared
+and prepared."""
 
 from __future__ import annotations
 
@@ -80,9 +81,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def test_every_plugin_composes_to_its_own_parameters(registry):
-    for chosen in zip_longest(*([registry.plugins[role, name] for name in registry.names(role)] for role in schema.GROUP_ROLES)):  # one per role
+    # one per role
+    for chosen in zip_longest(
+        *([registry.plugins[role, name] for name in registry.names(role)] for role in schema.GROUP_ROLES)
+    ):
         plugins = [plugin for plugin in chosen if plugin is not None]
-        required = [f"{p.role}.{f.name}=0" for p in plugins for f in p.parameters() if f.default is f.default_factory]
+        required = [
+            f"{p.role}.{f.name}=0" for p in plugins for f in p.parameters() if f.default is f.default_factory
+        ]
         choices = schema.composition(cfg(*(f"{p.role}={p.name}" for p in plugins), *required)).choices
         for plugin in plugins:
             name, parameters = choices[plugin.role]
@@ -114,7 +120,16 @@ def test_a_role_that_may_be_absent_has_the_option_none(registry, role):
 
 
 def test_parameters_of_the_command_line_reach_the_plugin(registry):
-    c = schema.composition(cfg("scheduler=chunked", "scheduler.token_budget=99", "engine.block_size=4", "parallel.tp=4", "slo.ttft=0.5", "seed=7"))
+    c = schema.composition(
+        cfg(
+            "scheduler=chunked",
+            "scheduler.token_budget=99",
+            "engine.block_size=4",
+            "parallel.tp=4",
+            "slo.ttft=0.5",
+            "seed=7",
+        )
+    )
     roles, _ = build_roles(registry, c.choices)
     assert roles["scheduler"].token_budget == 99
     assert (c.engine.block_size, c.parallel.tp, c.slo.ttft, c.seed) == (4, 4, 0.5, 7)
@@ -126,21 +141,34 @@ def test_parameters_of_the_command_line_reach_the_plugin(registry):
         ("schedulr=fcfs", "schedulr: there is no such key. Did you mean scheduler"),
         ("scheduler=chunkd", "scheduler=chunkd: there is no such scheduler. Did you mean chunked?"),
         ("model=qwen3_8", "model=qwen3_8: there is no such model. Did you mean qwen3_8b"),
-        ("scheduler.tokn_budget=4", "scheduler.tokn_budget: scheduler=chunked has no such parameter. Did you mean token_budget?"),
+        (
+            "scheduler.tokn_budget=4",
+            "scheduler.tokn_budget: scheduler=chunked has no such parameter. Did you mean token_budget?",
+        ),
         ("engine.blok_size=3", "engine.blok_size: engine has no such parameter. Did you mean block_size"),
         ("hardware.memory=3", "hardware.memory: hardware has no such parameter. Did you mean memory_gb"),
         ("scheduler.token_budget=abc", "scheduler.token_budget=abc: expected a whole number or null"),
         ("seed=abc", "seed=abc: expected a whole number"),
         ("parallel.tpp=2", "parallel.tpp: parallel has no such parameter. Did you mean tp"),
-        ("order.wp=1", "order.wp: order=fcfs has no such parameter. It is one of order=dlpm, order=vtc, order=vtc_predicted."),
+        (
+            "order.wp=1",
+            "order.wp: order=fcfs has no such parameter. It is one of order=dlpm, order=vtc, "
+            "order=vtc_predicted.",
+        ),
         ("parallel=mash", "parallel=mash: there is no such parallel. Did you mean mesh?"),
         ("engine.block_size=[1]", "engine.block_size=[1]: expected a whole number"),
         ("kernels.cuda_graphs=maybe", "kernels.cuda_graphs=maybe: expected true or false"),
         ("tracking.project=[a]", "tracking.project=[a]: expected a text"),
-        ("workload.slo_tiers=[{tft: 1}]", "workload.slo_tiers: the chosen workload's slo_tiers has no 'tft'. Did you mean ttft"),
+        (
+            "workload.slo_tiers=[{tft: 1}]",
+            "workload.slo_tiers: the chosen workload's slo_tiers has no 'tft'. Did you mean ttft",
+        ),
         ("engine=3", "engine=3: expected a parameter, engine.NAME=VALUE"),
         ("~engine.block_size", "~engine.block_size: parameters cannot be removed"),
-        ("model.name_or_path=it's", "model.name_or_path=it's: the value cannot be read. Quote what holds spaces"),
+        (
+            "model.name_or_path=it's",
+            "model.name_or_path=it's: the value cannot be read. Quote what holds spaces",
+        ),
         ("scheduler", "scheduler: expected KEY=VALUE"),
     ],
 )
@@ -174,9 +202,13 @@ def test_a_parameter_without_a_default_must_be_given():
             return view.waiting
 
     node = OmegaConf.structured(schema.node(Strict, "strict"))
-    with pytest.raises(ConfigError, match="order.alpha: order=strict cannot do without it. Type order.alpha=VALUE"):
+    with pytest.raises(
+        ConfigError, match="order.alpha: order=strict cannot do without it. Type order.alpha=VALUE"
+    ):
         schema._values(node, node, "order", "order=strict")
-    assert schema._values(OmegaConf.create({"name": "strict", "alpha": 2}), node, "order", "order=strict") == {"name": "strict", "alpha": 2.0}
+    assert schema._values(
+        OmegaConf.create({"name": "strict", "alpha": 2}), node, "order", "order=strict"
+    ) == {"name": "strict", "alpha": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -191,13 +223,17 @@ def test_a_parameter_that_is_a_dictionary_takes_new_entries(registry, overrides,
     composed = cfg("order=vtc", *overrides)
     assert schema.composition(composed).choices["order"][1]["weights"] == weights
     assert "order.weights.c0=x: expected entries" in refusal(registry, "order=vtc", "order.weights.c0=x")
-    assert "order.wieghts: order=vtc has no such parameter" in refusal(registry, "order=vtc", "order.wieghts={c0:2}")
+    assert "order.wieghts: order=vtc has no such parameter" in refusal(
+        registry, "order=vtc", "order.wieghts={c0:2}"
+    )
 
 
 def test_every_dictionary_of_every_plugin_and_node_takes_new_entries(registry):
     roots = [OmegaConf.structured(schema.node(c)) for c in schema.NODES.values()]
     roots += [ConfigStore.instance().load(f"{role}/{name}.yaml").node for role, name in registry.plugins]
-    dictionaries = [d for root in roots for d in root.values() if OmegaConf.is_dict(d) and OmegaConf.get_type(d) is dict]
+    dictionaries = [
+        d for root in roots for d in root.values() if OmegaConf.is_dict(d) and OmegaConf.get_type(d) is dict
+    ]
     assert dictionaries and not any(OmegaConf.is_struct(d) for d in dictionaries)
 
 
@@ -232,7 +268,7 @@ def _broken():
     yield Broken(Origin("mypaper", "mypaper.plugin"), "import failed: no such module")
 
 
-# ---- schemas ---------------------------------------------------------------------------------------------------------
+# ---- schemas ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -259,19 +295,35 @@ class Everything(Order):
 
 def test_every_kind_of_field_becomes_a_typed_node():
     node = OmegaConf.structured(schema.node(Everything, "everything"))
-    given = OmegaConf.merge(node, {"optional": 4, "either": [1, 2], "many": [2], "inner": {"depth": 5}, "table": {"x": 1}, "choice": "b"})
+    given = OmegaConf.merge(
+        node,
+        {
+            "optional": 4,
+            "either": [1, 2],
+            "many": [2],
+            "inner": {"depth": 5},
+            "table": {"x": 1},
+            "choice": "b",
+        },
+    )
     values = vars(OmegaConf.to_object(given))
     assert values.pop("name") == "everything"
     assert values == {
-        "optional": 4, "either": [1, 2], "many": [2.0], "pair": [1, 2], "table": {"x": 1.0}, "inner": Inner(5), "choice": "b",
-    }  # fmt: skip
+        "optional": 4,
+        "either": [1, 2],
+        "many": [2.0],
+        "pair": [1, 2],
+        "table": {"x": 1.0},
+        "inner": Inner(5),
+        "choice": "b",
+    }
     with pytest.raises(OmegaConfBaseException):
         OmegaConf.merge(node, {"many": ["x"]})
     with pytest.raises(OmegaConfBaseException):
         OmegaConf.merge(node, {"inner": {"dept": 5}})
 
 
-# ---- building --------------------------------------------------------------------------------------------------------
+# ---- building --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -308,12 +360,17 @@ def test_a_shared_objects_parameters_may_be_given_at_either_node(node):
 
 
 def test_a_shared_object_given_two_values_is_refused():
-    with pytest.raises(ConfigError, match=r"order.weight=2.0 and victim.weight=3.0: order and victim are one object \(counter\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"order.weight=2.0 and victim.weight=3.0: order and victim are one object \(counter\)",
+    ):
         two_roles({"weight": 2.0}, {"weight": 3.0})
 
 
 def test_an_unknown_parameter_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match="order.wait: order=counter has no such parameter. Did you mean weight"):
+    with pytest.raises(
+        ConfigError, match="order.wait: order=counter has no such parameter. Did you mean weight"
+    ):
         two_roles({"wait": 2.0}, {})
 
 
@@ -342,15 +399,30 @@ def test_a_model_without_a_known_shape_is_refused_by_the_simulator(registry):
 @pytest.mark.parametrize(
     ("overrides", "answer"),
     [
-        (("order=sjf",), "order=sjf needs a predictor, and none is chosen: set predictor=constant, history, noisy or oracle"),
-        (("policy=mooncake", "executor=sim"), "admission=early_reject goes by latency targets, .*: set slo.ttft"),
+        (
+            ("order=sjf",),
+            "order=sjf needs a predictor, and none is chosen: set predictor=constant, history, noisy or "
+            "oracle",
+        ),
+        (
+            ("policy=mooncake", "executor=sim"),
+            "admission=early_reject goes by latency targets, .*: set slo.ttft",
+        ),
         (("order=edf", "workload.slo_tiers=[]"), "order=edf goes by latency targets, and no request has any"),
-        (("workload=mooncake", "workload.path=/no/such/trace"), "workload.path=/no/such/trace: there is no such file"),
-        (("workload=chat", "workload.path=/no/such/texts"), "workload.path=/no/such/texts: there is no such file"),
+        (
+            ("workload=mooncake", "workload.path=/no/such/trace"),
+            "workload.path=/no/such/trace: there is no such file",
+        ),
+        (
+            ("workload=chat", "workload.path=/no/such/texts"),
+            "workload.path=/no/such/texts: there is no such file",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(registry, monkeypatch, overrides, answer):
-    monkeypatch.setattr("core.compose.build.prepare_executor", lambda *given: pytest.fail("the executor was prepared"))
+    monkeypatch.setattr(
+        "core.compose.build.prepare_executor", lambda *given: pytest.fail("the executor was prepared")
+    )
     with pytest.raises(HeadwayError, match=answer):
         build(registry, schema.composition(cfg(*overrides)))
 
@@ -365,7 +437,10 @@ def test_early_reject_is_composed_where_somebody_has_a_target(registry, targets)
 
 def test_a_run_of_one_rank_refuses_more(registry):
     c = schema.composition(cfg("executor=oracle", "parallel.tp=4"))
-    with pytest.raises(ConfigError, match=r"parallel.tp=4 parallel.pp=1: executor=oracle runs on one rank; more is not there yet"):
+    with pytest.raises(
+        ConfigError,
+        match=r"parallel.tp=4 parallel.pp=1: executor=oracle runs on one rank; more is not there yet",
+    ):
         build(registry, c)
 
 
@@ -376,16 +451,33 @@ def test_requests_without_targets_get_those_of_the_run(registry):
     assert [a.slo.ttft for a in with_slo([own, Arrival(0.0, [1])], SLO(ttft=1.0))] == [9.0, 1.0]
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------
 
 
 def test_a_path_or_hub_id_becomes_a_model_of_ones_own(tmp_path):
-    assert arguments(["model=org/some-model"], CONF)[0] == ["model=custom", "model.name_or_path='org/some-model'"]
+    assert arguments(["model=org/some-model"], CONF)[0] == [
+        "model=custom",
+        "model.name_or_path='org/some-model'",
+    ]
     assert arguments([f"model={tmp_path}"], CONF)[0] == ["model=custom", f"model.name_or_path='{tmp_path}'"]
     assert arguments(["model=qwen3_8b"], CONF)[0] == ["model=qwen3_8b"]
 
 
-@pytest.mark.parametrize("path", ["it's/m", "a,b/m", "c=d/m", "sp ace/m", "par(en)s/m", "br[0]/m", "c's, d=e/m", "$x/m", "back\\slash/m", "ä#/m"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "it's/m",
+        "a,b/m",
+        "c=d/m",
+        "sp ace/m",
+        "par(en)s/m",
+        "br[0]/m",
+        "c's, d=e/m",
+        "$x/m",
+        "back\\slash/m",
+        "ä#/m",
+    ],
+)
 def test_a_path_means_itself_whatever_is_in_it(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / path).mkdir(parents=True)
@@ -400,7 +492,11 @@ def test_a_path_means_itself_whatever_is_in_it(tmp_path, monkeypatch, path):
 
 def test_a_list_of_paths_is_a_sweep_over_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert arguments(["-m", "model=a/m,b/m"], CONF)[0] == ["-m", "model=custom", "model.name_or_path='a/m','b/m'"]
+    assert arguments(["-m", "model=a/m,b/m"], CONF)[0] == [
+        "-m",
+        "model=custom",
+        "model.name_or_path='a/m','b/m'",
+    ]
     (tmp_path / "x,y").mkdir()
     (tmp_path / "z").mkdir()
     assert arguments(["-m", "model=x,y,z"], CONF)[0] == ["-m", "model=custom", "model.name_or_path='x,y','z'"]
@@ -433,7 +529,9 @@ def test_a_plugin_that_calls_exit_while_it_is_built_is_named():
 
 
 def test_the_files_of_a_run_are_named_as_they_are_on_disk():
-    with pytest.raises(ConfigError, match=r"results.files\[0\]='requests': expected .* Did you mean requests.parquet"):
+    with pytest.raises(
+        ConfigError, match=r"results.files\[0\]='requests': expected .* Did you mean requests.parquet"
+    ):
         ResultsConfig(["requests"])
 
 
@@ -444,7 +542,11 @@ def test_a_sweeps_folder_is_known_before_it_starts_where_the_user_names_it():
 
 
 def test_the_flag_of_a_sweep_may_stand_anywhere():
-    assert arguments(["seed=1,2", "-m", "hydra.sweep.dir=mine"], CONF)[0] == ["-m", "seed=1,2", "hydra.sweep.dir=mine"]
+    assert arguments(["seed=1,2", "-m", "hydra.sweep.dir=mine"], CONF)[0] == [
+        "-m",
+        "seed=1,2",
+        "hydra.sweep.dir=mine",
+    ]
 
 
 def test_every_role_is_a_group():

@@ -1,4 +1,5 @@
-"""The conformance kit rejects what is wrong, for the right reason and with a small example, and accepts what is in the box."""
+"""The conformance kit rejects what is wrong, for the right reason and with a small example, and accepts what
+is in the box."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ from core.view import View
 FILE = str(Path(__file__).parent / "helpers" / "bad_policies.py")
 SEEDS = range(120)
 #: The part of the kit that fills a row of the report.
-PART = {"oracle boundary": "oracle", "starvation": "starvation", "sim = replay": "parity", "cost": "cost", **dict.fromkeys(kit.RUN_CHECKS, "runs")}
+PART = {
+    "oracle boundary": "oracle",
+    "starvation": "starvation",
+    "sim = replay": "parity",
+    "cost": "cost",
+    **dict.fromkeys(kit.RUN_CHECKS, "runs"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +63,21 @@ def test_the_report_names_the_policy_the_seed_and_the_steps(capsys) -> None:
     assert code == 1
     assert "invariants                          40  FAIL" in text
     assert "plugin scheduler=plansthepreempted" in text and "planned after this policy preempted it" in text
-    assert "first at seed" in text and "the smallest case that fails like this" in text and "step by step" in text
+    assert (
+        "first at seed" in text
+        and "the smallest case that fails like this" in text
+        and "step by step" in text
+    )
 
 
 def in_the_box() -> list[str]:
     """Every policy once: one that has two names is checked under the last of them."""
     registry = kit_registry()
-    names = {registry.get(role, name).factory: f"{role}={name}" for role in RANDOM_ROLES for name in registry.names(role)}
+    names = {
+        registry.get(role, name).factory: f"{role}={name}"
+        for role in RANDOM_ROLES
+        for name in registry.names(role)
+    }
     return list(names.values())
 
 
@@ -75,7 +90,11 @@ def test_what_is_in_the_box_passes(word: str, workers: Workers) -> None:
     subject = Subject((word, *COMPANIONS.get(word, ())), (FILE,))
     subject.refuse_what_cannot_be()
     seeds = range(16)
-    parts = [kit.check_runs(subject, seeds), kit.check_determinism(subject, seeds[:4], workers), kit.check_oracle_boundary(subject, seeds[:8])]
+    parts = [
+        kit.check_runs(subject, seeds),
+        kit.check_determinism(subject, seeds[:4], workers),
+        kit.check_oracle_boundary(subject, seeds[:8]),
+    ]
     parts += [kit.check_starvation(subject, seeds), kit.check_parity(subject, seeds[:1])]
     for verdict in (v for part in parts for v in part):
         assert not verdict.failed, check.explain(verdict)
@@ -83,7 +102,12 @@ def test_what_is_in_the_box_passes(word: str, workers: Workers) -> None:
 
 def test_every_name_of_a_policy_is_that_of_one_that_is_checked() -> None:
     registry, checked = kit_registry(), set(in_the_box())
-    unchecked = [(role, name) for role in RANDOM_ROLES for name in registry.names(role) if f"{role}={name}" not in checked]
+    unchecked = [
+        (role, name)
+        for role in RANDOM_ROLES
+        for name in registry.names(role)
+        if f"{role}={name}" not in checked
+    ]
     assert unchecked == [("scheduler", "fcfs")]
     assert registry.get("scheduler", "fcfs").factory is registry.get("scheduler", "prefill_first").factory
 
@@ -128,8 +152,18 @@ def test_a_composition_that_cannot_be_is_refused_before_any_run() -> None:
 
 
 def test_parameters_have_their_types() -> None:
-    subject = Subject(("scheduler=chunked", "scheduler.chunk_size=3", "scheduler.token_budget=null", "victim.mode=drop_tail"))
-    assert subject.choices == {"scheduler": ("chunked", {"chunk_size": 3, "token_budget": None}), "victim": ("newest", {"mode": "drop_tail"})}
+    subject = Subject(
+        (
+            "scheduler=chunked",
+            "scheduler.chunk_size=3",
+            "scheduler.token_budget=null",
+            "victim.mode=drop_tail",
+        )
+    )
+    assert subject.choices == {
+        "scheduler": ("chunked", {"chunk_size": 3, "token_budget": None}),
+        "victim": ("newest", {"mode": "drop_tail"}),
+    }
 
 
 @dataclass
@@ -142,7 +176,10 @@ class OpensLater(Admission):
         return Admit() if view.num_running < self.many else Defer(view.now + 86400.0)
 
 
-@pytest.mark.parametrize(("many", "says"), [(0, "0 of 256 requests that fit were running, and 0 of 30 steps"), (10, "10 of 256 requests")])
+@pytest.mark.parametrize(
+    ("many", "says"),
+    [(0, "0 of 256 requests that fit were running, and 0 of 30 steps"), (10, "10 of 256 requests")],
+)
 def test_a_cost_is_said_only_of_what_ran(many: int, says: str) -> None:
     subject = Subject()
     subject.plain_roles = lambda: {**Subject().plain_roles(), "admission": OpensLater(many)}

@@ -1,4 +1,5 @@
-"""KV blocks that move between tiers before a step: in order, after the steps before, for the oracle and the real engine."""
+"""KV blocks that move between tiers before a step: in order, after the steps before, for the oracle and the
+real engine."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ ANSWERS = {"a": 9, "b": 7, "c": 8}
 
 
 class Travelling:
-    """A scheduler's script. Now and then the last block of a running request goes to the other tier, and another block's
-    content takes its place; a step later it comes back, before the request is planned again."""
+    """A scheduler's script. Now and then the last block of a running request goes to the other tier, and
+    another block's content takes its place; a step later it comes back, before the request is planned
+    again."""
 
     def __init__(self) -> None:
         self.away: dict[int, int] = {}  # request index -> place in the other tier
@@ -40,7 +42,9 @@ class Travelling:
                 self.moves += 1
                 step.copies.add(KVCopy(0, request.block_table[-1], 1, request.index % 3))
                 step.copies.add(KVCopy(0, request.block_table[0], 0, request.block_table[-1]))
-            elif not (request in view.running and self.turn % 3 == request.index % 3 and len(view.running) > 1):
+            elif not (
+                request in view.running and self.turn % 3 == request.index % 3 and len(view.running) > 1
+            ):
                 step.add(request)  # else it rests, so that none of its steps is in flight
 
     def _may_leave(self, request, view) -> bool:
@@ -135,11 +139,14 @@ def test_copies_wait_for_a_step_that_runs() -> None:
     assert running.builder.build([]).copies == () and running.builder.copies.take() == ["a copy"]
 
 
-# ---- the real engine -------------------------------------------------------------------------------------------------
+# ---- the real engine -------------------------------------------------------------------------------------
 
 
-def real(max_inflight: int, drop: Callable[[KVCopy], bool] = lambda copy: False) -> tuple[list[list[int]], list[list[int]]]:
-    """(what came out, what transformers answers) while blocks travel; copies that are to be dropped are not made."""
+def real(
+    max_inflight: int, drop: Callable[[KVCopy], bool] = lambda copy: False
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(what came out, what transformers answers) while blocks travel; copies that are to be dropped are not
+    made."""
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01, host_blocks=3)
     executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))))
     assert executor.caps.tier_blocks == (3,)
@@ -147,7 +154,9 @@ def real(max_inflight: int, drop: Callable[[KVCopy], bool] = lambda copy: False)
     executor.launch = lambda plan: launch(replace(plan, copies=[c for c in plan.copies if not drop(c)]))  # type: ignore[method-assign]
     running = engine(script, executor=executor, max_inflight=max_inflight)
     prompts = shared_prompts(512)[1:4]
-    arrivals = [Arrival(0.0, p[:9], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)) for p in prompts]
+    arrivals = [
+        Arrival(0.0, p[:9], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)) for p in prompts
+    ]
     result = running.run(arrivals)
     assert script.moves > 1
     expected = [reference_tokens(variant("qwen3"), tuple(a.prompt_token_ids), 9) for a in arrivals]
@@ -168,7 +177,13 @@ def test_the_real_engine_needs_them_back() -> None:
 
 def test_copies_reach_the_other_ranks() -> None:
     """They are the end of the buffer that the driver sends; the step itself is as without them."""
-    step = StepInput(np.arange(20, dtype=np.int32), True, False, 4, 4, 4, 2, 0, 1, 9, 0, -1, None, num_copies=2)
+    step = StepInput(
+        np.arange(20, dtype=np.int32), True, False, 4, 4, 4, 2, 0, 1, 9, 0, -1, None, num_copies=2
+    )
     sent = messages.unpack_step(messages.pack_step(step))
     alone, copies = sent.without_copies()
-    assert copies == [[12, 13, 14, 15], [16, 17, 18, 19]] and alone.num_copies == 0 and alone.data.tolist() == list(range(12))
+    assert (
+        copies == [[12, 13, 14, 15], [16, 17, 18, 19]]
+        and alone.num_copies == 0
+        and alone.data.tolist() == list(range(12))
+    )

@@ -27,7 +27,11 @@ def test_advance_adds_one_token_to_every_row_but_padding():
 
 def test_what_a_step_says_about_rows_is_written_to_theirs_alone():
     tables = torch.full((4, 3), 8, dtype=torch.int32)
-    numbers, top_k, seeds = torch.zeros(3, 4), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    numbers, top_k, seeds = (
+        torch.zeros(3, 4),
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(4, dtype=torch.int64),
+    )
     bits = torch.tensor([0.7, 0.9, 0.1]).view(torch.int32).tolist()
     low, high = torch.tensor([-5], dtype=torch.int64).view(torch.int32).tolist()
     said = [2 * 3 + 1, 0 * 3, 5, 6, *[2, *bits, 40, low, high], *[0, 0, 0, 0, 0, 7, 1], 99]

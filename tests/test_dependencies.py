@@ -1,4 +1,5 @@
-"""What `pip install -e .` brings is enough for a simulation; the real engine and the tracker are extras, missed by name."""
+"""What `pip install -e .` brings is enough for a simulation; the real engine and the tracker are extras,
+missed by name."""
 
 from __future__ import annotations
 
@@ -15,7 +16,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Packages of the extras, as they are imported.
-EXTRA = ("torch", "triton", "flash_attn", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "transformers", "wandb", "gguf", "altair")
+EXTRA = (
+    "torch",
+    "triton",
+    "flash_attn",
+    "safetensors",
+    "tokenizers",
+    "jinja2",
+    "huggingface_hub",
+    "transformers",
+    "wandb",
+    "gguf",
+    "altair",
+)
 BARE = f"""
 import runpy, sys
 sys.modules |= dict.fromkeys({EXTRA!r})  # None: an import of it fails
@@ -31,7 +44,9 @@ def bare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_simulation_needs_no_extra(tmp_path: Path) -> None:
-    done = bare(tmp_path / "run", "executor=sim", "model=qwen3_8b", "workload=random", "workload.num_requests=20")
+    done = bare(
+        tmp_path / "run", "executor=sim", "model=qwen3_8b", "workload=random", "workload.num_requests=20"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["completed"] == 20
     assert "wandb cannot be imported" in done.stderr and ".[wandb]" in done.stderr
@@ -41,7 +56,11 @@ def test_a_simulation_needs_no_extra(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["tiny", "qwen3_8b"])
 def test_the_real_engine_names_its_extra(tmp_path: Path, model: str) -> None:
     done = bare(tmp_path / "run", f"model={model}", "tracking=none")
-    assert done.returncode == 2 and "executor=torch needs torch, safetensors, tokenizers, jinja2, which are not installed" in done.stderr
+    assert (
+        done.returncode == 2
+        and "executor=torch needs torch, safetensors, tokenizers, jinja2, which are not installed"
+        in done.stderr
+    )
     assert '`pip install -e ".[torch]"`' in done.stderr and "executor=sim" in done.stderr
 
 

@@ -1,4 +1,5 @@
-"""What is left open suits the device: tokens of a step, steps in flight. And what an executor prepares is told apart from what it runs."""
+"""What is left open suits the device: tokens of a step, steps in flight. And what an executor prepares is
+told apart from what it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +22,16 @@ from core.compose.hooks import load_registry
 from core.measure import report
 from core.measure.metrics import summarize
 from core.testing import kit
-from headway import Arrival, ConfigError, EngineConfig, Hardware, ModelConfig, ParallelConfig, Preparation, SamplingParams
+from headway import (
+    Arrival,
+    ConfigError,
+    EngineConfig,
+    Hardware,
+    ModelConfig,
+    ParallelConfig,
+    Preparation,
+    SamplingParams,
+)
 from plugins.executors.cost import default_token_budget
 from plugins.executors.replay import ReplayError
 from plugins.executors.sim import SimExecutor
@@ -34,8 +44,9 @@ SHAPE = kit.SHAPE.shape()
 H100 = Hardware(name="h100", memory_bandwidth=3.35e12)
 CHOICES = {
     **default_choices(),
-    "executor": ("sim", {}), "workload": ("random", {"num_requests": 12, "input_len": [5, 40], "output_len": 6}),
-}  # fmt: skip
+    "executor": ("sim", {}),
+    "workload": ("random", {"num_requests": 12, "input_len": [5, 40], "output_len": 6}),
+}
 
 
 def composition(*overrides: str) -> Composition:
@@ -44,13 +55,15 @@ def composition(*overrides: str) -> Composition:
         return schema.composition(hydra.compose("config", list(overrides)))
 
 
-def run_of(engine: EngineConfig | None = None, *, directory=None, parallel: ParallelConfig | None = None, **choices):
+def run_of(
+    engine: EngineConfig | None = None, *, directory=None, parallel: ParallelConfig | None = None, **choices
+):
     roles = {**CHOICES, **choices}
     given = {"parallel": parallel or ParallelConfig(), "model": kit.SHAPE}
     return build(load_registry(), Composition(roles, engine or EngineConfig(), **given), directory=directory)
 
 
-# ---- tokens of a step ------------------------------------------------------------------------------------------------
+# ---- tokens of a step ------------------------------------------------------------------------------------
 
 
 def test_ranks_that_share_a_step_get_a_longer_one() -> None:
@@ -58,22 +71,40 @@ def test_ranks_that_share_a_step_get_a_longer_one() -> None:
     assert default_token_budget(SHAPE, card, tp=4) == 4 * default_token_budget(SHAPE, card)
 
 
-@pytest.mark.parametrize(("card", "dtype", "budget"), [
-    ("h100", "bfloat16", 2048), ("h200", "bfloat16", 2048), ("a100", "bfloat16", 2048), ("rtx4090", "float16", 2048), ("h200", "float32", 4096),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("card", "dtype", "budget"),
+    [
+        ("h100", "bfloat16", 2048),
+        ("h200", "bfloat16", 2048),
+        ("a100", "bfloat16", 2048),
+        ("rtx4090", "float16", 2048),
+        ("h200", "float32", 4096),
+    ],
+)
 def test_the_default_token_budget_follows_from_the_card(card: str, dtype: str, budget: int) -> None:
-    assert default_token_budget(replace(SHAPE, dtype=dtype), composition(f"hardware={card}").hardware) == budget
+    assert (
+        default_token_budget(replace(SHAPE, dtype=dtype), composition(f"hardware={card}").hardware) == budget
+    )
 
 
 @given(st.floats(1e12, 1e16), st.floats(1e11, 1e14), st.floats(0.1, 1), st.floats(0.1, 1))
-def test_the_default_token_budget_is_8_to_16_ridges_and_a_power_of_two(flops: float, bandwidth: float, part: float, share: float) -> None:
-    card = Hardware(peak_flops=flops, memory_bandwidth=bandwidth, flops_fraction=part, bandwidth_fraction=share)
-    budget, ridge = default_token_budget(replace(SHAPE, dtype="bfloat16"), card), flops * part / (bandwidth * share)
+def test_the_default_token_budget_is_8_to_16_ridges_and_a_power_of_two(
+    flops: float, bandwidth: float, part: float, share: float
+) -> None:
+    card = Hardware(
+        peak_flops=flops, memory_bandwidth=bandwidth, flops_fraction=part, bandwidth_fraction=share
+    )
+    budget, ridge = (
+        default_token_budget(replace(SHAPE, dtype="bfloat16"), card),
+        flops * part / (bandwidth * share),
+    )
     assert budget.bit_count() == 1 and budget >= 8 * ridge * (1 - 1e-9)
     assert budget < 16 * ridge or budget == 1
 
 
-def gpu_executor(monkeypatch: pytest.MonkeyPatch, card: Hardware, parallel: ParallelConfig | None = None) -> TorchExecutor:
+def gpu_executor(
+    monkeypatch: pytest.MonkeyPatch, card: Hardware, parallel: ParallelConfig | None = None
+) -> TorchExecutor:
     """The real executor, prepared as if its device were a GPU."""
     from plugins.executors.torch import execution
     from plugins.models.spec import read_model
@@ -94,7 +125,11 @@ def gpu_executor(monkeypatch: pytest.MonkeyPatch, card: Hardware, parallel: Para
 def test_a_gpu_and_its_simulation_get_the_same_token_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     real, simulated = gpu_executor(monkeypatch, H100), SimExecutor()
     simulated.prepare(real.caps.model, H100)
-    assert real.caps.default_token_budget == simulated.caps.default_token_budget == default_token_budget(real.caps.model, H100)
+    assert (
+        real.caps.default_token_budget
+        == simulated.caps.default_token_budget
+        == default_token_budget(real.caps.model, H100)
+    )
 
 
 def test_a_cpu_keeps_the_papers_512_tokens() -> None:
@@ -104,10 +139,17 @@ def test_a_cpu_keeps_the_papers_512_tokens() -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["chunked", "preemptive"])
-@pytest.mark.parametrize(("given", "most", "used"), [(None, 8192, 2048), (None, 300, 300), (99, 8192, 99), (5000, 8192, 5000)])
-def test_a_budget_left_open_is_the_devices_within_the_engines_limit_and_one_that_is_given_is_used(scheduler, given, most, used) -> None:
+@pytest.mark.parametrize(
+    ("given", "most", "used"), [(None, 8192, 2048), (None, 300, 300), (99, 8192, 99), (5000, 8192, 5000)]
+)
+def test_a_budget_left_open_is_the_devices_within_the_engines_limit_and_one_that_is_given_is_used(
+    scheduler, given, most, used
+) -> None:
     run = run_of(
-        EngineConfig(max_num_batched_tokens=most), scheduler=(scheduler, {"token_budget": given}), order=("sjf", {}), predictor=("oracle", {})
+        EngineConfig(max_num_batched_tokens=most),
+        scheduler=(scheduler, {"token_budget": given}),
+        order=("sjf", {}),
+        predictor=("oracle", {}),
     )
     assert run.engine.executor.caps.default_token_budget == 2048
     assert run.engine.roles.scheduler.token_budget == used
@@ -116,17 +158,25 @@ def test_a_budget_left_open_is_the_devices_within_the_engines_limit_and_one_that
 
 def test_sarathis_preset_keeps_the_papers_budget_and_others_do_not() -> None:
     assert composition("policy=sarathi").choices["scheduler"][1]["token_budget"] == 512
-    assert composition("policy=sarathi", "scheduler.token_budget=2048").choices["scheduler"][1]["token_budget"] == 2048
+    assert (
+        composition("policy=sarathi", "scheduler.token_budget=2048").choices["scheduler"][1]["token_budget"]
+        == 2048
+    )
     assert composition("policy=dlpm").choices["scheduler"][1]["token_budget"] is None
 
 
-# ---- steps in flight -------------------------------------------------------------------------------------------------
+# ---- steps in flight -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("pp", "given", "used"), [(1, None, 1), (1, 2, 2), (3, None, 3), (3, 1, 3), (3, 4, 4)])
+@pytest.mark.parametrize(
+    ("pp", "given", "used"), [(1, None, 1), (1, 2, 2), (3, None, 3), (3, 1, 3), (3, 4, 4)]
+)
 def test_steps_in_flight_of_a_simulation(pp: int, given: int | None, used: int) -> None:
     model = replace(kit.SHAPE, num_hidden_layers=6)
-    run = build(load_registry(), Composition(CHOICES, EngineConfig(max_inflight=given), model, parallel=ParallelConfig(pp=pp)))
+    run = build(
+        load_registry(),
+        Composition(CHOICES, EngineConfig(max_inflight=given), model, parallel=ParallelConfig(pp=pp)),
+    )
     assert run.engine.max_inflight == used
     assert f"max_inflight={used}" in report.composed(run)
 
@@ -141,14 +191,20 @@ def test_steps_in_flight_that_suit_a_gpu(monkeypatch: pytest.MonkeyPatch, pp: in
     assert gpu_executor(monkeypatch, H100, ParallelConfig(pp=pp)).caps.default_inflight == used
 
 
-# ---- what became of it is stored -------------------------------------------------------------------------------------
+# ---- what became of it is stored -------------------------------------------------------------------------
 
 
 def test_a_summary_holds_what_was_derived_and_nothing_that_was_given() -> None:
     derived = summarize(run_of(EngineConfig(num_blocks=99)).execute())["derived"]
-    assert derived == {"scheduler.token_budget": 2048, "engine.max_inflight": 1, "engine.max_model_len": SHAPE.max_position_embeddings}
+    assert derived == {
+        "scheduler.token_budget": 2048,
+        "engine.max_inflight": 1,
+        "engine.max_model_len": SHAPE.max_position_embeddings,
+    }
     everything = EngineConfig(num_blocks=99, max_inflight=1, max_model_len=100)
-    assert "derived" not in summarize(run_of(everything, scheduler=("chunked", {"token_budget": 8})).execute())
+    assert "derived" not in summarize(
+        run_of(everything, scheduler=("chunked", {"token_budget": 8})).execute()
+    )
 
 
 def test_a_replay_derives_what_its_record_did(tmp_path: Path) -> None:
@@ -157,16 +213,24 @@ def test_a_replay_derives_what_its_record_did(tmp_path: Path) -> None:
     again = run_of(executor=choice).execute()
     assert (again.decision_hash, again.derived["scheduler.token_budget"]) == (original.decision_hash, 2048)
     same = EngineConfig(max_inflight=original.derived["engine.max_inflight"])
-    assert run_of(same, executor=choice, scheduler=("chunked", {"token_budget": 2048})).execute().decision_hash == original.decision_hash
+    assert (
+        run_of(same, executor=choice, scheduler=("chunked", {"token_budget": 2048})).execute().decision_hash
+        == original.decision_hash
+    )
 
 
 def test_what_was_given_to_a_record_is_given_to_its_replay(tmp_path: Path) -> None:
-    run_of(EngineConfig(max_inflight=2), directory=tmp_path, scheduler=("chunked", {"token_budget": 2048})).execute()
-    with pytest.raises(ReplayError, match=r"engine.max_inflight=null, recorded with 2\n  scheduler.token_budget=null, recorded with 2048"):
+    run_of(
+        EngineConfig(max_inflight=2), directory=tmp_path, scheduler=("chunked", {"token_budget": 2048})
+    ).execute()
+    with pytest.raises(
+        ReplayError,
+        match=r"engine.max_inflight=null, recorded with 2\n  scheduler.token_budget=null, recorded with 2048",
+    ):
         run_of(executor=("replay", {"path": str(tmp_path)}))
 
 
-# ---- preparations ----------------------------------------------------------------------------------------------------
+# ---- preparations ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -191,7 +255,10 @@ def test_a_late_compilation_is_reported_and_the_warm_up_stands_apart() -> None:
     summary = summarize(build(registry, Composition(roles, model=kit.SHAPE)).execute())
     assert (summary["warmup_seconds"], summary["late_preparations"]) == (1.5, 1)
     table = report.run_table(summary)
-    assert "1.50 s before the first request" in table and "warning      1 kernels compiled or graphs captured after" in table
+    assert (
+        "1.50 s before the first request" in table
+        and "warning      1 kernels compiled or graphs captured after" in table
+    )
 
 
 def test_a_run_without_preparations_reports_none() -> None:
@@ -200,12 +267,18 @@ def test_a_run_without_preparations_reports_none() -> None:
     assert "warm-up" not in report.run_table(summary) and "warning" not in report.run_table(summary)
 
 
-def test_the_real_executor_counts_what_is_captured_while_it_runs_in_the_run_that_it_happened_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_executor_counts_what_is_captured_while_it_runs_in_the_run_that_it_happened_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
     executor.prepare(ModelConfig(), TorchKernels())
     engine = engine_of(executor)
     execute, late = executor.execution.runner.execute, [True, False, True]
-    monkeypatch.setattr(executor.execution.runner, "execute", lambda step: (late and late.pop() and PREPARATIONS.captured(), execute(step))[1])
+    monkeypatch.setattr(
+        executor.execution.runner,
+        "execute",
+        lambda step: (late and late.pop() and PREPARATIONS.captured(), execute(step))[1],
+    )
     ask = [Arrival(0.0, [1, 2, 3], SamplingParams(max_tokens=5))]
     counts = [engine.run(ask).late_preparations for _ in range(2)]
     assert counts == [2, 0]

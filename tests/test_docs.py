@@ -29,7 +29,9 @@ PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT
 BLOCKS = {
     f"{page} block {i}": block
     for page in PAGES
-    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL))
+    for i, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    )
 }
 GUIDE = [name for name in BLOCKS if name.startswith("docs/writing-a-plugin.md")]
 
@@ -50,13 +52,18 @@ def myvtc():
 
 
 def test_the_pages_hold_the_examples_that_these_tests_are_about() -> None:
-    assert {name.partition(" ")[0] for name in BLOCKS} >= {"README.md", "CONTRIBUTING.md", "docs/writing-a-plugin.md"}
+    assert {name.partition(" ")[0] for name in BLOCKS} >= {
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/writing-a-plugin.md",
+    }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_example_passes_ruff(name: str, tmp_path: Path) -> None:
     pytest.importorskip("ruff")
-    place = tmp_path if name in GUIDE else ROOT  # the guide's files are in a package of their own, where Headway is third-party
+    # the guide's files are in a package of their own, where Headway is third-party
+    place = tmp_path if name in GUIDE else ROOT
     command = [sys.executable, "-m", "ruff", "check", "--quiet", "--config", str(ROOT / "pyproject.toml")]
     command += ["--stdin-filename", str(place / "example.py"), "-"]
     done = subprocess.run(command, input=BLOCKS[name], capture_output=True, text=True, cwd=place)
@@ -75,14 +82,17 @@ def test_every_example_runs_as_it_stands(name: str, myvtc: ModuleType) -> None:
         assert role in ("order", "eviction", "victim"), "the composition below takes one of these"
         choices = {
             **default_choices(),
-            "executor": ("sim", {}), "workload": ("random", {"num_requests": 6, "input_len": [3, 30], "output_len": 4}),
-        } | {role: (choice, {})}  # fmt: skip
+            "executor": ("sim", {}),
+            "workload": ("random", {"num_requests": 6, "input_len": [3, 30], "output_len": 4}),
+        } | {role: (choice, {})}
         result = build(registry, Composition(choices, EngineConfig(4, 100), kit.SHAPE)).execute()
         assert [o.state for o in result.outputs] == ["finished"] * 6
     tests = [function for key, function in vars(example).items() if key.startswith("test_")]
     for function in tests:
         function()
-    assert tests or hasattr(example, "headway_register"), "an example is a plugin or a test: say here what else it may be"
+    assert tests or hasattr(example, "headway_register"), (
+        "an example is a plugin or a test: say here what else it may be"
+    )
 
 
 def test_the_guides_policy_decides_as_the_one_in_the_box(myvtc: ModuleType) -> None:
@@ -105,13 +115,17 @@ def test_the_guides_policy_decides_as_the_one_in_the_box(myvtc: ModuleType) -> N
     assert compared > 1000
 
 
-# ---- docs/metrics.md ---------------------------------------------------------------------------------------
+# ---- docs/metrics.md -------------------------------------------------------------------------------------
 
 
 def names_in(page: str) -> set[str]:
     """Everything between backticks in the first column of a table, `mean_*_ms` and its like written out."""
     text = (ROOT / page).read_text()
-    names = {name for cell in re.findall(r"^\| ([^|]*) \|", text, re.MULTILINE) for name in re.findall(r"`([^`]+)`", cell)}
+    names = {
+        name
+        for cell in re.findall(r"^\| ([^|]*) \|", text, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", cell)
+    }
     for name in [n for n in names if "*" in n]:
         names |= {name.replace("*", latency) for latency in ("ttft", "tpot", "itl", "e2el")}
     return names

@@ -1,4 +1,5 @@
-"""Drafts: a plan may hold guesses of a request's next tokens; those that are right are tokens of the same step."""
+"""Drafts: a plan may hold guesses of a request's next tokens; those that are right are tokens of the same
+step."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def drafting(scheduler: Scheduler, guess: Guess) -> None:
     scheduler.plan = with_drafts  # type: ignore[method-assign]
 
 
-def outcome(seed: int, *choices: str, max_drafts: int = 3, executor: type[OracleExecutor] = OracleExecutor, **changes) -> Outcome:
+def outcome(
+    seed: int, *choices: str, max_drafts: int = 3, executor: type[OracleExecutor] = OracleExecutor, **changes
+) -> Outcome:
     case = replace(random_case(seed, {}), stop_after=None, **changes)
 
     def roles(case):
@@ -63,9 +66,12 @@ def outcome(seed: int, *choices: str, max_drafts: int = 3, executor: type[Oracle
 @pytest.mark.parametrize("cache", REGISTRY.names("cache"))
 @pytest.mark.parametrize("scheduler", REGISTRY.names("scheduler"))
 def test_every_scheduler_and_cache_takes_drafts(scheduler: str, cache: str) -> None:
-    """Answers are those without drafts; KV, counts and books are checked at every step, two in flight as well."""
+    """Answers are those without drafts; KV, counts and books are checked at every step, two in flight as
+    well."""
     for seed in range(8):
-        found = outcome(seed, f"scheduler={scheduler}", "order=priority", f"cache={cache}", max_inflight=1 + seed % 2)
+        found = outcome(
+            seed, f"scheduler={scheduler}", "order=priority", f"cache={cache}", max_inflight=1 + seed % 2
+        )
         assert found.failure is None, found.failure
 
 
@@ -127,7 +133,9 @@ def planned(guess: Guess, prompt: int = 6, answer: int = 6, max_drafts: int = 4,
         for request in (*view.running, *view.waiting):
             step.add(request, drafts=guess(request))
 
-    running = engine(script, executor=OracleExecutor(num_blocks=16, max_drafts=max_drafts), observers=[plans], **limits)
+    running = engine(
+        script, executor=OracleExecutor(num_blocks=16, max_drafts=max_drafts), observers=[plans], **limits
+    )
     running.run([ask(prompt, answer, id="x")])
     return plans.chunks
 
@@ -146,13 +154,27 @@ def test_a_chunk_carries_its_drafts() -> None:
 
 def test_what_was_drafted_wrongly_is_computed_again() -> None:
     wrong: Guess = lambda r: [(sampled_token(0, r.id, len(r.token_ids), 5) + 1) % 5] * 2  # noqa: E731
-    assert [(start, length) for start, length, _, _ in planned(wrong, answer=4)] == [(0, 6), (6, 3), (7, 2), (8, 1)]
+    assert [(start, length) for start, length, _, _ in planned(wrong, answer=4)] == [
+        (0, 6),
+        (6, 3),
+        (7, 2),
+        (8, 1),
+    ]
 
 
 def test_drafts_are_cut_to_the_budget_the_pool_and_the_answer() -> None:
     assert max(length for _, length, drafts, _ in planned(true(9), answer=12, max_drafts=2) if drafts) == 3
-    assert max(length for _, length, drafts, _ in planned(true(9), answer=12, max_drafts=9, max_num_batched_tokens=6) if drafts) == 6
-    assert max(start + length for start, length, _, _ in planned(true(9), answer=7, max_drafts=9)) == 6 + 7 - 1
+    assert (
+        max(
+            length
+            for _, length, drafts, _ in planned(true(9), answer=12, max_drafts=9, max_num_batched_tokens=6)
+            if drafts
+        )
+        == 6
+    )
+    assert (
+        max(start + length for start, length, _, _ in planned(true(9), answer=7, max_drafts=9)) == 6 + 7 - 1
+    )
     assert planned(true(9), answer=12, max_drafts=9, num_blocks=5)[-1][3]  # 17 of 20 places: it ends
 
 

@@ -25,13 +25,15 @@ def tokens_of(running: Engine, output) -> list[int]:
     return [running.executor.token(output.id, p) for p in range(n, n + len(output.output_token_ids))]
 
 
-# ---- the loop ------------------------------------------------------------------------------------------------------
+# ---- the loop --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_inflight", [1, 2, 3])
 @pytest.mark.parametrize("placeholders", [True, False])
 def test_depth_changes_no_token(max_inflight: int, placeholders: bool) -> None:
-    running = engine(max_inflight=max_inflight, executor=OracleExecutor(num_blocks=16, eos=True, placeholders=placeholders))
+    running = engine(
+        max_inflight=max_inflight, executor=OracleExecutor(num_blocks=16, eos=True, placeholders=placeholders)
+    )
     result = running.run([ask([i % 5, 1, 2, 3], 12, time=0.005 * i) for i in range(6)])
     for output in result.outputs:
         assert output.output_token_ids == tokens_of(running, output)
@@ -57,10 +59,15 @@ def test_endings_by_length_by_hidden_length_by_stop_token_and_by_context() -> No
     token = running.executor.token
     running_token = next(p for p in range(4, 20) if token("stops", p) == 2)
     stops = Arrival(0.0, [1] * 4, SamplingParams(max_tokens=40, stop_token_ids=(2,)), id="stops")
-    result = running.run([ask(4, 3), ask(4, 30, output_len=5), stops, Arrival(0.0, [1] * 60, SamplingParams(max_tokens=None))])
+    result = running.run(
+        [ask(4, 3), ask(4, 30, output_len=5), stops, Arrival(0.0, [1] * 60, SamplingParams(max_tokens=None))]
+    )
     assert [(o.finish_reason, len(o.output_token_ids)) for o in result.outputs] == [
-        ("length", 3), ("stop", 5), ("stop", running_token - 3), ("length", 4),
-    ]  # fmt: skip
+        ("length", 3),
+        ("stop", 5),
+        ("stop", running_token - 3),
+        ("length", 4),
+    ]
 
 
 def test_a_stop_string_is_decided_from_outside() -> None:
@@ -68,7 +75,9 @@ def test_a_stop_string_is_decided_from_outside() -> None:
     roles = dict(engine().roles.given)
     roles["executor"] = OracleExecutor()
     found = TextStop("the answer", "x")
-    running = Engine(roles, EngineConfig(4, 16), stop_text=lambda r: found if r.num_output_tokens == 3 else None)
+    running = Engine(
+        roles, EngineConfig(4, 16), stop_text=lambda r: found if r.num_output_tokens == 3 else None
+    )
     (output,) = running.run([Arrival(0.0, [1, 2], stop)]).outputs
     assert (output.finish_reason, len(output.output_token_ids)) == ("stop", 3)
     assert (output.text, output.stop_reason) == ("the answer", "x")
@@ -150,12 +159,14 @@ def test_a_step_record_says_what_happened() -> None:
 
     engine(observers=[Records()]).run([ask(6, 3), ask(6, 2)])
     assert [r.emitted for r in records] == [2, 2, 1]
-    assert [(r.start, r.end) for r in records] == [pytest.approx((0.01 * i, 0.01 * (i + 1))) for i in range(3)]
+    assert [(r.start, r.end) for r in records] == [
+        pytest.approx((0.01 * i, 0.01 * (i + 1))) for i in range(3)
+    ]
     assert [r.num_running for r in records] == [2, 1, 0]
     assert all(len(r.tokens) == len(r.plan.requests) for r in records)
 
 
-# ---- roles ---------------------------------------------------------------------------------------------------------
+# ---- roles -----------------------------------------------------------------------------------------------
 
 
 def test_callbacks_come_in_the_order_of_a_request_s_life() -> None:
@@ -186,7 +197,9 @@ def test_callbacks_come_in_the_order_of_a_request_s_life() -> None:
 
     life = Life()
     engine(script, roles={"order": life}).run([ask(4, 2, id="x", time=1.0)])
-    assert [(what, id) for what, id, _ in life.heard] == [(w, "x") for w in ("arrival", "admit", "preempt", "admit", "finish")]
+    assert [(what, id) for what, id, _ in life.heard] == [
+        (w, "x") for w in ("arrival", "admit", "preempt", "admit", "finish")
+    ]
     assert [now for *_, now in life.heard] == pytest.approx([1.0, 1.0, 1.01, 1.01, 1.02])
 
 
@@ -240,12 +253,16 @@ def test_a_missing_role_is_named() -> None:
         Engine({"scheduler": Scripted(everybody)})
 
 
-# ---- decisions and clocks ------------------------------------------------------------------------------------------
+# ---- decisions and clocks --------------------------------------------------------------------------------
 
 
 def test_the_decision_log_hashes_what_was_decided_and_not_when() -> None:
     def run(step_seconds: float, **limits) -> str:
-        return engine(executor=OracleExecutor(num_blocks=16, step_seconds=step_seconds), **limits).run([ask(9, 4), ask(9, 4)]).decision_hash
+        return (
+            engine(executor=OracleExecutor(num_blocks=16, step_seconds=step_seconds), **limits)
+            .run([ask(9, 4), ask(9, 4)])
+            .decision_hash
+        )
 
     assert run(0.01) == run(0.5)
     assert run(0.01) != run(0.01, max_num_batched_tokens=5)

@@ -182,11 +182,14 @@ def test_aborts_at_random_leave_other_answers_as_they_are(seed: int) -> None:
 
 @pytest.mark.parametrize("order", REGISTRY.names("order"))
 def test_no_policy_trips_over_an_aborted_request(order: str) -> None:
-    """Each order, with evictions, victims and retentions in turn: all are told `on_finish`, whatever the state."""
+    """Each order, with evictions, victims and retentions in turn: all are told `on_finish`, whatever the
+    state."""
     rng = Random(order)
     aborted = 0
     for eviction in REGISTRY.names("eviction"):
-        others = {role: rng.choice(REGISTRY.names(role)) for role in ("cache", "victim", "retention", "admission")}
+        others = {
+            role: rng.choice(REGISTRY.names(role)) for role in ("cache", "victim", "retention", "admission")
+        }
         limits = EngineConfig(block_size=4, num_blocks=16, max_num_seqs=4, max_inflight=2, check=True)
         running = compose(engine=limits, order=order, eviction=eviction, predictor="noisy", **others)
 

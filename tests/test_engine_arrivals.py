@@ -18,14 +18,19 @@ from core.policy import Admission, Admit, Defer, Reject
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 
-# ---- times ---------------------------------------------------------------------------------------------------------
+# ---- times ------------------------------------------------------------------------------------------------
 
 
 def test_a_list_is_served_in_order_of_time_and_equal_times_as_they_stand() -> None:
     asked = [ask(time=0.0, id="z"), ask(time=50.0, id="b"), ask(time=1.0, id="a"), ask(time=1.0, id="c")]
     for arrivals in (asked, tuple(asked)):
         outputs = engine().run(arrivals).outputs
-        assert [(o.id, o.first_scheduled_time) for o in outputs] == [("z", 0.0), ("a", 1.0), ("c", 1.0), ("b", 50.0)]
+        assert [(o.id, o.first_scheduled_time) for o in outputs] == [
+            ("z", 0.0),
+            ("a", 1.0),
+            ("c", 1.0),
+            ("b", 50.0),
+        ]
 
 
 def test_a_stream_out_of_order_is_refused_with_workload_index_and_times() -> None:
@@ -41,7 +46,10 @@ def test_a_stream_out_of_order_is_refused_with_workload_index_and_times() -> Non
 @pytest.mark.parametrize("time", [float("nan"), float("inf"), -float("inf"), -1.0, None, "0"])
 @pytest.mark.parametrize("kind", [list, iter])
 def test_a_time_is_a_finite_number_of_seconds_from_zero(time, kind) -> None:
-    with pytest.raises(WorkloadError, match=r"the given arrivals: arrival 1 \(id 'x'\) is at .* expected a finite time of at least 0.0 s"):
+    with pytest.raises(
+        WorkloadError,
+        match=r"the given arrivals: arrival 1 \(id 'x'\) is at .* expected a finite time of at least 0.0 s",
+    ):
         engine().run(kind([ask(), ask(time=time, id="x"), ask(time=1.0)]))
     with pytest.raises(WorkloadError, match="Engine.add"):
         engine().add(ask(time=time))
@@ -61,7 +69,7 @@ def test_latency_targets_of_the_run_leave_a_list_a_list() -> None:
     assert all(a.slo.ttft == 1.0 for a in given)
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -86,10 +94,13 @@ def test_automatic_ids_stay_clear_of_those_that_a_stream_has_brought() -> None:
 
 def test_automatic_ids_go_on_from_run_to_run() -> None:
     running = engine()
-    assert [[o.id for o in running.run([ask(), ask()]).outputs] for _ in range(2)] == [["r0", "r1"], ["r2", "r3"]]
+    assert [[o.id for o in running.run([ask(), ask()]).outputs] for _ in range(2)] == [
+        ["r0", "r1"],
+        ["r2", "r3"],
+    ]
 
 
-# ---- deferrals -----------------------------------------------------------------------------------------------------
+# ---- deferrals -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -105,7 +116,9 @@ class TokenBucket(Admission):
         self.next_at = 0.0
 
     def admit(self, request, view):
-        return Defer(self.next_at) if request.tags.client == self.client and view.now < self.next_at else Admit()
+        return (
+            Defer(self.next_at) if request.tags.client == self.client and view.now < self.next_at else Admit()
+        )
 
     def on_admit(self, request, now):
         if request.tags.client == self.client:
@@ -121,7 +134,13 @@ def served(scheduler: str, admission: Admission, limited: int = 12, **limits) ->
     roles["executor"] = OracleExecutor(num_blocks=32)
     asked = [ask(8, 2, tags=Tags(client="limited")) for _ in range(limited)]
     asked += [ask(8, 2, time=0.1 * i, tags=Tags(client="free")) for i in range(30)]
-    config = {"block_size": 4, "num_blocks": 32, "max_num_seqs": 4, "max_num_batched_tokens": 32, "check": True} | limits
+    config = {
+        "block_size": 4,
+        "num_blocks": 32,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "check": True,
+    } | limits
     outputs = Engine(roles, EngineConfig(**config)).run(asked).outputs
     assert all(o.state in ("finished", "rejected") for o in outputs)
     return {client: [o for o in outputs if o.tags.client == client] for client in ("limited", "free")}
@@ -150,7 +169,10 @@ def test_a_request_that_admission_rejects_stops_nobody_behind_it(scheduler: str)
             return Reject("no more") if isinstance(waits, Defer) and view.now > 0 else waits
 
     outputs = served(scheduler, Refuses())
-    assert max(ttft(o) for o in outputs["free"]) < 0.2 and {o.state for o in outputs["limited"]} == {"finished", "rejected"}
+    assert max(ttft(o) for o in outputs["free"]) < 0.2 and {o.state for o in outputs["limited"]} == {
+        "finished",
+        "rejected",
+    }
 
 
 @pytest.mark.parametrize("scheduler", ("fcfs", "pd_split"))
@@ -166,10 +188,16 @@ def test_a_deferred_request_stops_nobody_where_it_would_not_fit_either(scheduler
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_who_lacks_blocks_is_not_overtaken(scheduler: str) -> None:
-    """Small requests keep coming; a large one that waits for blocks starts as soon as those before it have ended."""
+    """Small requests keep coming; a large one that waits for blocks starts as soon as those before it have
+    ended."""
     order = "priority" if scheduler == "preemptive" else "fcfs"
-    roles = {**Subject((f"scheduler={scheduler}", f"order={order}", "cache=none")).plain_roles(), "executor": OracleExecutor(num_blocks=16)}
-    config = EngineConfig(block_size=4, num_blocks=16, max_num_seqs=8, max_num_batched_tokens=64, max_inflight=2, check=True)
+    roles = {
+        **Subject((f"scheduler={scheduler}", f"order={order}", "cache=none")).plain_roles(),
+        "executor": OracleExecutor(num_blocks=16),
+    }
+    config = EngineConfig(
+        block_size=4, num_blocks=16, max_num_seqs=8, max_num_batched_tokens=64, max_inflight=2, check=True
+    )
     small = [ask(8, 12, time=0.02 * i) for i in range(60)]
     large = ask(50, 2, time=0.1, id="large")
     outputs = {o.id: o for o in Engine(roles, config).run([*small, large]).outputs}
@@ -177,7 +205,7 @@ def test_who_lacks_blocks_is_not_overtaken(scheduler: str) -> None:
     assert outputs["large"].first_scheduled_time <= max(o.finish_time for o in before) + 0.05
 
 
-# ---- time that has passed ------------------------------------------------------------------------------------------
+# ---- time that has passed --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -229,7 +257,9 @@ def test_who_defers_for_ever_is_named(scheduler: str) -> None:
 
 def test_who_is_always_woken_a_little_later_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.patience.MOST_IDLE_TURNS", 1000)
-    with pytest.raises(PolicyError, match="asked 1001 times in a row to be woken, 0 times not after now") as caught:
+    with pytest.raises(
+        PolicyError, match="asked 1001 times in a row to be woken, 0 times not after now"
+    ) as caught:
         engine(lambda step, view: step.wake_at(view.now + 0.001)).run([ask()])
     assert caught.value.plugin == "scheduler=scripted"
 
@@ -245,7 +275,7 @@ def test_an_executor_without_times_is_stopped_too() -> None:
         engine(executor=Timeless()).run([ask()])
 
 
-# ---- a plan behind a running step ------------------------------------------------------------------------------------
+# ---- a plan behind a running step ------------------------------------------------------------------------
 
 
 class Patient(OracleExecutor):
@@ -262,7 +292,9 @@ class Patient(OracleExecutor):
 def test_who_arrives_during_a_step_is_in_the_next_plan_of_an_executor_that_can_wait(executor, served) -> None:
     """Steps take 10 ms. The next plan is made when the step before begins, or when it is about to end."""
     arrivals = [ask(4, 20, id="first"), ask(4, 2, time=0.0501, id="second")]
-    outputs = {o.id: o for o in engine(executor=executor(num_blocks=16), max_inflight=2).run(arrivals).outputs}
+    outputs = {
+        o.id: o for o in engine(executor=executor(num_blocks=16), max_inflight=2).run(arrivals).outputs
+    }
     began = outputs["second"].token_times[0] - 0.01
     assert began - 0.05 == pytest.approx(served)
 

@@ -1,4 +1,5 @@
-"""What a run counts: recomputed tokens against an oracle that knows plans alone, CPU seconds, and what a drop leaves in the cache."""
+"""What a run counts: recomputed tokens against an oracle that knows plans alone, CPU seconds, and what a drop
+leaves in the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from core.spans import overlap, union
 from core.testing.subject import Subject
 from core.testing.trial import Decision, Trial
 
-# ---- recomputed tokens ---------------------------------------------------------------------------------------------
+# ---- recomputed tokens ------------------------------------------------------------------------------------
 
 
 def recomputed(decisions: list[Decision]) -> dict[str, int]:
@@ -33,8 +34,11 @@ def recomputed(decisions: list[Decision]) -> dict[str, int]:
 
 
 def compared(scheduler: str, cache: str, depth: int, seeds: range) -> tuple[int, int]:
-    """(tokens recomputed by the oracle, requests whose count differs), over random cases that are short of blocks."""
-    subject = Subject((f"scheduler={scheduler}", f"cache={cache}", *(("order=srpt",) if scheduler == "preemptive" else ())))
+    """(tokens recomputed by the oracle, requests whose count differs), over random cases that are short of
+    blocks."""
+    subject = Subject(
+        (f"scheduler={scheduler}", f"cache={cache}", *(("order=srpt",) if scheduler == "preemptive" else ()))
+    )
     total = wrong = 0
     for seed in seeds:
         case = replace(subject.case(seed), max_inflight=depth)
@@ -51,7 +55,8 @@ def compared(scheduler: str, cache: str, depth: int, seeds: range) -> tuple[int,
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_recomputed_tokens_are_positions_that_were_planned_before(depth: int) -> None:
-    """With preemptions in flight, drop_tail, hits after a preemption, runs that are cut off, and steps that come back late."""
+    """With preemptions in flight, drop_tail, hits after a preemption, runs that are cut off, and steps that
+    come back late."""
     for number, scheduler in enumerate(("chunked", "fcfs", "pd_split", "preemptive", "shake")):
         for cache in ("none", "hash", "radix"):
             total, wrong = compared(scheduler, cache, depth, range(100 * number, 100 * number + 24))
@@ -67,21 +72,32 @@ BUGS = {
         "request.num_computed_tokens + request.num_scheduled_tokens",
         "request.num_computed_tokens",
     ),
-    "a hit counts as computed": (roster_module.Roster, "admit", "request.planned_from = cached", "request.planned_from = 0"),
+    "a hit counts as computed": (
+        roster_module.Roster,
+        "admit",
+        "request.planned_from = cached",
+        "request.planned_from = 0",
+    ),
     "everything below the highest position": (
         roster_module.Roster,
         "_count_preemption",
         "spans.union(request.planned_before, request.planned_from,",
         "spans.union(request.planned_before, 0,",
     ),
-    "nothing": (roster_module.Roster, "schedule", "spans.overlap(request.planned_before, start, start + n)", "0"),
+    "nothing": (
+        roster_module.Roster,
+        "schedule",
+        "spans.overlap(request.planned_before, start, start + n)",
+        "0",
+    ),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_wrong_count_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, *BUGS[bug])
-    monkeypatch.setattr("core.engine.Ledger", lambda *books: None)  # the ledger would find it; here the oracle has to
+    # the ledger would find it; here the oracle has to
+    monkeypatch.setattr("core.engine.Ledger", lambda *books: None)
     assert any(compared("shake", "hash", depth, range(60))[1] for depth in (1, 2))
 
 
@@ -96,7 +112,7 @@ def test_spans_are_sets_of_positions() -> None:
     assert sorted(spans) == [(0, 12), (30, 31)]
 
 
-# ---- seconds -------------------------------------------------------------------------------------------------------
+# ---- seconds ---------------------------------------------------------------------------------------------
 
 
 def test_policy_time_is_cpu_time() -> None:
@@ -112,12 +128,15 @@ def test_policy_time_is_cpu_time() -> None:
             pass
         step.wake_at(1.0) if view.now < 1.0 else everybody(step, view)
 
-    asleep, at_work = engine(sleeps, check=False).run([ask(4, 5)]), engine(works, check=False).run([ask(4, 4)])
+    asleep, at_work = (
+        engine(sleeps, check=False).run([ask(4, 5)]),
+        engine(works, check=False).run([ask(4, 4)]),
+    )
     assert asleep.num_steps == 5 and asleep.policy_time < 0.02
     assert at_work.num_steps == 4 and at_work.policy_time >= 0.05
 
 
-# ---- retention=drop ------------------------------------------------------------------------------------------------
+# ---- retention=drop --------------------------------------------------------------------------------------
 
 
 class DropSome(Retention):
@@ -178,5 +197,7 @@ def test_a_request_that_ends_while_it_is_preempted_is_dropped_all_the_same() -> 
 
     running = dropping(script, max_inflight=2, roles={"order": Ends()})
     (output,) = running.run([ask(PROMPT, 3, id="d1")]).outputs
-    assert ended and output.num_preemptions == 1 and output.num_recomputed_tokens == 0, "its last token came back after the preemption"
+    assert ended and output.num_preemptions == 1 and output.num_recomputed_tokens == 0, (
+        "its last token came back after the preemption"
+    )
     assert running.pool.num_cached == running.pool.num_used == 0

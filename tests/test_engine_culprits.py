@@ -20,7 +20,16 @@ from core.inputs import Arrival, SamplingParams
 from core.keyed import KeyEviction, KeyOrder
 from core.ledger import Mutated
 from core.outside import Observer, Workload
-from core.policy import Admission, Eviction, LengthPrediction, Order, Predictor, Retention, TokenBudget, Victim
+from core.policy import (
+    Admission,
+    Eviction,
+    LengthPrediction,
+    Order,
+    Predictor,
+    Retention,
+    TokenBudget,
+    Victim,
+)
 from core.testing.oracle import OracleExecutor
 from core.testing.subject import Subject
 from plugins.cache.hash import HashBlocks
@@ -50,7 +59,7 @@ def answering(role: str, base: type, method: str, answer: Callable[..., Any]) ->
     return made
 
 
-# ---- wrong answers -------------------------------------------------------------------------------------------------
+# ---- wrong answers ---------------------------------------------------------------------------------------
 
 
 class Asks(FirstCome):
@@ -68,22 +77,76 @@ WRONG: list[tuple[str, type, str, Callable[..., Any], str]] = [
     ("order", Order, "order", lambda view: None, "answered None: expected an iterable"),
     ("order", Order, "order", lambda view: [None], "order() named None, which does not wait"),
     ("order", Order, "order", lambda view: [r.id for r in view.waiting], "which does not wait"),
-    ("order", Order, "order", lambda view: [*view.running, *view.waiting], "which does not wait: name requests of view.waiting"),
+    (
+        "order",
+        Order,
+        "order",
+        lambda view: [*view.running, *view.waiting],
+        "which does not wait: name requests of view.waiting",
+    ),
     ("order", Order, "order", lambda view: (r.nothing for r in view.waiting), "raised AttributeError"),
     ("victim", Victim, "victims", lambda need, view: None, "answered None: expected an iterable"),
     ("victim", Victim, "victims", lambda need, view: [None], "victims() named None, which does not run"),
-    ("victim", Victim, "victims", lambda need, view: view.waiting, "which does not run: yield requests of view.running"),
+    (
+        "victim",
+        Victim,
+        "victims",
+        lambda need, view: view.waiting,
+        "which does not run: yield requests of view.running",
+    ),
     ("victim", Victim, "victims", lambda need, view: (1 / 0 for _ in "x"), "raised ZeroDivisionError"),
-    ("budget", TokenBudget, "tokens", lambda request, left, view: None, "tokens() answered None: expected 0 to"),
-    ("budget", TokenBudget, "tokens", lambda request, left, view: NAN, "tokens() answered nan: expected 0 to"),
+    (
+        "budget",
+        TokenBudget,
+        "tokens",
+        lambda request, left, view: None,
+        "tokens() answered None: expected 0 to",
+    ),
+    (
+        "budget",
+        TokenBudget,
+        "tokens",
+        lambda request, left, view: NAN,
+        "tokens() answered nan: expected 0 to",
+    ),
     ("budget", TokenBudget, "tokens", lambda request, left, view: 1 / 0, "raised ZeroDivisionError"),
-    ("admission", Admission, "admit", lambda request, view: None, "admit() answered None: expected Admit, Defer or Reject"),
+    (
+        "admission",
+        Admission,
+        "admit",
+        lambda request, view: None,
+        "admit() answered None: expected Admit, Defer or Reject",
+    ),
     ("admission", Admission, "admit", lambda request, view: 1 / 0, "raised ZeroDivisionError"),
-    ("predictor", Predictor, "predict", lambda request: None, "predict() answered None: expected a LengthPrediction"),
+    (
+        "predictor",
+        Predictor,
+        "predict",
+        lambda request: None,
+        "predict() answered None: expected a LengthPrediction",
+    ),
     ("predictor", Predictor, "predict", lambda request: 7.0, "predict() answered 7.0"),
-    ("predictor", Predictor, "predict", lambda request: LengthPrediction(NAN, 1.0), "mean and upper are finite"),
-    ("predictor", Predictor, "predict", lambda request: LengthPrediction(1.0, float("inf")), "mean and upper are finite"),
-    ("predictor", Predictor, "predict", lambda request: LengthPrediction(1.0, None), "mean and upper are finite"),
+    (
+        "predictor",
+        Predictor,
+        "predict",
+        lambda request: LengthPrediction(NAN, 1.0),
+        "mean and upper are finite",
+    ),
+    (
+        "predictor",
+        Predictor,
+        "predict",
+        lambda request: LengthPrediction(1.0, float("inf")),
+        "mean and upper are finite",
+    ),
+    (
+        "predictor",
+        Predictor,
+        "predict",
+        lambda request: LengthPrediction(1.0, None),
+        "mean and upper are finite",
+    ),
     ("cache", HashBlocks, "match", lambda request, known, limit: None, "match() answered None"),
     ("cache", HashBlocks, "match", lambda request, known, limit: [99][:limit], "match() answered [99]"),
     ("cache", HashBlocks, "match", lambda request, known, limit: [-1][:limit], "match() answered [-1]"),
@@ -93,14 +156,30 @@ WRONG: list[tuple[str, type, str, Callable[..., Any], str]] = [
     ("eviction", Eviction, "candidates", lambda n: None, "candidates() yielded nothing"),
     ("eviction", Eviction, "candidates", lambda n: [None], "candidates() yielded None"),
     ("eviction", Eviction, "candidates", lambda n: [3], "candidates() yielded 3"),
-    ("retention", Retention, "retain", lambda request, kv, now: kv.pin(request, NAN), "raised ValueError: pin(until=nan)"),
-    ("retention", Retention, "retain", lambda request, kv, now: kv.pin(request, None), "raised ValueError: pin(until=None)"),
+    (
+        "retention",
+        Retention,
+        "retain",
+        lambda request, kv, now: kv.pin(request, NAN),
+        "raised ValueError: pin(until=nan)",
+    ),
+    (
+        "retention",
+        Retention,
+        "retain",
+        lambda request, kv, now: kv.pin(request, None),
+        "raised ValueError: pin(until=None)",
+    ),
     ("retention", Retention, "retain", lambda request, kv, now: 1 / 0, "raised ZeroDivisionError"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("role", "base", "method", "answer", "says"), WRONG, ids=[f"{w[0]}-{i}" for i, w in enumerate(WRONG)])
-def test_a_wrong_answer_is_its_plugin_s(role: str, base: type, method: str, answer: Callable[..., Any], says: str) -> None:
+@pytest.mark.parametrize(
+    ("role", "base", "method", "answer", "says"), WRONG, ids=[f"{w[0]}-{i}" for i, w in enumerate(WRONG)]
+)
+def test_a_wrong_answer_is_its_plugin_s(
+    role: str, base: type, method: str, answer: Callable[..., Any], says: str
+) -> None:
     others: dict[str, Any] = {"order": Asks()} if role == "predictor" else {}
     error = failing(composed(**others, **{role: answering(role, base, method, answer)}))
     assert error.plugin == f"{role}=wrong" and says in str(error)
@@ -155,7 +234,11 @@ def test_a_request_that_an_order_names_twice_is_its_own_fault() -> None:
 
 
 def test_an_eviction_that_names_a_block_in_use_is_named() -> None:
-    running = composed(eviction=answering("eviction", Eviction, "candidates", lambda n: [b for b in running.pool.blocks if b.ref_count]))
+    running = composed(
+        eviction=answering(
+            "eviction", Eviction, "candidates", lambda n: [b for b in running.pool.blocks if b.ref_count]
+        )
+    )
     error = failing(running)
     assert error.plugin == "eviction=wrong" and "which is referenced or pinned" in str(error)
 
@@ -165,7 +248,7 @@ def test_what_a_policy_exits_with_is_an_error_and_not_the_end_of_the_process() -
     assert "raised SystemExit: 0" in str(failing(composed(order=leaves)))
 
 
-# ---- executors -----------------------------------------------------------------------------------------------------
+# ---- executors -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -188,15 +271,33 @@ def other_tokens(change: Callable[[list[list[int]]], Any]) -> Callable[[StepResu
     [
         (other_tokens(lambda tokens: tokens[:-1]), "lists of tokens for"),
         (other_tokens(lambda tokens: [*tokens, [1]]), "lists of tokens for"),
-        (other_tokens(lambda tokens: [[] for _ in tokens]), "answered no token in step 0: expected a token id"),
-        (other_tokens(lambda tokens: [[-1] for _ in tokens]), "answered no token in step 0: expected a token id"),
+        (
+            other_tokens(lambda tokens: [[] for _ in tokens]),
+            "answered no token in step 0: expected a token id",
+        ),
+        (
+            other_tokens(lambda tokens: [[-1] for _ in tokens]),
+            "answered no token in step 0: expected a token id",
+        ),
         (other_tokens(lambda tokens: [[-2] for _ in tokens]), "answered -2 in step 0: expected a token id"),
         (other_tokens(lambda tokens: [[None] for _ in tokens]), "answered None in step 0"),
-        (other_tokens(lambda tokens: [new[0] if new else -1 for new in tokens]), "in step 0: expected a list of tokens per planned request"),
-        (other_tokens(lambda tokens: None), "answered None in step 0: expected a list of tokens per planned request"),
-        (other_tokens(lambda tokens: [[1, 2] for _ in tokens]), "answered [1, 2] in step 0: expected at most 1 token ids"),
+        (
+            other_tokens(lambda tokens: [new[0] if new else -1 for new in tokens]),
+            "in step 0: expected a list of tokens per planned request",
+        ),
+        (
+            other_tokens(lambda tokens: None),
+            "answered None in step 0: expected a list of tokens per planned request",
+        ),
+        (
+            other_tokens(lambda tokens: [[1, 2] for _ in tokens]),
+            "answered [1, 2] in step 0: expected at most 1 token ids",
+        ),
         (other_tokens(lambda tokens: [[1, None] for _ in tokens]), "answered [1, None] in step 0"),
-        (other_tokens(lambda tokens: [new or [2] for new in tokens]), ": expected none, since its chunk samples nothing"),
+        (
+            other_tokens(lambda tokens: [new or [2] for new in tokens]),
+            ": expected none, since its chunk samples nothing",
+        ),
         (lambda result: replace(result, end=NAN), "end=nan for step 0: expected finite seconds"),
         (lambda result: replace(result, start=None), "start=None"),
         (lambda result: replace(result, end=float("inf")), "end=inf"),
@@ -204,7 +305,9 @@ def other_tokens(change: Callable[[list[list[int]]], Any]) -> Callable[[StepResu
         (lambda result: 1 / 0, "raised ZeroDivisionError"),
     ],
 )
-def test_an_executor_s_answer_is_tokens_for_each_chunk_that_samples(change: Callable[[StepResult], Any], says: str) -> None:
+def test_an_executor_s_answer_is_tokens_for_each_chunk_that_samples(
+    change: Callable[[StepResult], Any], says: str
+) -> None:
     running = engine(everybody, executor=Garbled(change=change, token_seconds=0.0), max_num_batched_tokens=14)
     error = failing(running)
     assert error.plugin == "executor=garbled" and says in str(error)
@@ -218,7 +321,7 @@ def test_what_decides_stop_strings_is_the_executor_s() -> None:
     assert caught.value.plugin == "executor=garbled" and caught.value.step == 0
 
 
-# ---- workloads -----------------------------------------------------------------------------------------------------
+# ---- workloads -------------------------------------------------------------------------------------------
 
 
 class Loop(Workload):
@@ -262,7 +365,7 @@ def test_a_workload_is_named(arrivals: Callable[..., Any], says: str) -> None:
         run.execute()
 
 
-# ---- observers and hooks -------------------------------------------------------------------------------------------
+# ---- observers and hooks ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("event", ["on_start", "on_step", "on_requests", "close"])
@@ -306,7 +409,9 @@ def test_a_hook_that_raises_is_named() -> None:
         runnable(hooked(headway_run_start=lambda run: 1 / 0)).execute()
     with pytest.raises(PluginError, match="plugin second: headway_run_start raised SystemExit: 3"):
         runnable(hooked(headway_run_start=leave)).execute()
-    with pytest.raises(PluginError, match="plugin second: headway_run_end raised ZeroDivisionError") as caught:
+    with pytest.raises(
+        PluginError, match="plugin second: headway_run_end raised ZeroDivisionError"
+    ) as caught:
         runnable(hooked(headway_run_end=lambda run, result: 1 / 0)).execute()
     assert len(caught.value.partial.outputs) == 2, "what was done is kept"
     for answer in (lambda run: Observer(), lambda run: 7):
@@ -329,7 +434,7 @@ def test_a_run_is_executed_once() -> None:
         run.execute()
 
 
-# ---- what policies may only read -----------------------------------------------------------------------------------
+# ---- what policies may only read -------------------------------------------------------------------------
 
 
 def set_state(request: Any) -> None:
@@ -354,14 +459,21 @@ MUTATIONS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("field", MUTATIONS)
 @pytest.mark.parametrize("max_inflight", [1, 2])
-def test_a_policy_that_changes_a_request_is_found_by_the_end_of_the_step(field: str, max_inflight: int) -> None:
+def test_a_policy_that_changes_a_request_is_found_by_the_end_of_the_step(
+    field: str, max_inflight: int
+) -> None:
     class Meddles(Retention):
         def on_step_end(self, record):
-            request = next((r for r in record.plan.requests if r.state.value == "running" and len(r.block_table) > 1), None)
+            request = next(
+                (r for r in record.plan.requests if r.state.value == "running" and len(r.block_table) > 1),
+                None,
+            )
             if record.step == 2 and request is not None:
                 MUTATIONS[field](request)
 
-    with pytest.raises(Mutated, match=rf"request r\d: {field} is .* a policy \(.*retention=Meddles.*\) changed after step 2"):
+    with pytest.raises(
+        Mutated, match=rf"request r\d: {field} is .* a policy \(.*retention=Meddles.*\) changed after step 2"
+    ):
         engine(roles={"retention": Meddles()}, max_inflight=max_inflight).run([ask(9, 9), ask(9, 9)])
 
 

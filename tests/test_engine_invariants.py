@@ -24,7 +24,7 @@ def tokens_of(running: Engine, output) -> list[int]:
     return [running.executor.token(output.id, p) for p in range(n, n + len(output.output_token_ids))]
 
 
-# ---- invariant 1: allocated + cached + free = total ----------------------------------------------------------------
+# ---- invariant 1: allocated + cached + free = total ------------------------------------------------------
 
 
 def test_1_blocks_are_allocated_cached_or_free_after_every_step() -> None:
@@ -50,7 +50,7 @@ def test_1_capacity_is_what_the_config_says_or_an_error() -> None:
         EngineConfig(num_blocks=0)
 
 
-# ---- invariant 2: what is held is not evicted, what is shared is not written ---------------------------------------
+# ---- invariant 2: what is held is not evicted, what is shared is not written -----------------------------
 
 
 def test_2_an_eviction_policy_that_names_a_held_block_is_stopped() -> None:
@@ -68,7 +68,9 @@ def test_2_an_eviction_policy_that_names_a_held_block_is_stopped() -> None:
             return iter(self.blocks)
 
     with pytest.raises(PolicyError, match="referenced or pinned.*on_evictable and on_in_use") as caught:
-        engine(roles={"eviction": Wrong()}, num_blocks=5).run([ask(12, 6), ask([2] * 4, 1), ask([3] * 4, 1, time=0.02)])
+        engine(roles={"eviction": Wrong()}, num_blocks=5).run(
+            [ask(12, 6), ask([2] * 4, 1), ask([3] * 4, 1, time=0.02)]
+        )
     assert caught.value.plugin == "eviction=wrong"
 
 
@@ -110,14 +112,15 @@ def test_2_dropped_blocks_are_forgotten_at_once() -> None:
 
 @pytest.mark.parametrize("max_inflight", [1, 2, 3])
 def test_2_blocks_of_a_step_in_flight_stay_put(max_inflight: int) -> None:
-    """The oracle executor fails on a reuse; pressure and preemptions make sure that there is something to reuse."""
+    """The oracle executor fails on a reuse; pressure and preemptions make sure that there is something to
+    reuse."""
     running = engine(num_blocks=5, max_inflight=max_inflight, roles={"cache": NoCache()})
     result = running.run([ask([i % 5, 1, 2], 9, time=0.01 * i) for i in range(6)])
     assert result.num_preemptions > 0
     assert all(o.output_token_ids == tokens_of(running, o) and o.state == "finished" for o in result.outputs)
 
 
-# ---- invariant 3: prefix closure, references return to zero --------------------------------------------------------
+# ---- invariant 3: prefix closure, references return to zero ----------------------------------------------
 
 
 def test_3_a_cached_block_s_ancestors_are_cached() -> None:
@@ -148,7 +151,7 @@ def test_3_references_return_to_zero() -> None:
     assert all(block.ref_count == 0 for block in running.pool.blocks)
 
 
-# ---- invariant 4: budgets (StepBuilder's part is in test_step.py) --------------------------------------------------
+# ---- invariant 4: budgets (StepBuilder's part is in test_step.py) ----------------------------------------
 
 
 def test_4_steps_stay_within_tokens_and_sequences_and_name_nobody_twice() -> None:
@@ -166,7 +169,7 @@ def test_4_steps_stay_within_tokens_and_sequences_and_name_nobody_twice() -> Non
     assert all(plan.num_tokens == sum(plan.lengths) for plan in plans)
 
 
-# ---- invariant 5: conservation; generated tokens survive preemption ------------------------------------------------
+# ---- invariant 5: conservation; generated tokens survive preemption --------------------------------------
 
 
 def test_5_everybody_who_arrives_has_one_outcome() -> None:
@@ -197,13 +200,15 @@ def test_5_generated_tokens_survive_preemption() -> None:
         (ask(4, 1, id="taken"), "id 'taken' is taken"),
     ],
 )
-def test_5_one_bad_request_is_refused_with_its_reason_and_the_others_finish(arrival: Arrival, says: str) -> None:
+def test_5_one_bad_request_is_refused_with_its_reason_and_the_others_finish(
+    arrival: Arrival, says: str
+) -> None:
     result = engine(num_blocks=8).run([ask(4, 1, id="taken"), arrival, ask(4, 1)])
     assert [o.state for o in result.outputs] == ["finished", "rejected", "finished"]
     assert says in result.outputs[1].finish_reason
 
 
-# ---- invariant 6: progress -----------------------------------------------------------------------------------------
+# ---- invariant 6: progress -------------------------------------------------------------------------------
 
 
 def test_6_planning_nothing_while_somebody_waits_is_an_error_that_shows_the_view() -> None:
@@ -223,7 +228,7 @@ def test_6_two_requests_that_evict_each_other_still_get_done() -> None:
     assert [o.state for o in result.outputs] == ["finished", "finished"]
 
 
-# ---- invariant 7: what counts --------------------------------------------------------------------------------------
+# ---- invariant 7: what counts ----------------------------------------------------------------------------
 
 
 def test_7_recomputed_tokens_are_no_cache_hits() -> None:
@@ -244,7 +249,7 @@ def test_7_rejected_requests_miss_their_slo() -> None:
     assert summarize(result)["slo_attainment"] == 0.5
 
 
-# ---- invariant 8: the truth is reached through declared oracles only -----------------------------------------------
+# ---- invariant 8: the truth is reached through declared oracles only -------------------------------------
 
 
 def test_8_only_a_declared_oracle_is_handed_the_truth_and_is_stamped() -> None:
@@ -291,7 +296,7 @@ def test_8_the_oracle_says_how_long_the_answer_will_be() -> None:
         assert running.oracle.output_len(request) == length
 
 
-# ---- invariant 9: an exception in a plugin -------------------------------------------------------------------------
+# ---- invariant 9: an exception in a plugin ---------------------------------------------------------------
 
 
 def raises(self=None, *_args):
@@ -314,7 +319,9 @@ def raises(self=None, *_args):
         ("retention", Retention, "retain"),
     ],
 )
-def test_9_whatever_a_plugin_raises_names_it_the_step_and_the_view(role: str, base: type, method: str) -> None:
+def test_9_whatever_a_plugin_raises_names_it_the_step_and_the_view(
+    role: str, base: type, method: str
+) -> None:
     broken = type("Broken", (base,), {method: raises, "plugin_name": f"{role}=broken"})()
 
     def script(step, view):

@@ -33,7 +33,15 @@ def composed(words: tuple[str, ...], seed: int) -> tuple[Engine, list[Arrival]]:
     """An engine of these policies, small enough to be short of everything, and what it is asked."""
     case = random_case(seed, {})
     executor = OracleExecutor(5, 64, case.num_blocks, TICK, 0.0, case.eos, 4, case.placeholders)
-    config = EngineConfig(case.block_size, case.num_blocks, case.max_num_seqs, case.max_num_batched_tokens, case.max_inflight, None, True)
+    config = EngineConfig(
+        case.block_size,
+        case.num_blocks,
+        case.max_num_seqs,
+        case.max_num_batched_tokens,
+        case.max_inflight,
+        None,
+        True,
+    )
     running = Engine({**Subject(words).plain_roles(), "executor": executor}, config, seed=seed)
     running.decisions = DecisionTrace()
     running.observers.append(PoolCheck(running))
@@ -44,9 +52,25 @@ def answers(running: Engine, arrivals: list[Arrival]) -> tuple:
     """Everything that a run is judged by, without the times on the engine's clock."""
     result = running.run(arrivals)
     outputs = [
-        (o.id, o.state, o.finish_reason, o.output_token_ids, o.num_cached_tokens, o.num_preemptions, o.num_recomputed_tokens) for o in result.outputs
+        (
+            o.id,
+            o.state,
+            o.finish_reason,
+            o.output_token_ids,
+            o.num_cached_tokens,
+            o.num_preemptions,
+            o.num_recomputed_tokens,
+        )
+        for o in result.outputs
     ]
-    counts = (result.num_steps, result.num_evictions, result.num_preemptions, result.planned_tokens, result.kv_peak, result.duration)
+    counts = (
+        result.num_steps,
+        result.num_evictions,
+        result.num_preemptions,
+        result.planned_tokens,
+        result.kv_peak,
+        result.duration,
+    )
     return outputs, counts, list(running.decisions.decisions)
 
 
@@ -69,10 +93,18 @@ def cut_off(running: Engine, owner: object, method: str, at: int, error: BaseExc
 
 #: Where a run is cut off: role (or "" for the observer), method, with what.
 CUTS = (
-    ("", "on_step", KeyboardInterrupt), ("", "on_step", CutOff), ("scheduler", "plan", KeyboardInterrupt), ("scheduler", "plan", CutOff),
-    ("executor", "launch", CutOff), ("executor", "launch", KeyboardInterrupt), ("executor", "collect", KeyboardInterrupt),
-    ("cache", "insert", CutOff), ("cache", "match", KeyboardInterrupt), ("order", "order", CutOff), ("eviction", "on_insert", KeyboardInterrupt),
-)  # fmt: skip
+    ("", "on_step", KeyboardInterrupt),
+    ("", "on_step", CutOff),
+    ("scheduler", "plan", KeyboardInterrupt),
+    ("scheduler", "plan", CutOff),
+    ("executor", "launch", CutOff),
+    ("executor", "launch", KeyboardInterrupt),
+    ("executor", "collect", KeyboardInterrupt),
+    ("cache", "insert", CutOff),
+    ("cache", "match", KeyboardInterrupt),
+    ("order", "order", CutOff),
+    ("eviction", "on_insert", KeyboardInterrupt),
+)
 
 
 @pytest.mark.parametrize("words", COMPOSITIONS, ids=" ".join)
@@ -107,7 +139,9 @@ def test_the_runs_that_follow_answer_their_own_requests_alone() -> None:
     running = engine(observers=[Once()])
     first = running.run([ask(id="a", answer=9), ask(time=99.0, id="late")])
     assert (first.status, [(o.id, o.state) for o in first.outputs]) == ("interrupted", [("a", "aborted")])
-    assert [o.id for o in running.run([ask(id="b")]).outputs] == ["b"], "what was still to come belongs to the run that was cut off"
+    assert [o.id for o in running.run([ask(id="b")]).outputs] == ["b"], (
+        "what was still to come belongs to the run that was cut off"
+    )
     assert running.run([ask(id="b")]).outputs[0].state == "finished", "ids are unique in a run"
 
 
@@ -117,10 +151,14 @@ def test_counts_times_and_outputs_are_those_of_one_run() -> None:
     runs = [running.run(asked) for _ in range(3)]
     assert [len(r.outputs) for r in runs] == [3, 3, 3]
     assert runs[1].num_steps == runs[2].num_steps == runs[0].num_steps
-    assert runs[1].planned_tokens == runs[2].planned_tokens < runs[0].planned_tokens, "what is cached stays cached"
+    assert runs[1].planned_tokens == runs[2].planned_tokens < runs[0].planned_tokens, (
+        "what is cached stays cached"
+    )
     assert runs[0].duration == runs[1].duration == runs[2].duration
     waits = [[o.first_scheduled_time - o.arrival_time for o in r.outputs] for r in runs]
-    assert all(wait == pytest.approx(0.0, abs=0.02) for wait in sum(waits, [])), "arrivals are at seconds since their run began"
+    assert all(wait == pytest.approx(0.0, abs=0.02) for wait in sum(waits, [])), (
+        "arrivals are at seconds since their run began"
+    )
 
 
 def test_an_engine_keeps_nothing_of_the_runs_that_are_over() -> None:
@@ -128,7 +166,14 @@ def test_an_engine_keeps_nothing_of_the_runs_that_are_over() -> None:
     sizes = []
     for _ in range(6):
         running.run([ask(id=f"x{i}", answer=4) for i in range(5)])
-        sizes.append((len(running.roster.finished), len(running.intake.ids), len(running.clock.readings), len(running.ledger.accounts)))
+        sizes.append(
+            (
+                len(running.roster.finished),
+                len(running.intake.ids),
+                len(running.clock.readings),
+                len(running.ledger.accounts),
+            )
+        )
     assert set(sizes[1:]) == {sizes[1]} and sizes[1][0] == 5
     assert running.clock.readings == [], "recording is for those who ask"
 
@@ -152,12 +197,23 @@ def test_a_run_after_aborts_finds_everything_clean(depth: int) -> None:
 
     for seed in range(12):
         chance, ids = Random(seed), [f"r{i}" for i in range(6)]
-        running = engine(observers=[Aborts()], max_inflight=depth, num_blocks=10, executor=OracleExecutor(num_blocks=10))
+        running = engine(
+            observers=[Aborts()], max_inflight=depth, num_blocks=10, executor=OracleExecutor(num_blocks=10)
+        )
         running.observers.append(PoolCheck(running))
         first = running.run([ask(5 + i, 9, time=0.01 * i, id=id) for i, id in enumerate(ids)])
-        assert sorted(o.id for o in first.outputs) == ids and {o.state for o in first.outputs} <= {"aborted", "finished"}
+        assert sorted(o.id for o in first.outputs) == ids and {o.state for o in first.outputs} <= {
+            "aborted",
+            "finished",
+        }
         roster = running.roster
-        assert not (roster.present or roster.releasing or roster.hidden_ends or len(running.flights) or len(running.coming))
+        assert not (
+            roster.present
+            or roster.releasing
+            or roster.hidden_ends
+            or len(running.flights)
+            or len(running.coming)
+        )
         assert running.pool.num_used == 0
         running.observers.pop(0)
         again = running.run([ask(5 + i, 9, time=0.01 * i, id=id) for i, id in enumerate(ids)])

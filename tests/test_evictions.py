@@ -1,4 +1,5 @@
-"""Evictions: the ones with a reference implementation agree with it hit for hit; each keeps the property that it was published for."""
+"""Evictions: the ones with a reference implementation agree with it hit for hit; each keeps the property that
+it was published for."""
 
 from __future__ import annotations
 
@@ -21,7 +22,15 @@ from core.request import Request
 from core.roster import publish
 from plugins.cache.hash import HashBlocks
 
-REFERENCES = {"lru": "LRU", "fifo": "FIFO", "lfu": "LFU", "two_q": "TwoQ", "sieve": "Sieve", "s3fifo": "S3FIFO", "arc": "ARC"}
+REFERENCES = {
+    "lru": "LRU",
+    "fifo": "FIFO",
+    "lfu": "LFU",
+    "two_q": "TwoQ",
+    "sieve": "Sieve",
+    "s3fifo": "S3FIFO",
+    "arc": "ARC",
+}
 
 
 def libcachesim(name: str, capacity: int) -> Any:
@@ -33,7 +42,7 @@ def ratio(answers: list[bool]) -> float:
     return sum(answers) / len(answers)
 
 
-# ---- flat streams: every object one block ---------------------------------------------------------------------------
+# ---- flat streams: every object one block ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("capacity", "alpha"), [(20, 0.9), (64, 0.8), (301, 1.0)])
@@ -49,11 +58,15 @@ def test_agrees_with_libcachesim_hit_for_hit(name: str, capacity: int, alpha: fl
 @given(stream=st.lists(st.integers(0, 45), min_size=20, max_size=200))
 @settings(max_examples=15, deadline=None, derandomize=True)
 def test_agrees_with_libcachesim_on_small_streams(name: str, stream: list[int]) -> None:
-    assert hits(make(name), 20, stream) == flat_stream.reference(libcachesim(name, 20), stream)  # 20: the small queue of S3-FIFO holds 2
+    # 20: the small queue of S3-FIFO holds 2
+    assert hits(make(name), 20, stream) == flat_stream.reference(libcachesim(name, 20), stream)
 
 
-def test_arc_learns_from_a_miss_before_it_makes_room_and_from_a_generated_block_when_it_is_published() -> None:
-    """The two ways in which a ghost comes back: in the prompt of a request, or as the same tokens generated again."""
+def test_arc_learns_from_a_miss_before_it_makes_room_and_from_a_generated_block_when_it_is_published() -> (
+    None
+):
+    """The two ways in which a ghost comes back: in the prompt of a request, or as the same tokens generated
+    again."""
     for in_prompt in (True, False):
         arc = make("arc")
         arc.setup(Context(0, 1, 4, 64, 1, 64, {}))
@@ -95,7 +108,8 @@ def test_belady_is_the_optimum_by_brute_force() -> None:
 
 @pytest.mark.parametrize("name", ["slru", "two_q", "arc", "s3fifo", "sieve", "lfu", "lfu_da", "gdsf"])
 def test_a_scan_does_not_flush_what_is_used_often(name: str) -> None:
-    """Ten objects asked for twice a round, and between two rounds a scan of 15 that nobody asks for twice, in 20 blocks."""
+    """Ten objects asked for twice a round, and between two rounds a scan of 15 that nobody asks for twice, in
+    20 blocks."""
     stream: list[int] = []
     after: list[int] = []  # where the ten are asked for again after a scan
     for number in range(40):
@@ -115,7 +129,8 @@ def test_mru_keeps_a_part_of_a_loop_that_lru_loses_whole() -> None:
 
 @pytest.mark.parametrize("name", ["lfu_da", "gdsf"])
 def test_aging_lets_go_of_what_was_popular_once(name: str) -> None:
-    """LFU holds on to ten objects that were hit fifty times, and has too little room for the fifteen of today."""
+    """LFU holds on to ten objects that were hit fifty times, and has too little room for the fifteen of
+    today."""
     stream = list(range(10)) * 50 + list(range(100, 115)) * 60
     today = slice(len(stream) - 150, None)
     assert ratio(hits(make("lfu"), 20, stream)[today]) < 0.75
@@ -130,16 +145,28 @@ def test_without_a_cost_that_grows_gdsf_is_lfu_da() -> None:
 def test_slru_gives_the_protected_segment_its_share_only() -> None:
     """All twenty of yesterday are protected; with a share of one half only ten can keep today's out."""
     stream = list(range(20)) * 2 + list(range(100, 110)) * 10
-    assert ratio(hits(make("slru", protected_ratio=1.0), 20, stream)[-50:]) < ratio(hits(make("slru", protected_ratio=0.5), 20, stream)[-50:]) == 1.0
+    assert (
+        ratio(hits(make("slru", protected_ratio=1.0), 20, stream)[-50:])
+        < ratio(hits(make("slru", protected_ratio=0.5), 20, stream)[-50:])
+        == 1.0
+    )
 
 
-# ---- on the tree ----------------------------------------------------------------------------------------------------
+# ---- on the tree -----------------------------------------------------------------------------------------
 
 
 class Tree:
     """A pool of blocks of one token, so that a prompt is a path."""
 
-    def __init__(self, eviction: Any, num_blocks: int, block_size: int = 1, future: list[Arrival] | None = None, *, subtree: bool = False) -> None:
+    def __init__(
+        self,
+        eviction: Any,
+        num_blocks: int,
+        block_size: int = 1,
+        future: list[Arrival] | None = None,
+        *,
+        subtree: bool = False,
+    ) -> None:
         self.cache, self.eviction, self.size = HashBlocks(subtree=subtree), eviction, block_size
         oracle = Oracle()
         oracle.future = future or []
@@ -150,7 +177,12 @@ class Tree:
 
     def ask(self, tokens: list[int], now: float = 0.0, **tags: Any) -> int:
         """Serves a prompt; returns how many of its blocks were cached."""
-        request = Request(Arrival(now, tokens, tags=Tags(**tags)), self.asked, max_model_len=1 << 20, eos_token_ids=frozenset())
+        request = Request(
+            Arrival(now, tokens, tags=Tags(**tags)),
+            self.asked,
+            max_model_len=1 << 20,
+            eos_token_ids=frozenset(),
+        )
         self.asked += 1
         self.pool.now = max(self.pool.now, now)
         limit = len(tokens) // self.size
@@ -172,7 +204,8 @@ class Tree:
 
 @pytest.mark.parametrize(("name", "left"), [("fifo", (4, 0)), ("sieve", (4, 0)), ("lru", (4, 2))])
 def test_with_subtrees_a_head_that_is_first_takes_its_tails_along(name: str, left: tuple[int, int]) -> None:
-    """[1, 2, 3] was published first, and a block is needed: as leaves go, its tail does; else [1] with all under it, but for LRU."""
+    """[1, 2, 3] was published first, and a block is needed: as leaves go, its tail does; else [1] with all
+    under it, but for LRU."""
     found = []
     for subtree in (False, True):
         tree = Tree(make(name), 7, subtree=subtree)
@@ -187,7 +220,9 @@ def test_with_subtrees_what_somebody_uses_stays() -> None:
     """[1] is in use, and with it all before it; the block behind it is not, and goes."""
     tree = Tree(make("fifo"), 4, subtree=True)
     tree.ask([1, 2, 3])
-    used = tree.cache.match(Request(Arrival(0.0, [1, 2, 3]), 9, max_model_len=64, eos_token_ids=frozenset()), [], 2)
+    used = tree.cache.match(
+        Request(Arrival(0.0, [1, 2, 3]), 9, max_model_len=64, eos_token_ids=frozenset()), [], 2
+    )
     tree.pool.acquire(used)
     tree.ask([4, 5])
     assert (tree.cached([1, 2, 3]), tree.cached([4, 5])) == (2, 2)
@@ -247,7 +282,8 @@ def test_on_chains_of_prefixes_a_head_goes_after_all_that_hangs_under_it(name: s
 
 
 def test_tlru_cuts_tails_that_fit_the_budget_before_it_touches_a_conversation() -> None:
-    """xi - Q_hat = 3 tokens may be missing of each conversation: those go first, from both, although B is the older one."""
+    """xi - Q_hat = 3 tokens may be missing of each conversation: those go first, from both, although B is the
+    older one."""
     tree = Tree(make("tlru", xi=5, Q_hat=2), 20)
     a, b = list(range(10)), list(range(100, 110))
     tree.ask(b)
@@ -304,7 +340,8 @@ def test_gdsf_values_a_deep_block_above_a_shallow_one() -> None:
 
 
 def test_workload_aware_keeps_the_category_that_comes_back() -> None:
-    """Chats come back after 0.7 s, API calls never do; LRU treats both alike and forgets a chat before its next turn."""
+    """Chats come back after 0.7 s, API calls never do; LRU treats both alike and forgets a chat before its
+    next turn."""
     served = {}
     for name in ("lru", "workload_aware"):
         tree, found = Tree(make(name), 40), 0
@@ -329,20 +366,26 @@ def test_workload_aware_gives_up_a_block_that_is_late_for_its_category() -> None
 
 
 def test_belady_keeps_the_head_that_is_needed_and_cuts_what_is_not() -> None:
-    future = [Arrival(float(i), tokens) for i, tokens in enumerate([[1, 2, 3], [4, 5, 6], [7, 8], [1, 2, 9], [4, 5, 6]])]
+    future = [
+        Arrival(float(i), tokens)
+        for i, tokens in enumerate([[1, 2, 3], [4, 5, 6], [7, 8], [1, 2, 9], [4, 5, 6]])
+    ]
     tree = Tree(make("belady"), 6, future=future)
     found = [tree.ask(arrival.prompt_token_ids) for arrival in future]
     assert found == [0, 0, 0, 2, 2]  # [3] and one of the two last needed leaves made room for [7, 8]
 
 
-# ---- in a run -------------------------------------------------------------------------------------------------------
+# ---- in a run --------------------------------------------------------------------------------------------
 
 CONFIG = EngineConfig(block_size=4, num_blocks=24, max_num_seqs=2, check=True)
 
 
 def prompts(seed: int) -> list[Arrival]:
     stream = zipf(seed, 120, 12, 0.9)
-    return [ask(0.05 * i, [k * 10 + j for j in range(17)], 3, session=str(k), category="chat") for i, k in enumerate(stream)]
+    return [
+        ask(0.05 * i, [k * 10 + j for j in range(17)], 3, session=str(k), category="chat")
+        for i, k in enumerate(stream)
+    ]
 
 
 def test_belady_learns_the_future_from_the_run_and_is_stamped_on_it() -> None:
@@ -363,15 +406,21 @@ def test_belady_without_a_known_future_says_what_to_choose() -> None:
 
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("slru", {"protected_ratio": 1.5}), ("two_q", {"kin": -0.1}), ("s3fifo", {"move_to_main_threshold": 0}), ("gdsf", {"attention_tokens": 0}),
-     ("tlru", {"xi": -1}), ("workload_aware", {"smoothing": 0.0})],
-)  # fmt: skip
+    [
+        ("slru", {"protected_ratio": 1.5}),
+        ("two_q", {"kin": -0.1}),
+        ("s3fifo", {"move_to_main_threshold": 0}),
+        ("gdsf", {"attention_tokens": 0}),
+        ("tlru", {"xi": -1}),
+        ("workload_aware", {"smoothing": 0.0}),
+    ],
+)
 def test_senseless_parameters_are_refused(name: str, bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         hits(make(name, **bad), 8, [1, 2])
 
 
-# ---- time ------------------------------------------------------------------------------------------------------------
+# ---- time ------------------------------------------------------------------------------------------------
 
 
 class Clocked(make("lru").__class__):
@@ -404,10 +453,21 @@ class Clocked(make("lru").__class__):
 
 
 def test_an_eviction_knows_the_time_in_every_callback() -> None:
-    """Steps of one second; the second request finds a block of the first, and the third takes what both left."""
+    """Steps of one second; the second request finds a block of the first, and the third takes what both
+    left."""
     clocked = Clocked()
     arrivals = [ask(0.0, [1] * 5, 2), ask(10.0, [1] * 5, 2), ask(20.0, [2] * 30, 1)]
-    engine = compose(cache="hash", server=Server(overhead=1.0, per_token=0.0), engine=EngineConfig(block_size=4, num_blocks=8, max_num_seqs=1))
+    engine = compose(
+        cache="hash",
+        server=Server(overhead=1.0, per_token=0.0),
+        engine=EngineConfig(block_size=4, num_blocks=8, max_num_seqs=1),
+    )
     type(engine)(engine.roles.given | {"eviction": clocked}, engine.config).run(arrivals)
-    assert clocked.heard[:5] == [("insert", 1.0), ("evictable", 2.0), ("in use", 10.0), ("hit", 10.0), ("evictable", 12.0)]
+    assert clocked.heard[:5] == [
+        ("insert", 1.0),
+        ("evictable", 2.0),
+        ("in use", 10.0),
+        ("hit", 10.0),
+        ("evictable", 12.0),
+    ]
     assert ("candidates", 20.0) in clocked.heard and ("evict", 20.0) in clocked.heard

@@ -1,4 +1,5 @@
-"""What an executor is told and what it says of itself, in the open: nothing is probed, and nothing set from outside."""
+"""What an executor is told and what it says of itself, in the open: nothing is probed, and nothing set from
+outside."""
 
 from __future__ import annotations
 
@@ -95,7 +96,12 @@ def test_what_a_run_offers_arrives_in_one_object(registry) -> None:
     composition = composed(seed=7, model=ModelConfig("made", vocab_size=50))
     run = build(registry, composition)
     told = run.engine.executor.told
-    assert (told.seed, told.model, told.engine, told.parallel) == (7, composition.model, composition.engine, composition.parallel)
+    assert (told.seed, told.model, told.engine, told.parallel) == (
+        7,
+        composition.model,
+        composition.engine,
+        composition.parallel,
+    )
     assert told.facts()["executor"] == "talking" and told.kernels_named("torch").plugin_name == "torch"
     with pytest.raises(ConfigError, match="the shape of model 'made' is not known"):
         _ = told.shape
@@ -125,7 +131,9 @@ class Wrapping(Executor):
 def test_who_is_built_may_be_another(registry) -> None:
     registry.add("executor", "wrapping", Wrapping)
     run = build(registry, composed("wrapping"))
-    assert isinstance(run.engine.executor, Talking) and run.roles["executor"].plugin_name == "executor=wrapping"
+    assert (
+        isinstance(run.engine.executor, Talking) and run.roles["executor"].plugin_name == "executor=wrapping"
+    )
     assert run.execute().status == "finished"
 
 
@@ -146,7 +154,12 @@ def test_an_executor_that_says_nothing_of_itself_is_named(registry) -> None:
 def test_ranks_are_for_executors_that_have_them(registry) -> None:
     with pytest.raises(ConfigError, match="executor=talking runs on one rank"):
         build(registry, composed(parallel=ParallelConfig(tp=2)))
-    for name, several, torchrun in (("torch", True, True), ("sim", True, False), ("replay", True, True), ("oracle", False, False)):
+    for name, several, torchrun in (
+        ("torch", True, True),
+        ("sim", True, False),
+        ("replay", True, True),
+        ("oracle", False, False),
+    ):
         executor = registry.get("executor", name).build()
         assert (executor.several_ranks, executor.torchrun) == (several, torchrun)
 
@@ -158,7 +171,7 @@ def test_ranks_are_told_every_parameter_of_the_real_engine() -> None:
     assert TorchExecutor(device="cpu", host_blocks=3).config == TorchConfig(device="cpu", host_blocks=3)
 
 
-# ---- who imports whom ------------------------------------------------------------------------------------------------
+# ---- who imports whom ------------------------------------------------------------------------------------
 
 
 def imports(file: Path) -> set[str]:
@@ -169,7 +182,12 @@ def imports(file: Path) -> set[str]:
             base = file.parents[node.level - 1]
             module = base.joinpath(*(node.module or "").split(".")) if node.module else base
             names = [module / alias.name for alias in node.names] + [module]
-            found |= {str(p) for name in names for p in (name.with_suffix(".py"), name / "__init__.py") if p.is_file()}
+            found |= {
+                str(p)
+                for name in names
+                for p in (name.with_suffix(".py"), name / "__init__.py")
+                if p.is_file()
+            }
     return found - {str(file)}
 
 
@@ -194,10 +212,15 @@ def test_the_real_engine_and_its_ranks_do_not_import_each_other_in_a_ring() -> N
     folders = ("plugins/executors/torch", "plugins/parallel")
     graph = {str(file): imports(file) for folder in folders for file in sorted((ROOT / folder).glob("*.py"))}
     assert rings(graph, *folders) == []
-    torch, driver = (str(ROOT / file) for file in ("plugins/executors/torch/__init__.py", "plugins/parallel/execution.py"))
+    torch, driver = (
+        str(ROOT / file) for file in ("plugins/executors/torch/__init__.py", "plugins/parallel/execution.py")
+    )
     assert driver in reached(graph, torch)  # and not the other way round
 
 
 def test_a_ring_is_found() -> None:
-    assert rings({"x/a": {"y/b"}, "y/b": {"y/c"}, "y/c": {"x/a"}}, "x/", "y/") == [("x/a", "y/b"), ("x/a", "y/c")]
+    assert rings({"x/a": {"y/b"}, "y/b": {"y/c"}, "y/c": {"x/a"}}, "x/", "y/") == [
+        ("x/a", "y/b"),
+        ("x/a", "y/c"),
+    ]
     assert rings({"x/a": {"y/b", "y/c"}, "y/b": {"y/c"}, "y/c": set()}, "x/", "y/") == []

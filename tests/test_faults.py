@@ -32,7 +32,12 @@ def test_the_matrix_holds_every_case_of_the_small_part():
 
 
 KEPT = Outcome(
-    143, "fault: SIGTERM at running", [{"status": "interrupted", "summary": {"num_requests": 3, "completed": 1, "aborted": 2}}], [], [], 1.0
+    143,
+    "fault: SIGTERM at running",
+    [{"status": "interrupted", "summary": {"num_requests": 3, "completed": 1, "aborted": 2}}],
+    [],
+    [],
+    1.0,
 )
 
 
@@ -46,7 +51,10 @@ KEPT = Outcome(
         ({"code": 0}, "exit code 0"),
         ({"results": [None]}, "not whole"),
         ({"results": [{"status": "finished"}]}, "status 'finished'"),
-        ({"results": [{"status": "interrupted", "summary": {"num_requests": 3, "completed": 1}}]}, "1 accounted for"),
+        (
+            {"results": [{"status": "interrupted", "summary": {"num_requests": 3, "completed": 1}}]},
+            "1 accounted for",
+        ),
     ],
 )
 def test_a_broken_promise_is_found(change, finding):

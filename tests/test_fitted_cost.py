@@ -1,4 +1,5 @@
-"""The real engine tells policies how long a step will take: its card's roofline, corrected by its own steps."""
+"""The real engine tells policies how long a step will take: its card's roofline, corrected by its own
+steps."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def test_steps_of_decodes_and_steps_with_prompts_are_corrected_apart():
         cost.observe(*PROMPT, 2 * roofline.step_time(*PROMPT))
     assert cost.step_time([7], [1]) == pytest.approx(5 * roofline.step_time([7], [1]))
     assert cost.step_time([0], [90]) == pytest.approx(2 * roofline.step_time([0], [90]))
-    assert str(cost) == "roofline of h200, tp=1 pp=1, x 5.00 in steps of decodes, x 2.00 in steps with prompts"
+    assert (
+        str(cost) == "roofline of h200, tp=1 pp=1, x 5.00 in steps of decodes, x 2.00 in steps with prompts"
+    )
 
 
 def test_one_slow_step_counts_for_nothing_and_a_change_that_lasts_is_followed():

@@ -1,4 +1,5 @@
-"""Folders, locks and identities; what is stored of a config; what a half-written file is worth; what a signal does when."""
+"""Folders, locks and identities; what is stored of a config; what a half-written file is worth; what a signal
+does when."""
 
 from __future__ import annotations
 
@@ -18,7 +19,15 @@ from core.cli.folders import Claims, InUse, Lock, Refused, Sweep, check_inputs, 
 from core.cli.stored import hide, stored, watch_environment
 from core.interrupts import Interrupts
 from core.measure import results
-from core.measure.results import Unreadable, Unwritable, read_result, read_results, whole, write_json, write_text
+from core.measure.results import (
+    Unreadable,
+    Unwritable,
+    read_result,
+    read_results,
+    whole,
+    write_json,
+    write_text,
+)
 
 
 def job(sweep: Sweep, wanted: str, **config: object) -> str:
@@ -36,17 +45,26 @@ def sweep(tmp_path) -> Iterator[Sweep]:
     held.release()
 
 
-# ---- whose folder it is --------------------------------------------------------------------------------
+# ---- whose folder it is ----------------------------------------------------------------------------------
 
 
 def test_a_name_is_claimed_once_and_the_next_process_gets_the_next_name(tmp_path):
-    assert [claim(tmp_path / "day" / "03-07-51").name for _ in range(3)] == ["03-07-51", "03-07-51-2", "03-07-51-3"]
+    assert [claim(tmp_path / "day" / "03-07-51").name for _ in range(3)] == [
+        "03-07-51",
+        "03-07-51-2",
+        "03-07-51-3",
+    ]
 
 
 def test_a_command_claims_a_folder_once_and_gives_it_back_where_no_job_began(tmp_path):
     claims = Claims()
     claims.register()
-    cfg = OmegaConf.create({"dir": f"${{headway.folder:{tmp_path}/day/now}}", "used": f"${{headway.folder:{tmp_path}/other/now}}"})
+    cfg = OmegaConf.create(
+        {
+            "dir": f"${{headway.folder:{tmp_path}/day/now}}",
+            "used": f"${{headway.folder:{tmp_path}/other/now}}",
+        }
+    )
     assert cfg.dir == cfg.dir == str(tmp_path / "day" / "now")
     (tmp_path / "day" / "now" / "multirun.yaml").touch()
     (tmp_path / "other" / "now").mkdir(parents=True)
@@ -57,9 +75,15 @@ def test_a_command_claims_a_folder_once_and_gives_it_back_where_no_job_began(tmp
 
 
 def test_a_lock_names_its_process_and_a_dead_process_holds_nothing(tmp_path):
-    with Lock(tmp_path), pytest.raises(InUse, match=f"process {os.getpid()} on .* writes into this folder now"):
+    with (
+        Lock(tmp_path),
+        pytest.raises(InUse, match=f"process {os.getpid()} on .* writes into this folder now"),
+    ):
         Lock(tmp_path)
-    code = f"import os; from pathlib import Path; from core.cli.folders import Lock; Lock(Path({str(tmp_path)!r})); os._exit(9)"
+    code = (
+        "import os; from pathlib import Path; from core.cli.folders import Lock; "
+        f"Lock(Path({str(tmp_path)!r})); os._exit(9)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / ".headway.lock").exists()
     with Lock(tmp_path):
@@ -92,7 +116,9 @@ def test_a_job_does_not_remove_what_it_would_read(tmp_path):
     for path in (tmp_path, tmp_path / "replay.npz"):
         with pytest.raises(Refused, match="own files would replace it"):
             check_inputs(tmp_path, OmegaConf.create({"executor": {"name": "replay", "path": str(path)}}))
-    check_inputs(tmp_path / "other", OmegaConf.create({"executor": {"name": "replay", "path": str(tmp_path)}}))
+    check_inputs(
+        tmp_path / "other", OmegaConf.create({"executor": {"name": "replay", "path": str(tmp_path)}})
+    )
 
 
 def test_the_identity_is_of_the_resolved_config(monkeypatch):
@@ -104,7 +130,7 @@ def test_the_identity_is_of_the_resolved_config(monkeypatch):
     assert identity(cfg) != one
 
 
-# ---- what is stored of a config ----------------------------------------------------------------------------
+# ---- what is stored of a config --------------------------------------------------------------------------
 
 
 def test_a_stored_config_keeps_what_depends_on_the_environment_and_resolves_the_rest(monkeypatch):
@@ -123,7 +149,9 @@ def test_a_stored_config_keeps_what_depends_on_the_environment_and_resolves_the_
     }
     kept = stored(OmegaConf.create(given))
     assert kept == given | {"near": given["near"] | {"list": ["${secret}", 3]}, "same": 3}
-    assert OmegaConf.to_container(OmegaConf.create(kept), resolve=True) == OmegaConf.to_container(OmegaConf.create(given), resolve=True)
+    assert OmegaConf.to_container(OmegaConf.create(kept), resolve=True) == OmegaConf.to_container(
+        OmegaConf.create(given), resolve=True
+    )
     assert hide("cannot open /data/sesame-4711/x") == "cannot open /data/${oc.env:PLANTED}/x"
 
 
@@ -143,10 +171,18 @@ def test_a_file_that_fails_half_way_leaves_the_old_one_whole(tmp_path, failure):
 
 GOOD = {"status": "finished", "error": "", "overrides": ["seed=1"], "summary": {"completed": 1}}
 GARBLED = {
-    "empty": b"", "cut": json.dumps(GOOD).encode()[:40], "bytes": b"\xff\xfe\x00\x01", "list": b"[]", "null": b"null", "text": b'"finished"',
-    "another file": b"{}", "status": json.dumps(GOOD | {"status": "great"}).encode(), "deep": b"[" * 100_000,
-    "overrides": json.dumps(GOOD | {"overrides": [1]}).encode(), "summary": json.dumps(GOOD | {"summary": None}).encode(),
-}  # fmt: skip
+    "empty": b"",
+    "cut": json.dumps(GOOD).encode()[:40],
+    "bytes": b"\xff\xfe\x00\x01",
+    "list": b"[]",
+    "null": b"null",
+    "text": b'"finished"',
+    "another file": b"{}",
+    "status": json.dumps(GOOD | {"status": "great"}).encode(),
+    "deep": b"[" * 100_000,
+    "overrides": json.dumps(GOOD | {"overrides": [1]}).encode(),
+    "summary": json.dumps(GOOD | {"summary": None}).encode(),
+}
 
 
 @pytest.mark.parametrize("content", GARBLED.values(), ids=GARBLED.keys())
@@ -176,7 +212,7 @@ def test_room_is_kept_for_the_result_until_it_is_given_up(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- signals ------------------------------------------------------------------------------------------------
+# ---- signals ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

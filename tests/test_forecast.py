@@ -1,4 +1,5 @@
-"""A plan behind a running step is made shortly before that step ends, and never so late that the device waits."""
+"""A plan behind a running step is made shortly before that step ends, and never so late that the device
+waits."""
 
 from __future__ import annotations
 
@@ -31,8 +32,10 @@ def test_the_next_plan_is_made_before_the_step_can_end(seconds, turn):
     forecast.turn_begins(now)
     forecast.launched(DECODES, now + turn / 2, now + turn)
     planned = forecast.next_plan()
-    assert planned + turn + EARLY <= now + turn + (1 - DOUBT) * seconds + 1e-9  # though it is a tenth shorter this time
-    assert planned >= now + (1 - DOUBT) * seconds - EARLY - 1.5 * turn - 1e-9  # and no earlier than it needs to be
+    # though it is a tenth shorter this time
+    assert planned + turn + EARLY <= now + turn + (1 - DOUBT) * seconds + 1e-9
+    # and no earlier than it needs to be
+    assert planned >= now + (1 - DOUBT) * seconds - EARLY - 1.5 * turn - 1e-9
 
 
 def test_what_was_never_seen_is_not_waited_for():

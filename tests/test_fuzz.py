@@ -1,4 +1,5 @@
-"""Thousands of tiny random runs against the KV oracle: every scheduler x cache x eviction triple, in every mode of the loop.
+"""Thousands of tiny random runs against the KV oracle: every scheduler x cache x eviction triple, in every
+mode of the loop.
 
 What one run checks is in core/testing/trial.py; what it can find is in test_fuzz_planted_bugs.py.
 """
@@ -23,7 +24,9 @@ def explain(case: Case, failure) -> str:
 
 def run(subject: Subject, seeds, **options) -> dict[str, int]:
     """Runs the cases; fails on the first one that does. Returns what happened in them."""
-    seen = dict.fromkeys(("preemptions", "evictions", "cached tokens", "rejected", "interrupted", "in flight 2+"), 0)
+    seen = dict.fromkeys(
+        ("preemptions", "evictions", "cached tokens", "rejected", "interrupted", "in flight 2+"), 0
+    )
     for seed in seeds:
         case = subject.case(seed)
         outcome = Trial(case, subject.roles, **options).run()

@@ -1,4 +1,5 @@
-"""The fuzz can fail: bugs planted one by one in the core and the caches are each found within a few hundred seeds."""
+"""The fuzz can fail: bugs planted one by one in the core and the caches are each found within a few hundred
+seeds."""
 
 from __future__ import annotations
 
@@ -21,9 +22,13 @@ SEEDS = 400
 def plant(monkeypatch, owner: type | ModuleType, method: str, right: str, wrong: str) -> None:
     """Replaces `right` by `wrong` in the source of a method, or of a function of a module."""
     source = textwrap.dedent(inspect.getsource(inspect.getattr_static(owner, method)))
-    assert source.count(right) == 1, f"{owner.__name__}.{method} no longer holds {right!r} once: plant the bug anew"
+    assert source.count(right) == 1, (
+        f"{owner.__name__}.{method} no longer holds {right!r} once: plant the bug anew"
+    )
     scope: dict = {}
-    code = compile("from __future__ import annotations\n" + source.replace(right, wrong), f"<planted {method}>", "exec")
+    code = compile(
+        "from __future__ import annotations\n" + source.replace(right, wrong), f"<planted {method}>", "exec"
+    )
     exec(code, vars(owner if isinstance(owner, ModuleType) else sys.modules[owner.__module__]), scope)
     monkeypatch.setattr(owner, method, scope[method])
 
@@ -54,16 +59,36 @@ BUGS = {
         "self._dropped.add(request.index)",
         "self._pool.release(request.block_table); request.block_table = []",
     ),
-    "stale hash after eviction": (hash_cache.HashBlocks, "remove", "if self._by_key.get(key) == block:", "if False:"),
-    "stale radix leaf after eviction": (radix.RadixTree, "remove", "if not node.blocks and node.parent is not None:", "if False:"),
-    "last token matched": (matching.Matches, "match", "num_full_blocks(request.num_tokens - 1)", "num_full_blocks(request.num_tokens)"),
+    "stale hash after eviction": (
+        hash_cache.HashBlocks,
+        "remove",
+        "if self._by_key.get(key) == block:",
+        "if False:",
+    ),
+    "stale radix leaf after eviction": (
+        radix.RadixTree,
+        "remove",
+        "if not node.blocks and node.parent is not None:",
+        "if False:",
+    ),
+    "last token matched": (
+        matching.Matches,
+        "match",
+        "num_full_blocks(request.num_tokens - 1)",
+        "num_full_blocks(request.num_tokens)",
+    ),
     "double free": (
         roster.Roster,
         "_release",
         "pool.release(table[keep:], request.tags)",
         "pool.release([*table[keep:], *table[keep:]], request.tags)",
     ),
-    "freed twice on the free list": (blocks.BlockPool, "release", "self.free_blocks.append(id)", "self.free_blocks += [id, id]"),
+    "freed twice on the free list": (
+        blocks.BlockPool,
+        "release",
+        "self.free_blocks.append(id)",
+        "self.free_blocks += [id, id]",
+    ),
     "remap of a running table": (
         roster,
         "publish",
@@ -83,14 +108,34 @@ BUGS = {
         "[twins.pop(i) for i in sorted(twins) if i >= keep]",
     ),
     "wrong parent": (roster, "publish", "parent = canonical", "parent = table[index]"),
-    "wrong parent after drop_tail": (roster.Roster, "_release", "twins.get(keep - 1, table[keep - 1]) if keep else ROOT", "ROOT"),
+    "wrong parent after drop_tail": (
+        roster.Roster,
+        "_release",
+        "twins.get(keep - 1, table[keep - 1]) if keep else ROOT",
+        "ROOT",
+    ),
     "generation not bumped": (blocks.BlockPool, "_evict_block", "block.generation += 1", "pass"),
     "version not bumped": (blocks.BlockPool, "_cached", "above.version += 1", "pass"),
     "root version not bumped": (blocks.BlockPool, "_cached", "self.root_version += 1", "pass"),
-    "parent evicted before its child": (blocks.BlockPool, "release", "if block.num_children == 0 or self._whole:", "if True:"),
-    "parent not evictable after its child": (blocks.BlockPool, "_evict_block", "if above.num_children == 0 and above.ref_count == 0:", "if False:"),
+    "parent evicted before its child": (
+        blocks.BlockPool,
+        "release",
+        "if block.num_children == 0 or self._whole:",
+        "if True:",
+    ),
+    "parent not evictable after its child": (
+        blocks.BlockPool,
+        "_evict_block",
+        "if above.num_children == 0 and above.ref_count == 0:",
+        "if False:",
+    ),
     "evictable count drifts": (blocks.BlockPool, "acquire", "self.num_evictable -= 1", "pass"),
-    "cached block still evictable when hit": (blocks.BlockPool, "acquire", "call(eviction, eviction.on_in_use, block)", "pass"),
+    "cached block still evictable when hit": (
+        blocks.BlockPool,
+        "acquire",
+        "call(eviction, eviction.on_in_use, block)",
+        "pass",
+    ),
     "paused block handed out while it is kept": (
         roster.Roster,
         "pause",
@@ -109,7 +154,12 @@ BUGS = {
         "self.paused.remove(request)",
         "self._release(request)",
     ),
-    "paused request starts on its own blocks": (room.Room, "for_start", "if other is not request and not", "if not"),
+    "paused request starts on its own blocks": (
+        room.Room,
+        "for_start",
+        "if other is not request and not",
+        "if not",
+    ),
     "a pause forgets what was computed before a preemption": (
         roster.Roster,
         "admit",
@@ -138,17 +188,42 @@ BUGS = {
         "request.num_computed_tokens = computed",
         "request.num_computed_tokens = computed - (length > 3)",
     ),
-    "token of a preempted request lost": (roster.Roster, "commit", "if request.state is not _PREEMPTED:", "if True:"),
-    "ended request keeps its pin of drop_tail": (roster.Roster, "_give_all_back", "self.kept_heads.pop(request.index, None)", "pass"),
-    "planned past max_tokens": (step.StepBuilder, "_add_running", "if request.num_tokens >= request.max_num_tokens:", "if False:"),
+    "token of a preempted request lost": (
+        roster.Roster,
+        "commit",
+        "if request.state is not _PREEMPTED:",
+        "if True:",
+    ),
+    "ended request keeps its pin of drop_tail": (
+        roster.Roster,
+        "_give_all_back",
+        "self.kept_heads.pop(request.index, None)",
+        "pass",
+    ),
+    "planned past max_tokens": (
+        step.StepBuilder,
+        "_add_running",
+        "if request.num_tokens >= request.max_num_tokens:",
+        "if False:",
+    ),
     "hash compares no parents": (
         hash_cache.HashBlocks,
         "insert",
         "chain_key(self._content[parent][0], tokens), parent, tokens",
         "hash(tokens), parent, tokens",
     ),
-    "radix keeps one tree for all salts when it publishes": (radix.RadixTree, "insert", "request.cache_salt", '""'),
-    "radix keeps one tree for all salts when it matches": (radix.RadixTree, "match", "request.cache_salt", '""'),
+    "radix keeps one tree for all salts when it publishes": (
+        radix.RadixTree,
+        "insert",
+        "request.cache_salt",
+        '""',
+    ),
+    "radix keeps one tree for all salts when it matches": (
+        radix.RadixTree,
+        "match",
+        "request.cache_salt",
+        '""',
+    ),
     "radix split forgets its children": (
         radix.RadixTree,
         "_split",
@@ -156,7 +231,12 @@ BUGS = {
         "_, node.children = node.children,",
     ),
     "radix compares no tokens": (radix.RadixTree, "match", "if ours != theirs:", "if False:"),
-    "radix matches a block too many": (radix.RadixTree, "match", "_common(ours, theirs) // size", "-(-_common(ours, theirs) // size)"),
+    "radix matches a block too many": (
+        radix.RadixTree,
+        "match",
+        "_common(ours, theirs) // size",
+        "-(-_common(ours, theirs) // size)",
+    ),
 }
 
 

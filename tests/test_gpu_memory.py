@@ -17,7 +17,12 @@ GIB = 2**30
 @pytest.fixture
 def model(monkeypatch):
     """A loaded model, and a GPU of 10 GiB of which 4 are free."""
-    for name, answer in {"empty_cache": None, "reset_peak_memory_stats": None, "synchronize": None, "memory_reserved": 1 * GIB}.items():
+    for name, answer in {
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "synchronize": None,
+        "memory_reserved": 1 * GIB,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (4 * GIB, 10 * GIB))
     return prepared(variant("qwen3")).execution.model
@@ -34,7 +39,9 @@ def test_the_cache_takes_what_weights_and_the_largest_step_leave(monkeypatch, mo
 
 
 def test_no_room_for_a_block_is_refused(monkeypatch, model):
-    with pytest.raises(ConfigError, match=r"10.0 GiB x 0.5 less 6.0 GiB in use.*Raise executor.gpu_memory_utilization"):
+    with pytest.raises(
+        ConfigError, match=r"10.0 GiB x 0.5 less 6.0 GiB in use.*Raise executor.gpu_memory_utilization"
+    ):
         free(monkeypatch, model, peak=3 * GIB, utilization=0.5)
 
 
@@ -43,11 +50,17 @@ def test_a_step_that_does_not_fit_is_refused(monkeypatch, model):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(memory, "_largest_step", full)
-    with pytest.raises(ConfigError, match=r"out of memory in a step of 8192 tokens and 256 requests.*lower engine.max_num_batched_tokens"):
+    with pytest.raises(
+        ConfigError,
+        match=r"out of memory in a step of 8192 tokens and 256 requests.*lower engine.max_num_batched_tokens",
+    ):
         memory.kv_bytes_free(model, None, GPU, EngineConfig(), 0.9)
 
 
 def test_weights_larger_than_the_gpu_are_refused_before_they_are_read(monkeypatch, model):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 10 * GIB))
-    with pytest.raises(ConfigError, match=r"the weights take .* free: set a smaller model, model.dtype=bfloat16, or more GPUs"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the weights take .* free: set a smaller model, model.dtype=bfloat16, or more GPUs",
+    ):
         loading._check_memory(model, GPU)

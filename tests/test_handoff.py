@@ -1,4 +1,5 @@
-"""A request goes on in another engine, with its tokens and its KV: detach, attach, and what is cached of it there."""
+"""A request goes on in another engine, with its tokens and its KV: detach, attach, and what is cached of it
+there."""
 
 from __future__ import annotations
 
@@ -25,10 +26,23 @@ from core.testing.trial import PoolCheck
 REGISTRY = load_registry()
 
 
-def composed(scheduler: str = "chunked", cache: str = "hash", num_blocks: int = 16, depth: int = 1, executor: Executor | None = None) -> Engine:
+def composed(
+    scheduler: str = "chunked",
+    cache: str = "hash",
+    num_blocks: int = 16,
+    depth: int = 1,
+    executor: Executor | None = None,
+) -> Engine:
     roles = Subject((f"scheduler={scheduler}", "order=priority", f"cache={cache}")).plain_roles()
     roles["executor"] = executor or OracleExecutor(num_blocks=num_blocks)
-    limits = EngineConfig(block_size=4, num_blocks=num_blocks, max_num_seqs=4, max_num_batched_tokens=32, max_inflight=depth, check=True)
+    limits = EngineConfig(
+        block_size=4,
+        num_blocks=num_blocks,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        max_inflight=depth,
+        check=True,
+    )
     made = Engine(roles, limits)
     made.observers.append(PoolCheck(made))
     return made
@@ -49,7 +63,8 @@ def move(source: Engine, target: Engine, id: str) -> Handoff:
 @pytest.mark.parametrize("cache", REGISTRY.names("cache"))
 @pytest.mark.parametrize("scheduler", REGISTRY.names("scheduler"))
 def test_every_scheduler_and_cache_hands_requests_over(scheduler: str, cache: str, depth: int) -> None:
-    """Requests change sides by chance, back and forth, until all have ended; pools are tight, KV is checked on both sides."""
+    """Requests change sides by chance, back and forth, until all have ended; pools are tight, KV is checked
+    on both sides."""
     chance = Random(f"{scheduler}/{cache}/{depth}")
     sides = [composed(scheduler, cache, 14, depth), composed(scheduler, cache, 14, depth)]
     lengths = {f"r{i}": (3 + i, 12 + i % 4) for i in range(8)}
@@ -85,12 +100,16 @@ def half_way(engine: Engine, arrival: Arrival, tokens: int) -> Engine:
 def test_what_it_had_goes_along() -> None:
     source, target = half_way(composed(), ask(6, 9, id="x"), 4), composed()
     handoff = move(source, target, "x")
-    assert (handoff.num_blocks, handoff.token_ids[6:]) == (2, answer("x", 6, 4))  # 9 tokens are computed, 8 in full blocks
+    # 9 tokens are computed, 8 in full blocks
+    assert (handoff.num_blocks, handoff.token_ids[6:]) == (2, answer("x", 6, 4))
     assert not source.roster.present and source.pool.num_used == 0 and source.pool.num_cached == 2
     result = target.run([])
     assert [o.output_token_ids for o in result.outputs] == [answer("x", 6, 9)]
-    assert result.outputs[0].token_times[:4] == handoff.token_times and result.outputs[0].num_cached_tokens == 0
-    assert result.planned_tokens == (9 - 8) + 5  # the one behind the last full block, and each new token but the last
+    assert (
+        result.outputs[0].token_times[:4] == handoff.token_times and result.outputs[0].num_cached_tokens == 0
+    )
+    # the one behind the last full block, and each new token but the last
+    assert result.planned_tokens == (9 - 8) + 5
     assert source.result().outputs == []
 
 
@@ -107,19 +126,27 @@ def test_what_is_cached_there_already_is_not_written_again() -> None:
     target.run([ask(9, 2, id="y")])
     written = []
     write = target.executor.write_blocks
-    target.executor.write_blocks = lambda blocks, content, first: written.append(first) or write(blocks, content, first)
+    target.executor.write_blocks = lambda blocks, content, first: (
+        written.append(first) or write(blocks, content, first)
+    )
     move(source, target, "x")
     assert written == [] and target.pool.num_cached == 2
     assert {o.id: o.output_token_ids for o in target.run([]).outputs}["x"] == answer("x", 9, 3)
 
 
 def test_what_does_not_fit_is_computed_again() -> None:
-    source, target = half_way(composed(), ask([2] * 14, 6, id="x"), 2), half_way(composed(num_blocks=6), ask(13, 9, id="y"), 1)
+    source, target = (
+        half_way(composed(), ask([2] * 14, 6, id="x"), 2),
+        half_way(composed(num_blocks=6), ask(13, 9, id="y"), 1),
+    )
     handoff = move(source, target, "x")
     request = target.roster.present["x"]
     assert handoff.num_blocks == 3 and len(request.block_table) < 3
     result = target.run([])
-    assert {o.id: o.output_token_ids for o in result.outputs} == {"x": answer("x", 14, 6), "y": answer("y", 13, 9)}
+    assert {o.id: o.output_token_ids for o in result.outputs} == {
+        "x": answer("x", 14, 6),
+        "y": answer("y", 13, 9),
+    }
 
 
 def test_a_request_that_only_waits_goes_as_it_came() -> None:
@@ -160,7 +187,10 @@ def test_the_roles_hear_of_it() -> None:
     source, target = (engine(everybody, roles={"order": order}) for order in orders)
     move(half_way(source, ask(6, 9, id="x"), 2), target, "x")
     target.run([])
-    assert orders[0].heard == [("x", "arrives"), ("x", "detached")] and orders[1].heard == [("x", "arrives"), ("x", "finished")]
+    assert orders[0].heard == [("x", "arrives"), ("x", "detached")] and orders[1].heard == [
+        ("x", "arrives"),
+        ("x", "finished"),
+    ]
 
 
 def test_one_that_is_not_there_is_none_and_one_that_ends_meanwhile_too() -> None:
@@ -183,7 +213,9 @@ def test_what_cannot_go_on_there_is_refused_and_stays_with_the_caller() -> None:
 
 
 def test_an_executor_that_cannot_move_kv_says_so() -> None:
-    source = Engine({**Subject().plain_roles(), "executor": Server()}, EngineConfig(block_size=4, num_blocks=16))
+    source = Engine(
+        {**Subject().plain_roles(), "executor": Server()}, EngineConfig(block_size=4, num_blocks=16)
+    )
     with pytest.raises(ConfigError, match="cannot hand KV to another engine"):
         half_way(source, ask(6, 9, id="x"), 2).detach("x")
 
@@ -216,7 +248,9 @@ def test_the_real_engine_hands_requests_over(cache: str) -> None:
     first, second = engine_of(prepared(directory), cache=cache, max_inflight=2), None
     for i, prompt in enumerate(prompts):
         first.add(Arrival(0.0, prompt, sampling, id=f"p{i}"))
-    while len(first.roster.present) < 5 or any(r.num_output_tokens < 3 for r in first.roster.present.values()):
+    while len(first.roster.present) < 5 or any(
+        r.num_output_tokens < 3 for r in first.roster.present.values()
+    ):
         first.step()
     moved = [first.detach(f"p{i}") for i in range(5)]
     second = engine_of(prepared(directory), cache=cache)  # the same weights, and a new KV cache

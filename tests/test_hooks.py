@@ -1,4 +1,5 @@
-"""Discovery and the registry: what is found, what is refused and why, and that a broken plugin stops only who asks for it."""
+"""Discovery and the registry: what is found, what is refused and why, and that a broken plugin stops only who
+asks for it."""
 
 from __future__ import annotations
 
@@ -76,20 +77,29 @@ def test_in_tree_plugins_are_found_and_none_is_broken():
 
 def test_core_and_the_registry_import_nothing_heavy_and_take_little_time():
     code = (
-        "import sys, time; t = time.process_time(); import core.engine, headway; done = time.process_time() - t\n"
+        "import sys, time; t = time.process_time(); import core.engine, headway; done = time.process_time() "
+        "- t\n"
         "from core.compose.hooks import load_registry; load_registry()\n"
-        "heavy = sorted({'torch', 'triton', 'transformers', 'hydra', 'omegaconf', 'wandb', 'pyarrow', 'numpy'} & set(sys.modules))\n"
+        "heavy = sorted({'torch', 'triton', 'transformers', 'hydra', 'omegaconf', 'wandb', 'pyarrow', "
+        "'numpy'} & set(sys.modules))\n"
         "print(f'{done} {heavy}')"
     )
-    spent, _, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.partition(" ")
+    spent, _, heavy = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.partition(" ")
     assert heavy.strip() == "[]"
     assert float(spent) < 0.5
 
 
 @pytest.mark.parametrize("name", ["fcfs", "chunked", "pd_split"])
 def test_a_scheduler_of_a_paper_stays_short(name):
-    """Mechanism belongs to StepBuilder: what is left of a policy is its paper. Parameters and their checks are not counted."""
-    methods = [n for n in ast.walk(ast.parse(inspect.getsource(load_registry().get("scheduler", name).factory))) if isinstance(n, ast.FunctionDef)]
+    """Mechanism belongs to StepBuilder: what is left of a policy is its paper. Parameters and their checks
+    are not counted."""
+    methods = [
+        n
+        for n in ast.walk(ast.parse(inspect.getsource(load_registry().get("scheduler", name).factory)))
+        if isinstance(n, ast.FunctionDef)
+    ]
     assert 0 < sum(m.end_lineno - m.lineno + 1 for m in methods if m.name != "setup") <= 30
 
 
@@ -182,9 +192,17 @@ def test_a_taken_name_is_an_error_that_names_both_origins():
         registry.add("order", "mine", ByIndex)
 
     registry = Registry()
-    registry.register(module("a", headway_register=hookimpl(register)), Origin("first", "first.py", "package-a", "1.0"))
-    registry.register(module("b", headway_register=hookimpl(register)), Origin("second", "second.py", "package-b", "2.0"))
-    with pytest.raises(PluginError, match=r"order=mine is registered twice, by package-a 1.0 \(first.py\) and by package-b 2.0 \(second.py\)"):
+    registry.register(
+        module("a", headway_register=hookimpl(register)), Origin("first", "first.py", "package-a", "1.0")
+    )
+    registry.register(
+        module("b", headway_register=hookimpl(register)), Origin("second", "second.py", "package-b", "2.0")
+    )
+    with pytest.raises(
+        PluginError,
+        match=r"order=mine is registered twice, by package-a 1.0 \(first.py\) "
+        r"and by package-b 2.0 \(second.py\)",
+    ):
         registry.get("order", "mine")
 
 
@@ -213,7 +231,11 @@ def test_installed_packages_are_available_and_a_broken_one_stops_only_who_asks(t
     plugin = registry.get("order", "mine")
     assert (plugin.origin.dist, plugin.origin.version) == ("goodpaper", "1.2")
     assert registry.get("order", "fcfs")
-    with pytest.raises(PluginError, match="order=badpaper cannot be used: import failed: ModuleNotFoundError: .*a_module_that_is_not_there"):
+    with pytest.raises(
+        PluginError,
+        match="order=badpaper cannot be used: import failed: ModuleNotFoundError: "
+        ".*a_module_that_is_not_there",
+    ):
         registry.get("order", "badpaper")
 
 
@@ -221,24 +243,35 @@ def test_installed_packages_are_available_and_a_broken_one_stops_only_who_asks(t
     ("field", "source"),
     [
         ("beta: int = field(default_factory=lambda: 1 / 0)", "from dataclasses import field"),
-        ("beta: int = field(default_factory=lambda: sys.exit(3))", "import sys; from dataclasses import field"),
+        (
+            "beta: int = field(default_factory=lambda: sys.exit(3))",
+            "import sys; from dataclasses import field",
+        ),
     ],
 )
-def test_a_default_that_cannot_be_made_is_listed_and_stops_only_who_asks(tmp_path, monkeypatch, field, source):
+def test_a_default_that_cannot_be_made_is_listed_and_stops_only_who_asks(
+    tmp_path, monkeypatch, field, source
+):
     broken = f"{source}\n{GOOD.replace('NAME', 'mine').replace('beta: int = 3', field)}"
     installed(tmp_path, "badpaper", "badpaper", broken)
     installed(tmp_path, "goodpaper", "goodpaper", GOOD.replace("NAME", "other"))
     monkeypatch.syspath_prepend(tmp_path)
     registry = load_registry()
     assert registry.get("order", "other").build().beta == 3
-    with pytest.raises(PluginError, match="the default of its parameter beta cannot be made: (ZeroDivisionError|SystemExit)"):
+    with pytest.raises(
+        PluginError, match="the default of its parameter beta cannot be made: (ZeroDivisionError|SystemExit)"
+    ):
         registry.get("order", "mine")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    listed = subprocess.run([sys.executable, "-m", "headway", "plugins", "order"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "headway", "plugins", "order"], capture_output=True, text=True, check=True
+    ).stdout
     assert "other" in listed and "parameter beta cannot be made" in listed
 
 
-@pytest.mark.parametrize("leave", ["raise SystemExit(0)", "import sys; sys.exit('no')", "raise RuntimeError('no luck')"])
+@pytest.mark.parametrize(
+    "leave", ["raise SystemExit(0)", "import sys; sys.exit('no')", "raise RuntimeError('no luck')"]
+)
 def test_a_package_that_leaves_while_it_registers_is_listed_and_hurts_nobody(tmp_path, monkeypatch, leave):
     rude = "from headway import hookimpl\n@hookimpl\ndef headway_register(registry):\n    " + leave
     installed(tmp_path, "badpaper", "badpaper", rude)
@@ -259,7 +292,10 @@ def test_two_packages_with_one_name_are_both_named_and_neither_is_used(tmp_path,
     assert registry.get("order", "mine") and not {"one", "two"} & set(registry.names("order"))
     assert sorted(b.origin.dist for b in registry.broken) == ["first_paper", "second_paper"]
     for broken in registry.broken:
-        assert "first_paper 1.2 (first_paper_plugin) and second_paper 1.2 (second_paper_plugin) are both called paper" in broken.reason
+        assert (
+            "first_paper 1.2 (first_paper_plugin) and second_paper 1.2 (second_paper_plugin) are both called "
+            "paper" in broken.reason
+        )
     with pytest.raises(PluginError, match="both called paper"):
         registry.get("order", "paper")
     monkeypatch.setenv(BLOCK, "second_paper")
@@ -293,7 +329,9 @@ def test_observers_come_from_every_hook_in_the_order_of_registration():
 
 
 def test_every_hook_has_a_docstring_and_every_optional_role_exists():
-    assert all(function.__doc__ for name, function in vars(HeadwaySpec).items() if name.startswith("headway_"))
+    assert all(
+        function.__doc__ for name, function in vars(HeadwaySpec).items() if name.startswith("headway_")
+    )
     assert set(OPTIONAL) <= set(ROLES)
 
 
@@ -301,12 +339,21 @@ def test_the_command_lists_plugins_with_parameters_and_origin_and_what_is_broken
     installed(tmp_path, "goodpaper", "goodpaper", GOOD.replace("NAME", "mine"))
     installed(tmp_path, "badpaper", "badpaper", "import a_module_that_is_not_there")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    listed = subprocess.run([sys.executable, "-m", "headway", "plugins", "order", "--json"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "headway", "plugins", "order", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     data = json.loads(listed)
     mine = next(p for p in data["plugins"] if p["name"] == "mine")
     assert mine["parameters"] == [{"name": "beta", "type": "int", "default": 3}]
     assert (mine["dist"], mine["version"], mine["summary"]) == ("goodpaper", "1.2", "Mine first.")
     assert {p["role"] for p in data["plugins"]} == {"order"}
-    assert "a_module_that_is_not_there" in next(b["reason"] for b in data["broken"] if b["name"] == "badpaper")
-    text = subprocess.run([sys.executable, "-m", "headway", "plugins"], capture_output=True, text=True, check=True).stdout
+    assert "a_module_that_is_not_there" in next(
+        b["reason"] for b in data["broken"] if b["name"] == "badpaper"
+    )
+    text = subprocess.run(
+        [sys.executable, "-m", "headway", "plugins"], capture_output=True, text=True, check=True
+    ).stdout
     assert "Mine first." in text and "goodpaper 1.2" in text and "broken:" in text

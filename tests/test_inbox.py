@@ -1,4 +1,5 @@
-"""A server's side of the engine: other threads post and abort, and the loop sleeps until there is something to do."""
+"""A server's side of the engine: other threads post and abort, and the loop sleeps until there is something
+to do."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ class Served:
         self._count()
         self.engine.inbox.open()
         self._result: list[RunResult] = []
-        self._thread = Thread(target=lambda: self._result.append(self.engine.run(list(arrivals))), daemon=True)
+        self._thread = Thread(
+            target=lambda: self._result.append(self.engine.run(list(arrivals))), daemon=True
+        )
         self._thread.start()
 
     def _count(self) -> None:
@@ -87,7 +90,8 @@ def test_arrivals_from_another_thread_are_served_while_the_run_goes_on(depth: in
 
 
 def test_nobody_polls() -> None:
-    """While nothing is to do the loop does not turn: it sleeps once, without end, and wakes for what is posted."""
+    """While nothing is to do the loop does not turn: it sleeps once, without end, and wakes for what is
+    posted."""
     server = Served()
     assert server.asleep() is None
     turns = server.turns
@@ -129,12 +133,17 @@ def test_an_abort_wakes_the_loop() -> None:
 
 def test_many_threads_post_and_nothing_is_lost() -> None:
     server = Served()
-    threads = [Thread(target=lambda t=t: [server.engine.add(ask(4, 2, id=f"{t}.{i}")) for i in range(25)]) for t in range(4)]
+    threads = [
+        Thread(target=lambda t=t: [server.engine.add(ask(4, 2, id=f"{t}.{i}")) for i in range(25)])
+        for t in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(LIMIT)
-    assert {server.ended() for _ in range(100)} == {(f"{t}.{i}", "finished") for t in range(4) for i in range(25)}
+    assert {server.ended() for _ in range(100)} == {
+        (f"{t}.{i}", "finished") for t in range(4) for i in range(25)
+    }
     assert server.close().status == "finished"
 
 
@@ -168,7 +177,7 @@ def test_a_run_that_is_cut_off_forgets_what_was_posted() -> None:
     assert [o.id for o in running.run([]).outputs] == ["b"]
 
 
-# ---- the sleep itself ------------------------------------------------------------------------------------------------
+# ---- the sleep itself ------------------------------------------------------------------------------------
 
 
 def test_a_sleep_ends_at_its_time_and_at_once_when_something_is_there() -> None:
@@ -186,7 +195,8 @@ def test_a_signal_is_felt_during_a_sleep(monkeypatch: pytest.MonkeyPatch) -> Non
     assert get_ident() == main_thread().ident
     mine, inbox = Interrupts(), Inbox()
     monkeypatch.setattr("core.inbox.interrupts", mine)
-    monkeypatch.setattr(signal, "setitimer", lambda *_: None)  # patience with a step, which is not tested here
+    # patience with a step, which is not tested here
+    monkeypatch.setattr(signal, "setitimer", lambda *_: None)
     before = signal.signal(signal.SIGINT, mine._handle)
     asleep, felt = Event(), Event()
 

@@ -1,4 +1,5 @@
-"""Triton keeps compiled kernels on disk, under keys that must be the same in every process: what would change them is found here."""
+"""Triton keeps compiled kernels on disk, under keys that must be the same in every process: what would change
+them is found here."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Prints a line for each key: of every kernel and device function, and of those that are given a function as a constant.
+#: Prints a line for each key: of every kernel and device function, and of those that are given a function as
+#: a constant.
 KEYS = """
 import importlib, pkgutil
 import triton
@@ -39,10 +41,14 @@ print("planted", ASTSource(plan._plan_kernel, {}, {"tiles_of": lambda: None}).ha
 @cache
 def keys(hash_seed: int) -> list[str]:
     """The last one is of a constant whose text is its address."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONHASHSEED": str(hash_seed)}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONHASHSEED": str(hash_seed)
+    }
     # As many objects as the seed says come before the import, so that nothing lies at the same address twice.
     script = f"ballast = [bytearray(4096) for _ in range({hash_seed * 1000})]\n{KEYS}"
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout.splitlines()
 

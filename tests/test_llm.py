@@ -25,8 +25,13 @@ def llm():
 
 
 def test_importing_headway_imports_no_torch():
-    code = "import sys, headway; assert not {'torch', 'transformers', 'hydra'} & set(sys.modules); headway.nothing"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    code = (
+        "import sys, headway; assert not {'torch', 'transformers', 'hydra'} & set(sys.modules); "
+        "headway.nothing"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     assert "AttributeError: module 'headway' has no attribute 'nothing'" in done.stderr
 
 
@@ -55,7 +60,10 @@ def test_answers_keep_the_order_of_prompts_and_their_own_parameters(llm):
     sampling = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (7, 1, 4, 2)]
     answers = llm.generate(PROMPTS, sampling)
     for prompt, parameters, answer in zip(PROMPTS, sampling, answers, strict=True):
-        assert answer.outputs[0].token_ids == reference_tokens(variant("qwen3"), tuple(prompt), 8)[: parameters.max_tokens]
+        assert (
+            answer.outputs[0].token_ids
+            == reference_tokens(variant("qwen3"), tuple(prompt), 8)[: parameters.max_tokens]
+        )
 
 
 def test_parameters_for_too_few_prompts(llm):
@@ -66,7 +74,9 @@ def test_parameters_for_too_few_prompts(llm):
 def test_bad_requests_are_rejected_and_the_rest_finish(llm):
     answers = llm.generate([PROMPTS[0], "", [1, 600], [1, "x"], 3.5, [1] * 5000, PROMPTS[1]], GREEDY)
     assert [a.outputs[0].finish_reason for a in answers] == ["length", *["rejected"] * 5, "length"]
-    for answer, reason in zip(answers[1:6], ("empty prompt", "vocabulary", "'x'", "3.5", "does not fit"), strict=True):
+    for answer, reason in zip(
+        answers[1:6], ("empty prompt", "vocabulary", "'x'", "3.5", "does not fit"), strict=True
+    ):
         assert reason in answer.error
     assert answers[6].outputs[0].token_ids == reference_tokens(variant("qwen3"), tuple(PROMPTS[1]), 8)
     assert answers[0].error == "" and answers[0].finished
@@ -116,7 +126,10 @@ BAD_PROMPTS = {
     "a text that is none": ({"prompt": 5}, "expected texts"),
     "too long": ([1] * 5000, "does not fit"),
     "a range beyond all memory": (range(10**13), "does not fit"),
-    "far too long": ("word " * 2_000_000, "prompt of 10,000,000 characters does not fit the context of 4,096"),
+    "far too long": (
+        "word " * 2_000_000,
+        "prompt of 10,000,000 characters does not fit the context of 4,096",
+    ),
 }
 
 
@@ -124,13 +137,17 @@ BAD_PROMPTS = {
 def test_a_bad_prompt_is_rejected_and_the_next_one_answered(llm, prompt, reason):
     bad, good = llm.generate([prompt, PROMPTS[0]], GREEDY)
     assert bad.outputs[0].finish_reason == "rejected" and reason in bad.error
-    assert good.error == "" and good.outputs[0].token_ids == reference_tokens(variant("qwen3"), tuple(PROMPTS[0]), 8)
+    assert good.error == "" and good.outputs[0].token_ids == reference_tokens(
+        variant("qwen3"), tuple(PROMPTS[0]), 8
+    )
     assert bad.request_id != good.request_id
 
 
 def test_an_array_of_texts(llm):
     answers = llm.generate(np.array(["Hello", "world"]), GREEDY)
-    assert [a.prompt_token_ids for a in answers] == [llm.tokenizer.encode(text) for text in ("Hello", "world")]
+    assert [a.prompt_token_ids for a in answers] == [
+        llm.tokenizer.encode(text) for text in ("Hello", "world")
+    ]
 
 
 @pytest.mark.parametrize("prompt", [None, b"abc", 7, 7.5, np.array(5)], ids=repr)
@@ -143,7 +160,10 @@ def test_bad_parameters_of_one_prompt_do_not_touch_the_others(llm):
     many = SamplingParams(temperature=0, max_tokens=2, logprobs=513)
     answers = llm.generate([PROMPTS[0]] * 4, [many, {"temperature": 0}, None, GREEDY])
     assert [a.outputs[0].finish_reason for a in answers] == ["rejected", "rejected", "length", "length"]
-    assert "logprobs=513: the vocabulary has 512 tokens" in answers[0].error and "expected SamplingParams" in answers[1].error
+    assert (
+        "logprobs=513: the vocabulary has 512 tokens" in answers[0].error
+        and "expected SamplingParams" in answers[1].error
+    )
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, "greedy", 0], ids=repr)
@@ -159,7 +179,9 @@ def test_stop_token(llm):
     output = llm.generate([PROMPTS[0]], sampling)[0].outputs[0]
     assert output.finish_reason == "stop" and output.stop_reason == stop
     assert output.token_ids == tokens[: tokens.index(stop) + 1]
-    assert output.text == llm.tokenizer.continuation(PROMPTS[0] + output.token_ids[:-1], len(PROMPTS[0])), "its text is no answer"
+    assert output.text == llm.tokenizer.continuation(PROMPTS[0] + output.token_ids[:-1], len(PROMPTS[0])), (
+        "its text is no answer"
+    )
 
 
 def test_end_of_sequence_ends_unless_ignored(llm):
@@ -167,8 +189,12 @@ def test_end_of_sequence_ends_unless_ignored(llm):
     ended = llm.generate([[1, 2, 3]], free)[0].outputs[0]
     assert ended.stop_reason is None, "as in vLLM"
     assert ended.finish_reason == "stop" and ended.token_ids[-1] == 258 and 258 not in ended.token_ids[:-1]
-    ignoring = llm.generate([[1, 2, 3]], SamplingParams(temperature=2.0, max_tokens=400, seed=1, ignore_eos=True))[0].outputs[0]
-    assert ignoring.finish_reason == "length" and ignoring.token_ids[: len(ended.token_ids)] == ended.token_ids
+    ignoring = llm.generate(
+        [[1, 2, 3]], SamplingParams(temperature=2.0, max_tokens=400, seed=1, ignore_eos=True)
+    )[0].outputs[0]
+    assert (
+        ignoring.finish_reason == "length" and ignoring.token_ids[: len(ended.token_ids)] == ended.token_ids
+    )
 
 
 @pytest.mark.parametrize("max_inflight", [1, 2])
@@ -181,7 +207,9 @@ def test_stop_string_cuts_the_text_before_it(max_inflight):
     assert output.finish_reason == "stop" and output.stop_reason == stop
     assert output.text == whole.text[: whole.text.index(stop)]
     assert output.token_ids == whole.token_ids[: len(output.token_ids)] and len(output.token_ids) < 30
-    assert stop in llm.tokenizer.decode(output.token_ids) and stop not in llm.tokenizer.decode(output.token_ids[:-1])
+    assert stop in llm.tokenizer.decode(output.token_ids) and stop not in llm.tokenizer.decode(
+        output.token_ids[:-1]
+    )
 
 
 @pytest.mark.parametrize("number", [5, 8, 12])
@@ -191,8 +219,14 @@ def test_a_stop_string_that_the_last_allowed_token_completes(llm, number):
     stop = after[len(before) - 1 :]
     assert stop in after and stop not in before
     for limit in (number, number + 1):
-        output = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True, stop=stop))[0].outputs[0]
-        assert (output.finish_reason, output.text, len(output.token_ids)) == ("stop", after[: after.index(stop)], number)
+        output = llm.generate(
+            "Hello", SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True, stop=stop)
+        )[0].outputs[0]
+        assert (output.finish_reason, output.text, len(output.token_ids)) == (
+            "stop",
+            after[: after.index(stop)],
+            number,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -205,28 +239,46 @@ def llama(tmp_path_factory):
 
 
 def test_an_answer_begins_as_it_continues_the_prompt(llama):
-    tokenizer, greedy = llama.tokenizer, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
-    blank = next([t] for t in range(262, 342) if tokenizer.piece(llama.generate([[t]], greedy)[0].outputs[0].token_ids[0]).startswith(" "))
+    tokenizer, greedy = (
+        llama.tokenizer,
+        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0),
+    )
+    blank = next(
+        [t]
+        for t in range(262, 342)
+        if tokenizer.piece(llama.generate([[t]], greedy)[0].outputs[0].token_ids[0]).startswith(" ")
+    )
     output = llama.generate([blank], greedy)[0].outputs[0]
     whole = tokenizer.decode([*blank, *output.token_ids])
     assert output.text == whole[len(tokenizer.decode(blank)) :] and output.text[0] == " "
-    assert output.logprobs[0][output.token_ids[0]].decoded_token == output.text[: len(tokenizer.piece(output.token_ids[0]))]
+    assert (
+        output.logprobs[0][output.token_ids[0]].decoded_token
+        == output.text[: len(tokenizer.piece(output.token_ids[0]))]
+    )
     first = output.text[:2]
-    stopped = llama.generate([blank], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, stop=first))[0].outputs[0]
+    stopped = llama.generate(
+        [blank], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, stop=first)
+    )[0].outputs[0]
     assert (stopped.finish_reason, stopped.text, stopped.stop_reason) == ("stop", "", first)
 
 
 def test_a_stop_string_in_the_prompt_does_not_stop(llm):
-    output = llm.generate("Hello Hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, stop="Hello"))[0].outputs[0]
+    output = llm.generate(
+        "Hello Hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, stop="Hello")
+    )[0].outputs[0]
     assert len(output.token_ids) == 4
 
 
 def test_logprobs(llm):
-    output = llm.generate([PROMPTS[0]], SamplingParams(temperature=0, max_tokens=3, logprobs=2, ignore_eos=True))[0].outputs[0]
+    output = llm.generate(
+        [PROMPTS[0]], SamplingParams(temperature=0, max_tokens=3, logprobs=2, ignore_eos=True)
+    )[0].outputs[0]
     for token, at in zip(output.token_ids, output.logprobs, strict=True):
         assert list(at)[0] == token and at[token].rank == 1 and len(at) == 2
         assert at[token].decoded_token == llm.tokenizer.decode([token], skip_special_tokens=False)
-    assert output.cumulative_logprob == pytest.approx(sum(at[t].logprob for t, at in zip(output.token_ids, output.logprobs, strict=True)))
+    assert output.cumulative_logprob == pytest.approx(
+        sum(at[t].logprob for t, at in zip(output.token_ids, output.logprobs, strict=True))
+    )
     assert llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0].logprobs is None
 
 
@@ -243,8 +295,16 @@ def test_chat(llm):
 
 
 def test_chat_passes_what_the_template_wants(llm):
-    template = "{{ messages[0].content }}{{ tools | length }}{{ documents[0].title }}{{ mood }}{{ add_generation_prompt }}"
-    options = {"tools": [{}, {}], "documents": [{"title": "T"}], "chat_template_kwargs": {"mood": "gay"}, "add_generation_prompt": False}
+    template = (
+        "{{ messages[0].content }}{{ tools | length }}{{ documents[0].title }}{{ mood }}{{ "
+        "add_generation_prompt }}"
+    )
+    options = {
+        "tools": [{}, {}],
+        "documents": [{"title": "T"}],
+        "chat_template_kwargs": {"mood": "gay"},
+        "add_generation_prompt": False,
+    }
     (answer,) = llm.chat([{"role": "user", "content": "Hi"}], GREEDY, chat_template=template, **options)
     assert llm.tokenizer.decode(answer.prompt_token_ids) == "Hi2TgayFalse"
 
@@ -266,7 +326,10 @@ def test_a_bad_conversation_is_rejected_and_the_next_one_answered(llm, conversat
 
 
 def test_a_template_that_refuses_one_conversation(llm):
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ "
+        "messages[0].content }}"
+    )
     chats = [[{"role": role, "content": "Hi"}] for role in ("system", "user")]
     bad, good = llm.chat(chats, GREEDY, chat_template=template)
     assert "refuses these messages: no system" in bad.error and good.error == ""
@@ -283,10 +346,21 @@ def test_a_closed_llm_says_so():
 
 
 def test_every_role_can_be_chosen():
-    options = {"scheduler": {"name": "chunked", "token_budget": 32}, "cache": "radix", "eviction": "lfu", "order": "fcfs"}
+    options = {
+        "scheduler": {"name": "chunked", "token_budget": 32},
+        "cache": "radix",
+        "eviction": "lfu",
+        "order": "fcfs",
+    }
     llm = LLM(str(variant("qwen3")), device="cpu", num_blocks=64, seed=3, **options)
-    assert llm.engine.roles.scheduler.token_budget == 32 and type(llm.engine.roles.cache).__name__ == "RadixTree" and llm.engine.seed == 3
-    assert llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0].token_ids == reference_tokens(variant("qwen3"), tuple(PROMPTS[0]), 8)
+    assert (
+        llm.engine.roles.scheduler.token_budget == 32
+        and type(llm.engine.roles.cache).__name__ == "RadixTree"
+        and llm.engine.seed == 3
+    )
+    assert llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0].token_ids == reference_tokens(
+        variant("qwen3"), tuple(PROMPTS[0]), 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,7 +381,9 @@ def test_every_role_can_be_chosen():
     ],
 )
 def test_wrong_options_are_refused_before_weights_are_read(options, message, monkeypatch):
-    monkeypatch.setattr("plugins.executors.torch.execution.load", lambda *args, **kwargs: pytest.fail("weights are read"))
+    monkeypatch.setattr(
+        "plugins.executors.torch.execution.load", lambda *args, **kwargs: pytest.fail("weights are read")
+    )
     with pytest.raises(ConfigError, match=message):
         LLM(str(variant("qwen3")), **options)
 
@@ -332,9 +408,16 @@ def test_a_model_that_is_no_name(model):
 
 def test_a_model_without_tokenizer_takes_token_ids_only():
     shape = {
-        "architecture": "LlamaForCausalLM", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
-        "vocab_size": 50, "tie_word_embeddings": True, "max_position_embeddings": 64, "dtype": "float32",
-    }  # fmt: skip
+        "architecture": "LlamaForCausalLM",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 64,
+        "dtype": "float32",
+    }
     llm = LLM("some/model", load_format="dummy", device="cpu", num_blocks=16, **shape)
     answer = llm.generate([[1, 2, 3]], GREEDY)[0]
     assert len(answer.outputs[0].token_ids) == 8 and answer.outputs[0].text == ""

@@ -1,4 +1,5 @@
-"""A long-lived LLM: each call is a run of its own, whatever became of the one before, and nothing of it is kept."""
+"""A long-lived LLM: each call is a run of its own, whatever became of the one before, and nothing of it is
+kept."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def small(max_inflight: int) -> LLM:
 def check_fresh(llm: LLM) -> None:
     answers = llm.generate([[7, 8, 9], *PROMPTS], GREEDY)
     for prompt, answer in zip([[7, 8, 9], *PROMPTS], answers, strict=True):
-        assert answer.error == "" and answer.outputs[0].token_ids == reference_tokens(variant("qwen3"), tuple(prompt), 8)
+        assert answer.error == "" and answer.outputs[0].token_ids == reference_tokens(
+            variant("qwen3"), tuple(prompt), 8
+        )
 
 
 @pytest.mark.parametrize("max_inflight", [1, 2])
@@ -48,7 +51,9 @@ def test_after_ctrl_c_the_next_call_answers_as_the_first(max_inflight):
         assert [a.outputs[0].finish_reason for a in answers] == ["aborted"] * 4
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             said = answer.outputs[0].token_ids
-            assert said == reference_tokens(variant("qwen3"), tuple(prompt), 30)[: len(said)], "what was said until then is kept"
+            assert said == reference_tokens(variant("qwen3"), tuple(prompt), 30)[: len(said)], (
+                "what was said until then is kept"
+            )
         llm.engine.observers = []
         check_fresh(llm)
 

@@ -1,4 +1,5 @@
-"""The lock files name every package that `make` installs, each by exact version and by the digests of its files."""
+"""The lock files name every package that `make` installs, each by exact version and by the digests of its
+files."""
 
 import re
 import tomllib

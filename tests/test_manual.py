@@ -1,4 +1,5 @@
-"""`python run.py --help`: every group, option, parameter, default and comment, and only those that were asked for."""
+"""`python run.py --help`: every group, option, parameter, default and comment, and only those that were asked
+for."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ def wide_terminal(monkeypatch):
 
 
 def sections(text: str) -> dict[str, str]:
-    return {section.partition(":")[0]: section for section in text.split("\n\n") if not section.startswith((" ", "Headway", "`"))}
+    return {
+        section.partition(":")[0]: section
+        for section in text.split("\n\n")
+        if not section.startswith((" ", "Headway", "`"))
+    }
 
 
 def test_every_option_of_every_group_is_there_with_its_one_line(registry):
@@ -46,7 +51,10 @@ def test_every_parameter_is_there_as_it_would_be_typed(registry):
         assert all(f" {role}.{f.name}=" in found[role] for f in plugin.parameters())
     for node, config in schema.NODES.items():
         assert all(f" {node}.{name}=" in found[node] for name in config.__dataclass_fields__)
-    assert "engine.num_blocks=null" in found["engine"] and "int; 1 to 65536, tokens; of a KV block" in found["engine"]
+    assert (
+        "engine.num_blocks=null" in found["engine"]
+        and "int; 1 to 65536, tokens; of a KV block" in found["engine"]
+    )
     assert "order.weights={}" in found["order"] and "executor.path=''" in found["executor"]
 
 
@@ -64,7 +72,12 @@ def test_a_policy_says_what_it_chooses(registry):
         (["order=vtc,fcfs"], {"order"}, "order.wq", "mlfq"),
         (["lru"], {"eviction"}, "lru", "sieve"),
         (["vtc"], {"order", "policy"}, "order.wp", "niyama"),
-        (["scheduler.token_budget=3", "engine", "-m", "hydra.verbose=true"], {"scheduler", "engine"}, "engine.block_size", "radix"),
+        (
+            ["scheduler.token_budget=3", "engine", "-m", "hydra.verbose=true"],
+            {"scheduler", "engine"},
+            "engine.block_size",
+            "radix",
+        ),
     ],
 )
 def test_what_is_asked_for_is_shown_alone(registry, asked, groups, there, absent):
@@ -74,7 +87,9 @@ def test_what_is_asked_for_is_shown_alone(registry, asked, groups, there, absent
 
 
 def test_what_there_is_not_is_answered_with_the_near_names(registry):
-    with pytest.raises(ConfigError, match="--help cach: there is no such group or option. Did you mean cache"):
+    with pytest.raises(
+        ConfigError, match="--help cach: there is no such group or option. Did you mean cache"
+    ):
         manual(["cach"], registry)
 
 

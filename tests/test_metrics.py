@@ -17,15 +17,29 @@ from core.measure.report import comparison_rows, run_table, table
 from headway import SLO, RequestOutput, RunResult, Tags
 
 
-def output(index: int = 0, times: tuple[float, ...] = (), *, arrival: float = 0.0, state: str = "finished", **fields) -> RequestOutput:
+def output(
+    index: int = 0, times: tuple[float, ...] = (), *, arrival: float = 0.0, state: str = "finished", **fields
+) -> RequestOutput:
     given = {
-        "first_scheduled_time": arrival if times else -1.0, "finish_time": times[-1] if times else arrival, "num_prompt_tokens": 10,
-        "num_cached_tokens": 0, "num_preemptions": 0, "num_recomputed_tokens": 0, "tags": Tags(), "slo": SLO(),
-    } | fields  # fmt: skip
+        "first_scheduled_time": arrival if times else -1.0,
+        "finish_time": times[-1] if times else arrival,
+        "num_prompt_tokens": 10,
+        "num_cached_tokens": 0,
+        "num_preemptions": 0,
+        "num_recomputed_tokens": 0,
+        "tags": Tags(),
+        "slo": SLO(),
+    } | fields
     return RequestOutput(
-        id=f"r{index}", index=index, state=state, finish_reason="stop", arrival_time=arrival,
-        output_token_ids=list(range(len(times))), token_times=list(times), **given,
-    )  # fmt: skip
+        id=f"r{index}",
+        index=index,
+        state=state,
+        finish_reason="stop",
+        arrival_time=arrival,
+        output_token_ids=list(range(len(times))),
+        token_times=list(times),
+        **given,
+    )
 
 
 def test_latencies_of_one_request():
@@ -48,7 +62,18 @@ def test_summary_of_a_run():
         output(2, state="rejected", num_prompt_tokens=1000),
         output(3, (3.5,), arrival=3.0, state="aborted"),
     ]
-    s = summarize(RunResult(outputs, duration=4.0, num_steps=5, policy_time=5e-5, busy_time=2.0, kv_total=40, kv_peak=10, num_preemptions=1))
+    s = summarize(
+        RunResult(
+            outputs,
+            duration=4.0,
+            num_steps=5,
+            policy_time=5e-5,
+            busy_time=2.0,
+            kv_total=40,
+            kv_peak=10,
+            num_preemptions=1,
+        )
+    )
     assert (s["num_requests"], s["completed"], s["rejected"], s["aborted"]) == (4, 2, 1, 1)
     assert s["total_output_tokens"] == 6
     assert s["request_throughput"] == pytest.approx(2 / 4)
@@ -56,9 +81,11 @@ def test_summary_of_a_run():
     assert s["total_token_throughput"] == pytest.approx((6 + 20) / 4)
     assert s["mean_ttft_ms"] == pytest.approx(1000)
     assert s["mean_tpot_ms"] == pytest.approx((1000 + 2000) / 2)
-    assert s["mean_itl_ms"] == pytest.approx((1000 + 1000 + 2000) / 3)  # every gap counts once, whoever it belongs to
+    # every gap counts once, whoever it belongs to
+    assert s["mean_itl_ms"] == pytest.approx((1000 + 1000 + 2000) / 3)
     assert s["p50_e2el_ms"] == pytest.approx(3000)
-    assert s["prefix_hit_rate"] == pytest.approx(4 / 30)  # of admitted requests: the rejected prompt is not in it
+    # of admitted requests: the rejected prompt is not in it
+    assert s["prefix_hit_rate"] == pytest.approx(4 / 30)
     assert s["recomputed_tokens"] == 7
     assert s["kv_peak_use"] == 0.25
     assert s["busy_share"] == 0.5
@@ -82,7 +109,12 @@ def test_goodput_counts_requests_that_meet_every_target():
 
 def test_rejected_and_aborted_requests_miss_their_targets_and_those_without_targets_do_not_count():
     slo = SLO(e2el=100.0)
-    outputs = [output(0, (1.0,), slo=slo), output(1, state="rejected", slo=slo), output(2, (1.0,), state="aborted", slo=slo), output(3, (1.0,))]
+    outputs = [
+        output(0, (1.0,), slo=slo),
+        output(1, state="rejected", slo=slo),
+        output(2, (1.0,), state="aborted", slo=slo),
+        output(3, (1.0,)),
+    ]
     assert [meets_slo(o) for o in outputs] == [True, False, False, None]
     assert summarize(RunResult(outputs, duration=1.0))["slo_attainment"] == pytest.approx(1 / 3)
 
@@ -94,8 +126,18 @@ def test_a_run_in_which_nothing_finished_has_a_summary_and_a_table():
 
 
 def test_rejections_are_counted_by_kind_in_the_words_of_the_first():
-    reasons = ["needs 10 blocks, the pool has 4", "empty prompt", "needs 12 blocks, the pool has 4", "id 'a' is taken", "id 'b' is taken"]
-    s = summarize(RunResult([replace(output(i, state="rejected"), finish_reason=reason) for i, reason in enumerate(reasons)]))
+    reasons = [
+        "needs 10 blocks, the pool has 4",
+        "empty prompt",
+        "needs 12 blocks, the pool has 4",
+        "id 'a' is taken",
+        "id 'b' is taken",
+    ]
+    s = summarize(
+        RunResult(
+            [replace(output(i, state="rejected"), finish_reason=reason) for i, reason in enumerate(reasons)]
+        )
+    )
     counted = [(r["count"], r["reason"]) for r in s["rejections"]]
     assert counted == [
         (2, "needs 10 blocks, the pool has 4"),
@@ -114,10 +156,22 @@ def test_percentiles_interpolate_as_the_standard_library_does(values):
     assert percentile(ordered, 0) == ordered[0] and percentile(ordered, 100) == ordered[-1]
 
 
-def asked(index: int, client: str, arrival: float, start: float, *times: float, state: str = "finished", end: float = 10.0) -> RequestOutput:
+def asked(
+    index: int,
+    client: str,
+    arrival: float,
+    start: float,
+    *times: float,
+    state: str = "finished",
+    end: float = 10.0,
+) -> RequestOutput:
     """A request of 10 prompt tokens that waits from `arrival` to `start` (-1: never started), and whose
     tokens come at `times`."""
-    fields = {"tags": Tags(client=client), "first_scheduled_time": start, "finish_time": times[-1] if times else end}
+    fields = {
+        "tags": Tags(client=client),
+        "first_scheduled_time": start,
+        "finish_time": times[-1] if times else end,
+    }
     return output(index, times, arrival=arrival, state=state, **fields)
 
 
@@ -135,21 +189,31 @@ def test_service_difference_is_over_intervals_in_which_both_clients_wait():
     outputs = [
         asked(0, "a", 0.0, 0.0, 1.0, 2.0, 3.0),
         asked(1, "a", 0.0, 2.5, 3.5),  # a waits in (0, 2.5]
-        asked(2, "b", 1.0, 4.0, 4.5),  # b waits in (1, 4]: both in (1, 2.5], in which a gets its token of 2.0, and b nothing
+        # b waits in (1, 4]: both in (1, 2.5], in which a gets its token of 2.0, and b nothing
+        asked(2, "b", 1.0, 4.0, 4.5),
     ]
     assert fairness(outputs)["service_difference"] == 2.0
-    alone = [asked(0, "a", 0.0, 1.0, 2.0), asked(1, "b", 1.5, 3.0, 4.0)]  # a has stopped waiting when b begins to
+    # a has stopped waiting when b begins to
+    alone = [asked(0, "a", 0.0, 1.0, 2.0), asked(1, "b", 1.5, 3.0, 4.0)]
     assert fairness(alone)["service_difference"] == 0.0
 
 
 def test_the_largest_difference_may_lie_between_two_times_in_the_middle():
     outputs = [asked(0, "a", 0.0, 9.0, 9.5), asked(1, "b", 0.0, 9.0, 9.5)]  # both wait all along
-    outputs += [asked(2, "a", 0.0, 0.0, 1.0), asked(3, "b", 0.0, 0.0, 2.0), asked(4, "b", 0.0, 0.0, 3.0), asked(5, "a", 0.0, 0.0, 4.0)]
+    outputs += [
+        asked(2, "a", 0.0, 0.0, 1.0),
+        asked(3, "b", 0.0, 0.0, 2.0),
+        asked(4, "b", 0.0, 0.0, 3.0),
+        asked(5, "a", 0.0, 0.0, 4.0),
+    ]
     # a leads by 12, 0, -12, 0: the lead falls by 24 from 1 to 3, though it is never larger than 12.
     assert fairness(outputs)["service_difference"] == 24.0
 
 
-@pytest.mark.parametrize("state, start, end", [("aborted", -1.0, 10.0), ("rejected", -1.0, 0.0), ("rejected", -1.0, 4.0), ("aborted", 9.0, 10.0)])
+@pytest.mark.parametrize(
+    "state, start, end",
+    [("aborted", -1.0, 10.0), ("rejected", -1.0, 0.0), ("rejected", -1.0, 4.0), ("aborted", 9.0, 10.0)],
+)
 def test_a_client_that_was_never_served_counts_as_the_one_who_got_nothing(state, start, end):
     served = [asked(i, client, 0.0, i + 0.5, i + 1.0, 10.0) for i, client in enumerate("abab")]
     starved = asked(9, "c", 0.0, start, state=state, end=end)
@@ -168,7 +232,11 @@ def runs_of_clients(draw):
         arrival = draw(st.integers(0, 8))
         start = draw(st.one_of(st.just(-1), st.integers(arrival, 12)))
         times = [] if start < 0 else sorted(draw(st.lists(st.integers(start + 1, 16), max_size=4)))
-        outputs.append(asked(i, draw(st.sampled_from("abcd")), arrival, start, *times, end=draw(st.integers(arrival, 17))))
+        outputs.append(
+            asked(
+                i, draw(st.sampled_from("abcd")), arrival, start, *times, end=draw(st.integers(arrival, 17))
+            )
+        )
     return outputs
 
 
@@ -182,12 +250,18 @@ def test_service_difference_is_that_of_every_pair_and_every_interval(outputs):
         own = [o for o in outputs if o.tags.client == client]
         if not any(o.token_times for o in own):
             return begin >= min(o.arrival_time for o in own) and end <= run_end
-        spans = [(o.arrival_time, o.first_scheduled_time if o.first_scheduled_time >= 0 else o.finish_time) for o in own]
+        spans = [
+            (o.arrival_time, o.first_scheduled_time if o.first_scheduled_time >= 0 else o.finish_time)
+            for o in own
+        ]
         return all(any(a <= t and t + 1 <= b for a, b in spans) for t in range(begin, end))
 
     def service(client, begin, end):
         own = [o for o in outputs if o.tags.client == client and o.token_times]
-        return sum(10 * (begin < o.token_times[0] <= end) + 2 * sum(begin < t <= end for t in o.token_times) for o in own)
+        return sum(
+            10 * (begin < o.token_times[0] <= end) + 2 * sum(begin < t <= end for t in o.token_times)
+            for o in own
+        )
 
     worst = 0.0
     for begin in range(18):
@@ -239,7 +313,13 @@ def test_a_comparison_has_a_row_a_run_and_a_column_for_each_thing_varied():
             "overrides": ["seed=1", "cache=none"],
             "summary": {"completed": 3, "p99_ttft_ms": 1.25},
         },
-        {"directory": "s/1", "status": "failed", "error": "boom", "overrides": ["seed=1", "cache=hash"], "summary": {}},
+        {
+            "directory": "s/1",
+            "status": "failed",
+            "error": "boom",
+            "overrides": ["seed=1", "cache=hash"],
+            "summary": {},
+        },
     ]
     rows = comparison_rows(results)
     assert rows[0] == ["job", "cache", "done", "P99", "status"]

@@ -14,7 +14,17 @@ from helpers.policy_runs import compose
 from core.errors import WorkloadError
 from core.measure.metrics import summarize
 from core.measure.report import run_table
-from headway import SLO, Arrival, ConfigError, Request, RequestOutput, RequestState, RunResult, Tags, load_registry
+from headway import (
+    SLO,
+    Arrival,
+    ConfigError,
+    Request,
+    RequestOutput,
+    RequestState,
+    RunResult,
+    Tags,
+    load_registry,
+)
 from plugins.workloads.agents import Agents
 from plugins.workloads.demo import Demo
 from plugins.workloads.mix import Mix
@@ -34,7 +44,9 @@ def test_every_workload_can_be_dealt():
     for name in registry.names("workload"):
         plugin = registry.get("workload", name)
         assert issubclass(plugin.config, Mix), name
-        assert {"clients", "client_skew", "priorities", "slo_tiers", "slo_shares"} <= {f.name for f in plugin.parameters()}, name
+        assert {"clients", "client_skew", "priorities", "slo_tiers", "slo_shares"} <= {
+            f.name for f in plugin.parameters()
+        }, name
 
 
 @dataclass
@@ -58,7 +70,10 @@ def test_what_is_not_asked_for_stays_as_the_workload_says():
 def test_clients_are_dealt_in_turn_or_with_a_skew():
     equal = arrivals(SharedPrefix(clients=3))
     assert [a.tags.client for a in equal[:4]] == ["c0", "c1", "c2", "c0"]
-    skewed = Counter(a.tags.client for a in arrivals(SharedPrefix(num_requests=6000, input_len=4, clients=3, client_skew=1.0)))
+    skewed = Counter(
+        a.tags.client
+        for a in arrivals(SharedPrefix(num_requests=6000, input_len=4, clients=3, client_skew=1.0))
+    )
     for k, share in enumerate((6 / 11, 3 / 11, 2 / 11)):
         assert skewed[f"c{k}"] / 6000 == pytest.approx(share, abs=0.03)
 
@@ -105,7 +120,11 @@ def sessions(folder: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["multi_turn", "agents"])
 def test_a_session_is_dealt_once_for_all_its_turns(tmp_path, kind):
-    workload = MultiTurn(num_sessions=6, turns=3, **DEALT) if kind == "multi_turn" else Agents(path=sessions(tmp_path), **DEALT)
+    workload = (
+        MultiTurn(num_sessions=6, turns=3, **DEALT)
+        if kind == "multi_turn"
+        else Agents(path=sessions(tmp_path), **DEALT)
+    )
     for first in arrivals(workload):
         request = SimpleNamespace(tags=first.tags, state=RequestState.FINISHED, token_ids=[1, 2, 3])
         (second,) = workload.on_result(request, 9.0)
@@ -117,7 +136,9 @@ def test_a_session_is_dealt_once_for_all_its_turns(tmp_path, kind):
 def test_the_random_workload_deals_clients_itself_and_tiers_as_the_others_do():
     made = arrivals(RandomLengths(clients=2, priorities=3, slo_tiers=TIERS))
     assert [a.tags.client for a in made[:3]] == ["c0", "c1", "c0"]
-    assert [a.tags.priority for a in made] == [a.tags.priority for a in arrivals(RandomLengths(clients=2, priorities=3))]
+    assert [a.tags.priority for a in made] == [
+        a.tags.priority for a in arrivals(RandomLengths(clients=2, priorities=3))
+    ]
     assert {a.slo for a in made} == set(TIERS)
 
 
@@ -160,7 +181,7 @@ def output(client: str, at: float) -> RequestOutput:
     return RequestOutput.of(made)
 
 
-# ---- adapters and salts ----------------------------------------------------------------------------------------------
+# ---- adapters and salts ----------------------------------------------------------------------------------
 
 
 def test_adapters_are_dealt_and_share_no_prefix():

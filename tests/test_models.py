@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.torch_engines import GREEDY, VARIANTS, engine_of, generate, prepared, reference, reference_tokens, shared_prompts, variant
+from helpers.torch_engines import (
+    GREEDY,
+    VARIANTS,
+    engine_of,
+    generate,
+    prepared,
+    reference,
+    reference_tokens,
+    shared_prompts,
+    variant,
+)
 from safetensors.torch import load_file, save_file
 
 from headway import ConfigError, ModelConfig, ModelError
@@ -52,7 +62,7 @@ def refusal(directory, **options):
     return str(caught.value)
 
 
-# ---- what is loaded ----------------------------------------------------------------------------------------------
+# ---- what is loaded --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -62,7 +72,9 @@ def test_rotary_table_equals_transformers(name):
     cos, sin = rotary(torch.zeros(1, 1, 1), positions)
     half = cos.shape[-1] // 2
     table = rotary_table(read_config(variant(name)))[:600]
-    torch.testing.assert_close(table, torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        table, torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1), atol=1e-5, rtol=0
+    )
 
 
 def test_sharded_checkpoint(tmp_path):
@@ -99,9 +111,19 @@ def test_a_tied_head_is_one_tensor_with_the_embedding():
 
 def test_random_weights_of_a_shape_without_a_checkpoint():
     config = ModelConfig(
-        name_or_path="nowhere/at-all", load_format="dummy", dtype="float32", architecture="Qwen2ForCausalLM", hidden_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, vocab_size=512, tie_word_embeddings=False, max_position_embeddings=256,
-    )  # fmt: skip
+        name_or_path="nowhere/at-all",
+        load_format="dummy",
+        dtype="float32",
+        architecture="Qwen2ForCausalLM",
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        vocab_size=512,
+        tie_word_embeddings=False,
+        max_position_embeddings=256,
+    )
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
     executor.prepare(config)
     assert executor.caps.model.head_dim == 16 and executor.tokenizer is None
@@ -114,7 +136,9 @@ def test_the_shape_counts_its_parameters(name):
     executor = prepared(variant(name))
     biases = sum(p.numel() for n, p in executor.execution.model.named_parameters() if n.endswith("bias"))
     counted = executor.caps.model.num_parameters
-    assert sum(p.numel() for p in executor.execution.model.parameters()) - counted == (0 if name == "qwen2" else biases)
+    assert sum(p.numel() for p in executor.execution.model.parameters()) - counted == (
+        0 if name == "qwen2" else biases
+    )
 
 
 def test_random_weights_in_the_shape_of_a_checkpoint(broken):
@@ -122,7 +146,7 @@ def test_random_weights_in_the_shape_of_a_checkpoint(broken):
     assert prepare(broken, load_format="dummy").tokenizer is not None
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------
 
 
 def test_missing_tensor(broken):
@@ -134,7 +158,11 @@ def test_missing_tensor(broken):
 def test_wrong_shape(broken):
     edit_weights(broken, lambda w: w.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(255, 128)}))
     message = refusal(broken)
-    assert "'model.layers.0.mlp.up_proj.weight'" in message and "[255, 128]" in message and "[256, 128]" in message
+    assert (
+        "'model.layers.0.mlp.up_proj.weight'" in message
+        and "[255, 128]" in message
+        and "[256, 128]" in message
+    )
 
 
 def test_tensor_that_the_config_does_not_know(broken):
@@ -144,7 +172,9 @@ def test_tensor_that_the_config_does_not_know(broken):
 
 def test_nothing_is_allocated_for_a_broken_checkpoint(broken, monkeypatch):
     edit_weights(broken, lambda w: w.pop("model.norm.weight"))
-    monkeypatch.setattr("plugins.models.loading._materialise", lambda *args: pytest.fail("memory was taken before the check"))
+    monkeypatch.setattr(
+        "plugins.models.loading._materialise", lambda *args: pytest.fail("memory was taken before the check")
+    )
     assert "model.norm.weight" in refusal(broken)
 
 
@@ -174,7 +204,13 @@ def test_config_that_cannot_be_run(broken, changes, message):
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("config.json", "{"), ("config.json", "[]"), ("config.json", None), ("model.safetensors", "garbage"), ("model.safetensors", None)],
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", None),
+        ("model.safetensors", "garbage"),
+        ("model.safetensors", None),
+    ],
 )
 def test_unreadable_file(broken, file, content):
     (broken / file).unlink()
@@ -219,7 +255,7 @@ def test_dummy_without_a_shape_names_what_is_missing():
         read_model(ModelConfig(name_or_path="x/y", load_format="dummy", hidden_size=64))
 
 
-# ---- the built-in checkpoints --------------------------------------------------------------------------------------
+# ---- the built-in checkpoints ----------------------------------------------------------------------------
 
 
 def test_tiny_is_written_once_and_whole(monkeypatch, tmp_path):
@@ -256,12 +292,17 @@ def test_an_unwritable_cache_says_what_to_set(monkeypatch, tmp_path):
 def test_the_tiny_preset_has_the_shape_that_is_written():
     import yaml
 
-    preset = yaml.safe_load((Path(__file__).parent.parent / "conf" / "model" / "tiny.yaml").read_text(encoding="utf-8"))
+    preset = yaml.safe_load(
+        (Path(__file__).parent.parent / "conf" / "model" / "tiny.yaml").read_text(encoding="utf-8")
+    )
     shape = ModelConfig(**preset).shape()
     assert shape == read_config(variant("qwen3")).shape
 
 
-@pytest.mark.parametrize("text", ["Hello, world", "  two  blanks\n\ttab", "Grüße 你好 🙂", "2026-11-30: 1234567890", "\x00\x7f", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["Hello, world", "  two  blanks\n\ttab", "Grüße 你好 🙂", "2026-11-30: 1234567890", "\x00\x7f", ""],
+)
 def test_tiny_tokenizer_loses_nothing(text):
     tokenizer = Tokenizer(variant("qwen3"))
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -269,13 +310,18 @@ def test_tiny_tokenizer_loses_nothing(text):
 
 def test_tiny_vocabulary_is_full():
     tokenizer = Tokenizer(variant("qwen3"))
-    assert tokenizer._fast.get_vocab_size() == tiny.VOCAB_SIZE == max(tokenizer._fast.get_vocab().values()) + 1
+    assert (
+        tokenizer._fast.get_vocab_size() == tiny.VOCAB_SIZE == max(tokenizer._fast.get_vocab().values()) + 1
+    )
 
 
 def test_chat_template():
     tokenizer = Tokenizer(variant("qwen3"))
     ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
-    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(ids, skip_special_tokens=False)
+        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_missing_tokenizer(broken):

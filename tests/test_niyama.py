@@ -47,7 +47,8 @@ def test_no_target_comes_last_and_an_e2el_target_leaves_time_for_the_answer():
 
 
 def test_who_cannot_make_its_deadline_goes_behind_all_that_can():
-    """When the first one ends, the prompt of "late" would be done too late: it goes last, before its deadline has passed."""
+    """When the first one ends, the prompt of "late" would be done too late: it goes last, before its deadline
+    has passed."""
     asked = [ask(0.01, 2000, 1, "late", SLO(ttft=0.51)), ask(0.01, 100, 1, "far", SLO(ttft=50.0))]
     assert queued(0.0, *asked) == ["far", "late"]
     asked[0] = ask(0.01, 2000, 1, "late", SLO(ttft=0.6))
@@ -63,8 +64,12 @@ def composed(scheduler: Any, **choices: Any) -> tuple[list[dict[str, int]], Any]
     """A prompt of 200 tokens is half done when one of 20 with an earlier deadline comes."""
     asked = [ask(0.0, 200, 3, "long", SLO(ttft=30.0)), ask(0.0025, 20, 3, "urgent", SLO(ttft=2.0))]
     steps = Steps()
-    result = run(asked, server=fast(), order="niyama", scheduler=scheduler, engine=MANY, observers=[steps], **choices)
-    return [dict(zip([q.id for q in r.plan.requests], r.plan.lengths, strict=True)) for r in steps.records], result
+    result = run(
+        asked, server=fast(), order="niyama", scheduler=scheduler, engine=MANY, observers=[steps], **choices
+    )
+    return [
+        dict(zip([q.id for q in r.plan.requests], r.plan.lengths, strict=True)) for r in steps.records
+    ], result
 
 
 def test_a_better_prompt_overtakes_one_that_is_half_done_and_nothing_is_recomputed():
@@ -76,9 +81,19 @@ def test_a_better_prompt_overtakes_one_that_is_half_done_and_nothing_is_recomput
 
 
 def test_a_decode_is_never_passed_over():
-    asked = [ask(0.0, 8, 60, "decode", SLO(ttft=30.0)), *(ask(0.002, 60, 2, f"{i}", SLO(ttft=1.0)) for i in range(6))]
+    asked = [
+        ask(0.0, 8, 60, "decode", SLO(ttft=30.0)),
+        *(ask(0.002, 60, 2, f"{i}", SLO(ttft=1.0)) for i in range(6)),
+    ]
     steps = Steps()
-    run(asked, server=fast(), order="niyama", scheduler=("selective", {"token_budget": 32}), engine=MANY, observers=[steps])
+    run(
+        asked,
+        server=fast(),
+        order="niyama",
+        scheduler=("selective", {"token_budget": 32}),
+        engine=MANY,
+        observers=[steps],
+    )
     ids = [[q.id for q in r.plan.requests] for r in steps.records]
     assert all("decode" in step for step in ids[:60])
 
@@ -87,14 +102,18 @@ def test_who_waits_for_blocks_keeps_nobody_from_going_on():
     """The urgent prompt does not fit beside what the long one needs: the long one is finished first."""
     config = EngineConfig(block_size=4, num_blocks=40, max_num_seqs=8, max_num_batched_tokens=32, check=True)
     asked = [ask(0.0, 120, 3, "long", SLO(ttft=30.0)), ask(0.0015, 60, 3, "urgent", SLO(ttft=2.0))]
-    result = run(asked, server=fast(), order="niyama", scheduler=("selective", {"token_budget": 32}), engine=config)
+    result = run(
+        asked, server=fast(), order="niyama", scheduler=("selective", {"token_budget": 32}), engine=config
+    )
     assert finishing(result) == ["long", "urgent"] and result.num_preemptions == 0
 
 
 def test_who_finds_no_place_in_the_batch_keeps_nobody_from_going_on():
     config = EngineConfig(block_size=4, num_blocks=40, max_num_seqs=1, max_num_batched_tokens=32, check=True)
     asked = [ask(0.0, 120, 3, "long", SLO(ttft=30.0)), ask(0.0015, 20, 3, "urgent", SLO(ttft=2.0))]
-    result = run(asked, server=fast(), order="niyama", scheduler=("selective", {"token_budget": 32}), engine=config)
+    result = run(
+        asked, server=fast(), order="niyama", scheduler=("selective", {"token_budget": 32}), engine=config
+    )
     assert finishing(result) == ["long", "urgent"]
 
 

@@ -1,4 +1,5 @@
-"""The always-on observers: what they write, that it stays bounded, and what they print where there is no terminal."""
+"""The always-on observers: what they write, that it stays bounded, and what they print where there is no
+terminal."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def test_the_timeline_is_bounded_and_says_what_it_left_out(registry, tmp_path, m
     result = watched(registry, tmp_path).execute()
     trace = json.loads((tmp_path / "timeline.json").read_text())
     assert sum(e["ph"] == "X" and e["pid"] == timeline.STEPS for e in trace["traceEvents"]) == 5
-    assert f"the first 5 of {result.num_steps} steps; the first 3 of 20 requests" == trace["otherData"]["shown"]
+    assert (
+        f"the first 5 of {result.num_steps} steps; the first 3 of 20 requests" == trace["otherData"]["shown"]
+    )
 
 
 def test_tables_written_in_pieces_hold_every_row_once(registry, tmp_path, monkeypatch):
@@ -76,7 +79,9 @@ def test_decisions_are_the_plans(registry, tmp_path):
 
     class Plans(Observer):
         def on_step(self, record):
-            plans.append(([r.index for r in record.plan.requests], list(record.plan.starts), list(record.plan.lengths)))
+            plans.append(
+                ([r.index for r in record.plan.requests], list(record.plan.starts), list(record.plan.lengths))
+            )
 
     watched(registry, tmp_path, Plans()).execute()
     rows = pq.read_table(tmp_path / "decisions.parquet").to_pylist()

@@ -24,12 +24,13 @@ def batch(seed: int, count: int = 12, spread: float = 0.0) -> list:
     return [ask(t, rng.randint(1, 4), rng.randint(1, 60)) for t in times]
 
 
-# ---- KeyOrder itself ---------------------------------------------------------------------------------------------
+# ---- KeyOrder itself -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Shuffled(KeyOrder):
-    """A key that changes at random while requests wait; after every plan the queue must equal a fresh sort."""
+    """A key that changes at random while requests wait; after every plan the queue must equal a fresh
+    sort."""
 
     def setup(self, ctx) -> None:
         super().setup(ctx)
@@ -69,7 +70,7 @@ def test_rekey_of_a_request_that_does_not_wait_changes_nothing():
     assert list(engine.roles["order"].order(engine.view)) == []
 
 
-# ---- priority, sjf, srpt, random -----------------------------------------------------------------------------------
+# ---- priority, sjf, srpt, random -------------------------------------------------------------------------
 
 
 def test_priority_is_smallest_first_and_then_by_arrival():
@@ -96,7 +97,13 @@ def test_when_requests_arrive_over_time_preemption_lets_srpt_beat_sjf(seed):
     assert mean_completion(result) < sjf
     assert result.num_preemptions > 0
     again, kept = (
-        run(asked, order="srpt", predictor="oracle", scheduler=("preemptive", {"mode": mode}), server=Server(per_token=0.01))
+        run(
+            asked,
+            order="srpt",
+            predictor="oracle",
+            scheduler=("preemptive", {"mode": mode}),
+            server=Server(per_token=0.01),
+        )
         for mode in ("recompute", "pause")
     )
     assert mean_completion(kept) < mean_completion(again)
@@ -104,7 +111,8 @@ def test_when_requests_arrive_over_time_preemption_lets_srpt_beat_sjf(seed):
 
 
 def test_sjf_counts_the_whole_job_and_srpt_what_is_left_of_it():
-    """A job of 30 tokens is preempted by memory pressure after 20: 10 are left, fewer than the 15 of the one that waits."""
+    """A job of 30 tokens is preempted by memory pressure after 20: 10 are left, fewer than the 15 of the one
+    that waits."""
     tail = {}
     for order in ("sjf", "srpt"):
         engine = compose(order=order, predictor="oracle")
@@ -113,7 +121,8 @@ def test_sjf_counts_the_whole_job_and_srpt_what_is_left_of_it():
         while len(next(iter(engine.running), ask_nothing).token_times) < 20:
             engine.step()
         long = next(iter(engine.running))
-        engine.roster.preempt(long, 10**6, 0, engine.view.now)  # what a victim policy would have the step builder do
+        # what a victim policy would have the step builder do
+        engine.roster.preempt(long, 10**6, 0, engine.view.now)
         tail[order] = [r.id for r in engine.roles["order"].order(engine.view)]
     assert tail == {"sjf": ["short", "long"], "srpt": ["long", "short"]}
 
@@ -141,7 +150,7 @@ def test_a_random_order_keeps_a_requests_place_and_depends_on_the_seed_alone():
     assert before == [r.id for r in order.order(engine.view)]
 
 
-# ---- deadlines -----------------------------------------------------------------------------------------------------
+# ---- deadlines -------------------------------------------------------------------------------------------
 
 
 def misses(lengths: list[int], deadlines: list[float], sequence: tuple[int, ...], step: float) -> int:
@@ -162,14 +171,22 @@ def test_edf_misses_no_deadline_where_some_order_meets_them_all():
             continue
         feasible += 1
         asked = [ask(0.0, 1, n, slo=SLO(e2el=d)) for n, d in zip(lengths, deadlines, strict=True)]
-        late = {order: sum(o.finish_time > o.slo.e2el + 1e-9 for o in run(asked, order=order).outputs) for order in ("edf", "fcfs")}
+        late = {
+            order: sum(o.finish_time > o.slo.e2el + 1e-9 for o in run(asked, order=order).outputs)
+            for order in ("edf", "fcfs")
+        }
         assert late["edf"] == 0, (seed, lengths, deadlines)
         fcfs_misses += late["fcfs"]
     assert feasible > 10 and fcfs_misses > 0
 
 
 def test_edf_without_targets_is_fcfs_and_targets_come_before_none():
-    asked = [ask(0.0, 1, 2, "none"), ask(0.0, 1, 2, "late", SLO(ttft=5.0)), ask(0.0, 1, 2, "soon", SLO(ttft=1.0)), ask(0.0, 1, 2, "none2")]
+    asked = [
+        ask(0.0, 1, 2, "none"),
+        ask(0.0, 1, 2, "late", SLO(ttft=5.0)),
+        ask(0.0, 1, 2, "soon", SLO(ttft=1.0)),
+        ask(0.0, 1, 2, "none2"),
+    ]
     assert finishing(run(asked, order="edf")) == ["soon", "late", "none", "none2"]
 
 
@@ -189,7 +206,11 @@ def test_least_slack_puts_the_longest_work_first_when_deadlines_are_equal():
 
 def test_program_fcfs_serves_the_next_turn_of_a_program_before_programs_that_came_later():
     """A.0 and X were there first; A.1 comes when B.0 waits already, and goes before it."""
-    asked = [ask(0.0, 1, 5, "A.0", session="A"), ask(0.001, 1, 10, "X", session="X"), ask(0.002, 1, 5, "B.0", session="B")]
+    asked = [
+        ask(0.0, 1, 5, "A.0", session="A"),
+        ask(0.001, 1, 10, "X", session="X"),
+        ask(0.002, 1, 5, "B.0", session="B"),
+    ]
     asked.append(ask(0.1, 1, 5, "A.1", session="A", turn=1))
     assert finishing(run(asked, order="program_fcfs")) == ["A.0", "X", "A.1", "B.0"]
     assert finishing(run(asked, order="fcfs")) == ["A.0", "X", "B.0", "A.1"]
@@ -197,7 +218,7 @@ def test_program_fcfs_serves_the_next_turn_of_a_program_before_programs_that_cam
     assert finishing(run(alone, order="program_fcfs")) == ["A.0", "X", "B.0", "A.1"]
 
 
-# ---- learning to rank ----------------------------------------------------------------------------------------------
+# ---- learning to rank ------------------------------------------------------------------------------------
 
 
 def starve(threshold: int) -> tuple[list[str], int]:
@@ -225,13 +246,17 @@ def test_ltr_demotes_a_promoted_request_after_its_quantum():
     assert ran[5] >= 25  # then displaced, and not promoted again for another ten
 
 
-# ---- preemption by rank ----------------------------------------------------------------------------------------------
+# ---- preemption by rank ----------------------------------------------------------------------------------
 
 
 def test_a_waiting_request_displaces_running_ones_only_if_that_is_enough_to_start_it():
     """Both run; `big` needs more blocks than the one request behind it holds."""
     config = EngineConfig(block_size=1, num_blocks=12, max_num_seqs=4)
-    asked = [ask(0.0, 4, 3, "kept", priority=1), ask(0.0, 4, 3, "last", priority=3), ask(0.011, 11, 1, "big", priority=2)]
+    asked = [
+        ask(0.0, 4, 3, "kept", priority=1),
+        ask(0.0, 4, 3, "last", priority=3),
+        ask(0.011, 11, 1, "big", priority=2),
+    ]
     result = run(asked, order="priority", scheduler="preemptive", engine=config)
     assert {o.id: o.num_preemptions for o in result.outputs} == {"kept": 0, "last": 0, "big": 0}
     asked[2] = ask(0.011, 6, 1, "fits", priority=2)
@@ -240,11 +265,20 @@ def test_a_waiting_request_displaces_running_ones_only_if_that_is_enough_to_star
 
 
 def test_a_preempted_request_is_left_alone_until_it_has_generated_a_token():
-    """Two urgent requests follow each other; without the rule, one whose recomputation takes long might never get through."""
+    """Two urgent requests follow each other; without the rule, one whose recomputation takes long might never
+    get through."""
     server = Server(overhead=0.01)
-    asked = [ask(0.0, 8, 6, "victim", priority=9)] + [ask(0.1 * i, 1, 1, f"u{i}", priority=0) for i in range(1, 40)]
+    asked = [ask(0.0, 8, 6, "victim", priority=9)] + [
+        ask(0.1 * i, 1, 1, f"u{i}", priority=0) for i in range(1, 40)
+    ]
     steps = Steps()
-    result = run(asked, server=server, order="priority", scheduler=("preemptive", {"mode": "recompute", "chunk_size": 1}), observers=[steps])
+    result = run(
+        asked,
+        server=server,
+        order="priority",
+        scheduler=("preemptive", {"mode": "recompute", "chunk_size": 1}),
+        observers=[steps],
+    )
     victim = result.outputs[0]
     assert victim.state == "finished" and 0 < victim.num_preemptions <= 7
 
@@ -256,7 +290,7 @@ def test_preemption_by_rank_needs_an_order_that_ranks():
         compose(scheduler=("preemptive", {"mode": "droptail"}), order="priority")
 
 
-# ---- ranks that move with time ---------------------------------------------------------------------------------------
+# ---- ranks that move with time ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -271,8 +305,15 @@ class Ageing(MovingOrder):
 
 def aged(weight: float, scheduler: str, seed: int = 1) -> RunResult:
     rng = Random(seed)
-    arrivals = [replace(ask(0.03 * i, 2, None), sampling=SamplingParams(max_tokens=rng.randint(2, 30))) for i in range(30)]
-    engine = compose(scheduler=scheduler, order="priority", engine=EngineConfig(block_size=4, num_blocks=64, max_num_seqs=2, check=True))
+    arrivals = [
+        replace(ask(0.03 * i, 2, None), sampling=SamplingParams(max_tokens=rng.randint(2, 30)))
+        for i in range(30)
+    ]
+    engine = compose(
+        scheduler=scheduler,
+        order="priority",
+        engine=EngineConfig(block_size=4, num_blocks=64, max_num_seqs=2, check=True),
+    )
     return type(engine)(engine.roles.given | {"order": Ageing(weight)}, engine.config).run(arrivals)
 
 
@@ -286,7 +327,9 @@ def test_a_rank_may_move_with_time(scheduler):
         waits.append(max(o.finish_time - o.arrival_time for o in result.outputs))
         if weight == 1e6:
             started = sorted(result.outputs, key=lambda o: o.first_scheduled_time)
-            assert [o.index for o in started] == sorted(o.index for o in started) and result.num_preemptions == 0
+            assert [o.index for o in started] == sorted(
+                o.index for o in started
+            ) and result.num_preemptions == 0
     assert waits[0] > waits[2]
 
 
@@ -309,12 +352,16 @@ def test_a_moving_order_is_a_fresh_sort_at_every_step():
     assert max(checked) > 3  # beyond the window, too
 
 
-@pytest.mark.parametrize("key", [lambda r, now: 1 / 0, lambda r, now: float("nan"), lambda r, now: (1, float("nan"))])
+@pytest.mark.parametrize(
+    "key", [lambda r, now: 1 / 0, lambda r, now: float("nan"), lambda r, now: (1, float("nan"))]
+)
 def test_a_key_that_cannot_be_is_named(key):
     order = Ageing()
     order.key = key
     engine = compose(engine=EngineConfig(block_size=2, num_blocks=40))
-    with pytest.raises(PolicyError, match=r"key\(\) (raised ZeroDivisionError|answered .*nan.*, which sorts nowhere)"):
+    with pytest.raises(
+        PolicyError, match=r"key\(\) (raised ZeroDivisionError|answered .*nan.*, which sorts nowhere)"
+    ):
         type(engine)(engine.roles.given | {"order": order}, engine.config).run(batch(1, 5))
 
 

@@ -13,11 +13,15 @@ CONFIG = EngineConfig(block_size=8, num_blocks=64, max_num_seqs=4, max_num_batch
 
 
 def grouped(seed: int, groups: int = 8, each: int = 6) -> list:
-    """Requests that share one of a few prefixes of 64 tokens, shuffled; the pool holds about half of the prefixes."""
+    """Requests that share one of a few prefixes of 64 tokens, shuffled; the pool holds about half of the
+    prefixes."""
     rng = Random(seed)
     asked = []
     for group in range(groups):
-        asked += [ask(0.0, [[g] * 64 for g in (group + 2,)][0] + [rng.randrange(100, 9000) for _ in range(8)], 6) for _ in range(each)]
+        asked += [
+            ask(0.0, [[g] * 64 for g in (group + 2,)][0] + [rng.randrange(100, 9000) for _ in range(8)], 6)
+            for _ in range(each)
+        ]
     rng.shuffle(asked)
     return asked
 
@@ -34,7 +38,9 @@ def test_hit_rate_on_grouped_prefixes_is_at_least_that_of_fcfs(order, seed):
 
 
 def test_lpm_and_dfs_weight_hit_much_more_where_prefixes_do_not_fit_together():
-    total = {order: sum(hits(grouped(seed), order) for seed in range(6)) for order in ("fcfs", "lpm", "dfs_weight")}
+    total = {
+        order: sum(hits(grouped(seed), order) for seed in range(6)) for order in ("fcfs", "lpm", "dfs_weight")
+    }
     assert total["lpm"] > 1.2 * total["fcfs"] and total["dfs_weight"] > 1.2 * total["fcfs"]
 
 
@@ -56,7 +62,12 @@ def ids(engine) -> list[str]:
 
 
 def test_lpm_offers_the_longest_cached_prefix_first():
-    later = [ask(1.0, [9] * 8, 1, "none"), ask(1.0, [2] * 40, 1, "part"), ask(1.0, [2] * 72, 1, "whole"), ask(1.0, [8] * 8, 1, "none2")]
+    later = [
+        ask(1.0, [9] * 8, 1, "none"),
+        ask(1.0, [2] * 40, 1, "part"),
+        ask(1.0, [2] * 72, 1, "whole"),
+        ask(1.0, [8] * 8, 1, "none2"),
+    ]
     assert ids(warmed("lpm", later)) == ["whole", "part", "none", "none2"]
 
 
@@ -99,17 +110,29 @@ def test_dfs_weight_walks_the_heaviest_subtree_first_and_keeps_groups_together()
         engine.add(ask(0.0, [*head, 9], 1, f"warm{i}"))
     while engine.step():
         pass
-    later = [("c", [3] * 33), ("a1", [2] * 33), ("root", [6] * 9), ("b", [2] * 16 + [4] * 17), ("a2", [2] * 40), ("stem", [2] * 17)]
+    later = [
+        ("c", [3] * 33),
+        ("a1", [2] * 33),
+        ("root", [6] * 9),
+        ("b", [2] * 16 + [4] * 17),
+        ("a2", [2] * 40),
+        ("stem", [2] * 17),
+    ]
     for id, prompt in later:
         engine.add(ask(1.0, prompt, 1, id))
     engine._ingest(100.0)
     engine.view.begin_step(engine.counts.num_steps, 100.0, 0)
-    # Below the root: the twos (4 requests) before the threes (1); below the twos: a (2) before b (1), then the stem itself.
+    # Below the root: the twos (4 requests) before the threes (1); below the twos: a (2) before b (1), then
+    # the stem itself.
     assert ids(engine) == ["a1", "a2", "b", "stem", "c", "root"]
 
 
 def test_hrrn_prefers_short_prompts_until_a_long_one_has_waited_enough():
-    asked = [ask(0.0, 20, 1, "first"), ask(0.0, 120, 1, "long"), *(ask(0.009 * i, 20, 1, f"s{i}") for i in range(60))]
+    asked = [
+        ask(0.0, 20, 1, "first"),
+        ask(0.0, 120, 1, "long"),
+        *(ask(0.009 * i, 20, 1, f"s{i}") for i in range(60)),
+    ]
     place = finishing(run(asked, order="hrrn")).index("long")
     assert 3 < place < 20  # overtaken by some short ones, not by all
     assert finishing(run(asked)).index("long") == 1

@@ -10,7 +10,7 @@ from helpers.policy_runs import Server, Steps, ask, compose, finishing, run, ser
 from core.compose.config import EngineConfig
 from core.errors import ConfigError
 
-# ---- virtual token counter ---------------------------------------------------------------------------------------
+# ---- virtual token counter --------------------------------------------------------------------------------
 
 WP, WQ = 1.0, 2.0
 POOL = EngineConfig(block_size=4, num_blocks=60, max_num_seqs=64, max_num_batched_tokens=128)
@@ -19,9 +19,12 @@ LONGEST = 24
 
 
 def two_clients(seed: int, count: int = 150) -> list:
-    """Both always have requests waiting until the end: "greedy" asks for longer answers, three times as often."""
+    """Both always have requests waiting until the end: "greedy" asks for longer answers, three times as
+    often."""
     rng = Random(seed)
-    greedy = [ask(0.0, rng.randint(4, LONGEST), rng.randint(10, 40), client="greedy") for _ in range(3 * count)]
+    greedy = [
+        ask(0.0, rng.randint(4, LONGEST), rng.randint(10, 40), client="greedy") for _ in range(3 * count)
+    ]
     modest = [ask(0.0, rng.randint(4, LONGEST), rng.randint(5, 20), client="modest") for _ in range(count)]
     mixed = greedy + modest
     rng.shuffle(mixed)
@@ -69,7 +72,8 @@ def test_vtc_lifts_a_client_that_comes_back_so_that_it_cannot_save_up():
     order = finishing(run(asked, order="vtc"))
     start = order.index("idle0")
     turns = [id.startswith("idle") for id in order[start : start + 20]]
-    assert abs(sum(turns) - 10) <= 1  # half of what follows; without the lift, all twenty idle requests would come first
+    # half of what follows; without the lift, all twenty idle requests would come first
+    assert abs(sum(turns) - 10) <= 1
 
 
 def test_vtc_lifts_to_the_client_that_left_last_when_nobody_waits():
@@ -86,7 +90,10 @@ def test_vtc_lifts_to_the_client_that_left_last_when_nobody_waits():
 
 def test_vtc_charges_an_admission_once_and_every_token_as_it_comes():
     """The pool forces preemptions; what is computed again is nobody's service."""
-    engine = compose(order=("vtc", {"wp": 3.0, "wq": 5.0}), engine=EngineConfig(block_size=2, num_blocks=16, max_num_seqs=4))
+    engine = compose(
+        order=("vtc", {"wp": 3.0, "wq": 5.0}),
+        engine=EngineConfig(block_size=2, num_blocks=16, max_num_seqs=4),
+    )
     result = engine.run([ask(0.0, 6, 9, client="ab"[i % 2]) for i in range(8)])
     assert result.num_preemptions > 0
     # "b" comes after "a" has begun to wait, so both start at 0
@@ -105,7 +112,7 @@ def test_vtc_passes_over_a_request_that_cannot_start_and_offers_the_next_client(
         assert [r.tags.client for r in order.order(engine.view)] == ["a", "b", "c"]
 
 
-# ---- deficit longest prefix match ----------------------------------------------------------------------------------
+# ---- deficit longest prefix match ------------------------------------------------------------------------
 
 
 def prefix_clients(count: int = 40) -> list:
@@ -115,7 +122,9 @@ def prefix_clients(count: int = 40) -> list:
         for client, times in (("heavy", 3), ("light", 1)):
             for j in range(times):
                 head = [100 + (hash_of(client) + (i + j) % 4) % 1000] * 64
-                asked.append(ask(0.0, [*head, *(rng.randrange(2000, 9000) for _ in range(8))], 8, client=client))
+                asked.append(
+                    ask(0.0, [*head, *(rng.randrange(2000, 9000) for _ in range(8))], 8, client=client)
+                )
     return asked
 
 
@@ -153,7 +162,7 @@ def test_dlpm_refuses_a_quantum_that_never_refills():
         compose(order=("dlpm", {"quantum": 0.0}))
 
 
-# ---- feedback queues -----------------------------------------------------------------------------------------------
+# ---- feedback queues -------------------------------------------------------------------------------------
 
 MLFQ = {"num_queues": 4, "quantum": 0.034, "ratio": 2.0, "starve_limit": 1e9}
 
@@ -172,7 +181,8 @@ def test_mlfq_demotes_by_attained_service():
 
 def test_mlfq_skips_to_the_level_whose_quantum_covers_the_prefill():
     engine = compose(order=("mlfq", MLFQ), server=Server(overhead=0.01, per_token=0.001))
-    for tokens in (1, 23, 26, 57, 61, 5000):  # prefills of 11, 33, 36, 67, 71 and 5010 ms; quanta of 34, 68, 136 ms
+    # prefills of 11, 33, 36, 67, 71 and 5010 ms; quanta of 34, 68, 136 ms
+    for tokens in (1, 23, 26, 57, 61, 5000):
         engine.add(ask(0.0, tokens, 1))
     engine._ingest(0.0)
     assert [engine.roles["order"].level(r) for r in engine.waiting] == [0, 0, 1, 1, 2, 3]
@@ -215,16 +225,22 @@ def test_mlfq_serves_short_requests_first_without_knowing_lengths():
 def test_mlfq_promotes_who_starves():
     asked = [ask(0.0, 1, 20, "long"), *(ask(0.04 + 0.019 * i, 1, 2, f"s{i}") for i in range(80))]
     place = {
-        limit: finishing(run(asked, order=("mlfq", MLFQ | {"starve_limit": limit}), scheduler="preemptive")).index("long") for limit in (1e9, 0.1)
+        limit: finishing(
+            run(asked, order=("mlfq", MLFQ | {"starve_limit": limit}), scheduler="preemptive")
+        ).index("long")
+        for limit in (1e9, 0.1)
     }
     assert place[0.1] < place[1e9] == 80
 
 
 def test_plas_puts_a_new_program_before_one_that_was_served_for_long():
-    """An agent of many short calls against a single new call: MLFQ over calls would treat every call of the agent as new."""
+    """An agent of many short calls against a single new call: MLFQ over calls would treat every call of the
+    agent as new."""
     order = ("plas", {"num_queues": 4, "quantum": 0.05, "beta": 1e9})
     engine = compose(order=order)
-    asked = [ask(0.01 * i, 1, 2, f"agent{i}", session="agent") for i in range(20)] + [ask(0.201, 1, 2, "other", session="new")]
+    asked = [ask(0.01 * i, 1, 2, f"agent{i}", session="agent") for i in range(20)] + [
+        ask(0.201, 1, 2, "other", session="new")
+    ]
     # The calls take twice as long as the gaps between them: half of them wait when the new program comes.
     assert finishing(engine.run(asked)).index("other") in (10, 11)
     assert finishing(run(asked, order=("mlfq", {"num_queues": 4, "quantum": 0.05})))[-1] == "other"

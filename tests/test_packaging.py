@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def python(*arguments: str, cwd: Path, path: list[Path]) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 def test_a_wheel_is_refused_in_plain_words_and_nothing_is_written(tmp_path: Path) -> None:
@@ -22,7 +24,9 @@ def test_a_wheel_is_refused_in_plain_words_and_nothing_is_written(tmp_path: Path
         (tmp_path / name).write_text((ROOT / name).read_text())
     before = sorted(p.name for p in tmp_path.iterdir())
     done = python("setup.py", "-q", "bdist_wheel", cwd=tmp_path, path=[])
-    assert done.returncode == 1 and "headway builds no wheel" in done.stderr and "pip install -e" in done.stderr
+    assert (
+        done.returncode == 1 and "headway builds no wheel" in done.stderr and "pip install -e" in done.stderr
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -32,7 +36,10 @@ def test_another_package_called_core_is_named(tmp_path: Path, stranger: str) -> 
     file.parent.mkdir(exist_ok=True)
     file.write_text("")
     done = python("-c", "import headway", cwd=tmp_path, path=[tmp_path, ROOT])
-    assert done.returncode == 1 and f"the package `core` that is imported here is {file}, not Headway's" in done.stderr
+    assert (
+        done.returncode == 1
+        and f"the package `core` that is imported here is {file}, not Headway's" in done.stderr
+    )
 
 
 def test_headway_is_imported_from_any_folder(tmp_path: Path) -> None:

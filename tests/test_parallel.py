@@ -1,4 +1,5 @@
-"""A model on several ranks answers what it answers on one, and the scheduler decides the same. gloo on the CPU."""
+"""A model on several ranks answers what it answers on one, and the scheduler decides the same. gloo on the
+CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +9,16 @@ from itertools import product
 
 import pytest
 import torch
-from helpers.torch_engines import CACHES, GREEDY, SCHEDULERS, engine_of, generate, prepared, shared_prompts, variant
+from helpers.torch_engines import (
+    CACHES,
+    GREEDY,
+    SCHEDULERS,
+    engine_of,
+    generate,
+    prepared,
+    shared_prompts,
+    variant,
+)
 from torch.distributed import distributed_c10d
 
 from headway import Arrival, ModelConfig, ParallelConfig, SamplingParams, VirtualClock
@@ -26,7 +36,10 @@ def ranks(request, monkeymodule):
     """The tiny model on the layout's ranks; one group of processes for all tests of a layout."""
     tp, pp = LAYOUTS[request.param]
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
-    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(tp=tp, pp=pp, overlap_tokens=8, timeout=60))
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant("qwen3"))),
+        parallel=ParallelConfig(tp=tp, pp=pp, overlap_tokens=8, timeout=60),
+    )
     yield executor
     executor.close()
 
@@ -57,7 +70,8 @@ def decisions(executor: TorchExecutor, scheduler: str, cache: str, depth: int) -
 
 
 def alone(placeholders: bool) -> TorchExecutor:
-    """The same model on one rank; a pipeline cannot plan a token that is still being sampled, so its peer must not either."""
+    """The same model on one rank; a pipeline cannot plan a token that is still being sampled, so its peer
+    must not either."""
     executor = prepared(variant("qwen3"))
     executor.caps = dataclasses.replace(executor.caps, placeholders=placeholders)
     return executor
@@ -72,7 +86,9 @@ def test_tokens_and_decisions_equal_those_of_one_rank(ranks, scheduler, cache):
 
 def test_sampling_and_logprobs_equal_those_of_one_rank(ranks):
     sampling = [
-        SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=7, max_tokens=6, ignore_eos=True, logprobs=2),
+        SamplingParams(
+            temperature=0.8, top_k=20, top_p=0.9, seed=7, max_tokens=6, ignore_eos=True, logprobs=2
+        ),
         SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True),
         GREEDY,
     ]
@@ -87,13 +103,19 @@ def test_sampling_and_logprobs_equal_those_of_one_rank(ranks):
     assert tokens == expected
     for ours, theirs in zip(logprobs, expected_logprobs, strict=True):
         assert (ours.token, ours.rank, list(ours.best)) == (theirs.token, theirs.rank, list(theirs.best))
-        assert torch.allclose(torch.tensor([ours.logprob, *ours.best.values()]), torch.tensor([theirs.logprob, *theirs.best.values()]), atol=1e-4)
+        assert torch.allclose(
+            torch.tensor([ours.logprob, *ours.best.values()]),
+            torch.tensor([theirs.logprob, *theirs.best.values()]),
+            atol=1e-4,
+        )
 
 
 def test_a_rank_holds_its_part_of_weights_and_cache(ranks):
     parallel, whole = ranks.execution.mesh.parallel, prepared(variant("qwen3")).execution.model
     count = lambda model: sum(p.numel() for p in model.parameters() if p.dim() == 2)  # noqa: E731
-    assert count(ranks.execution.model.model.layers) == count(whole.model.layers) * len(ranks.execution.model.model.layers) // (4 * parallel.tp)
+    assert count(ranks.execution.model.model.layers) == count(whole.model.layers) * len(
+        ranks.execution.model.model.layers
+    ) // (4 * parallel.tp)
     assert ranks.kv_capacity(16) >= prepared(variant("qwen3")).kv_capacity(16) * parallel.tp
 
 

@@ -1,4 +1,5 @@
-"""A rank that dies, raises or hangs ends the run with its number and the cause; nothing that was started is left."""
+"""A rank that dies, raises or hangs ends the run with its number and the cause; nothing that was started is
+left."""
 
 from __future__ import annotations
 
@@ -45,12 +46,17 @@ def faulty_kernels(tmp_path, monkeypatch):
 
 def engine_on(tp: int, pp: int, timeout: float = 30.0, kernels: FaultyKernels | None = None):
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
-    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), kernels, parallel=ParallelConfig(tp=tp, pp=pp, timeout=timeout))
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant("qwen3"))),
+        kernels,
+        parallel=ParallelConfig(tp=tp, pp=pp, timeout=timeout),
+    )
     return engine_of(executor, max_inflight=pp)
 
 
 def failing(engine, on_step_end=None) -> RankError:
-    """The error that ends the run; checks that it came in time, with what was done before, and that every rank is gone."""
+    """The error that ends the run; checks that it came in time, with what was done before, and that every
+    rank is gone."""
     processes = engine.executor.execution.ranks._processes.values()
     if on_step_end is not None:
         engine.calls.callbacks["on_step_end"].append((engine.executor, on_step_end))
@@ -96,13 +102,25 @@ def test_another_run_can_follow_a_failed_one_in_the_same_process():
     assert result.status == "finished"
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------
 
 
 def started(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "run.py", "parallel.tp=2", "tracking=none", "workload.num_requests=64", "workload.output_len=400",
-               f"hydra.run.dir={tmp_path}", "executor.kv_cache_gb=0.1", "engine.max_num_seqs=4", *arguments]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "run.py",
+        "parallel.tp=2",
+        "tracking=none",
+        "workload.num_requests=64",
+        "workload.output_len=400",
+        f"hydra.run.dir={tmp_path}",
+        "executor.kv_cache_gb=0.1",
+        "engine.max_num_seqs=4",
+        *arguments,
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     for line in process.stdout:
         if "requests, " in line:  # the first line of progress: steps are running
             return process
@@ -129,7 +147,8 @@ def ended(process: subprocess.Popen[str], ranks: list[int], tmp_path: Path) -> t
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 @pytest.mark.parametrize(
-    ("victim", "number", "code", "status"), [("rank", signal.SIGKILL, 1, "failed"), ("driver", signal.SIGINT, 130, "interrupted")]
+    ("victim", "number", "code", "status"),
+    [("rank", signal.SIGKILL, 1, "failed"), ("driver", signal.SIGINT, 130, "interrupted")],
 )
 def test_the_command_ends_with_partial_results(tmp_path, victim, number, code, status):
     process = started(tmp_path)
@@ -142,15 +161,19 @@ def test_the_command_ends_with_partial_results(tmp_path, victim, number, code, s
 
 
 DRIVER = (
-    "from headway import ModelConfig, ParallelConfig; from plugins.executors.torch import TorchExecutor; import sys\n"
-    "TorchExecutor(device='cpu').prepare(ModelConfig(), parallel=ParallelConfig(tp=2)); print('ready', flush=True); sys.stdin.read()"
+    "from headway import ModelConfig, ParallelConfig; from plugins.executors.torch import TorchExecutor; "
+    "import sys\n"
+    "TorchExecutor(device='cpu').prepare(ModelConfig(), parallel=ParallelConfig(tp=2)); print('ready', "
+    "flush=True); sys.stdin.read()"
 )
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 @pytest.mark.parametrize("moment", ["has just started its rank", "waits while its rank loads", "is ready"])
 def test_ranks_do_not_outlive_a_killed_driver(moment):
-    process = subprocess.Popen([sys.executable, "-c", DRIVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     if moment == "is ready":
         assert process.stdout.readline() == "ready\n"
     while not (ranks := children(process.pid)):
@@ -163,7 +186,7 @@ def test_ranks_do_not_outlive_a_killed_driver(moment):
     wait_for_the_end_of(ranks)
 
 
-# ---- a rank and its driver, from the first instruction on --------------------------------------------------------------
+# ---- a rank and its driver, from the first instruction on ------------------------------------------------
 
 
 def first_lines(driver: int | None = None) -> tuple[subprocess.Popen[str], Channel]:
@@ -171,10 +194,24 @@ def first_lines(driver: int | None = None) -> tuple[subprocess.Popen[str], Chann
     (ours, theirs), (store, their_store) = socket.socketpair(), socket.socketpair()
     store.close()
     ends = (theirs.fileno(), their_store.fileno())
-    command = [sys.executable, "-m", "plugins.parallel.start", "1", *map(str, ends), str(driver or os.getpid())]
+    command = [
+        sys.executable,
+        "-m",
+        "plugins.parallel.start",
+        "1",
+        *map(str, ends),
+        str(driver or os.getpid()),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with theirs, their_store, launch.signals_blocked():
-        process = subprocess.Popen(command, env=environment, pass_fds=ends, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            pass_fds=ends,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     return process, Channel(ours)
 
 
@@ -193,7 +230,8 @@ def test_a_rank_whose_driver_was_gone_before_its_first_line_ends():
 
 
 def test_a_rank_ends_though_another_process_has_inherited_its_drivers_sockets():
-    process, channel = first_lines(driver=1 if os.getppid() != 1 else 2)  # the sockets stay open, its parent is another
+    # the sockets stay open, its parent is another
+    process, channel = first_lines(driver=1 if os.getppid() != 1 else 2)
     assert process.communicate(timeout=DEADLINE)[0] == ""
     channel.close()
 
@@ -233,13 +271,20 @@ def test_a_rank_that_is_stopped_before_it_has_loaded_is_named_in_time(monkeypatc
 def test_a_rank_that_is_stopped_while_steps_run_is_named():
     engine = engine_on(2, 1, timeout=3.0)
     process = engine.executor.execution.ranks._processes[1]
-    error = str(failing(engine, lambda record: process.send_signal(signal.SIGSTOP) if record.step == 5 else None))
+    error = str(
+        failing(engine, lambda record: process.send_signal(signal.SIGSTOP) if record.step == 5 else None)
+    )
     assert error == "rank 1 hangs: not even a sign of life; gave up after parallel.timeout=3 s"
 
 
-@pytest.mark.parametrize("junk", [b"B\x11\x00\x00\x00", b"A\x02\x00\x00\x00{}", b"\x80\x04\x95K\x00"], ids=["size", "body", "pickle"])
+@pytest.mark.parametrize(
+    "junk",
+    [b"B\x11\x00\x00\x00", b"A\x02\x00\x00\x00{}", b"\x80\x04\x95K\x00"],
+    ids=["size", "body", "pickle"],
+)
 def test_a_rank_that_says_what_cannot_be_understood_is_named(monkeypatch, junk):
-    """A rank has proved who it is, so this is a bug or another version; it must not look like one in the driver."""
+    """A rank has proved who it is, so this is a bug or another version; it must not look like one in the
+    driver."""
     kept: list[socket.socket] = []
 
     def started(ranks, rank, kind):

@@ -1,4 +1,5 @@
-"""What driver and ranks send each other: nothing that names code, and nothing but what was meant to be sent is taken for a message."""
+"""What driver and ranks send each other: nothing that names code, and nothing but what was meant to be sent
+is taken for a message."""
 
 from __future__ import annotations
 
@@ -29,22 +30,53 @@ from plugins.parallel.messages import Answer, Call, Hello, Order, Raised, Refuse
 from plugins.parallel.worker import job_of
 
 SOURCES = sorted((Path(__file__).parent.parent / "plugins" / "parallel").glob("*.py"))
-JOB = Job(TorchConfig(device="cpu"), ModelConfig(), TorchKernels(), EngineConfig(num_blocks=7), 3, ParallelConfig(pp=2, layers=[1, 3]))
+JOB = Job(
+    TorchConfig(device="cpu"),
+    ModelConfig(),
+    TorchKernels(),
+    EngineConfig(num_blocks=7),
+    3,
+    ParallelConfig(pp=2, layers=[1, 3]),
+)
 STEP = StepInput(np.arange(300, dtype=np.int32), True, False, 256, 256, 256, 16, 0, 1, 1025, 0, -1, None)
 EXAMPLES = [
-    Hello(1, "host", "orders", {"seed": "0"}), order_of(JOB), order_of(replace(JOB, kernels=None)), Call("switch", ["whole", "library"]),
-    Call("start", [1, 2, 3]), Answer(None), Answer(12), Answer([0.5, 1.0]), Raised("raised it", True), Refused("another seed"),
-]  # fmt: skip
+    Hello(1, "host", "orders", {"seed": "0"}),
+    order_of(JOB),
+    order_of(replace(JOB, kernels=None)),
+    Call("switch", ["whole", "library"]),
+    Call("start", [1, 2, 3]),
+    Answer(None),
+    Answer(12),
+    Answer([0.5, 1.0]),
+    Raised("raised it", True),
+    Refused("another seed"),
+]
 #: What reads each kind of body. All of them must refuse what is malformed in the same way.
 READERS = {type(m).__name__: partial(messages.unpack, type(m)) for m in EXAMPLES} | {
-    "step": messages.unpack_step, "result": messages.unpack_result, "beat": messages.unpack_beat, "parts": messages.unpack_parts,
-}  # fmt: skip
+    "step": messages.unpack_step,
+    "result": messages.unpack_result,
+    "beat": messages.unpack_beat,
+    "parts": messages.unpack_parts,
+}
 
 
-# ---- no code ---------------------------------------------------------------------------------------------------------
+# ---- no code ---------------------------------------------------------------------------------------------
 
-RUNS_CODE = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing", "runpy", "code"}
-RECEIVING = ("channel.py", "start.py", "store.py", "worker.py")  # where a received name could choose what is called
+RUNS_CODE = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "multiprocessing",
+    "runpy",
+    "code",
+}
+# where a received name could choose what is called
+RECEIVING = ("channel.py", "start.py", "store.py", "worker.py")
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
@@ -57,11 +89,12 @@ def test_nothing_here_turns_bytes_into_code(source):
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             assert name not in ("eval", "exec", "compile", "__import__", "torch.load", "np.load"), name
-            assert "_object" not in name and "import_module" not in name, name  # dist.broadcast_object_list and its like pickle
+            # dist.broadcast_object_list and its like pickle
+            assert "_object" not in name and "import_module" not in name, name
             assert name != "getattr" or source.name not in RECEIVING, ast.unparse(node)
 
 
-# ---- what is sent arrives --------------------------------------------------------------------------------------------
+# ---- what is sent arrives --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
@@ -96,7 +129,7 @@ def test_results_travel_unchanged(count, alternatives):
         assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
 
 
-# ---- what is not a message -------------------------------------------------------------------------------------------
+# ---- what is not a message -------------------------------------------------------------------------------
 
 
 def reads(name: str, body: bytes) -> bool:
@@ -111,13 +144,19 @@ def reads(name: str, body: bytes) -> bool:
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["rank", "method", "args", "value"]) | st.text(max_size=8), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["rank", "method", "args", "value"]) | st.text(max_size=8), inner)
+    ),
     max_leaves=12,
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(name=st.sampled_from(sorted(READERS)), body=st.binary(max_size=200) | PLAIN.map(lambda value: json.dumps(value).encode()))
+@given(
+    name=st.sampled_from(sorted(READERS)),
+    body=st.binary(max_size=200) | PLAIN.map(lambda value: json.dumps(value).encode()),
+)
 def test_any_bytes_are_a_message_or_refused(name, body):
     reads(name, body)
 
@@ -127,7 +166,11 @@ def test_any_bytes_are_a_message_or_refused(name, body):
 def test_a_message_with_another_value_anywhere_is_a_message_or_refused(message, data):
     plain = asdict(message)
     at = plain
-    while isinstance(at[key := data.draw(st.sampled_from(sorted(at)))], dict) and at[key] and data.draw(st.booleans()):
+    while (
+        isinstance(at[key := data.draw(st.sampled_from(sorted(at)))], dict)
+        and at[key]
+        and data.draw(st.booleans())
+    ):
         at = at[key]
     at[key] = data.draw(PLAIN)
     reads(type(message).__name__, json.dumps(plain).encode())
@@ -147,13 +190,25 @@ def test_a_damaged_step_or_result_is_refused_or_has_its_shape(at, cut, byte):
 @pytest.mark.parametrize(
     ("name", "body"),
     [
-        ("Hello", b""), ("Hello", b"{}"), ("Hello", b"\xff\xfe"), ("Hello", b"[" * 100_000), ("Hello", b"9" * 10_000),
-        ("Call", b'{"method": "start"}'), ("Call", b'{"method": "start", "args": [{}]}'),
-        ("Call", b'{"method": "start", "args": [], "more": 1}'), ("Answer", b'{"value": "text"}'), ("Answer", b'{"value": true}'),
-        ("Raised", b'{"reason": 1, "secondary": true}'), ("step", b"x" * 43), ("step", b"x" * 45), ("beat", b"x" * 15),
-        ("result", struct.pack("<Ii", 2**32 - 1, 2**31 - 1)), ("result", struct.pack("<Ii", 0, -2)), ("parts", b"\xff" * 4),
+        ("Hello", b""),
+        ("Hello", b"{}"),
+        ("Hello", b"\xff\xfe"),
+        ("Hello", b"[" * 100_000),
+        ("Hello", b"9" * 10_000),
+        ("Call", b'{"method": "start"}'),
+        ("Call", b'{"method": "start", "args": [{}]}'),
+        ("Call", b'{"method": "start", "args": [], "more": 1}'),
+        ("Answer", b'{"value": "text"}'),
+        ("Answer", b'{"value": true}'),
+        ("Raised", b'{"reason": 1, "secondary": true}'),
+        ("step", b"x" * 43),
+        ("step", b"x" * 45),
+        ("beat", b"x" * 15),
+        ("result", struct.pack("<Ii", 2**32 - 1, 2**31 - 1)),
+        ("result", struct.pack("<Ii", 0, -2)),
+        ("parts", b"\xff" * 4),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_message_is_refused(name, body):
     assert not reads(name, body)
 
@@ -170,7 +225,7 @@ def test_text_of_another_process_can_be_printed():
     assert messages.readable(back.reason).encode()
 
 
-# ---- sizes -----------------------------------------------------------------------------------------------------------
+# ---- sizes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -194,13 +249,15 @@ def test_every_kind_has_a_largest_size():
     assert sorted(kinds) == sorted(LARGEST)
 
 
-# ---- kernels are known by their name ---------------------------------------------------------------------------------
+# ---- kernels are known by their name ---------------------------------------------------------------------
 
 
 def test_kernels_that_are_not_the_registered_ones_are_refused():
     stranger = FaultyKernels()
     stranger.plugin_name = "torch"
-    with pytest.raises(ConfigError, match="kernels=torch is helpers.faulty_kernels.FaultyKernels where the run was composed"):
+    with pytest.raises(
+        ConfigError, match="kernels=torch is helpers.faulty_kernels.FaultyKernels where the run was composed"
+    ):
         job_of(order_of(replace(JOB, kernels=stranger)), load_registry())
     with pytest.raises(ConfigError, match="kernels=faulty: there is no such kernels"):
         job_of(order_of(replace(JOB, kernels=FaultyKernels())), load_registry())
@@ -209,5 +266,7 @@ def test_kernels_that_are_not_the_registered_ones_are_refused():
 def test_kernels_with_parameters_that_are_no_plain_values_are_refused():
     kernels = TorchKernels()
     kernels.attention = object()  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="<object object at .*> cannot be sent to another rank: expected text, numbers"):
+    with pytest.raises(
+        ConfigError, match="<object object at .*> cannot be sent to another rank: expected text, numbers"
+    ):
         messages.pack(order_of(replace(JOB, kernels=kernels)))

@@ -1,4 +1,5 @@
-"""Parallelism without a second process: who holds what, what travels, and what is refused before a rank is started."""
+"""Parallelism without a second process: who holds what, what travels, and what is refused before a rank is
+started."""
 
 from __future__ import annotations
 
@@ -36,14 +37,22 @@ def mesh_of(tp: int, pp: int, rank: int, layers: list[int] | None = None) -> Sim
     """What sharding asks of a Mesh."""
     stage, place = divmod(rank, tp)
     return SimpleNamespace(
-        parallel=ParallelConfig(tp, pp, layers), stage=stage, place=place, is_first=stage == 0, is_last=stage == pp - 1,
-        gathered_linear=lambda product, *args: product(*args), add_norm=lambda norm, *args: norm(*args),
-    )  # fmt: skip
+        parallel=ParallelConfig(tp, pp, layers),
+        stage=stage,
+        place=place,
+        is_first=stage == 0,
+        is_last=stage == pp - 1,
+        gathered_linear=lambda product, *args: product(*args),
+        add_norm=lambda norm, *args: norm(*args),
+    )
 
 
 def loaded(name: str, tp: int, pp: int, rank: int, layers: list[int] | None = None):
     spec = read_model(ModelConfig(name_or_path=str(variant(name))))
-    model = build(spec, compose(TorchKernels(), lookup({"torch": TorchKernels}), "cpu", "float32", spec.shape.head_dim, 16))
+    model = build(
+        spec,
+        compose(TorchKernels(), lookup({"torch": TorchKernels}), "cpu", "float32", spec.shape.head_dim, 16),
+    )
     mesh = mesh_of(tp, pp, rank, layers)
     cut(model, mesh)
     load(model, torch.device("cpu"), shard(model, mesh))
@@ -61,7 +70,10 @@ def pieces(name: str, tp: int, pp: int) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "tp", "pp"), [("qwen3_biases_untied", 2, 1), ("llama_rope_parameters", 4, 2), ("qwen2", 4, 1), ("qwen3", 1, 3)])
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"),
+    [("qwen3_biases_untied", 2, 1), ("llama_rope_parameters", 4, 2), ("qwen2", 4, 1), ("qwen3", 1, 3)],
+)
 def test_the_parts_of_all_ranks_make_up_the_checkpoint(name, tp, pp):
     parts = pieces(name, tp, pp)
     with safe_open(variant(name) / "model.safetensors", framework="pt") as file:
@@ -113,7 +125,9 @@ def test_each_stage_holds_only_what_it_computes():
     assert "model.embed_tokens.weight" in names[0] and "lm_head.weight" not in names[0]
     assert not {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} & names[1]
     assert {"lm_head.weight", "model.norm.weight"} <= names[2] and "model.embed_tokens.weight" not in names[2]
-    assert names[1] >= {"model.layers.1.mlp.down_proj.weight"} and not any(".layers.0." in n for n in names[1])
+    assert names[1] >= {"model.layers.1.mlp.down_proj.weight"} and not any(
+        ".layers.0." in n for n in names[1]
+    )
 
 
 def gated(x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
@@ -133,7 +147,8 @@ class OneStream:
 
 @pytest.mark.parametrize(("tp", "tokens"), [(2, 8), (4, 12), (4, 13), (3, 4)])
 def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, tp, tokens):
-    """Threads for ranks, on a CPU: what a GPU's peers read and write, and that one barrier a product is enough."""
+    """Threads for ranks, on a CPU: what a GPU's peers read and write, and that one barrier a product is
+    enough."""
     size, inner, rows = 6, 5 * tp, -(-tokens // tp)
     meeting = threading.Barrier(tp, timeout=20)
     memory: dict[int, torch.Tensor] = {}
@@ -144,18 +159,27 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
         return memory[rank], SimpleNamespace(rank=rank, get_buffer=lambda peer, shape, dtype: memory[peer])
 
     monkeypatch.setattr(symmetric, "_mapped", mapped)
-    monkeypatch.setattr(symmetric, "dist", SimpleNamespace(get_world_size=lambda rank: tp, barrier=lambda group: meeting.wait()))
+    monkeypatch.setattr(
+        symmetric,
+        "dist",
+        SimpleNamespace(get_world_size=lambda rank: tp, barrier=lambda group: meeting.wait()),
+    )
     monkeypatch.setattr(torch.cuda, "Stream", OneStream)
     monkeypatch.setattr(torch.cuda, "current_stream", OneStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
     # Each row of `down`'s input comes from two neighbouring rows of `up`.
-    up, down = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2 * inner, size), (size, inner)))
+    up, down = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((2 * inner, size), (size, inner))
+    )
     results: dict[int, torch.Tensor] = {}
 
     def rank(place: int) -> None:
-        products = symmetric.OverlappedProducts(place, rows + 1, size, torch.float64, torch.device("cpu"), barrier=meeting.wait)
+        products = symmetric.OverlappedProducts(
+            place, rows + 1, size, torch.float64, torch.device("cpu"), barrier=meeting.wait
+        )
         columns = slice(place * inner // tp, (place + 1) * inner // tp)
         pairs = slice(2 * columns.start, 2 * columns.stop)
         part = torch.nn.functional.pad(x, (0, 0, 0, tp * rows - tokens))[place * rows : (place + 1) * rows]
@@ -175,7 +199,7 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
     assert torch.allclose(torch.cat([results[place] for place in range(tp)])[:tokens], expected, atol=1e-9)
 
 
-# ---- refused before a rank is started --------------------------------------------------------------------------------
+# ---- refused before a rank is started --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,17 +216,36 @@ def test_ranks_that_write_into_each_others_memory_multiply_as_one(monkeypatch, t
 def test_what_does_not_divide_is_refused(monkeypatch, parallel, message):
     monkeypatch.setattr(launch.Ranks, "_start", lambda *args: pytest.fail("a rank was started"))
     with pytest.raises(ConfigError, match=message):
-        TorchExecutor(device="cpu").prepare(ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(**parallel))
+        TorchExecutor(device="cpu").prepare(
+            ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(**parallel)
+        )
 
 
-@pytest.mark.parametrize("values", [{"tp": 0}, {"pp": -1}, {"timeout": 0.0}, {"port": 70000}, {"overlap_tokens": -1}, {"all_reduce": "fast"}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tp": 0},
+        {"pp": -1},
+        {"timeout": 0.0},
+        {"port": 70000},
+        {"overlap_tokens": -1},
+        {"all_reduce": "fast"},
+    ],
+)
 def test_values_out_of_range_are_refused(values):
     with pytest.raises(ConfigError, match=f"parallel.{next(iter(values))}="):
         ParallelConfig(**values)
 
 
 def job(**parallel) -> Job:
-    return Job(TorchConfig(device="cpu"), ModelConfig(name_or_path=str(variant("qwen3"))), None, EngineConfig(), 0, ParallelConfig(**parallel))
+    return Job(
+        TorchConfig(device="cpu"),
+        ModelConfig(name_or_path=str(variant("qwen3"))),
+        None,
+        EngineConfig(),
+        0,
+        ParallelConfig(**parallel),
+    )
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
@@ -218,19 +261,26 @@ def test_one_gpu_for_several_ranks_is_refused():
 
 
 def test_a_wrong_number_of_processes_under_torchrun_is_refused(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="torchrun started 3 processes"):
         launch.check(job(tp=2))
 
 
-# ---- the simulator ---------------------------------------------------------------------------------------------------
+# ---- the simulator ---------------------------------------------------------------------------------------
 
 
 def test_a_rank_without_memory_for_graphs_ends_the_run_and_names_the_flag():
     """Others have theirs, and would wait for sums of padded steps that never come."""
     rank = SimpleNamespace(mesh=SimpleNamespace(rank=1))
-    with pytest.raises(ConfigError, match="rank 1: no memory is left to capture CUDA graphs.*kernels.cuda_graphs=false"):
+    with pytest.raises(
+        ConfigError, match="rank 1: no memory is left to capture CUDA graphs.*kernels.cuda_graphs=false"
+    ):
         RankExecution._go_without_graphs(rank)
 
 
@@ -238,13 +288,19 @@ def test_the_simulator_charges_a_rank_its_share_and_the_link():
     shape = ModelShape("Qwen3ForCausalLM", 5120, 64, 64, 8, 128, 25600, 151936, False, 40960)
     one, four = Roofline(shape, Hardware(), 1), Roofline(shape, Hardware(), 4)
     decode = [1024] * 64, [1] * 64
-    reduces = 2 * shape.num_hidden_layers * (Hardware().link_latency + 64 * 2 * 3 / 4 * shape.hidden_size * 2 / (450e9 * 0.8))
+    reduces = (
+        2
+        * shape.num_hidden_layers
+        * (Hardware().link_latency + 64 * 2 * 3 / 4 * shape.hidden_size * 2 / (450e9 * 0.8))
+    )
     overhead = Hardware().step_overhead + shape.num_hidden_layers * Hardware().layer_overhead
-    assert four.step_time(*decode) - overhead == pytest.approx((one.step_time(*decode) - overhead) / 4 + reduces)
+    assert four.step_time(*decode) - overhead == pytest.approx(
+        (one.step_time(*decode) - overhead) / 4 + reduces
+    )
     assert four.kv_capacity(16, 0.9, 1.0) > 4 * one.kv_capacity(16, 0.9, 1.0)
 
 
-# ---- torchrun --------------------------------------------------------------------------------------------------------
+# ---- torchrun --------------------------------------------------------------------------------------------
 
 
 def test_two_agents_of_torchrun_on_one_machine_run_one_model(tmp_path):
@@ -252,10 +308,27 @@ def test_two_agents_of_torchrun_on_one_machine_run_one_model(tmp_path):
         port = free.getsockname()[1]
     agents = []
     for node in range(2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=headway",
-                   f"--rdzv-endpoint=127.0.0.1:{port}", "run.py", "parallel.tp=2", "tracking=none", "executor.device=cpu", "executor.kv_cache_gb=0.1",
-                   "workload.num_requests=3", "workload.output_len=8", f"hydra.run.dir={tmp_path / str(node)}"]  # fmt: skip
-        agents.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc-per-node=1",
+            "--rdzv-backend=c10d",
+            "--rdzv-id=headway",
+            f"--rdzv-endpoint=127.0.0.1:{port}",
+            "run.py",
+            "parallel.tp=2",
+            "tracking=none",
+            "executor.device=cpu",
+            "executor.kv_cache_gb=0.1",
+            "workload.num_requests=3",
+            "workload.output_len=8",
+            f"hydra.run.dir={tmp_path / str(node)}",
+        ]
+        agents.append(
+            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     printed = [agent.communicate(timeout=150)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], printed
     assert sum("3 of 3 finished" in text for text in printed) == 1  # one rank drives, the other serves

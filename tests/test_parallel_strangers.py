@@ -1,4 +1,5 @@
-"""Connections of somebody who does not know the key, and a store in which somebody writes: at worst the run is refused."""
+"""Connections of somebody who does not know the key, and a store in which somebody writes: at worst the run
+is refused."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def beside(function, *args) -> tuple[threading.Thread, list]:
     return thread, ended
 
 
-# ---- the proof -------------------------------------------------------------------------------------------------------
+# ---- the proof -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ranks_key", "driver", "rank"), [(KEY, None, None), (OTHER, Stranger, Refused)])
@@ -72,7 +73,9 @@ def test_both_ends_prove_that_they_know_the_key(ranks_key, driver, rank):
         admitted = ending(admit, ours, KEY, soon())
         ours.close()
         thread.join()
-    assert [type(e) for e in (admitted, proved[0])] == [type(None) if e is None else e for e in (driver, rank)]
+    assert [type(e) for e in (admitted, proved[0])] == [
+        type(None) if e is None else e for e in (driver, rank)
+    ]
 
 
 def test_a_driver_that_does_not_know_the_key_is_found_out_before_anything_is_sent_to_it():
@@ -130,7 +133,7 @@ def test_nobody_in_between_can_pass_proofs_on():
         assert isinstance(proved[0], Refused)
 
 
-# ---- the door --------------------------------------------------------------------------------------------------------
+# ---- the door --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -202,17 +205,24 @@ def test_a_rank_whose_key_is_another_gives_up_long_before_its_patience(door):
         reach("127.0.0.1", door.port, OTHER, time.monotonic() + 3600)
 
 
-# ---- torchrun's store ------------------------------------------------------------------------------------------------
+# ---- torchrun's store ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def agent(monkeypatch):
     """torchrun's store as its agent holds it, and what it tells rank 0 of two."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
+    )
     told = {
-        "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # fmt: skip
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     for name in (torchrun.KEY, torchrun.KEY_FILE):
@@ -222,7 +232,14 @@ def agent(monkeypatch):
 
 def job(timeout: float = 0.1) -> Job:
     model = ModelConfig(name_or_path=str(variant("qwen3")))
-    return Job(TorchConfig(device="cpu"), model, TorchKernels(), EngineConfig(), 0, ParallelConfig(tp=2, timeout=timeout))
+    return Job(
+        TorchConfig(device="cpu"),
+        model,
+        TorchKernels(),
+        EngineConfig(),
+        0,
+        ParallelConfig(tp=2, timeout=timeout),
+    )
 
 
 class Disagreeing:
@@ -273,7 +290,18 @@ def test_a_rank_is_met_among_strangers_and_the_key_is_nowhere_in_the_store(agent
     assert key.hex().encode() not in agent.get(torchrun.PLACE) and key not in agent.get(torchrun.PLACE)
 
 
-@pytest.mark.parametrize("value", [b"", b"\x80\x04cposix\nsystem\n", b"99999 -", b"80 ../../etc/passwd", b"1 -\n", b"x" * 100_000, b"attacker:1 -"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"\x80\x04cposix\nsystem\n",
+        b"99999 -",
+        b"80 ../../etc/passwd",
+        b"1 -\n",
+        b"x" * 100_000,
+        b"attacker:1 -",
+    ],
+)
 def test_a_rank_refuses_what_rank_0_has_not_written(agent, value):
     agent.set(torchrun.PLACE, value)
     with pytest.raises(RankError, match="rank 1: torchrun's store says .* which rank 0 has not written"):
@@ -291,7 +319,11 @@ def test_a_rank_that_is_sent_to_a_stranger_refuses_him(agent, monkeypatch):
         stranger.sendall(bytes(PROOF))
         thread.join()
         assert stranger.recv(1) == b""
-    assert isinstance(ended[0], RankError) and "rank 1: rank 0 at 127.0.0.1" in str(ended[0]) and "set HEADWAY_KEY" in str(ended[0])
+    assert (
+        isinstance(ended[0], RankError)
+        and "rank 1: rank 0 at 127.0.0.1" in str(ended[0])
+        and "set HEADWAY_KEY" in str(ended[0])
+    )
 
 
 def test_whoever_overwrites_the_store_ends_the_run_with_an_error_that_says_who_is_missing(agent):
@@ -325,7 +357,9 @@ def test_whoever_overwrites_the_store_ends_the_run_with_an_error_that_says_who_i
         ({"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.5", "HEADWAY_KEY": "k" * 16}, "10.0.0.5"),
     ],
 )
-def test_the_driver_can_be_reached_from_another_host_only_with_a_key_and_several_hosts(agent, monkeypatch, environment, expected):
+def test_the_driver_can_be_reached_from_another_host_only_with_a_key_and_several_hosts(
+    agent, monkeypatch, environment, expected
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert torchrun.meeting_point() == expected
@@ -333,10 +367,14 @@ def test_the_driver_can_be_reached_from_another_host_only_with_a_key_and_several
 
 def test_a_rank_without_the_key_says_what_to_set(agent):
     agent.set(torchrun.PLACE, "1 -")
-    with pytest.raises(ConfigError, match=r"rank 0 has a key, rank 1 on .* has none: set HEADWAY_KEY \(or HEADWAY_KEY_FILE"):
+    with pytest.raises(
+        ConfigError, match=r"rank 0 has a key, rank 1 on .* has none: set HEADWAY_KEY \(or HEADWAY_KEY_FILE"
+    ):
         torchrun.join(1, {}, 1.0)
     agent.set(torchrun.PLACE, "1 " + "a" * 32)
-    with pytest.raises(ConfigError, match="rank 1 on .* finds no key of rank 0 here. Without a key ranks meet on one host"):
+    with pytest.raises(
+        ConfigError, match="rank 1 on .* finds no key of rank 0 here. Without a key ranks meet on one host"
+    ):
         torchrun.join(1, {}, 1.0)
 
 
@@ -388,7 +426,9 @@ def test_gpus_that_map_each_others_memory_meet_at_a_file_that_only_the_user_can_
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.5")
     monkeypatch.setenv(torchrun.KEY, "k" * 32)
-    with pytest.raises(ConfigError, match="all_reduce=symmetric: it runs on one host, this run is on several"):
+    with pytest.raises(
+        ConfigError, match="all_reduce=symmetric: it runs on one host, this run is on several"
+    ):
         launch.Ranks(asked)
 
 
@@ -407,7 +447,7 @@ def test_without_torchruns_agent_the_store_listens_where_the_driver_does(agent, 
     store.set_timeout(timedelta(seconds=1))
 
 
-# ---- what a run on one host listens to -------------------------------------------------------------------------------
+# ---- what a run on one host listens to -------------------------------------------------------------------
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
@@ -432,7 +472,9 @@ def test_ranks_of_one_host_listen_on_loopback_alone_and_strangers_there_do_not_e
         monkeypatch.delenv(name, raising=False)
     before = listening(os.getpid())
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
-    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(tp=2, timeout=30))
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(tp=2, timeout=30)
+    )
     process = executor.execution.ranks._processes[1]
     places = (listening(os.getpid()) - before) | listening(process.pid)
     assert places and {host for host, _ in places} == {"127.0.0.1"}

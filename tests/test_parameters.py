@@ -1,4 +1,5 @@
-"""Numbers that are wrong are refused where they are given, everywhere in one way; others run to finite results."""
+"""Numbers that are wrong are refused where they are given, everywhere in one way; others run to finite
+results."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ class Knobs(Order):
         return view.waiting
 
 
-# ---- one parameter -------------------------------------------------------------------------------
+# ---- one parameter ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,9 @@ def test_a_wrong_value_is_named_with_its_node_and_what_was_expected(given, said)
 
 
 def test_what_is_right_is_taken_and_numpy_s_scalars_become_python_s():
-    knobs = Knobs(share=np.float32(0.25), count=np.int64(9), table={"a": 2}, many=[[4, 5]], open_end=INF, plain=3)
+    knobs = Knobs(
+        share=np.float32(0.25), count=np.int64(9), table={"a": 2}, many=[[4, 5]], open_end=INF, plain=3
+    )
     assert (knobs.share, knobs.count, knobs.table, knobs.many, knobs.open_end) == (
         0.25,
         9,
@@ -90,7 +93,9 @@ def test_what_is_right_is_taken_and_numpy_s_scalars_become_python_s():
         [[4, 5]],
         INF,
     )
-    assert {type(knobs.share), type(knobs.plain), type(knobs.table["a"])} == {float} and type(knobs.count) is int
+    assert {type(knobs.share), type(knobs.plain), type(knobs.table["a"])} == {float} and type(
+        knobs.count
+    ) is int
     assert Knobs(count=None).count is None
 
 
@@ -161,7 +166,11 @@ def test_a_default_outside_of_its_own_range_is_a_broken_plugin():
 
 def test_a_field_says_its_range_in_a_few_words():
     said = {f.name: describe(f) for f in fields(Knobs)}
-    assert said["share"] == ">= 0 and < 1, of the pool" and said["count"] == "1 to 9" and said["kind"] == "near | far"
+    assert (
+        said["share"] == ">= 0 and < 1, of the pool"
+        and said["count"] == "1 to 9"
+        and said["kind"] == "near | far"
+    )
     assert said["plain"] == "" and said["open_end"] == ">= 0, may be infinite"
     assert str(limits_of(Knobs.__dataclass_fields__["share"])) == ">= 0 and < 1, of the pool; kept free"
 
@@ -180,12 +189,14 @@ def test_the_list_of_plugins_shows_ranges():
     command = [sys.executable, "-m", "headway", "plugins", "order"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "wp: float = 1.0 (0 to 1e+06)" in shown
-    listed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    listed = json.loads(
+        subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    )
     vtc = next(p for p in listed["plugins"] if p["name"] == "vtc")
     assert vtc["parameters"][0] == {"name": "wp", "type": "float", "default": 1.0, "range": "0 to 1e+06"}
 
 
-# ---- the core's own nodes ------------------------------------------------------------------------
+# ---- the core's own nodes --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,7 +247,10 @@ def test_a_pool_that_no_memory_holds_is_refused_with_an_estimate():
             "executor.kv_cache_gb=16384.0: a KV cache of that size needs about 16,384.0 GiB",
         ),
         ({"kv_cache_gb": 1e-9}, "executor.kv_cache_gb=1e-09: holds no KV block of 16 tokens"),
-        ({"num_blocks": 60_000_000}, "engine.num_blocks=60000000: a KV cache of so many blocks of 16 tokens needs about"),
+        (
+            {"num_blocks": 60_000_000},
+            "engine.num_blocks=60000000: a KV cache of so many blocks of 16 tokens needs about",
+        ),
         (
             {"max_num_seqs": 2**20, "block_size": 1, "max_model_len": 2**16},
             "engine.max_num_seqs=1048576: block tables of 65536 tokens",
@@ -248,13 +262,24 @@ def test_a_pool_that_no_memory_holds_is_refused_with_an_estimate():
         ),
     ],
 )
-def test_what_the_real_engine_cannot_hold_is_refused_by_the_parameter_that_asks_for_it(options, said, monkeypatch):
+def test_what_the_real_engine_cannot_hold_is_refused_by_the_parameter_that_asks_for_it(
+    options, said, monkeypatch
+):
     monkeypatch.setattr("core.compose.memory.host_memory", lambda: 2**35)  # the same on every machine
     shape = {
-        "load_format": "dummy", "architecture": "Qwen3ForCausalLM", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32, "vocab_size": 2**14, "tie_word_embeddings": True,
-        "max_position_embeddings": 2**16, "dtype": "float32",
-    }  # fmt: skip
+        "load_format": "dummy",
+        "architecture": "Qwen3ForCausalLM",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "vocab_size": 2**14,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2**16,
+        "dtype": "float32",
+    }
     with pytest.raises(ConfigError) as caught:
         LLM("made", **{"device": "cpu", "num_blocks": None, **shape, **options})
     assert said in str(caught.value)
@@ -302,7 +327,7 @@ def test_sampling_parameters_of_numpy_and_of_vllm_are_taken():
     assert SamplingParams(temperature=1e-9) == SamplingParams(temperature=0.0), "greedy, as in vLLM"
 
 
-# ---- the matrix ----------------------------------------------------------------------------------
+# ---- the matrix ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +360,7 @@ def is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-# ---- planted bugs: the matrix finds them ---------------------------------------------------------
+# ---- planted bugs: the matrix finds them -----------------------------------------------------------------
 
 
 def faults(registry: Registry, role: str, name: str) -> dict[Any, str]:
@@ -408,7 +433,9 @@ def test_every_numeric_parameter_of_the_box_declares_its_range():
         if ("int" in str(f.type) or "float" in str(f.type)) and not describe(f)
     ]
     core = [(config.__name__, f) for config in schema.NODES.values() for f in fields(config)]
-    bare += [f"{name}.{f.name}" for name, f in core if f.type.startswith(("int", "float")) and not describe(f)]
+    bare += [
+        f"{name}.{f.name}" for name, f in core if f.type.startswith(("int", "float")) and not describe(f)
+    ]
     assert not bare
 
 

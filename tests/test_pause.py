@@ -1,4 +1,5 @@
-"""Pause: a request leaves the batch with its KV, waits, and goes on; memory pressure takes paused blocks first."""
+"""Pause: a request leaves the batch with its KV, waits, and goes on; memory pressure takes paused blocks
+first."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def test_a_paused_request_goes_on_where_it_was(cache: str, depth: int) -> None:
 
 
 def test_a_half_computed_prompt_is_paused_and_goes_on_with_its_rest() -> None:
-    """In chunks of three, six of eleven tokens are computed before the pause: the second block is half full."""
+    """In chunks of three, six of eleven tokens are computed before the pause: the second block is half
+    full."""
     planned = []
 
     def script(step, view):
@@ -83,7 +85,10 @@ def test_a_policy_sees_who_is_paused_and_what_they_hold() -> None:
     [
         (lambda step, runs, waits: step.pause(waits), "only running requests can be preempted or paused"),
         (lambda step, runs, waits: (step.add(runs), step.pause(runs)), "already in this step"),
-        (lambda step, runs, waits: (step.pause(runs), step.add(runs)), "planned after this policy preempted it"),
+        (
+            lambda step, runs, waits: (step.pause(runs), step.add(runs)),
+            "planned after this policy preempted it",
+        ),
     ],
     ids=["a waiting one", "a planned one", "plan it in the same step"],
 )
@@ -98,7 +103,7 @@ def test_misuse_is_refused(act, says: str) -> None:
         engine(script).run([ask(4, 9), ask(4, 9)])
 
 
-# ---- memory pressure -------------------------------------------------------------------------------------------
+# ---- memory pressure -------------------------------------------------------------------------------------
 
 
 def test_who_runs_takes_paused_blocks_before_it_preempts_anybody() -> None:
@@ -154,7 +159,9 @@ def test_the_victim_role_says_whose_paused_blocks_go_first() -> None:
     preempted = {}
     for victim in (Newest(), OldestPaused()):
         roles = {"cache": NoCache(), "victim": victim}
-        result = engine(script, roles=roles, num_blocks=4).run([ask(4, 2, id=id) for id in "ab"] + [ask(4, 6, id="c")])
+        result = engine(script, roles=roles, num_blocks=4).run(
+            [ask(4, 2, id=id) for id in "ab"] + [ask(4, 6, id="c")]
+        )
         preempted[type(victim).__name__] = "".join(o.id for o in result.outputs if o.num_preemptions)
     assert preempted == {"Newest": "b", "OldestPaused": "a"}
 
@@ -167,7 +174,9 @@ def test_a_victim_that_names_who_is_not_paused_is_refused() -> None:
             return reversed(view.running)
 
     roles = {"cache": NoCache(), "victim": NamesTheRunning()}
-    with pytest.raises(PolicyError, match=r"victim=wrong.*which is not paused: yield requests of view.paused"):
+    with pytest.raises(
+        PolicyError, match=r"victim=wrong.*which is not paused: yield requests of view.paused"
+    ):
         engine(pausing(1, 6), roles=roles, num_blocks=6).run([ask(7, 3), ask(8, 5), ask(8, 5)])
 
 
@@ -188,13 +197,17 @@ def test_a_block_that_paused_requests_share_counts_once_and_not_for_who_matched_
             everybody(step, view)
 
     head = [1, 2, 3, 4]
-    asked = [ask([*head, 1], 1, id="first"), ask([*head, 0], 9, id="a", time=0.011), ask([*head, 2], 9, id="b", time=0.011)]
+    asked = [
+        ask([*head, 1], 1, id="first"),
+        ask([*head, 0], 9, id="a", time=0.011),
+        ask([*head, 2], 9, id="b", time=0.011),
+    ]
     running = engine(script)
     running.run([*asked, ask([*head, 3], 2, id="third", time=0.02)])
     assert counts == [(3, 1, 2)]
 
 
-# ---- policies --------------------------------------------------------------------------------------------------
+# ---- policies --------------------------------------------------------------------------------------------
 
 
 def waves(seed: int, count: int = 40, **tags) -> list:
@@ -209,7 +222,14 @@ def test_where_memory_suffices_preemption_recomputes_nothing(seed: int) -> None:
     """4,000 blocks, of which at most a few hundred are used: who makes way is never displaced for its KV."""
     config = EngineConfig(block_size=4, num_blocks=4000, max_num_seqs=4)
     recomputed, kept = (
-        run(waves(seed), order="srpt", predictor="oracle", scheduler=("preemptive", {"mode": mode}), engine=config) for mode in ("recompute", "pause")
+        run(
+            waves(seed),
+            order="srpt",
+            predictor="oracle",
+            scheduler=("preemptive", {"mode": mode}),
+            engine=config,
+        )
+        for mode in ("recompute", "pause")
     )
     assert recomputed.num_preemptions > 5 and sum(o.num_recomputed_tokens for o in recomputed.outputs) > 400
     assert kept.kv_peak < 300 and kept.num_pauses > 5
@@ -230,7 +250,9 @@ def test_presets_that_preempt_recompute_nothing_where_memory_suffices(preset: st
 def test_where_memory_is_short_the_paused_compute_again_and_everybody_finishes() -> None:
     config = EngineConfig(block_size=4, num_blocks=60, max_num_seqs=4)
     for victim in ("newest", "pause_first"):
-        result = run(waves(2), order="srpt", predictor="oracle", scheduler="preemptive", victim=victim, engine=config)
+        result = run(
+            waves(2), order="srpt", predictor="oracle", scheduler="preemptive", victim=victim, engine=config
+        )
         assert {o.state for o in result.outputs} == {"finished"}
         assert result.num_pauses > result.num_preemptions > 0
 
@@ -251,7 +273,7 @@ def test_pause_first_takes_whom_the_order_would_serve_last() -> None:
     assert [r.id for r in victim.victims(need, running.view)] == ["d", "c"]
 
 
-# ---- executors, and what checks them ---------------------------------------------------------------------------
+# ---- executors, and what checks them ---------------------------------------------------------------------
 
 
 def test_on_the_real_engine_a_pause_changes_no_token() -> None:
@@ -269,13 +291,27 @@ def test_on_the_real_engine_a_pause_changes_no_token() -> None:
                 "scheduler": Preemptive(token_budget=None, chunk_size=16, admit_on="prompt"),
                 "order": Priority(),
             }
-            config = EngineConfig(block_size=4, num_blocks=256, max_num_seqs=3, max_num_batched_tokens=64, check=True, max_inflight=depth)
+            config = EngineConfig(
+                block_size=4,
+                num_blocks=256,
+                max_num_seqs=3,
+                max_num_batched_tokens=64,
+                check=True,
+                max_inflight=depth,
+            )
             running = Engine(roles, config)
             tags = [Tags(priority=len(prompts) - i) for i in range(len(prompts))]
-            arrivals = [Arrival(0.0, p, torch_engines.GREEDY, id=f"p{i}", tags=tags[i]) for i, p in enumerate(prompts)]
+            arrivals = [
+                Arrival(0.0, p, torch_engines.GREEDY, id=f"p{i}", tags=tags[i]) for i, p in enumerate(prompts)
+            ]
             paused = run_with_late(running, arrivals)
             assert [o.output_token_ids for o in paused.outputs] == alone
-            assert paused.num_pauses > 0 == paused.num_preemptions == sum(o.num_recomputed_tokens for o in paused.outputs)
+            assert (
+                paused.num_pauses
+                > 0
+                == paused.num_preemptions
+                == sum(o.num_recomputed_tokens for o in paused.outputs)
+            )
 
 
 def run_with_late(running, arrivals):

@@ -39,7 +39,9 @@ LENGTHS = {
 @pytest.mark.parametrize("tau", [0.2, 0.5, 0.8])
 def test_a_noisy_predictor_ranks_with_the_kendall_tau_it_is_given(shape, tau):
     rng = Random(0)
-    engine, requests = waiting([ask(0.0, 1, LENGTHS[shape](rng)) for _ in range(600)], ("noisy", {"tau": tau}))
+    engine, requests = waiting(
+        [ask(0.0, 1, LENGTHS[shape](rng)) for _ in range(600)], ("noisy", {"tau": tau})
+    )
     for request in requests[:64]:
         engine.roles.predictor.predict(request)  # it tunes itself on the first lengths
     pairs = [(engine.oracle.output_len(r), engine.roles.predictor.predict(r).mean) for r in requests]
@@ -78,8 +80,15 @@ def test_the_oracle_knows_hidden_lengths_caps_and_the_context():
 
 def test_only_those_who_see_the_truth_are_stamped():
     asked = [ask(0.0, 1, 3)]
-    stamps = {p: run(asked, predictor=p, order="sjf").oracles for p in ("oracle", "noisy", "history", "constant")}
-    assert stamps == {"oracle": ["predictor=oracle"], "noisy": ["predictor=noisy"], "history": [], "constant": []}
+    stamps = {
+        p: run(asked, predictor=p, order="sjf").oracles for p in ("oracle", "noisy", "history", "constant")
+    }
+    assert stamps == {
+        "oracle": ["predictor=oracle"],
+        "noisy": ["predictor=noisy"],
+        "history": [],
+        "constant": [],
+    }
 
 
 def test_constant_is_capped_by_what_a_request_may_generate():
@@ -88,7 +97,7 @@ def test_constant_is_capped_by_what_a_request_may_generate():
     assert [engine.roles.predictor.predict(r).mean for r in requests] == [8, 50]
 
 
-# ---- history -----------------------------------------------------------------------------------------------------------
+# ---- history ---------------------------------------------------------------------------------------------
 
 
 def learned(parameters: dict, lengths: list[tuple[str, int]], **tags):

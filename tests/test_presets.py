@@ -1,4 +1,5 @@
-"""policy=NAME: what each preset chooses keeps the rules of the conformance kit, and stands in docs/policies.md."""
+"""policy=NAME: what each preset chooses keeps the rules of the conformance kit, and stands in
+docs/policies.md."""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def test_a_role_named_beside_a_preset_is_not_the_presets() -> None:
         presets.expanded(["policy=vct"])
 
 
-# ---- docs/policies.md ----------------------------------------------------------------------------------------------
+# ---- docs/policies.md ------------------------------------------------------------------------------------
 
 
 def test_the_page_of_policies_is_what_the_plugins_and_presets_say() -> None:

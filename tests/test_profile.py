@@ -63,7 +63,9 @@ def test_steps_that_something_else_stretched_are_left_out_and_counted():
     disturbed = [(s, n, seconds * (5 if i % 20 == 0 else 1)) for i, (s, n, seconds) in enumerate(clean)]
     terms, error = calibrate.fitted(disturbed, [])
     assert error["disturbed"] >= 20 and error["p90"] < 0.03
-    assert terms.seconds([100] * 50, [1] * 49 + [500]) == pytest.approx(MIXED.seconds([100] * 50, [1] * 49 + [500]), rel=0.03)
+    assert terms.seconds([100] * 50, [1] * 49 + [500]) == pytest.approx(
+        MIXED.seconds([100] * 50, [1] * 49 + [500]), rel=0.03
+    )
 
 
 def test_the_size_of_a_graph_is_what_a_step_pays_for():
@@ -108,7 +110,10 @@ def test_the_simulator_takes_its_step_times_from_a_profile_and_says_so(tmp_path)
     profiles.write(profile(), tmp_path / "p.yaml")
     executor = simulator(tmp_path / "p.yaml")
     assert executor.cost_model.step_time([5, 6], [1, 1]) == DECODE.seconds([5, 6], [1, 1])
-    assert executor.step_time_basis == "profile of a GPU, tp=1 pp=1, off by decode steps 1.0% (P90 2.0%), mixed steps 2.0% (P90 4.0%)"
+    assert (
+        executor.step_time_basis
+        == "profile of a GPU, tp=1 pp=1, off by decode steps 1.0% (P90 2.0%), mixed steps 2.0% (P90 4.0%)"
+    )
 
 
 def test_a_shipped_profile_is_found_by_itself_and_none_means_the_roofline(tmp_path, monkeypatch):
@@ -127,7 +132,10 @@ def test_a_shipped_profile_is_found_by_itself_and_none_means_the_roofline(tmp_pa
     [
         ({"hardware": "a100"}, "it is of hardware a100, the run has h100"),
         ({"tp": 2}, "it is of parallel.tp 2, the run has 1"),
-        ({"shape": asdict(SHAPE) | {"hidden_size": 99}}, "it is of model shape hidden_size=99, the run has hidden_size=64"),
+        (
+            {"shape": asdict(SHAPE) | {"hidden_size": 99}},
+            "it is of model shape hidden_size=99, the run has hidden_size=64",
+        ),
     ],
 )
 def test_a_profile_of_another_run_is_refused_with_what_differs(tmp_path, changed, message):
@@ -154,7 +162,18 @@ def test_what_is_no_profile_is_refused_by_name(tmp_path, damage):
 
 def test_calibration_of_a_machine_whose_times_are_known_finds_them(capsys):
     """executor=sim is the machine here, with the roofline for a clock."""
-    words = ["executor=sim", "executor.profile=none", "model=qwen3_8b", "hardware=h200", "engine.max_num_seqs=16", "engine.num_blocks=4000"]
+    words = [
+        "executor=sim",
+        "executor.profile=none",
+        "model=qwen3_8b",
+        "hardware=h200",
+        "engine.max_num_seqs=16",
+        "engine.num_blocks=4000",
+    ]
     found = calibrate.calibrate(words, repeats=1)
-    assert found.hardware == "h200" and found.error["decode"]["p90"] < 0.005 and found.error["mixed"]["p50"] < 0.02
+    assert (
+        found.hardware == "h200"
+        and found.error["decode"]["p90"] < 0.005
+        and found.error["mixed"]["p50"] < 0.02
+    )
     assert "repeat 1: 16 decode at 64" in capsys.readouterr().err

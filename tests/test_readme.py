@@ -19,12 +19,23 @@ def table() -> dict[str, set[str]]:
 def test_the_plugin_table_lists_exactly_what_is_in_the_tree() -> None:
     registry = load_registry()
     listed = table()
-    assert set(listed) >= {"scheduler", "order", "victim", "cache", "eviction", "executor", "kernels", "workload"}
+    assert set(listed) >= {
+        "scheduler",
+        "order",
+        "victim",
+        "cache",
+        "eviction",
+        "executor",
+        "kernels",
+        "workload",
+    }
     for role, names in listed.items():
         if role == "parallel":
             continue
         in_tree = {name for (r, name), p in registry.plugins.items() if r == role and not p.origin.dist}
-        assert names == in_tree, f"README's row of {role}: missing {in_tree - names}, too many {names - in_tree}"
+        assert names == in_tree, (
+            f"README's row of {role}: missing {in_tree - names}, too many {names - in_tree}"
+        )
 
 
 def test_links_lead_to_files() -> None:

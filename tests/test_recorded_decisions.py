@@ -1,4 +1,5 @@
-"""Decisions stay as they are recorded: a sample. `tests/helpers/recorded_decisions.py` compares the whole set."""
+"""Decisions stay as they are recorded: a sample. `tests/helpers/recorded_decisions.py` compares the whole
+set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A recorded run repeats decision for decision, whatever its clock did; and two executors under the same step times agree."""
+"""A recorded run repeats decision for decision, whatever its clock did; and two executors under the same step
+times agree."""
 
 from __future__ import annotations
 
@@ -67,22 +68,37 @@ def oracle() -> OracleExecutor:
 
 
 def build(executor, max_inflight: int = 1, observers=(), **limits) -> Engine:
-    return Engine(default_roles(executor=executor), EngineConfig(**{**LIMITS, **limits}, max_inflight=max_inflight), seed=3, observers=observers)
+    return Engine(
+        default_roles(executor=executor),
+        EngineConfig(**{**LIMITS, **limits}, max_inflight=max_inflight),
+        seed=3,
+        observers=observers,
+    )
 
 
 class Chatter:
-    """A closed loop: three sessions, each asks again 10 ms after an answer, with the answer in its next prompt."""
+    """A closed loop: three sessions, each asks again 10 ms after an answer, with the answer in its next
+    prompt."""
 
     def __init__(self, turns: int = 3) -> None:
         self.turns = turns
 
     def first(self) -> list[Arrival]:
-        return [Arrival(0.002 * s, [s + 1] * (5 + s), SamplingParams(max_tokens=6), tags=Tags(session=str(s))) for s in range(4)]
+        return [
+            Arrival(0.002 * s, [s + 1] * (5 + s), SamplingParams(max_tokens=6), tags=Tags(session=str(s)))
+            for s in range(4)
+        ]
 
     def follow(self, request, now):
         if request.tags.turn + 1 < self.turns:
             tags = Tags(session=request.tags.session, turn=request.tags.turn + 1)
-            yield Arrival(now + 0.01, [*request.token_ids, 7, 8, 9], SamplingParams(max_tokens=5), tags=tags, output_len=3 + tags.turn)
+            yield Arrival(
+                now + 0.01,
+                [*request.token_ids, 7, 8, 9],
+                SamplingParams(max_tokens=5),
+                tags=tags,
+                output_len=3 + tags.turn,
+            )
 
 
 def open_loop(seed: int = 1, n: int = 20) -> list[Arrival]:
@@ -90,7 +106,11 @@ def open_loop(seed: int = 1, n: int = 20) -> list[Arrival]:
     for _ in range(n):
         t += rng.expovariate(40)
         prompt = [rng.randrange(3) for _ in range(rng.randint(1, 30))]
-        arrivals.append(Arrival(t, prompt, SamplingParams(max_tokens=rng.randint(1, 20)), output_len=rng.choice([None, 4])))
+        arrivals.append(
+            Arrival(
+                t, prompt, SamplingParams(max_tokens=rng.randint(1, 20)), output_len=rng.choice([None, 4])
+            )
+        )
     return arrivals
 
 
@@ -123,7 +143,9 @@ def test_a_closed_loop_replays_too(tmp_path, max_inflight):
     again = replay(tmp_path, max_inflight, Chatter().first(), Chatter().follow)
     assert len(original.outputs) == 12
     assert again.decision_hash == original.decision_hash
-    assert [(o.id, o.arrival_time, o.finish_time) for o in again.outputs] == [(o.id, o.arrival_time, o.finish_time) for o in original.outputs]
+    assert [(o.id, o.arrival_time, o.finish_time) for o in again.outputs] == [
+        (o.id, o.arrival_time, o.finish_time) for o in original.outputs
+    ]
 
 
 def test_two_wall_clock_runs_differ_so_that_the_replay_says_something(tmp_path):
@@ -144,7 +166,14 @@ def test_a_run_that_differs_from_the_record_is_refused_at_the_step_where_it_show
 def test_a_run_that_waits_for_a_later_arrival_than_the_record_ends_instead_of_hanging(tmp_path):
     run_recorded(tmp_path, 1, [Arrival(0.0, [1, 2], SamplingParams(max_tokens=2))])
     with pytest.raises(ReplayError, match="the record's clock ends"):
-        replay(tmp_path, 1, [Arrival(0.0, [1, 2], SamplingParams(max_tokens=2)), Arrival(99.0, [1], SamplingParams(max_tokens=2))])
+        replay(
+            tmp_path,
+            1,
+            [
+                Arrival(0.0, [1, 2], SamplingParams(max_tokens=2)),
+                Arrival(99.0, [1], SamplingParams(max_tokens=2)),
+            ],
+        )
 
 
 def test_other_limits_than_the_records_are_refused_before_the_first_step(tmp_path):
@@ -174,7 +203,9 @@ def test_two_executors_under_the_same_step_times_take_the_same_decisions(tmp_pat
         results.append(build(RecordedTimes(inner, durations), max_inflight).run(arrivals, follow))
     assert results[0].decision_hash == results[1].decision_hash
     assert results[0].duration == results[1].duration > 0
-    assert [o.output_token_ids for o in results[0].outputs] != [o.output_token_ids for o in results[1].outputs], "tokens may differ, decisions not"
+    assert [o.output_token_ids for o in results[0].outputs] != [
+        o.output_token_ids for o in results[1].outputs
+    ], "tokens may differ, decisions not"
 
 
 def test_the_cost_model_of_a_recorded_simulation_is_there_on_replay(tmp_path):
@@ -186,7 +217,7 @@ def test_the_cost_model_of_a_recorded_simulation_is_there_on_replay(tmp_path):
     assert again.caps == executor.caps
 
 
-# ---- composed runs: everything the record knows is compared before the first step --------------------------
+# ---- composed runs: everything the record knows is compared before the first step ------------------------
 
 
 COMPOSITION: dict[str, tuple[str, dict]] = {
@@ -216,7 +247,9 @@ def pipelined(tmp_path_factory):
 
 def test_a_pipeline_replays_to_its_own_hash(pipelined, tmp_path, capsys):
     directory, original = pipelined
-    again = composed(("replay", {"path": str(directory)}), directory=tmp_path, parallel=ParallelConfig(pp=2)).execute()
+    again = composed(
+        ("replay", {"path": str(directory)}), directory=tmp_path, parallel=ParallelConfig(pp=2)
+    ).execute()
     assert again.decision_hash == original.decision_hash
     assert [o.token_times for o in again.outputs] == [o.token_times for o in original.outputs]
     said = capsys.readouterr().out
@@ -232,18 +265,33 @@ OTHERWISE = {
     "a seed": ({"seed": 4}, "seed=4, recorded with 3"),
     "an order": ({"choices": {"order": ("vtc", {})}}, 'order="vtc", recorded with "fcfs"\n[^ ]'),
     "a cache": ({"choices": {"cache": ("none", {})}}, 'cache="none", recorded with "hash"'),
-    "a parameter": ({"choices": {"scheduler": ("chunked", {"token_budget": 8})}}, "scheduler.token_budget=8, recorded with 16"),
-    "a further role": ({"choices": {"admission": ("always", {})}}, 'admission="always", recorded with absent'),
+    "a parameter": (
+        {"choices": {"scheduler": ("chunked", {"token_budget": 8})}},
+        "scheduler.token_budget=8, recorded with 16",
+    ),
+    "a further role": (
+        {"choices": {"admission": ("always", {})}},
+        'admission="always", recorded with absent',
+    ),
     "fewer requests": ({"choices": workload(num_requests=11)}, "workload.num_requests=11, recorded with 12"),
     "more requests": ({"choices": workload(num_requests=13)}, "workload.num_requests=13, recorded with 12"),
     "fewer blocks": ({"engine": EngineConfig(4, 63, 4, 16)}, "engine.num_blocks=63, recorded with 64"),
     "larger blocks": ({"engine": EngineConfig(8, 64, 4, 16)}, "engine.block_size=8, recorded with 4"),
-    "more in flight": ({"engine": EngineConfig(4, 64, 4, 16, max_inflight=4)}, "engine.max_inflight=4, recorded with 2"),
-    "a shorter context": ({"engine": EngineConfig(4, 64, 4, 16, max_model_len=99)}, "engine.max_model_len=99, recorded with 256"),
-    "a shape": ({"model": replace(kit.SHAPE, num_hidden_layers=4)}, "model.num_hidden_layers=4, recorded with 2"),
+    "more in flight": (
+        {"engine": EngineConfig(4, 64, 4, 16, max_inflight=4)},
+        "engine.max_inflight=4, recorded with 2",
+    ),
+    "a shorter context": (
+        {"engine": EngineConfig(4, 64, 4, 16, max_model_len=99)},
+        "engine.max_model_len=99, recorded with 256",
+    ),
+    "a shape": (
+        {"model": replace(kit.SHAPE, num_hidden_layers=4)},
+        "model.num_hidden_layers=4, recorded with 2",
+    ),
     "hardware": ({"hardware": Hardware(memory_gb=1.0)}, "hardware.memory_gb=1.0, recorded with 139.8"),
     "targets": ({"slo": SLO(ttft=1.0)}, "slo.ttft=1.0, recorded with null"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("otherwise, named", OTHERWISE.values(), ids=OTHERWISE)
@@ -260,17 +308,28 @@ def test_a_sweep_hears_of_another_run_before_its_first_job(pipelined):
 
 
 def test_what_decides_nothing_may_differ(pipelined):
-    limits = EngineConfig(4, None, 4, 16, check=True)  # the number of blocks is left to the executor, which takes the record's
-    run = composed(("replay", {"path": str(pipelined[0])}), engine=limits, parallel=ParallelConfig(pp=2, timeout=99))
+    # the number of blocks is left to the executor, which takes the record's
+    limits = EngineConfig(4, None, 4, 16, check=True)
+    run = composed(
+        ("replay", {"path": str(pipelined[0])}), engine=limits, parallel=ParallelConfig(pp=2, timeout=99)
+    )
     assert run.execute().decision_hash == pipelined[1].decision_hash
 
 
-def test_another_run_in_a_records_step_times_is_asked_for_by_name_and_says_what_differs(pipelined, tmp_path, capsys):
+def test_another_run_in_a_records_step_times_is_asked_for_by_name_and_says_what_differs(
+    pipelined, tmp_path, capsys
+):
     choices = {"order": ("vtc", {})}
-    run = composed(("replay", {"path": str(pipelined[0]), "inner": "sim"}), directory=tmp_path, choices=choices, seed=9)
+    run = composed(
+        ("replay", {"path": str(pipelined[0]), "inner": "sim"}), directory=tmp_path, choices=choices, seed=9
+    )
     assert len(run.execute().outputs) == 12
     said = capsys.readouterr().out
-    assert "a run of its own, no replay. Differences:" in said and 'order="vtc", recorded with "fcfs"' in said and "seed=9, recorded with 3" in said
+    assert (
+        "a run of its own, no replay. Differences:" in said
+        and 'order="vtc", recorded with "fcfs"' in said
+        and "seed=9, recorded with 3" in said
+    )
 
 
 def test_a_replay_in_the_records_own_directory_does_not_write_over_it(tmp_path):
@@ -288,7 +347,11 @@ def test_a_trace_that_was_edited_since_is_noticed(tmp_path):
     composed(("sim", {}), directory=tmp_path, choices=choices).execute()
     for old, new, problem in (
         ("01,20", "01,21", "the prompt of request r1 is not that of .*: 21 tokens, recorded with 20"),
-        ("00:01", "00:02", "request r1 does not arrive as in .*2.000000 s, recorded at 1.000000 s|clock ends"),
+        (
+            "00:01",
+            "00:02",
+            "request r1 does not arrive as in .*2.000000 s, recorded at 1.000000 s|clock ends",
+        ),
     ):
         trace.write_text(text.replace(old, new))
         with pytest.raises(ReplayError, match=problem):
@@ -326,18 +389,26 @@ def test_a_chat_replays_without_its_model_and_answers_as_it_did(tmp_path):
     again = run.execute()
     assert again.decision_hash == original.decision_hash
     assert [o.output_token_ids for o in again.outputs] == [o.output_token_ids for o in original.outputs]
-    assert [(o.prompt, o.finish_reason) for o in again.outputs] == [(o.prompt, o.finish_reason) for o in original.outputs]
+    assert [(o.prompt, o.finish_reason) for o in again.outputs] == [
+        (o.prompt, o.finish_reason) for o in original.outputs
+    ]
     assert [o.state for o in again.outputs] == ["finished", "rejected", "finished"]
     assert again.outputs[1].finish_reason == "there are no words for it"
     output = original.outputs[0]
-    assert run.engine.executor.tokenizer.answer(output.prompt_token_ids, output) == Letters().answer([], output) != ""
+    assert (
+        run.engine.executor.tokenizer.answer(output.prompt_token_ids, output)
+        == Letters().answer([], output)
+        != ""
+    )
     with pytest.raises(ReplayError, match="the prompt 'other' is not in"):
         run.engine.executor.tokenizer.encode("other")
 
 
 def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
     def engine(executor, stop_text, observers=()):
-        return Engine(default_roles(executor=executor), EngineConfig(**LIMITS), stop_text=stop_text, observers=observers)
+        return Engine(
+            default_roles(executor=executor), EngineConfig(**LIMITS), stop_text=stop_text, observers=observers
+        )
 
     def stops_at_three(request):
         return TextStop("as it was", "anything") if request.num_output_tokens == 3 else None
@@ -356,7 +427,7 @@ def test_an_answer_that_a_stop_string_ended_ends_there_again(tmp_path):
     assert [end[:3] for end in ends] == [("stop", "anything", "as it was")] * 2
 
 
-# ---- engines built by hand: what they decide is compared, step by step -------------------------------------
+# ---- engines built by hand: what they decide is compared, step by step -----------------------------------
 
 
 def by_hand(path, arrivals, order=None, seed=3):
@@ -375,7 +446,9 @@ def test_the_first_other_decision_is_named_by_its_step_and_by_what_it_is(tmp_pat
             return reversed(view.waiting)
 
     with pytest.raises(
-        ReplayError, match=r"step 0 is not that of .*as many planned requests as in the record \(2\), but others. Planned here: r3\[0:23\]"
+        ReplayError,
+        match=r"step 0 is not that of .*as many planned requests as in the record \(2\), but others. "
+        r"Planned here: r3\[0:23\]",
     ):
         by_hand(tmp_path, arrivals, LastCome()).run(arrivals)
 
@@ -398,7 +471,9 @@ def test_a_request_that_is_not_the_recorded_one_is_named(tmp_path, changed, prob
 def test_a_request_that_arrives_at_another_time_is_named(tmp_path):
     arrivals = [Arrival(0.25 * i, [i] * 20, SamplingParams(max_tokens=3)) for i in range(2)]
     run_recorded(tmp_path, 1, arrivals)
-    with pytest.raises(ReplayError, match="request r1 does not arrive as in .*0.125000 s, recorded at 0.250000 s|clock ends"):
+    with pytest.raises(
+        ReplayError, match="request r1 does not arrive as in .*0.125000 s, recorded at 0.250000 s|clock ends"
+    ):
         by_hand(tmp_path, arrivals).run([arrivals[0], replace(arrivals[1], time=0.125)])
 
 
@@ -425,7 +500,7 @@ def test_an_engine_of_another_seed_is_refused(tmp_path):
         by_hand(tmp_path, [], seed=4)
 
 
-# ---- records that are none ---------------------------------------------------------------------------------
+# ---- records that are none -------------------------------------------------------------------------------
 
 
 def rewrite(directory, **changes) -> None:
@@ -445,16 +520,31 @@ def rewrite(directory, **changes) -> None:
 DAMAGED = {
     "an older format": ({"meta": lambda meta: {"format": 1}}, "format 1, expected 4: record the run again"),
     "no object": ({"meta": lambda meta: [1]}, "is no record of a run"),
-    "facts left out": ({"meta": lambda meta: {k: v for k, v in meta.items() if k != "facts"}}, "is no record of a run .*'facts'"),
-    "a field that no shape has": ({"meta": lambda meta: meta | {"caps": meta["caps"] | {"more": 1}}}, "is no record of this version"),
+    "facts left out": (
+        {"meta": lambda meta: {k: v for k, v in meta.items() if k != "facts"}},
+        "is no record of a run .*'facts'",
+    ),
+    "a field that no shape has": (
+        {"meta": lambda meta: meta | {"caps": meta["caps"] | {"more": 1}}},
+        "is no record of this version",
+    ),
     "limits left out": ({"meta": lambda meta: meta | {"limits": {"num_blocks": 3}}}, "its limits are"),
-    "a composition of another kind": ({"meta": lambda meta: meta | {"facts": ["a"]}}, "its composition is no table"),
+    "a composition of another kind": (
+        {"meta": lambda meta: meta | {"facts": ["a"]}},
+        "its composition is no table",
+    ),
     "an array left out": ({"plans": None}, "is no record of a run"),
-    "a pickled object": ({"ids": lambda ids: np.array([{}] * len(ids), dtype=object)}, "is no record of a run .*allow_pickle=False"),
+    "a pickled object": (
+        {"ids": lambda ids: np.array([{}] * len(ids), dtype=object)},
+        "is no record of a run .*allow_pickle=False",
+    ),
     "times that are none": ({"start": lambda start: start * np.nan}, "times that are no finite numbers"),
     "plans of another kind": ({"plans": lambda plans: plans[:, :3]}, "its plans have another shape"),
     "a step too few": ({"end": lambda end: end[:-1]}, "is no record of a run"),
-    "offsets past the tokens": ({"offsets": lambda offsets: offsets + 1}, "its tokens and its requests do not match"),
+    "offsets past the tokens": (
+        {"offsets": lambda offsets: offsets + 1},
+        "its tokens and its requests do not match",
+    ),
 }
 
 

@@ -23,7 +23,8 @@ AGENT = list(range(100, 124))  # 6 blocks of 4
 
 
 class Dear(Server):
-    """Steps are short, but a policy believes that a prefilled token takes a second, so that a pin of a few seconds pays in a small pool."""
+    """Steps are short, but a policy believes that a prefilled token takes a second, so that a pin of a few
+    seconds pays in a small pool."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,9 +38,14 @@ def cached_tokens(arrivals: list[Arrival], retention, config: EngineConfig = CON
 
 
 def interrupted_agent(pause: float, tool: str = "search") -> list[Arrival]:
-    """An agent's turn that calls a tool, somebody else whose prompt needs the whole pool less 4 blocks, and the agent's next turn."""
+    """An agent's turn that calls a tool, somebody else whose prompt needs the whole pool less 4 blocks, and
+    the agent's next turn."""
     other = ask(0.2, list(range(300, 330)), 2, "other")  # 8 blocks
-    return [ask(0.0, AGENT, 2, "first", session="a", tool=tool), other, ask(pause, [*AGENT, 1, 7], 2, "second", session="a", turn=1)]
+    return [
+        ask(0.0, AGENT, 2, "first", session="a", tool=tool),
+        other,
+        ask(pause, [*AGENT, 1, 7], 2, "second", session="a", turn=1),
+    ]
 
 
 def test_keep_is_what_happens_without_a_policy() -> None:
@@ -68,7 +74,8 @@ def test_drop_frees_the_pool() -> None:
 
 class TestTimeToLive:
     def test_a_pin_protects_the_blocks_during_the_tool_call(self) -> None:
-        """Two other requests fill the pool one after the other: the second evicts the agent's blocks, or under ttl the first one's."""
+        """Two other requests fill the pool one after the other: the second evicts the agent's blocks, or
+        under ttl the first one's."""
         config = EngineConfig(block_size=4, num_blocks=15, max_num_seqs=1, check=True)
         eight = ask(0.2, list(range(300, 330)), 2, "other")
         nine = ask(0.4, list(range(400, 430)), 2, "another")
@@ -83,7 +90,9 @@ class TestTimeToLive:
         assert cached_tokens([first, other, nine, second], "ttl", config)["second"] == 0
 
     def test_the_pin_ends_with_its_time(self) -> None:
-        engine = compose(retention=("ttl", {"prior": 5.0}), engine=CONFIG, server=Dear(per_token=0.001), **CACHED)
+        engine = compose(
+            retention=("ttl", {"prior": 5.0}), engine=CONFIG, server=Dear(per_token=0.001), **CACHED
+        )
         first, _, second = interrupted_agent(60.0)
         engine.add(first)
         while engine.step():
@@ -95,7 +104,11 @@ class TestTimeToLive:
         assert engine.pool.num_pinned == 0
 
     def test_a_pin_gives_way_when_memory_runs_out(self) -> None:
-        arrivals = [ask(0.0, AGENT, 2, "first", session="a", tool="search"), ask(0.1, list(range(300, 340)), 4, "large")]  # 11 of 12 blocks
+        # 11 of 12 blocks
+        arrivals = [
+            ask(0.0, AGENT, 2, "first", session="a", tool="search"),
+            ask(0.1, list(range(300, 340)), 4, "large"),
+        ]
         assert cached_tokens(arrivals, ("ttl", {"prior": 5.0})) == {"first": 0, "large": 0}
 
     def test_the_time_covers_short_calls_and_gives_up_long_ones(self) -> None:
@@ -111,7 +124,9 @@ class TestTimeToLive:
         durations = [0.5, 2.0, 3.0, 8.0]
         _calls(policy, durations)
         for tokens in (100, 1000, 3000, 9000, 20_000, 100_000):
-            worth = {0.0: 0.0} | {tau: sum(d <= tau for d in durations) / 4 * tokens / 1000 - tau for tau in durations}
+            worth = {0.0: 0.0} | {
+                tau: sum(d <= tau for d in durations) / 4 * tokens / 1000 - tau for tau in durations
+            }
             assert worth[policy.time_to_live(_finished(tokens, 10))] == max(worth.values())
 
     def test_the_price_of_a_pin_is_its_time_whatever_its_size(self) -> None:
@@ -174,7 +189,9 @@ class TestTimeToLive:
         alike.learn(3)
         assert policy.memory.eta == alike.eta == pytest.approx(1.0)
 
-    @pytest.mark.parametrize("bad", [{"prior": 0.0}, {"min_calls": 0}, {"history": 2}, {"prefill_rate": -1.0}])
+    @pytest.mark.parametrize(
+        "bad", [{"prior": 0.0}, {"min_calls": 0}, {"history": 2}, {"prefill_rate": -1.0}]
+    )
     def test_senseless_parameters_are_refused(self, bad: dict) -> None:
         with pytest.raises(ConfigError, match=next(iter(bad))):
             _set_up("ttl", **bad)
@@ -187,7 +204,9 @@ class _NoPins:
 
 
 def _set_up(name: str, **parameters):
-    return compose(retention=(name, parameters), cache="hash", engine=EngineConfig(num_blocks=1000), server=_Plain()).roles.retention
+    return compose(
+        retention=(name, parameters), cache="hash", engine=EngineConfig(num_blocks=1000), server=_Plain()
+    ).roles.retention
 
 
 class _Plain(Server):

@@ -1,4 +1,5 @@
-"""Numbers that the core leaves to a role: each has a default there, and a policy's own is used, or refused by the policy's name."""
+"""Numbers that the core leaves to a role: each has a default there, and a policy's own is used, or refused by
+the policy's name."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from plugins.schedulers.victim.newest import Newest
 
 
 class Preempting(Scripted):
-    """Preempts the only request once, when it decodes; `tail`: how many blocks that takes off its end, None: the default."""
+    """Preempts the only request once, when it decodes; `tail`: how many blocks that takes off its end, None:
+    the default."""
 
     def __init__(self, tail: object = None) -> None:
         super().__init__(self.preempts_once)
@@ -42,7 +44,9 @@ def test_a_scheduler_says_how_much_of_its_tail_a_request_drops() -> None:
 
 @pytest.mark.parametrize("tail", [0, -1, 1.5, True, "all"])
 def test_a_tail_that_is_no_number_of_blocks_is_refused(tail: object) -> None:
-    with pytest.raises(PolicyError, match=f"tail_blocks\\(\\) answered {tail!r}: expected a whole number of at least 1") as caught:
+    with pytest.raises(
+        PolicyError, match=f"tail_blocks\\(\\) answered {tail!r}: expected a whole number of at least 1"
+    ) as caught:
         recomputed(tail)
     assert caught.value.plugin == "scheduler=scripted"
 
@@ -53,7 +57,9 @@ def widest(share: object = None) -> int:
     if share is not None:
         scheduler.plan_share = lambda num_requests, num_plans: share
     executor = OracleExecutor(num_blocks=16, placeholders=False)
-    engine(roles={"scheduler": scheduler}, executor=executor, max_inflight=2).run([ask(4, 4, id=f"r{i}") for i in range(4)])
+    engine(roles={"scheduler": scheduler}, executor=executor, max_inflight=2).run(
+        [ask(4, 4, id=f"r{i}") for i in range(4)]
+    )
     return max(seen)
 
 

@@ -25,11 +25,14 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, count=DRAWS)
     filters = (full(top_k, torch.int32), full(top_p, torch.float32), full(min_p, torch.float32))
     if top_k == 0 and top_p == 1 and min_p == 0:
         filters = (None, None, None)
-    return ops.sample(rows, full(temperature, torch.float32), *filters, full(11, torch.int64), torch.arange(count))
+    return ops.sample(
+        rows, full(temperature, torch.float32), *filters, full(11, torch.int64), torch.arange(count)
+    )
 
 
 def assert_follows(tokens, probabilities):
-    """Chi-square at about five standard deviations, over tokens that are expected at least ten times; nothing outside the support."""
+    """Chi-square at about five standard deviations, over tokens that are expected at least ten times; nothing
+    outside the support."""
     counts = torch.bincount(tokens, minlength=len(probabilities)).double()
     assert counts[probabilities == 0].sum() == 0
     want = probabilities.double() * len(tokens)
@@ -76,7 +79,10 @@ def test_filters_act_one_after_the_other():
     count = int((inside.cumsum(0) < 0.8).sum()) + 1
     kept = inside[:count] >= 0.25 * inside[0]
     final = torch.where(kept, inside[:count], 0)
-    assert_follows(draw(LOGITS, temperature=0.8, top_k=8, top_p=0.8, min_p=0.25), torch.zeros(40).index_copy(0, top[:count], final / final.sum()))
+    assert_follows(
+        draw(LOGITS, temperature=0.8, top_k=8, top_p=0.8, min_p=0.25),
+        torch.zeros(40).index_copy(0, top[:count], final / final.sum()),
+    )
 
 
 def test_temperature_zero_is_argmax_also_beside_random_rows():
@@ -92,16 +98,22 @@ def test_noise_is_the_documented_function():
     seeds, positions = torch.tensor([0, 123456789012345, -5, 2**63 - 1]), torch.tensor([0, 7, 99, 40959])
     noise = ops._gumbel(seeds, positions, 300)
     for row, token in product(range(4), range(300)):
-        assert noise[row, token].item() == pytest.approx(gumbel(int(seeds[row]), int(positions[row]), token), abs=1e-5)
+        assert noise[row, token].item() == pytest.approx(
+            gumbel(int(seeds[row]), int(positions[row]), token), abs=1e-5
+        )
 
 
 def assert_no_pattern(noise):
     """Moments, and no correlation along tokens or along rows at any of these distances."""
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.015)
     assert noise.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.015)
-    for other in (noise.roll(1, 0), *(noise.roll(distance, 1) for distance in (1, 2, 3, 4, 7, 8, 16, 32, 64, 128, 256))):
+    for other in (
+        noise.roll(1, 0),
+        *(noise.roll(distance, 1) for distance in (1, 2, 3, 4, 7, 8, 16, 32, 64, 128, 256)),
+    ):
         assert abs(torch.corrcoef(torch.stack((noise.flatten(), other.flatten())))[0, 1].item()) < 0.012
-    # pairs of neighbours in 8 x 8 equally likely cells: a row's own pattern shows even where rows cancel each other's
+    # pairs of neighbours in 8 x 8 equally likely cells: a row's own pattern shows even where rows cancel each
+    # other's
     cell = (torch.exp(-torch.exp(-noise.double())) * 8).long().clamp_(max=7)
     pair = cell[:, :-1] * 8 + cell[:, 1:] + torch.arange(len(cell)).unsqueeze(1) * 64
     counts = torch.bincount(pair.flatten(), minlength=64 * len(cell)).double()
@@ -123,14 +135,22 @@ def test_noise_has_no_pattern():
     assert abs(torch.corrcoef(torch.stack((by_position.flatten(), by_seed.flatten())))[0, 1].item()) < 0.012
 
 
-@pytest.mark.parametrize("fold", [lambda x, by: x * by & 0xFFFFFFFF, lambda x, by: x * by >> 32 & 0xFFFFFFFF], ids=["low half", "high half"])
+@pytest.mark.parametrize(
+    "fold",
+    [lambda x, by: x * by & 0xFFFFFFFF, lambda x, by: x * by >> 32 & 0xFFFFFFFF],
+    ids=["low half", "high half"],
+)
 def test_half_a_product_is_a_pattern(monkeypatch, fold):
     monkeypatch.setattr(ops, "_fold32", fold)
     with pytest.raises(AssertionError):
         assert_no_pattern(noises()[0])
 
 
-@pytest.mark.parametrize("wrong", [lambda noise: noise * 1.05, lambda noise: noise.clamp(max=4.0), torch.randn_like], ids=["scale", "tail", "normal"])
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda noise: noise * 1.05, lambda noise: noise.clamp(max=4.0), torch.randn_like],
+    ids=["scale", "tail", "normal"],
+)
 def test_another_noise_is_another_distribution(monkeypatch, wrong):
     right = ops._gumbel
     monkeypatch.setattr(ops, "_gumbel", lambda *given: wrong(right(*given)))
@@ -144,13 +164,23 @@ def test_every_finite_logit_can_win_and_no_other(monkeypatch, bits):
     logits = torch.full((1, 50), float("-inf"))
     logits[0, 31] = -1e30
     assert ops._gumbel(torch.zeros(1).long(), torch.zeros(1).long(), 50).isfinite().all()
-    assert ops.sample(logits, torch.ones(1), None, None, None, torch.zeros(1).long(), torch.zeros(1).long()).item() == 31
+    assert (
+        ops.sample(
+            logits, torch.ones(1), None, None, None, torch.zeros(1).long(), torch.zeros(1).long()
+        ).item()
+        == 31
+    )
 
 
 def test_rows_do_not_depend_on_their_neighbours():
     logits = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
     temperature, top_k = torch.linspace(0.5, 2, 8), torch.arange(8, dtype=torch.int32)
-    top_p, min_p, seeds, positions = torch.linspace(0.3, 1, 8), torch.linspace(0, 0.2, 8), torch.arange(8) * 77, torch.arange(8) * 3
+    top_p, min_p, seeds, positions = (
+        torch.linspace(0.3, 1, 8),
+        torch.linspace(0, 0.2, 8),
+        torch.arange(8) * 77,
+        torch.arange(8) * 3,
+    )
     together = ops.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
     order = torch.tensor([5, 2, 7])
     alone = ops.sample(*(t[order] for t in (logits, temperature, top_k, top_p, min_p, seeds, positions)))
@@ -167,7 +197,11 @@ SAMPLINGS = [
 def test_policy_batch_and_overlap_do_not_change_a_sampled_token(sampling):
     executor = prepared(variant("qwen3"))
     alone = [generate_one(executor, f"p{i}", prompt, sampling) for i, prompt in enumerate(PROMPTS)]
-    for scheduler, cache, chunk, max_inflight in (("chunked", "hash", 7, 2), ("fcfs", "none", 64, 1), ("pd_split", "radix", 7, 2)):
+    for scheduler, cache, chunk, max_inflight in (
+        ("chunked", "hash", 7, 2),
+        ("fcfs", "none", 64, 1),
+        ("pd_split", "radix", 7, 2),
+    ):
         engine = engine_of(executor, scheduler, cache, chunk=chunk, num_blocks=20, max_inflight=max_inflight)
         assert generate(engine, PROMPTS, sampling) == alone
         assert engine.roster.num_preemptions > 0
@@ -187,21 +221,30 @@ def test_the_seed_and_the_request_change_what_is_sampled():
 
 
 def test_a_request_with_its_own_seed_repeats_itself_anywhere():
-    executor, sampling = prepared(variant("qwen3")), SamplingParams(temperature=1.0, seed=5, max_tokens=8, ignore_eos=True)
-    assert generate_one(executor, "a", PROMPTS[0], sampling) == generate_one(executor, "b", PROMPTS[0], sampling, seed=9)
+    executor, sampling = (
+        prepared(variant("qwen3")),
+        SamplingParams(temperature=1.0, seed=5, max_tokens=8, ignore_eos=True),
+    )
+    assert generate_one(executor, "a", PROMPTS[0], sampling) == generate_one(
+        executor, "b", PROMPTS[0], sampling, seed=9
+    )
 
 
 def test_seeds_are_the_same_in_every_process():
     from headway import Request
 
-    request = Request(Arrival(0.0, [1], SamplingParams(), id="r7"), 0, max_model_len=8, eos_token_ids=frozenset())
+    request = Request(
+        Arrival(0.0, [1], SamplingParams(), id="r7"), 0, max_model_len=8, eos_token_ids=frozenset()
+    )
     assert request_seed(request, 3) == -3184837468248220251
 
 
 def test_greedy_and_random_requests_in_one_batch():
     executor = prepared(variant("qwen3"))
     mixed = [SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), SAMPLINGS[0], SAMPLINGS[1]] * 2
-    together = engine_of(executor).run([Arrival(0.0, p, s, id=f"p{i}") for i, (p, s) in enumerate(zip(PROMPTS, mixed, strict=False))])
+    together = engine_of(executor).run(
+        [Arrival(0.0, p, s, id=f"p{i}") for i, (p, s) in enumerate(zip(PROMPTS, mixed, strict=False))]
+    )
     for i, output in enumerate(together.outputs):
         assert output.output_token_ids == generate_one(executor, f"p{i}", PROMPTS[i], mixed[i])
 
@@ -209,7 +252,10 @@ def test_greedy_and_random_requests_in_one_batch():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logprobs_are_those_of_transformers_before_temperature(temperature):
     directory = variant("qwen3")
-    asked = [SamplingParams(temperature=temperature, logprobs=n, max_tokens=5, ignore_eos=True) for n in (3, 0, None, 7)]
+    asked = [
+        SamplingParams(temperature=temperature, logprobs=n, max_tokens=5, ignore_eos=True)
+        for n in (3, 0, None, 7)
+    ]
     arrivals = [Arrival(0.0, prompt, sampling) for prompt, sampling in zip(PROMPTS, asked, strict=False)]
     result = engine_of(prepared(directory), chunk=7, max_inflight=2).run(arrivals)
     for arrival, output in zip(arrivals, result.outputs, strict=True):

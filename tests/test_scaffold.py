@@ -1,4 +1,5 @@
-"""`python -m headway new` writes packages that work as they are: installed in a fresh environment, one is run, shown and checked."""
+"""`python -m headway new` writes packages that work as they are: installed in a fresh environment, one is
+run, shown and checked."""
 
 from __future__ import annotations
 
@@ -34,8 +35,22 @@ def packages(tmp_path_factory) -> Path:
 def test_every_package_passes_its_own_test(packages: Path) -> None:
     path = os.pathsep.join([str(ROOT), *(str(packages / f"my_{role}") for role in WRITTEN)])
     tests = [str(packages / f"my_{role}" / "tests" / f"test_my_{role}.py") for role in WRITTEN]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(packages), "-c", os.devnull, *tests]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=packages, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(packages),
+        "-c",
+        os.devnull,
+        *tests,
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, cwd=packages, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -44,19 +59,40 @@ def test_every_policy_passes_the_kit(role: str, packages: Path) -> None:
     name = f"my_{role}"
     subject = Subject((f"{role}={name}",), (str(packages / name / f"headway_{name}.py"),))
     subject.refuse_what_cannot_be()
-    for verdict in (*kit.check_runs(subject, range(20)), *kit.check_oracle_boundary(subject, range(5)), *kit.check_starvation(subject, ())):
+    for verdict in (
+        *kit.check_runs(subject, range(20)),
+        *kit.check_oracle_boundary(subject, range(5)),
+        *kit.check_starvation(subject, ()),
+    ):
         assert not verdict.failed, check.explain(verdict)
 
 
 def test_a_package_holds_what_an_author_needs(packages: Path) -> None:
-    files = {str(p.relative_to(packages / "my_order")) for p in (packages / "my_order").rglob("*") if p.is_file() and "__pycache__" not in str(p)}
-    assert files == {".gitignore", "README.md", "headway_my_order.py", "pyproject.toml", "tests/test_my_order.py", "tests/test_my_order_rules.py"}
+    files = {
+        str(p.relative_to(packages / "my_order"))
+        for p in (packages / "my_order").rglob("*")
+        if p.is_file() and "__pycache__" not in str(p)
+    }
+    assert files == {
+        ".gitignore",
+        "README.md",
+        "headway_my_order.py",
+        "pyproject.toml",
+        "tests/test_my_order.py",
+        "tests/test_my_order_rules.py",
+    }
     for file in files:
         assert "$" not in (packages / "my_order" / file).read_text()
 
 
 def test_a_package_says_what_it_is_in_english(packages: Path) -> None:
-    said = {role: (packages / f"my_{role}" / "pyproject.toml").read_text().partition('description = "')[2].partition(" for")[0] for role in WRITTEN}
+    said = {
+        role: (packages / f"my_{role}" / "pyproject.toml")
+        .read_text()
+        .partition('description = "')[2]
+        .partition(" for")[0]
+        for role in WRITTEN
+    }
     assert said["order"] == "An order" and said["scheduler"] == "A scheduler" and said["kernels"] == "Kernels"
     assert not [text for text in said.values() if re.match("A [aeiou]", text)]
 
@@ -89,12 +125,13 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "mypaper").iterdir()] == ["notes.txt"]
 
 
-# ---- a stranger's package, for real --------------------------------------------------------------------------------
+# ---- a stranger's package, for real ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def stranger(tmp_path_factory):
-    """Runs a command in a fresh virtual environment that holds Headway and `order=mypaper`, both installed with pip, without a network.
+    """Runs a command in a fresh virtual environment that holds Headway and `order=mypaper`, both installed
+    with pip, without a network.
 
     What Headway depends on is borrowed from this environment: installing torch again would take minutes.
     """
@@ -103,7 +140,9 @@ def stranger(tmp_path_factory):
     python = place / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
-    (site / "borrowed.pth").write_text("\n".join(dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))) + "\n")
+    (site / "borrowed.pth").write_text(
+        "\n".join(dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))) + "\n"
+    )
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
 
     def run(*arguments: str) -> str:
@@ -112,7 +151,16 @@ def stranger(tmp_path_factory):
         assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "install", "-q"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "--disable-pip-version-check",
+        "install",
+        "-q",
+    ]
     offline = ["--no-index", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, *offline, "-e", str(ROOT)], check=True, env=environment)
     run("-m", "headway", "new", "order", "mypaper")
@@ -130,22 +178,42 @@ def test_a_stranger_s_package_works_with_no_edit_anywhere(stranger, tmp_path: Pa
     assert mine["parameters"] == [patience]
 
     # It runs, and its parameters are in the help.
-    sim = ["executor=sim", "model=qwen3_0_6b", "tracking=none", "workload.num_requests=8", f"hydra.run.dir={tmp_path}"]
+    sim = [
+        "executor=sim",
+        "model=qwen3_0_6b",
+        "tracking=none",
+        "workload.num_requests=8",
+        f"hydra.run.dir={tmp_path}",
+    ]
     assert "order=mypaper" in stranger(str(ROOT / "run.py"), "order=mypaper", "order.patience=3", *sim)
     assert json.loads((tmp_path / "summary.json").read_text())["completed"] == 8
     help = stranger(str(ROOT / "run.py"), "order=mypaper", "--help")
     assert "mypaper" in help and "order.patience=100.0" in help and "0 to 1e+09, tokens a second" in help
 
     # The kit checks it, here as pytest knows it.
-    answer = stranger("-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "core.testing", "--policy", "order=mypaper", "--policy-seeds", "5")
+    answer = stranger(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--pyargs",
+        "core.testing",
+        "--policy",
+        "order=mypaper",
+        "--policy-seeds",
+        "5",
+    )
     assert "6 passed" in answer
 
 
-# ---- docs/writing-a-plugin.md --------------------------------------------------------------------------------------
+# ---- docs/writing-a-plugin.md ----------------------------------------------------------------------------
 
 
 def test_the_page_on_writing_a_plugin_holds_code_that_works(tmp_path: Path, monkeypatch) -> None:
-    plugin, test = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "writing-a-plugin.md").read_text(), re.DOTALL)
+    plugin, test = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "writing-a-plugin.md").read_text(), re.DOTALL
+    )
     file = tmp_path / "headway_myvtc.py"
     file.write_text(plugin)
     monkeypatch.syspath_prepend(tmp_path)

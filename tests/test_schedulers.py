@@ -1,4 +1,5 @@
-"""Schedulers: what a step holds and who starts, as the papers and engines that they are named after have it."""
+"""Schedulers: what a step holds and who starts, as the papers and engines that they are named after have
+it."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def recomputed(result: RunResult) -> int:
 
 SMALL = EngineConfig(block_size=4, num_blocks=24, max_num_seqs=8, max_num_batched_tokens=64, check=True)
 
-# ---- orca --------------------------------------------------------------------------------------------------
+# ---- orca -------------------------------------------------------------------------------------------------
 
 
 def test_orca_mixes_a_prompt_with_the_decodes_and_prefill_first_does_not():
@@ -104,7 +105,7 @@ def test_orca_splits_only_the_first_prompt_of_a_step():
     assert steps[:4] == [{"A": 6}, {"A": 1, "B": 8}, {"A": 1, "B": 1, "C": 8}, {"A": 1, "B": 1, "C": 8}]
 
 
-# ---- sarathi, vllm v1 --------------------------------------------------------------------------------------
+# ---- sarathi, vllm v1 ------------------------------------------------------------------------------------
 
 TIGHT = EngineConfig(block_size=4, num_blocks=16, max_num_seqs=8, max_num_batched_tokens=16, check=True)
 
@@ -160,7 +161,7 @@ def test_running_first_starts_nobody_in_a_step_that_preempts():
     assert all(not r.plan.admitted for r in steps.records if r.plan.preempted)
 
 
-# ---- nano-vllm ---------------------------------------------------------------------------------------------
+# ---- nano-vllm -------------------------------------------------------------------------------------------
 
 
 def test_pd_split_splits_the_first_prompt_of_a_step_only():
@@ -171,11 +172,12 @@ def test_pd_split_splits_the_first_prompt_of_a_step_only():
     assert steps[:3] == [{"A": 10}, {"A": 4}, {"B": 7, "C": 3}]
 
 
-# ---- vllm v0 -----------------------------------------------------------------------------------------------
+# ---- vllm v0 ---------------------------------------------------------------------------------------------
 
 
 def test_the_watermark_is_left_free_by_who_starts_beside_others():
-    """A pool of 20 blocks, 10% of it kept: a prompt of 15 blocks leaves 2 beside A's 3, one of 16 does not."""
+    """A pool of 20 blocks, 10% of it kept: a prompt of 15 blocks leaves 2 beside A's 3, one of 16 does
+    not."""
     config = EngineConfig(block_size=4, num_blocks=20, max_num_seqs=8, max_num_batched_tokens=256, check=True)
 
     def starts_beside(prompt: int, watermark: float) -> bool:
@@ -194,14 +196,20 @@ def test_fcfs_is_the_other_name_of_prefill_first():
     assert len(hashes) == 1
 
 
-# ---- sglang ------------------------------------------------------------------------------------------------
+# ---- sglang ----------------------------------------------------------------------------------------------
 
 
 def test_sglang_fills_a_chunk_with_prompts_and_decodes_when_there_are_none():
     config = EngineConfig(block_size=4, num_blocks=256, max_num_seqs=8, max_num_batched_tokens=64, check=True)
     asked = [ask(0.0, 6, 3, "A"), ask(0.0, 10, 3, "B"), ask(0.005, 12, 2, "C")]
     steps, _ = composed(asked, ("sglang", {"chunk_size": 10}), config)
-    assert steps[:5] == [{"A": 6, "B": 4}, {"B": 6, "C": 4}, {"C": 8}, {"A": 1, "B": 1, "C": 1}, {"A": 1, "B": 1}]
+    assert steps[:5] == [
+        {"A": 6, "B": 4},
+        {"B": 6, "C": 4},
+        {"C": 8},
+        {"A": 1, "B": 1, "C": 1},
+        {"A": 1, "B": 1},
+    ]
 
 
 def test_sglang_retracts_who_has_generated_least():

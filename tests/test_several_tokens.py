@@ -1,4 +1,5 @@
-"""One step may give a request several tokens: every scheduler and cache, the ends of answers, the log, records."""
+"""One step may give a request several tokens: every scheduler and cache, the ends of answers, the log,
+records."""
 
 from __future__ import annotations
 
@@ -26,7 +27,17 @@ class Two(OracleExecutor):
     """Gives a request that samples two tokens where it has room for them, and checks every read of KV."""
 
     def __init__(self, case, most: int = 2) -> None:
-        super().__init__(5, 64, case.num_blocks, 0.01, case.token_seconds, case.eos, 4, case.placeholders, tokens_per_step=most)
+        super().__init__(
+            5,
+            64,
+            case.num_blocks,
+            0.01,
+            case.token_seconds,
+            case.eos,
+            4,
+            case.placeholders,
+            tokens_per_step=most,
+        )
 
 
 def outcome(seed: int, *choices: str, most: int = 2, **changes) -> Outcome:
@@ -44,12 +55,17 @@ def test_every_scheduler_and_cache_takes_two_tokens_per_step(scheduler: str, cac
     for seed in range(6):
         composed = (f"scheduler={scheduler}", "order=priority", f"cache={cache}")
         for depth in (1, 2):
-            assert outcome(seed, *composed, max_inflight=depth).decision_hash == outcome(seed, *composed, max_inflight=depth).decision_hash
+            assert (
+                outcome(seed, *composed, max_inflight=depth).decision_hash
+                == outcome(seed, *composed, max_inflight=depth).decision_hash
+            )
 
 
 def test_both_indexes_decide_alike() -> None:
     for seed in range(10):
-        hashes = {outcome(seed, "scheduler=chunked", f"cache={cache}").decision_hash for cache in ("hash", "radix")}
+        hashes = {
+            outcome(seed, "scheduler=chunked", f"cache={cache}").decision_hash for cache in ("hash", "radix")
+        }
         assert len(hashes) == 1
 
 
@@ -77,17 +93,22 @@ def answered(arrival: Arrival, most: int = 3, **limits) -> tuple:
 
 
 def test_what_lies_behind_an_end_is_dropped() -> None:
-    """An answer ends at its limit, at a stop token, at its emulated length and at the context, also in the middle of a step's tokens."""
+    """An answer ends at its limit, at a stop token, at its emulated length and at the context, also in the
+    middle of a step's tokens."""
     free, given = answered(ask(6, 8, id="x"))
     tokens = free.output_token_ids
     assert [len(new) for new in given] == [3, 3, 2] and free.finish_reason == "length"
     stop = tokens[4]
-    ended, given = answered(Arrival(0.0, ask(6).prompt_token_ids, SamplingParams(max_tokens=8, stop_token_ids=(stop,)), id="x"))
+    ended, given = answered(
+        Arrival(0.0, ask(6).prompt_token_ids, SamplingParams(max_tokens=8, stop_token_ids=(stop,)), id="x")
+    )
     expected = tokens[: tokens.index(stop) + 1]
     assert (ended.output_token_ids, ended.finish_reason, ended.stop_reason) == (expected, "stop", stop)
     assert [token for new in given for token in new] == expected
     hidden, given = answered(replace(ask(6, 8, id="x"), output_len=4))
-    assert (hidden.output_token_ids, hidden.finish_reason) == (tokens[:4], "stop") and [len(new) for new in given] == [3, 1]
+    assert (hidden.output_token_ids, hidden.finish_reason) == (tokens[:4], "stop") and [
+        len(new) for new in given
+    ] == [3, 1]
     short, _ = answered(ask(6, 50, id="x"), max_model_len=11)
     assert (short.output_token_ids, short.finish_reason) == (tokens[:5], "length")
 
@@ -113,20 +134,32 @@ def test_a_request_that_may_be_given_several_is_in_one_plan_at_a_time() -> None:
 
 def test_a_record_of_several_tokens_per_step_is_replayed(tmp_path) -> None:
     arrivals = [ask(6, 7, id="a"), ask(5, 4, id="b")]
-    first = engine(everybody, executor=OracleExecutor(num_blocks=16, tokens_per_step=3), observers=recording(tmp_path)).run(arrivals)
+    first = engine(
+        everybody, executor=OracleExecutor(num_blocks=16, tokens_per_step=3), observers=recording(tmp_path)
+    ).run(arrivals)
     executor = Replay(str(tmp_path))
     executor.prepare()
     again = engine(everybody, executor=executor).run(arrivals)
     assert again.decision_hash == first.decision_hash
-    assert [(o.output_token_ids, o.token_times) for o in again.outputs] == [(o.output_token_ids, o.token_times) for o in first.outputs]
+    assert [(o.output_token_ids, o.token_times) for o in again.outputs] == [
+        (o.output_token_ids, o.token_times) for o in first.outputs
+    ]
 
 
 def test_tokens_read_as_a_list_per_request() -> None:
     lists = [[1], [], [2, 3, 4]]
     tokens = Tokens.of(lists)
-    assert list(tokens) == lists == [tokens[i] for i in range(3)] and tokens[-1] == [2, 3, 4] and tokens[1:] == lists[1:]
+    assert (
+        list(tokens) == lists == [tokens[i] for i in range(3)]
+        and tokens[-1] == [2, 3, 4]
+        and tokens[1:] == lists[1:]
+    )
     assert tokens == lists and len(tokens) == 3 and tokens.first == [1, -1, 2] and tokens.more == {2: [3, 4]}
-    assert tokens != [[1], [], [2, 3]] and Tokens([5, -1]) == [[5], []] and repr(tokens) == "Tokens.of([[1], [], [2, 3, 4]])"
+    assert (
+        tokens != [[1], [], [2, 3]]
+        and Tokens([5, -1]) == [[5], []]
+        and repr(tokens) == "Tokens.of([[1], [], [2, 3, 4]])"
+    )
 
 
 def test_an_oracle_gives_at_least_one() -> None:

@@ -42,7 +42,8 @@ def private_uses(source: str) -> Iterator[str]:
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     ours |= {a.attr for a in attributes if isinstance(a.value, ast.Name) and a.value.id in ("self", "cls")}
     for node in attributes:
-        if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os"):  # os._exit is documented
+        # os._exit is documented
+        if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os"):
             continue
         if _private(node.attr) and node.attr not in ours:
             yield f"{node.lineno}: {ast.unparse(node)}"
@@ -90,13 +91,20 @@ def defaults_by_name(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Dict):
             keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
-            said = {leaf.value for value in node.values for leaf in ast.walk(value) if isinstance(leaf, ast.Constant)}
+            said = {
+                leaf.value
+                for value in node.values
+                for leaf in ast.walk(value)
+                if isinstance(leaf, ast.Constant)
+            }
             if set(PLANNING) <= keys and {default_names()[role] for role in ("victim", "eviction")} <= said:
                 yield f"{node.lineno}: {sorted(keys)}"
 
 
 def found(search, but: str = "") -> list[str]:
-    return [f"{file}:{place}" for file, source in sources().items() if file != but for place in search(source)]
+    return [
+        f"{file}:{place}" for file, source in sources().items() if file != but for place in search(source)
+    ]
 
 
 def test_no_file_of_the_core_uses_a_private_name_of_another() -> None:
@@ -122,13 +130,26 @@ def test_the_core_has_four_rooms() -> None:
 
 
 def test_the_core_imports_nothing_heavy_and_hydra_for_the_command_line_alone() -> None:
-    allowed = [f for f in found(heavy_imports) if f.startswith("cli/") and f.rpartition(" ")[2].partition(".")[0] in COMMAND_LINE]
+    allowed = [
+        f
+        for f in found(heavy_imports)
+        if f.startswith("cli/") and f.rpartition(" ")[2].partition(".")[0] in COMMAND_LINE
+    ]
     assert found(heavy_imports) == allowed and len(allowed) > 10
 
 
 def test_the_default_composition_is_written_once() -> None:
-    files = [p for folder in ("core", "plugins", "experiments", "tests") for p in (CORE.parent / folder).rglob("*.py")]
-    places = [f"{p.name}:{place}" for p in files if p.name not in ALLOWED_CHOICES for place in defaults_by_name(p.read_text())]
+    files = [
+        p
+        for folder in ("core", "plugins", "experiments", "tests")
+        for p in (CORE.parent / folder).rglob("*.py")
+    ]
+    places = [
+        f"{p.name}:{place}"
+        for p in files
+        if p.name not in ALLOWED_CHOICES
+        for place in defaults_by_name(p.read_text())
+    ]
     assert places == []
 
 
@@ -146,8 +167,16 @@ def test_the_engine_has_few_attributes() -> None:
         (private_uses, "engine._left = 1\nself._mine\nother._mine\nos._exit(0)", ["1: engine._left"]),
         (private_uses, "from .step import _ONE, Granted", ["1: _ONE"]),
         (private_uses, "self._pool._free.pop()", ["1: self._pool._free"]),
-        (writes_of_requests, "request.state = 1; request.num_tokens += 1", ["1: request.state", "1: request.num_tokens"]),
-        (writes_of_requests, "request.block_table.extend(x); r.token_ids[0] = 1", ["1: request.block_table.extend", "1: r.token_ids[0]"]),
+        (
+            writes_of_requests,
+            "request.state = 1; request.num_tokens += 1",
+            ["1: request.state", "1: request.num_tokens"],
+        ),
+        (
+            writes_of_requests,
+            "request.block_table.extend(x); r.token_ids[0] = 1",
+            ["1: request.block_table.extend", "1: r.token_ids[0]"],
+        ),
         (writes_of_requests, "x = request.state; request.block_table[0]; block.tags = 1", []),
         (
             defaults_by_name,
@@ -155,7 +184,11 @@ def test_the_engine_has_few_attributes() -> None:
             [f"1: {sorted(PLANNING)}"],
         ),
         (defaults_by_name, str(dict.fromkeys(PLANNING, "mine")), []),
-        (heavy_imports, "import torch.nn\ndef f():\n    from hydra.core import x", ["1: torch.nn", "3: hydra.core"]),
+        (
+            heavy_imports,
+            "import torch.nn\ndef f():\n    from hydra.core import x",
+            ["1: torch.nn", "3: hydra.core"],
+        ),
         (heavy_imports, "from .torch import x; import torchrun", []),
         (long_functions, "def f():\n" + "    x = 1\n" * 60, ["1: f"]),
         (long_functions, "def f():\n" + "    x = 1\n" * 59, []),

@@ -1,4 +1,5 @@
-"""The simulated executor: step times follow the documented roofline, capacity follows from memory, tokens from (seed, id, position)."""
+"""The simulated executor: step times follow the documented roofline, capacity follows from memory, tokens
+from (seed, id, position)."""
 
 from __future__ import annotations
 
@@ -39,13 +40,20 @@ def build(executor: SimExecutor, seed: int = 0, scheduler: Scheduler | None = No
     return Engine(default_roles(**roles), EngineConfig(**config), seed=seed)
 
 
-def prepared(shape: ModelShape = SHAPE, hardware: Hardware | None = None, tp: int = 1, pp: int = 1, eos=frozenset(), **parameters) -> SimExecutor:
+def prepared(
+    shape: ModelShape = SHAPE,
+    hardware: Hardware | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    eos=frozenset(),
+    **parameters,
+) -> SimExecutor:
     executor = SimExecutor(**parameters)
     executor.prepare(shape, hardware or Hardware(), tp, pp, eos)
     return executor
 
 
-# ---- shapes ---------------------------------------------------------------------------------------------------------
+# ---- shapes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,10 +80,20 @@ def test_every_preset_is_a_whole_shape():
 
 def test_a_config_json_gives_the_same_shape_as_the_preset():
     config = {
-        "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960,
-        "torch_dtype": "bfloat16", "rope_theta": 1000000, "rms_norm_eps": 1e-6,
-    }  # fmt: skip
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 40960,
+        "torch_dtype": "bfloat16",
+        "rope_theta": 1000000,
+        "rms_norm_eps": 1e-6,
+    }
     assert ModelShape.from_hf(config) == shape_of("qwen3_8b")
     del config["vocab_size"]
     with pytest.raises(ConfigError, match="lacks vocab_size"):
@@ -88,8 +106,10 @@ def test_a_model_without_a_shape_says_what_is_missing():
 
 
 def test_a_local_checkpoint_brings_its_own_shape(tmp_path):
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 3, '
-                                          '"num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 50}')  # fmt: skip
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 3, '
+        '"num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 50}'
+    )
     shape = ModelConfig(name_or_path=str(tmp_path)).shape()
     assert (shape.num_hidden_layers, shape.head_dim, shape.num_key_value_heads) == (3, 16, 4)
     (tmp_path / "config.json").write_text("{")
@@ -97,7 +117,7 @@ def test_a_local_checkpoint_brings_its_own_shape(tmp_path):
         ModelConfig(name_or_path=str(tmp_path)).shape()
 
 
-# ---- the roofline -----------------------------------------------------------------------------------------------------
+# ---- the roofline ----------------------------------------------------------------------------------------
 
 
 def test_a_decode_step_takes_its_bytes_when_memory_is_the_limit():
@@ -113,14 +133,19 @@ def test_a_prefill_step_takes_its_flops_when_compute_is_the_limit(chunks):
     cost = Roofline(SHAPE, replace(UNIT, memory_bandwidth=1e30))
     expected = 0
     for start, length in chunks:
-        expected += sum(SHAPE.flops_per_token(start + i + 1) - SHAPE.head_flops for i in range(length)) + SHAPE.head_flops
+        expected += (
+            sum(SHAPE.flops_per_token(start + i + 1) - SHAPE.head_flops for i in range(length))
+            + SHAPE.head_flops
+        )
     assert cost.step_time(*map(list, zip(*chunks, strict=True))) == pytest.approx(expected)
 
 
 def test_achieved_fractions_and_overheads_count():
     slow = replace(UNIT, peak_flops=1e30, bandwidth_fraction=0.5, step_overhead=3.0, layer_overhead=10.0)
     full = Roofline(SHAPE, replace(UNIT, peak_flops=1e30)).step_time([4], [1])
-    assert Roofline(SHAPE, slow).step_time([4], [1]) == pytest.approx(2 * full + 3 + 10 * SHAPE.num_hidden_layers)
+    assert Roofline(SHAPE, slow).step_time([4], [1]) == pytest.approx(
+        2 * full + 3 + 10 * SHAPE.num_hidden_layers
+    )
 
 
 def test_attention_hides_nothing_of_the_matrix_products():
@@ -148,16 +173,27 @@ def test_tensor_parallel_splits_the_work_and_pays_two_all_reduces_a_layer():
 
 
 def test_kv_heads_are_replicated_when_there_are_fewer_than_ranks():
-    assert Roofline(SHAPE, UNIT, tp=8).kv_bytes_per_token == Roofline(SHAPE, UNIT, tp=4).kv_bytes_per_token == SHAPE.kv_bytes_per_token / 4
+    assert (
+        Roofline(SHAPE, UNIT, tp=8).kv_bytes_per_token
+        == Roofline(SHAPE, UNIT, tp=4).kv_bytes_per_token
+        == SHAPE.kv_bytes_per_token / 4
+    )
 
 
 def test_a_plan_alone_gains_nothing_from_pipeline_stages_but_plans_in_flight_do():
     free_link = replace(UNIT, link_bandwidth=1e30)
-    assert Roofline(SHAPE, free_link, pp=4).step_time([3], [2]) == pytest.approx(Roofline(SHAPE, free_link).step_time([3], [2]))
+    assert Roofline(SHAPE, free_link, pp=4).step_time([3], [2]) == pytest.approx(
+        Roofline(SHAPE, free_link).step_time([3], [2])
+    )
     shape = shape_of("qwen3_8b")
     durations = {}
     for pp, inflight in ((1, 1), (4, 1), (4, 4)):
-        engine = build(prepared(shape, hardware_of("h200"), pp=pp), max_inflight=inflight, num_blocks=4000, max_num_batched_tokens=512)
+        engine = build(
+            prepared(shape, hardware_of("h200"), pp=pp),
+            max_inflight=inflight,
+            num_blocks=4000,
+            max_num_batched_tokens=512,
+        )
         arrivals = [Arrival(0.0, [i] * 512, SamplingParams(max_tokens=1)) for i in range(40)]
         durations[pp, inflight] = engine.run(arrivals).duration
     assert durations[4, 1] == pytest.approx(durations[1, 1], rel=0.1)
@@ -170,7 +206,7 @@ def test_parallel_sizes_that_do_not_fit_are_refused(tp, pp, match):
         Roofline(SHAPE, UNIT, tp, pp)
 
 
-# ---- capacity -----------------------------------------------------------------------------------------------------------
+# ---- capacity --------------------------------------------------------------------------------------------
 
 
 def test_kv_capacity_is_what_memory_leaves():
@@ -188,11 +224,19 @@ def test_a_model_that_does_not_fit_says_what_to_do_and_fits_on_more_ranks():
     assert prepared(shape, hardware, tp=4).kv_capacity(16) > 1000
 
 
-# ---- the executor in the loop ---------------------------------------------------------------------------------------------
+# ---- the executor in the loop ----------------------------------------------------------------------------
 
 
 def run(executor=None, seed=0, n=6, inflight=1, **arrival):
-    arrivals = [Arrival(0.001 * i, [i] * 20, SamplingParams(max_tokens=arrival.get("max_tokens", 9)), **arrival.get("rest", {})) for i in range(n)]
+    arrivals = [
+        Arrival(
+            0.001 * i,
+            [i] * 20,
+            SamplingParams(max_tokens=arrival.get("max_tokens", 9)),
+            **arrival.get("rest", {}),
+        )
+        for i in range(n)
+    ]
     return build(executor or prepared(), seed, max_inflight=inflight, num_blocks=64).run(arrivals)
 
 
@@ -221,17 +265,29 @@ def test_a_hidden_length_ends_a_request_and_without_one_its_limit_does():
 
 
 def test_stop_strings_are_refused_where_no_tokenizer_can_see_them():
-    asked = [Arrival(0.0, [1, 2], SamplingParams(max_tokens=4, stop=stop), output_len=4) for stop in ((), ".")]
+    asked = [
+        Arrival(0.0, [1, 2], SamplingParams(max_tokens=4, stop=stop), output_len=4) for stop in ((), ".")
+    ]
     finished, rejected = build(prepared()).run(asked).outputs
     assert finished.state == "finished"
-    assert rejected.state == "rejected" and "stop strings need a tokenizer" in rejected.finish_reason and "stop_token_ids" in rejected.finish_reason
+    assert (
+        rejected.state == "rejected"
+        and "stop strings need a tokenizer" in rejected.finish_reason
+        and "stop_token_ids" in rejected.finish_reason
+    )
 
 
 def test_virtual_time_is_the_sum_of_step_times():
     executor = prepared(hardware=hardware_of("a100"))
     result = build(executor, num_blocks=64).run([Arrival(2.0, [1] * 10, SamplingParams(max_tokens=3))])
-    steps = [executor.cost_model.step_time([0], [10]), executor.cost_model.step_time([10], [1]), executor.cost_model.step_time([11], [1])]
-    assert result.outputs[0].token_times == pytest.approx([2 + sum(steps[:1]), 2 + sum(steps[:2]), 2 + sum(steps)])
+    steps = [
+        executor.cost_model.step_time([0], [10]),
+        executor.cost_model.step_time([10], [1]),
+        executor.cost_model.step_time([11], [1]),
+    ]
+    assert result.outputs[0].token_times == pytest.approx(
+        [2 + sum(steps[:1]), 2 + sum(steps[:2]), 2 + sum(steps)]
+    )
     assert result.busy_time == pytest.approx(sum(steps))
 
 
@@ -246,7 +302,10 @@ def test_policy_time_is_charged_where_asked_and_hidden_by_a_plan_in_flight():
     assert seconds(0.001, 2) < seconds(0.0, 2) + 0.001 * 7  # only the first plan's host time shows
 
 
-@pytest.mark.parametrize("parameters", [{"memory_utilization": 0.0}, {"activation_gb": -1}, {"charge_policy_time": -1e-6}, {"max_plans": 0}])
+@pytest.mark.parametrize(
+    "parameters",
+    [{"memory_utilization": 0.0}, {"activation_gb": -1}, {"charge_policy_time": -1e-6}, {"max_plans": 0}],
+)
 def test_parameters_out_of_range_are_named(parameters):
     with pytest.raises(ConfigError, match=f"executor.{next(iter(parameters))}="):
         SimExecutor(**parameters)
@@ -254,8 +313,14 @@ def test_parameters_out_of_range_are_named(parameters):
 
 @pytest.mark.parametrize(("name", "measured"), [("qwen3_0_6b", 4.85), ("qwen3_8b", 13.88)])
 def test_the_public_benchmark_takes_what_it_took_on_a_gpu(name, measured):
-    """Seconds of docs/performance.md. The hardware's fractions come from this model's steps and that one's prompts, not from these runs."""
-    engine = build(prepared(shape_of(name), hardware_of("h200")), scheduler=PrefillFirst(), max_num_batched_tokens=16384, max_model_len=4096)
+    """Seconds of docs/performance.md. The hardware's fractions come from this model's steps and that one's
+    prompts, not from these runs."""
+    engine = build(
+        prepared(shape_of(name), hardware_of("h200")),
+        scheduler=PrefillFirst(),
+        max_num_batched_tokens=16384,
+        max_model_len=4096,
+    )
     result = engine.run(NanoBench().arrivals(0, 151936, 4096))
     assert sum(len(o.output_token_ids) for o in result.outputs) == 133_966
     assert result.duration == pytest.approx(measured, rel=0.08)

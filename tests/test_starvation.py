@@ -36,13 +36,16 @@ def test_what_is_fair_to_every_kind_passes_in_every_scene() -> None:
 
 
 def test_every_scene_that_sets_one_request_apart_has_its_mirror() -> None:
-    pairs = [(scene.odd, scene.others[0]) for scene in starve.SCENES if len(scene.others) == 1 and not scene.before]
+    pairs = [
+        (scene.odd, scene.others[0]) for scene in starve.SCENES if len(scene.others) == 1 and not scene.before
+    ]
     apart = [pair for pair in pairs if pair[0] != pair[1]]
     assert len(apart) == 18 and all((other, odd) in apart for odd, other in apart)
 
 
 def test_a_stream_that_is_refused_comes_to_its_end() -> None:
-    """Who is refused asks again later: asked at once, a limit of two requests for good would be asked without end."""
+    """Who is refused asks again later: asked at once, a limit of two requests for good would be asked without
+    end."""
     found = verdict("admission=rpm", "admission.limit=2", "admission.window=1e9")
     assert (found.verdict, found.runs) == (kit.PASS, len(starve.SCENES))
 

@@ -1,4 +1,5 @@
-"""StepBuilder and View: what a policy may do in a step, what it is told, and what is refused with a message that teaches."""
+"""StepBuilder and View: what a policy may do in a step, what it is told, and what is refused with a message
+that teaches."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def failing(script, arrivals, **options) -> PolicyError:
     return caught.value
 
 
-# ---- add -----------------------------------------------------------------------------------------------------------
+# ---- add -------------------------------------------------------------------------------------------------
 
 
 def test_add_grants_a_whole_prompt_then_one_token_a_step() -> None:
@@ -51,7 +52,10 @@ def test_add_cuts_a_prompt_into_chunks_and_samples_only_at_its_end() -> None:
     def script(step, view):
         for request in (*view.running, *view.waiting):
             step.add(request, 4)
-        chunks.extend((c.start, c.length, c.sample) for c in map(Chunk, step.requests, step.starts, step.lengths, step.samples))
+        chunks.extend(
+            (c.start, c.length, c.sample)
+            for c in map(Chunk, step.requests, step.starts, step.lengths, step.samples)
+        )
 
     engine(script).run([ask(10, 2)])
     assert chunks == [(0, 4, False), (4, 4, False), (8, 2, True), (10, 1, True)]
@@ -132,7 +136,9 @@ def test_add_answers_not_ready_while_the_next_token_is_in_flight() -> None:
         for request in (*view.running, *view.waiting):
             grants.append(step.add(request))
 
-    engine(script, executor=OracleExecutor(num_blocks=16, placeholders=False), max_inflight=2).run([ask(4, 2)])
+    engine(script, executor=OracleExecutor(num_blocks=16, placeholders=False), max_inflight=2).run(
+        [ask(4, 2)]
+    )
     assert grants[:2] == [Granted(4), NotReady("its next token is in flight")]
 
 
@@ -187,7 +193,7 @@ def test_contains_counts_and_fits_describe_the_step_so_far() -> None:
     assert seen == [(False, 0, 0, True), (True, 1, 6, False)]
 
 
-# ---- preempt and reject --------------------------------------------------------------------------------------------
+# ---- preempt and reject ----------------------------------------------------------------------------------
 
 
 def preempting(mode: str):
@@ -208,7 +214,11 @@ def test_a_preempted_request_keeps_its_tokens_and_goes_on(mode: str, recomputed:
     result = running.run([ask(9, 5)])
     (output,) = result.outputs
     assert output.output_token_ids == [running.executor.token("r0", p) for p in range(9, 14)]
-    assert (output.num_preemptions, output.num_recomputed_tokens, output.num_cached_tokens) == (1, recomputed, 0)
+    assert (output.num_preemptions, output.num_recomputed_tokens, output.num_cached_tokens) == (
+        1,
+        recomputed,
+        0,
+    )
     assert running.pool.num_used == 0
 
 
@@ -223,11 +233,23 @@ def test_what_was_published_before_a_preemption_is_found_again_and_is_no_hit() -
     [
         (lambda step, runs, waits: step.preempt(waits), "only running requests can be preempted"),
         (lambda step, runs, waits: (step.add(runs), step.preempt(runs)), "already in this step"),
-        (lambda step, runs, waits: step.reject(runs, "no"), "only requests that never started can be rejected"),
-        (lambda step, runs, waits: (step.preempt(runs), step.add(runs)), "planned after this policy preempted it in the same step"),
+        (
+            lambda step, runs, waits: step.reject(runs, "no"),
+            "only requests that never started can be rejected",
+        ),
+        (
+            lambda step, runs, waits: (step.preempt(runs), step.add(runs)),
+            "planned after this policy preempted it in the same step",
+        ),
         (lambda step, runs, waits: step.preempt(runs, "recmpute"), "Did you mean recompute"),
     ],
-    ids=["preempt a waiting one", "preempt a planned one", "reject a running one", "plan a preempted one", "misspelt mode"],
+    ids=[
+        "preempt a waiting one",
+        "preempt a planned one",
+        "reject a running one",
+        "plan a preempted one",
+        "misspelt mode",
+    ],
 )
 def test_misuse_names_the_request_the_step_and_the_view(act, says: str) -> None:
     def script(step, view):
@@ -238,7 +260,9 @@ def test_misuse_names_the_request_the_step_and_the_view(act, says: str) -> None:
 
     error = failing(script, [ask(4, 9, id="runs"), ask(4, 9, id="waits")])
     assert says in str(error)
-    assert (error.plugin, error.step) == ("scheduler=scripted", 1) and error.request == ("waits" if "only running" in says else "runs")
+    assert (error.plugin, error.step) == ("scheduler=scripted", 1) and error.request == (
+        "waits" if "only running" in says else "runs"
+    )
     assert "view: step=1" in str(error)
 
 
@@ -253,10 +277,14 @@ def test_a_rejected_request_ends_with_its_reason_and_the_others_finish() -> None
             step.add(request)
 
     result = engine(script).run([ask(4, 2), ask(12, 2), ask(4, 2)])
-    assert [(o.state, o.finish_reason) for o in result.outputs] == [("finished", "length"), ("rejected", "too long for me"), ("finished", "length")]
+    assert [(o.state, o.finish_reason) for o in result.outputs] == [
+        ("finished", "length"),
+        ("rejected", "too long for me"),
+        ("finished", "length"),
+    ]
 
 
-# ---- when blocks run out -------------------------------------------------------------------------------------------
+# ---- when blocks run out ---------------------------------------------------------------------------------
 
 
 def test_a_running_request_that_lacks_a_block_preempts_whom_the_victim_names() -> None:
@@ -283,7 +311,12 @@ def test_a_victim_may_name_only_running_requests() -> None:
             return [self.ended]
 
     first = ask([3], 1, id="gone")
-    error = failing(everybody, [first, ask([1, 1, 1, 2], 8), ask([2, 2, 1, 3], 8)], roles={"cache": NoCache(), "victim": Stranger()}, num_blocks=4)
+    error = failing(
+        everybody,
+        [first, ask([1, 1, 1, 2], 8), ask([2, 2, 1, 3], 8)],
+        roles={"cache": NoCache(), "victim": Stranger()},
+        num_blocks=4,
+    )
     assert "victims() named Request(gone, finished" in str(error) and error.plugin == "victim=stranger"
 
 
@@ -294,7 +327,7 @@ def test_a_waiting_request_never_preempts() -> None:
     assert result.outputs[1].first_scheduled_time >= result.outputs[0].finish_time
 
 
-# ---- wake_at, order, budget, admission -----------------------------------------------------------------------------
+# ---- wake_at, order, budget, admission -------------------------------------------------------------------
 
 
 def test_a_policy_that_idles_says_until_when() -> None:
@@ -316,7 +349,9 @@ def test_waking_now_means_the_next_turn() -> None:
         step.wake_at(view.now) if len(turns) < 5 else everybody(step, view)
 
     result = engine(script).run([ask(4, 1)])
-    assert turns[:5] == sorted(set(turns[:5])), "time moves, or a policy that waits for it would wait for ever"
+    assert turns[:5] == sorted(set(turns[:5])), (
+        "time moves, or a policy that waits for it would wait for ever"
+    )
     assert result.outputs[0].first_scheduled_time < 1e-6
 
 
@@ -399,8 +434,13 @@ def test_admission_defers_until_a_time() -> None:
 
 def test_admission_refuses_at_arrival_with_its_reason() -> None:
     door = Doorman(lambda request, view: Reject("full") if request.tags.client == "b" else Admit())
-    result = engine(roles={"admission": door}).run([ask(4, 1, tags=Tags(client="a")), ask(4, 1, tags=Tags(client="b"))])
-    assert [(o.state, o.finish_reason) for o in result.outputs] == [("finished", "length"), ("rejected", "full")]
+    result = engine(roles={"admission": door}).run(
+        [ask(4, 1, tags=Tags(client="a")), ask(4, 1, tags=Tags(client="b"))]
+    )
+    assert [(o.state, o.finish_reason) for o in result.outputs] == [
+        ("finished", "length"),
+        ("rejected", "full"),
+    ]
 
 
 def test_admission_refuses_when_a_scheduler_tries_to_start_it() -> None:
@@ -414,10 +454,13 @@ def test_admission_answers_one_of_three_things() -> None:
         return True if view.step == 0 and request.state is RequestState.WAITING else Admit()
 
     error = failing(everybody, [ask(4, 1)], roles={"admission": Doorman(answer)})
-    assert "admit() answered True: expected Admit, Defer or Reject" in str(error) and error.plugin == "admission=doorman"
+    assert (
+        "admit() answered True: expected Admit, Defer or Reject" in str(error)
+        and error.plugin == "admission=doorman"
+    )
 
 
-# ---- View ----------------------------------------------------------------------------------------------------------
+# ---- View ------------------------------------------------------------------------------------------------
 
 
 def test_lists_of_the_view_are_in_order_of_arrival_and_do_not_change_under_a_policy() -> None:
@@ -495,7 +538,12 @@ class Picky(Admission):
 
 def test_a_refusal_at_arrival_is_a_decision_like_any_other() -> None:
     asked = [ask(4, 1, id="a"), ask(4, 1, id="b")]
-    hashes = {refused: engine(roles={"admission": Picky(refused)}).run(asked).decision_hash for refused in ("a", "b", "")}
+    hashes = {
+        refused: engine(roles={"admission": Picky(refused)}).run(asked).decision_hash
+        for refused in ("a", "b", "")
+    }
     assert len(set(hashes.values())) == 3
-    alone = [engine(roles={"admission": Picky(refused)}).run(asked[:1]).decision_hash for refused in ("a", "")]
+    alone = [
+        engine(roles={"admission": Picky(refused)}).run(asked[:1]).decision_hash for refused in ("a", "")
+    ]
     assert alone[0] != alone[1]

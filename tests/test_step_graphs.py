@@ -22,7 +22,7 @@ from plugins.kernels.flash_attn import FlashAttnKernels
 from plugins.kernels.torch import TorchKernels
 from plugins.kernels.triton import TritonKernels
 
-# ---- sizes -----------------------------------------------------------------------------------------------------------
+# ---- sizes ------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 9000))
@@ -40,7 +40,7 @@ def test_a_step_gets_a_graph_until_its_work_hides_its_launch():
     assert longest_mixed(parameters, 100) == 100
 
 
-# ---- padding ---------------------------------------------------------------------------------------------------------
+# ---- padding ---------------------------------------------------------------------------------------------
 
 chunks = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9), st.booleans()), min_size=1, max_size=6)
 
@@ -55,23 +55,43 @@ def test_a_padded_step_is_the_step_and_tokens_of_nobody(batch, updates, admitted
     told = list(range(1000, 1000 + 2 * updates + admitted * (1 + PARAMETERS)))
     data = np.array([*told, *samples, *rows, *starts, *bounds, *tokens, *owners], dtype=np.int32)
     step = StepInput(
-        data=data, decode=False, same_rows=False, num_seqs=len(batch), num_tokens=total, num_samples=len(samples),
-        num_updates=updates, num_admitted=admitted, max_query=max(lengths), max_context=99, sampling=0, logprobs=-1, sampled=samples,
-    )  # fmt: skip
+        data=data,
+        decode=False,
+        same_rows=False,
+        num_seqs=len(batch),
+        num_tokens=total,
+        num_samples=len(samples),
+        num_updates=updates,
+        num_admitted=admitted,
+        max_query=max(lengths),
+        max_context=99,
+        sampling=0,
+        logprobs=-1,
+        sampled=samples,
+    )
     seqs, size = len(batch) + more_seqs, total + (more_tokens if more_seqs else 0)
     at = np.cumsum((len(told), 77, seqs, seqs, seqs + 1, size))
     parts = np.split(step.padded(seqs, size, padding_row=77), at)
-    heard, chosen, all_rows, all_starts, all_bounds, all_tokens, all_owners = (part.tolist() for part in parts)
+    heard, chosen, all_rows, all_starts, all_bounds, all_tokens, all_owners = (
+        part.tolist() for part in parts
+    )
     assert step.num_told == len(told) and heard == told
     assert chosen == samples + [seqs - 1] * (77 - len(samples))
     n = len(batch)
-    assert (all_rows[:n], all_starts[:n], all_bounds[: n + 1], all_tokens[:total], all_owners[:total]) == (rows, starts, bounds, tokens, owners)
+    assert (all_rows[:n], all_starts[:n], all_bounds[: n + 1], all_tokens[:total], all_owners[:total]) == (
+        rows,
+        starts,
+        bounds,
+        tokens,
+        owners,
+    )
     assert set(all_rows[n:]) <= {77} and set(all_bounds[n:]) == {total}  # sequences of padding have no token
     assert set(all_owners[total:]) <= {seqs - 1}
 
 
 def test_a_padded_step_computes_what_the_step_does():
-    """On a CPU, where a store of slot -1 is left out by hand: hidden states of real tokens do not depend on padding."""
+    """On a CPU, where a store of slot -1 is left out by hand: hidden states of real tokens do not depend on
+    padding."""
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
     executor.prepare(ModelConfig(), TorchKernels())
     execution = executor.execution
@@ -85,7 +105,9 @@ def test_a_padded_step_computes_what_the_step_does():
         def kept(qkv, *rest, store=store):
             *middle, slots, heads, kv_heads = rest
             stored.append(slots.clone())
-            return store(qkv, *middle, torch.where(slots < 0, runner.block_tables.max() * 16, slots), heads, kv_heads)
+            return store(
+                qkv, *middle, torch.where(slots < 0, runner.block_tables.max() * 16, slots), heads, kv_heads
+            )
 
         layer.self_attn._store = kept
     ids = [5, 6, 7]
@@ -102,10 +124,16 @@ def test_a_padded_step_computes_what_the_step_does():
     padded, rows, ends_of_all, last_of_all = hidden(3, 8)
     torch.testing.assert_close(padded[:3], plain)
     assert ends.tolist() == [3] and ends_of_all.tolist() == [3, 0, 0] and last[0] == last_of_all[0] == 2
-    assert stored[-1].tolist() == [48, 49, 50, -1, -1, -1, -1, -1] and runner.lengths.tolist() == [3, 0, 0, 0, 0]
+    assert stored[-1].tolist() == [48, 49, 50, -1, -1, -1, -1, -1] and runner.lengths.tolist() == [
+        3,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
-# ---- kernels=auto ----------------------------------------------------------------------------------------------------
+# ---- kernels=auto ----------------------------------------------------------------------------------------
 
 
 class Installed(FlashAttnKernels):
@@ -126,8 +154,12 @@ def test_auto_takes_flash_attention_for_prompts_and_triton_for_the_rest_and_says
     pytest.importorskip("triton")
     choice, left_out, reasons = settled(AutoKernels())
     assert (choice.attention, choice.decode, choice.linear, choice.sampling, choice.cuda_graphs) == (
-        "flash_attn", "triton", "triton", "triton", True,
-    )  # fmt: skip
+        "flash_attn",
+        "triton",
+        "triton",
+        "triton",
+        True,
+    )
     assert left_out == []
     assert reasons == [
         "attention: flash_attn, ahead of triton in prompts",
@@ -139,11 +171,23 @@ def test_auto_takes_flash_attention_for_prompts_and_triton_for_the_rest_and_says
 @pytest.mark.parametrize(
     ("place", "attention", "note"),
     [
-        ({"dtype": "float32"}, "triton", "no flash_attn: kernels: 'flash_attn' supports bfloat16, float16, not float32"),
-        ({"block_size": 8}, "triton", "no flash_attn: kernels: 'flash_attn' needs block sizes that are multiples of 16, not 8"),
+        (
+            {"dtype": "float32"},
+            "triton",
+            "no flash_attn: kernels: 'flash_attn' supports bfloat16, float16, not float32",
+        ),
+        (
+            {"block_size": 8},
+            "triton",
+            "no flash_attn: kernels: 'flash_attn' needs block sizes that are multiples of 16, not 8",
+        ),
         ({"head_size": 16}, "triton", "no flash_attn: kernels: 'flash_attn' supports head sizes"),
         ({"head_size": 100}, "torch", "no triton: kernels: 'triton' supports head sizes"),
-        ({"dtype": "float64"}, "torch", "no triton: kernels: 'triton' supports bfloat16, float16, float32, not float64"),
+        (
+            {"dtype": "float64"},
+            "torch",
+            "no triton: kernels: 'triton' supports bfloat16, float16, float32, not float64",
+        ),
     ],
 )
 def test_auto_leaves_out_what_cannot_run_and_says_why(place, attention, note):
@@ -173,9 +217,12 @@ def test_without_triton_flash_attention_takes_decodes_too_and_the_run_says_so():
     kernels = compose(AutoKernels(), lookup(BACKENDS | {"triton": Missing}), "cuda", "bfloat16", 128, 16)
     assert kernels.chosen["attention"] == "flash_attn" and "decode" not in kernels.chosen
     assert kernels.attention == "its attention"
-    assert {kernels.chosen[operation] for operation in ("linear", "rms_norm", "rotary", "sample")} == {"torch"}
+    assert {kernels.chosen[operation] for operation in ("linear", "rms_norm", "rotary", "sample")} == {
+        "torch"
+    }
     assert str(kernels).splitlines() == [
-        "flash_attn (attention), torch (linear, norm, rope, activation, store, sampling, batch), no CUDA graphs",
+        "flash_attn (attention), torch (linear, norm, rope, activation, store, sampling, batch), no CUDA "
+        "graphs",
         "  attention, decode: flash_attn, ahead of plain torch",
         "  linear, norm, rope, activation, store, sampling, batch: torch, nothing faster can run",
         "  no CUDA graphs: without triton only decodes can be captured; kernels.cuda_graphs=true does so",
@@ -191,7 +238,14 @@ def test_a_package_that_cannot_be_imported_is_left_out_with_its_error():
 
 
 def test_with_nothing_installed_a_gpu_runs_plain_torch_and_the_run_names_both():
-    kernels = compose(AutoKernels(), lookup(BACKENDS | {"triton": Missing, "flash_attn": Broken}), "cuda", "bfloat16", 128, 16)
+    kernels = compose(
+        AutoKernels(),
+        lookup(BACKENDS | {"triton": Missing, "flash_attn": Broken}),
+        "cuda",
+        "bfloat16",
+        128,
+        16,
+    )
     assert set(kernels.chosen.values()) - {"separate"} == {"torch"}
     assert [text.partition(":")[0] for text in kernels.left_out] == ["no triton", "no flash_attn"]
 
@@ -199,7 +253,12 @@ def test_with_nothing_installed_a_gpu_runs_plain_torch_and_the_run_names_both():
 def test_what_is_given_to_auto_is_used_as_it_is():
     pytest.importorskip("triton")
     choice, _, reasons = settled(AutoKernels(attention="triton", cuda_graphs=False))
-    assert (choice.attention, choice.decode, choice.norm, choice.cuda_graphs) == ("triton", None, "triton", False)
+    assert (choice.attention, choice.decode, choice.norm, choice.cuda_graphs) == (
+        "triton",
+        None,
+        "triton",
+        False,
+    )
     assert reasons[1:] == ["attention: triton, as given", "cuda_graphs: False, as given"]
     choice, _, reasons = settled(AutoKernels(decode="flash_attn"))
     assert (choice.attention, choice.decode) == ("flash_attn", None)
@@ -213,7 +272,7 @@ def test_auto_on_a_cpu_is_plain_torch_and_leaves_nothing_out():
     assert kernels.reasons == ["plain torch for everything: the model runs on cpu"]
 
 
-# ---- the warm-up -----------------------------------------------------------------------------------------------------
+# ---- the warm-up -----------------------------------------------------------------------------------------
 
 
 class Listed(SimpleNamespace):
@@ -229,7 +288,9 @@ def listed(kernels, called: set[str]) -> Listed:
         return call
 
     operations = {name: value for name, value in vars(kernels).items() if callable(value)}
-    return Listed(**(vars(kernels) | {name: noting(name, operation) for name, operation in operations.items()}))
+    return Listed(
+        **(vars(kernels) | {name: noting(name, operation) for name, operation in operations.items()})
+    )
 
 
 def used(work) -> set[str]:
@@ -257,7 +318,10 @@ def test_every_operation_that_a_step_launches_is_launched_in_the_warm_up():
 
 def test_the_warm_up_changes_nothing_that_a_request_has():
     def state(runner):
-        return [t.clone() for t in (runner.block_tables, runner.numbers, runner.top_k, runner.seeds, runner.lengths)]
+        return [
+            t.clone()
+            for t in (runner.block_tables, runner.numbers, runner.top_k, runner.seeds, runner.lengths)
+        ]
 
     def work(executor):
         runner = executor.execution.runner

@@ -1,4 +1,5 @@
-"""The step log: what files hold of the steps is what the records of the steps said, and none of them stays alive."""
+"""The step log: what files hold of the steps is what the records of the steps said, and none of them stays
+alive."""
 
 from __future__ import annotations
 
@@ -27,14 +28,32 @@ from plugins.observers.tables import Tables
 
 INT, INTS, TIME = pa.int64(), pa.list_(pa.int32()), pa.float64()
 STEPS = {
-    "step": INT, "start": TIME, "end": TIME, "emitted": INT, "policy_time": TIME, "num_running": INT, "num_waiting": INT,
-    "kv_used": INT, "kv_cached": INT, "num_preempted": INT, "num_evicted": INT, "num_seqs": pa.int32(), "num_tokens": pa.int32(),
+    "step": INT,
+    "start": TIME,
+    "end": TIME,
+    "emitted": INT,
+    "policy_time": TIME,
+    "num_running": INT,
+    "num_waiting": INT,
+    "kv_used": INT,
+    "kv_cached": INT,
+    "num_preempted": INT,
+    "num_evicted": INT,
+    "num_seqs": pa.int32(),
+    "num_tokens": pa.int32(),
     "timings": pa.map_(pa.string(), TIME),
-}  # fmt: skip
+}
 DECISIONS = {
-    "step": INT, "now": TIME, "requests": INTS, "starts": INTS, "lengths": INTS, "preempted": INTS, "allocated_requests": INTS,
-    "allocated_first": INTS, "allocated_blocks": pa.list_(INTS),
-}  # fmt: skip
+    "step": INT,
+    "now": TIME,
+    "requests": INTS,
+    "starts": INTS,
+    "lengths": INTS,
+    "preempted": INTS,
+    "allocated_requests": INTS,
+    "allocated_first": INTS,
+    "allocated_blocks": pa.list_(INTS),
+}
 
 
 class Timed(OracleExecutor):
@@ -72,8 +91,15 @@ def crowded(*observers: Observer):
 
 
 def step_row(record) -> dict:
-    plan, own = record.plan, {name: getattr(record, name) for name in STEPS if name in type(record).__dataclass_fields__}
-    return own | {"num_seqs": len(plan.requests), "num_tokens": plan.num_tokens, "timings": list(record.timings.items())}
+    plan, own = (
+        record.plan,
+        {name: getattr(record, name) for name in STEPS if name in type(record).__dataclass_fields__},
+    )
+    return own | {
+        "num_seqs": len(plan.requests),
+        "num_tokens": plan.num_tokens,
+        "timings": list(record.timings.items()),
+    }
 
 
 def decision_row(record) -> dict:
@@ -92,7 +118,9 @@ def decision_row(record) -> dict:
 
 
 @pytest.mark.parametrize("piece", [1, 7, 4096])
-def test_tables_hold_what_the_records_said_in_columns_of_the_documented_types(tmp_path: Path, monkeypatch, piece: int) -> None:
+def test_tables_hold_what_the_records_said_in_columns_of_the_documented_types(
+    tmp_path: Path, monkeypatch, piece: int
+) -> None:
     monkeypatch.setattr(step_log, "MOST_STEPS", piece)
     kept, tables = Kept(), Tables(tmp_path)
     result = crowded(kept, StepLog(tables.read), tables)
@@ -108,13 +136,17 @@ def test_a_run_without_steps_has_tables_without_rows(tmp_path: Path) -> None:
     engine(observers=[StepLog(tables.read), tables]).run([])
     for name, columns in (("steps", STEPS), ("decisions", DECISIONS)):
         found = pq.read_table(tmp_path / f"{name}.parquet")
-        assert found.num_rows == 0 and dict(zip(found.schema.names, found.schema.types, strict=True)) == columns
+        assert (
+            found.num_rows == 0 and dict(zip(found.schema.names, found.schema.types, strict=True)) == columns
+        )
 
 
 def test_digests_of_columns_are_those_of_plans() -> None:
     kept, found = Kept(), []
     crowded(kept, StepLog(lambda steps: found.append(digests(steps))))
-    assert [PlanDigest(*row) for row in np.concatenate(found).tolist()] == [PlanDigest.of(r.plan) for r in kept.records]
+    assert [PlanDigest(*row) for row in np.concatenate(found).tolist()] == [
+        PlanDigest.of(r.plan) for r in kept.records
+    ]
 
 
 def test_an_engine_s_second_run_begins_a_new_log() -> None:
@@ -175,13 +207,16 @@ def test_a_reader_that_fails_takes_no_step_from_the_others() -> None:
 def test_one_log_serves_all_files_of_a_run_and_none_is_kept_where_nobody_reads(tmp_path: Path) -> None:
     choices = {
         **default_choices(),
-        "executor": ("oracle", {"vocab_size": 512, "max_model_len": 256}), "workload": ("random", {"num_requests": 2}),
-    }  # fmt: skip
+        "executor": ("oracle", {"vocab_size": 512, "max_model_len": 256}),
+        "workload": ("random", {"num_requests": 2}),
+    }
     composition = Composition(choices, engine=EngineConfig(block_size=4, num_blocks=12))
     run = build(load_registry(), composition, directory=tmp_path)
     logs = [observer for observer in run.engine.observers if isinstance(observer, StepLog)]
     assert logs == [run.step_log] and len(run.step_log.readers) == 3
-    assert not any(isinstance(observer, StepLog) for observer in build(load_registry(), composition).engine.observers)
+    assert not any(
+        isinstance(observer, StepLog) for observer in build(load_registry(), composition).engine.observers
+    )
 
 
 def test_a_recorder_that_hears_of_no_step_says_what_it_needs(tmp_path: Path) -> None:

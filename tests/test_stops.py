@@ -45,7 +45,9 @@ def bytes_of(made: Made, text: str) -> list[int]:
 
 
 def _letters(made: Made, letter: str) -> list[int]:
-    ((mapped, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(letter)
+    ((mapped, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(
+        letter
+    )
     return [made.ours._fast.token_to_id(byte) for byte in mapped]
 
 
@@ -62,10 +64,12 @@ def request_of(made: Made, prompt: list[int], answer: list[int], *stops: str) ->
     return request, None
 
 
-# ---- an answer's text --------------------------------------------------------------------------------------
+# ---- an answer's text ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt", ["the Paris is", "a", "[INST] the [/INST]", "ends with a blank ", "a line\n", "é€"])
+@pytest.mark.parametrize(
+    "prompt", ["the Paris is", "a", "[INST] the [/INST]", "ends with a blank ", "a line\n", "é€"]
+)
 @pytest.mark.parametrize("answer", ["the Paris", " the  Paris", "é € 東京", "", "\n", "END.", " "])
 def test_an_answer_reads_on_from_its_prompt(made, prompt, answer):
     before = made.ours.encode(prompt)
@@ -80,12 +84,16 @@ def test_the_first_blank_is_kept_after_a_prompt_and_lost_after_none(tmp_path):
     prompt = tokenizer.encode("the")
     assert tokenizer.continuation(prompt + paris, len(prompt)) == " Paris"
     assert tokenizer.continuation([1, *paris], 1) == "Paris", "a special token is no text"
-    assert tokenizer.continuation([*prompt, 1, 1, 1, 1, 1, 1, 1, *paris], len(prompt) + 7) == " Paris", "text decides, however far it is"
+    assert tokenizer.continuation([*prompt, 1, 1, 1, 1, 1, 1, 1, *paris], len(prompt) + 7) == " Paris", (
+        "text decides, however far it is"
+    )
 
 
 def test_characters_in_several_tokens(made):
     tokens = bytes_of(made, "a東京é")
-    assert made.ours.continuation([*made.ours.encode("the"), *tokens], len(made.ours.encode("the"))) == "a東京é"
+    assert (
+        made.ours.continuation([*made.ours.encode("the"), *tokens], len(made.ours.encode("the"))) == "a東京é"
+    )
 
 
 def test_a_character_that_began_in_the_prompt_is_the_prompts(made):
@@ -102,7 +110,7 @@ def test_pieces_are_what_tokens_add_to_a_text(made):
     assert made.ours.piece(made.padding) == ""
 
 
-# ---- stop strings ------------------------------------------------------------------------------------------
+# ---- stop strings ----------------------------------------------------------------------------------------
 
 
 def test_a_stop_inside_a_token_and_over_several(made):
@@ -110,7 +118,11 @@ def test_a_stop_inside_a_token_and_over_several(made):
     text = made.ours.continuation(prompt + answer, len(prompt))
     for stop in ("ari", "Paris is", "END", "s", " P", "is E"):
         request, count = request_of(made, prompt, answer, stop)
-        assert count is not None and request.stop_text == text[: text.index(stop)] and request.stop_reason == stop
+        assert (
+            count is not None
+            and request.stop_text == text[: text.index(stop)]
+            and request.stop_reason == stop
+        )
         assert stop in made.ours.continuation(prompt + answer[:count], len(prompt))
         assert stop not in made.ours.continuation(prompt + answer[: count - 1], len(prompt))
 
@@ -160,15 +172,21 @@ def test_stops_fire_with_the_first_token_that_completes_one(made):
         text = made.ours.continuation(prompt + answer, len(prompt))
         starts = [random.randrange(len(text) + 1) for _ in range(3)]
         stops = [stop for at in starts if (stop := text[at : at + random.randint(1, 9)])] or ["never said"]
-        texts = [made.ours.continuation(prompt + answer[:count], len(prompt)) for count in range(1, len(answer) + 1)]
+        texts = [
+            made.ours.continuation(prompt + answer[:count], len(prompt))
+            for count in range(1, len(answer) + 1)
+        ]
         expected = next((n for n, said in enumerate(texts, 1) if any(stop in said for stop in stops)), None)
         request, count = request_of(made, prompt, answer, *stops)
         assert count == expected, (prompt, answer, stops)
         if count is not None:
-            assert request.stop_text == texts[count - 1][: min(at for s in stops if (at := texts[count - 1].find(s)) >= 0)]
+            assert (
+                request.stop_text
+                == texts[count - 1][: min(at for s in stops if (at := texts[count - 1].find(s)) >= 0)]
+            )
 
 
-# ---- endings, in the engine --------------------------------------------------------------------------------
+# ---- endings, in the engine ------------------------------------------------------------------------------
 
 
 def run(sampling: SamplingParams, stop_after: int | None = None, **arrival):
@@ -176,7 +194,9 @@ def run(sampling: SamplingParams, stop_after: int | None = None, **arrival):
     `stop_after`."""
     roles = engine().roles.given | {"executor": OracleExecutor()}
     stop = TextStop("", "x")
-    running = Engine(roles, EngineConfig(4, 16), stop_text=lambda r: stop if r.num_output_tokens == stop_after else None)
+    running = Engine(
+        roles, EngineConfig(4, 16), stop_text=lambda r: stop if r.num_output_tokens == stop_after else None
+    )
     (output,) = running.run([Arrival(0.0, [1, 2], sampling, id="a", **arrival)]).outputs
     return output
 
@@ -193,7 +213,9 @@ def test_the_token_that_ended_an_answer_is_said():
     assert (output.finish_reason, output.stop_reason) == ("stop", tokens[2])
     assert output.output_token_ids == tokens[: tokens.index(tokens[2]) + 1]
     assert run(SamplingParams(max_tokens=6)).stop_reason is None
-    assert run(SamplingParams(max_tokens=6), output_len=4).stop_reason is None, "an emulated ending is no token's doing"
+    assert run(SamplingParams(max_tokens=6), output_len=4).stop_reason is None, (
+        "an emulated ending is no token's doing"
+    )
 
 
 def test_the_last_allowed_token_may_be_a_stop_token():

@@ -15,9 +15,17 @@ from plugins.models.tiny import LLAMA, QWEN3
 from plugins.models.tokenizer import Tokenizer
 
 TEXTS = (
-    "Hello the Paris is", " the  Paris\n", "<s>the</s> the", "[INST] the <tool> Paris </tool>x", "<|im_start|>user\nhi<|im_end|>\n",
-    "don't 12345  x", "e\u0301 é €", "<extra> a <image> <pad>", "<new>the", "",
-)  # fmt: skip
+    "Hello the Paris is",
+    " the  Paris\n",
+    "<s>the</s> the",
+    "[INST] the <tool> Paris </tool>x",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "don't 12345  x",
+    "e\u0301 é €",
+    "<extra> a <image> <pad>",
+    "<new>the",
+    "",
+)
 
 
 def check_same(directory):
@@ -33,7 +41,7 @@ def check_same(directory):
     return ours
 
 
-# ---- which tokens there are --------------------------------------------------------------------------------
+# ---- which tokens there are ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [byte_level, metaspace])
@@ -46,19 +54,27 @@ SETTINGS = {
     "named tokens that are new": {"bos_token": "<new>", "unk_token": "<pad>"},
     "a named token of the model's own": {"image_token": "<image>"},
     "special tokens without a name": {"additional_special_tokens": ["<extra>", "<image>"]},
-    "named ones in extra_special_tokens": {"extra_special_tokens": {"image_token": "<image>", "other": "<extra>"}},
+    "named ones in extra_special_tokens": {
+        "extra_special_tokens": {"image_token": "<image>", "other": "<extra>"}
+    },
     "added tokens": {
         "added_tokens_decoder": {
-            "513": added("</tool>", special=False, lstrip=True), "512": added("<tool>", special=False), "256": added("<|endoftext|>"),
+            "513": added("</tool>", special=False, lstrip=True),
+            "512": added("<tool>", special=False),
+            "256": added("<|endoftext|>"),
             "600": added("<extra>"),
         },
     },
-    "an added token that is not special after all": {"added_tokens_decoder": {"257": added("<|im_start|>", special=False)}},
-    "an added token that is a word": {"added_tokens_decoder": {"512": added("the", special=False, single_word=True, normalized=True)}},
+    "an added token that is not special after all": {
+        "added_tokens_decoder": {"257": added("<|im_start|>", special=False)}
+    },
+    "an added token that is a word": {
+        "added_tokens_decoder": {"512": added("the", special=False, single_word=True, normalized=True)}
+    },
     "special tokens are split": {"split_special_tokens": True},
     "Qwen2's class": {"tokenizer_class": "Qwen2TokenizerFast"},
     "no class at all": {"tokenizer_class": None, "eos_token": None, "pad_token": None},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -114,11 +130,16 @@ def test_special_tokens_map(tmp_path, found):
 
 def test_special_tokens_map_is_for_checkpoints_without_added_tokens_decoder(tmp_path):
     directory = byte_level(tmp_path, added_tokens_decoder={})
-    assert "bos_token" not in check_same(write(directory, "special_tokens_map.json", {"bos_token": "<new>"}))._named_tokens
+    assert (
+        "bos_token"
+        not in check_same(write(directory, "special_tokens_map.json", {"bos_token": "<new>"}))._named_tokens
+    )
 
 
 def test_added_tokens_of_old_checkpoints(tmp_path):
-    check_same(write(byte_level(tmp_path), "added_tokens.json", {"<tool>": 512, "<extra>": 514, "<|im_end|>": 258}))
+    check_same(
+        write(byte_level(tmp_path), "added_tokens.json", {"<tool>": 512, "<extra>": 514, "<|im_end|>": 258})
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +160,7 @@ def test_what_is_no_token_is_refused_by_file_and_field(tmp_path, settings, messa
         _ = Tokenizer(byte_level(tmp_path, **settings)).has_chat_template
 
 
-# ---- files -------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------
 
 
 def test_padding_and_truncation_of_the_file_are_those_of_training(tmp_path):
@@ -201,14 +222,16 @@ def test_broken_json_is_named_by_file_and_line(tmp_path):
         Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}', "\0" * 100])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}', "\0" * 100]
+)
 def test_what_is_no_tokenizer_is_refused(tmp_path, content):
     write(byte_level(tmp_path), "tokenizer.json", content)
     with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
         Tokenizer(tmp_path)
 
 
-# ---- texts -------------------------------------------------------------------------------------------------
+# ---- texts -----------------------------------------------------------------------------------------------
 
 
 def test_half_a_character_is_refused(tmp_path):
@@ -229,14 +252,19 @@ def test_a_kind_of_text_is_a_text(tmp_path):
 
 def test_a_text_beyond_the_context_is_known_before_its_tokens_are_made(tmp_path):
     directory = byte_level(tmp_path)
-    expected = r"prompt of 100,000,000 characters does not fit the context of 4,096: its beginning alone has \d\d,\d{3} tokens"
+    expected = (
+        r"prompt of 100,000,000 characters does not fit the context of 4,096: "
+        r"its beginning alone has \d\d,\d{3} tokens"
+    )
     with pytest.raises(ModelError, match=expected):
         Tokenizer(directory, max_tokens=4096).encode("word " * 20_000_000)
     text = "word " * 60_000
-    assert Tokenizer(directory, max_tokens=200_000).encode(text) == Tokenizer(directory).encode(text), "may fit: made as a whole"
+    assert Tokenizer(directory, max_tokens=200_000).encode(text) == Tokenizer(directory).encode(text), (
+        "may fit: made as a whole"
+    )
 
 
-# ---- chat templates ----------------------------------------------------------------------------------------
+# ---- chat templates --------------------------------------------------------------------------------------
 
 EACH = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
 END = "<|im_end|>\n{% endfor %}"
@@ -244,26 +272,70 @@ USER = [{"role": "user", "content": "hi"}]
 CALL = {"function": {"name": "f", "arguments": {"zeta": 1, "alpha": "x>y"}}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 TEMPLATES = {
-    "JSON as it is": (EACH + "{{ m['content'] | tojson }}" + END, [{"role": "tool", "content": "a < b & c's 25°C 東京"}], {}),
-    "JSON keeps its order": (EACH + "{% for c in m.tool_calls %}{{ c.function.arguments | tojson(indent=2) }}{% endfor %}" + END,
-                             [{"role": "assistant", "content": "", "tool_calls": [CALL]}], {}),
+    "JSON as it is": (
+        EACH + "{{ m['content'] | tojson }}" + END,
+        [{"role": "tool", "content": "a < b & c's 25°C 東京"}],
+        {},
+    ),
+    "JSON keeps its order": (
+        EACH + "{% for c in m.tool_calls %}{{ c.function.arguments | tojson(indent=2) }}{% endfor %}" + END,
+        [{"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        {},
+    ),
     "generation": (EACH + "{% generation %}{{ m.content }}{% endgeneration %}" + END, USER, {}),
-    "no tools": ("{% if tools is not none or documents is not none %}TOOLS{% endif %}" + EACH + "{{ m.content }}" + END, USER, {}),
+    "no tools": (
+        "{% if tools is not none or documents is not none %}TOOLS{% endif %}"
+        + EACH
+        + "{{ m.content }}"
+        + END,
+        USER,
+        {},
+    ),
     "tools": ("{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + EACH + END, USER, {"tools": [TOOL]}),
-    "documents": ("{% for d in documents %}{{ d.title }}{% endfor %}" + EACH + END, USER, {"documents": [{"title": "a", "text": "b"}]}),
-    "no prompt for an answer": (EACH + "{{ add_generation_prompt }}" + END, USER, {"add_generation_prompt": False}),
+    "documents": (
+        "{% for d in documents %}{{ d.title }}{% endfor %}" + EACH + END,
+        USER,
+        {"documents": [{"title": "a", "text": "b"}]},
+    ),
+    "no prompt for an answer": (
+        EACH + "{{ add_generation_prompt }}" + END,
+        USER,
+        {"add_generation_prompt": False},
+    ),
     "a variable of one's own": ("{{ enable_thinking }}" + EACH + END, USER, {"enable_thinking": False}),
-    "parts": (EACH + "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}" + END,
-              [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], {}),
-    "parts as they are": (EACH + "{{ m.content }}" + END, [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], {}),
+    "parts": (
+        EACH
+        + "{% if m.content is string %}{{ m.content }}{% else %}"
+        + "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
+        + END,
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        {},
+    ),
+    "parts as they are": (
+        EACH + "{{ m.content }}" + END,
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        {},
+    ),
     "no content": (EACH + "{{ m.content }}" + END, [{"role": "assistant", "content": None}], {}),
     "no role": ("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}", [{"content": "hi"}], {}),
     "None within": (EACH + "{{ m.a }}" + END, [{"role": "user", "a": {"b": None}}], {}),
-    "reasoning": (EACH + "{{ m.reasoning_content }}{{ m.thinking }}" + END, [{"role": "assistant", "reasoning": "so"}], {}),
-    "special tokens": ("{{ bos_token }}{{ eos_token }}{{ image_token }}{{ sep_token }}" + EACH + END, USER, {}),
+    "reasoning": (
+        EACH + "{{ m.reasoning_content }}{{ m.thinking }}" + END,
+        [{"role": "assistant", "reasoning": "so"}],
+        {},
+    ),
+    "special tokens": (
+        "{{ bos_token }}{{ eos_token }}{{ image_token }}{{ sep_token }}" + EACH + END,
+        USER,
+        {},
+    ),
     "today": ("{{ strftime_now('%Y') }}" + EACH + END, USER, {}),
     "break": (EACH + "{{ m.content }}{% break %}{% endfor %}", [*USER, *USER], {}),
-    "namespace and dict": ("{% set ns = namespace(a=1) %}{% set ns.a = dict(b=2) %}{{ ns.a }}" + EACH + END, USER, {}),
+    "namespace and dict": (
+        "{% set ns = namespace(a=1) %}{% set ns.a = dict(b=2) %}{{ ns.a }}" + EACH + END,
+        USER,
+        {},
+    ),
     "blocks leave no blanks": ("  {% if true %}\n  x\n  {% endif %}\n" + EACH + END, USER, {}),
     "objects are no code": (EACH + "{{ m.content }}" + END, [{"role": "user", "content": object()}], {}),
     "refused": ("{{ raise_exception('no') }}", USER, {}),
@@ -275,7 +347,7 @@ TEMPLATES = {
     "an undefined value's field": ("{{ nothing.at.all }}", USER, {}),
     "a syntax error": ("{% for %}", USER, {}),
     "tools that are none": (EACH + END, USER, {"tools": ["look"]}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +370,9 @@ def test_a_template_renders_as_in_transformers(chatting, template, messages, opt
             ours.encode_chat(messages, **options)
         return
     assert ours._template.render(messages, **options) == expected
-    assert ours.encode_chat(messages, **options) == theirs.apply_chat_template(messages, return_dict=False, **asked)
+    assert ours.encode_chat(messages, **options) == theirs.apply_chat_template(
+        messages, return_dict=False, **asked
+    )
 
 
 def test_one_of_several_templates(chatting):
@@ -316,7 +390,9 @@ def test_one_of_several_templates(chatting):
         {"chat_template": "rag"},
         {"chat_template": "own {{ bos_token }}"},
     ):
-        assert ours._template.render(USER, **options) == theirs.apply_chat_template(USER, tokenize=False, **options)
+        assert ours._template.render(USER, **options) == theirs.apply_chat_template(
+            USER, tokenize=False, **options
+        )
     with pytest.raises(ModelError, match="rag, tool_use and no default"):
         Tokenizer(edit(directory, chat_template=named[1:])).encode_chat(USER)
 
@@ -328,7 +404,9 @@ def test_template_files_win_over_the_config(tmp_path):
         write(directory, name, name)
         ours, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
         for tools in (None, [TOOL]):
-            assert ours._template.render(USER, tools=tools) == theirs.apply_chat_template(USER, tools=tools, tokenize=False)
+            assert ours._template.render(USER, tools=tools) == theirs.apply_chat_template(
+                USER, tools=tools, tokenize=False
+            )
 
 
 def test_without_a_template_there_is_no_chat(tmp_path):

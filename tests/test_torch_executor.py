@@ -42,7 +42,9 @@ def test_greedy_tokens_equal_transformers_under_preemption_and_eviction(schedule
     directory = variant("qwen3")
     executor = prepared(directory)
     for max_inflight in (1, 2):
-        engine = engine_of(executor, scheduler, cache, chunk=chunk, num_blocks=SMALL_POOL, max_inflight=max_inflight)
+        engine = engine_of(
+            executor, scheduler, cache, chunk=chunk, num_blocks=SMALL_POOL, max_inflight=max_inflight
+        )
         assert generate(engine, PROMPTS) == expected(directory)
         # One token a step leaves fcfs no second request to preempt.
         assert engine.roster.num_preemptions > 0 or (scheduler, chunk) == ("fcfs", 1)
@@ -54,7 +56,14 @@ def test_greedy_tokens_equal_transformers_under_preemption_and_eviction(schedule
 def test_every_architecture_and_rope_equals_transformers(name):
     directory = variant(name)
     for i, (scheduler, cache) in enumerate(PAIRS):
-        engine = engine_of(prepared(directory), scheduler, cache, chunk=(7, 64)[i % 2], num_blocks=SMALL_POOL, max_inflight=1 + i % 2)
+        engine = engine_of(
+            prepared(directory),
+            scheduler,
+            cache,
+            chunk=(7, 64)[i % 2],
+            num_blocks=SMALL_POOL,
+            max_inflight=1 + i % 2,
+        )
         assert generate(engine, PROMPTS[:5]) == expected(directory, PROMPTS[:5])
 
 
@@ -62,10 +71,15 @@ def test_every_architecture_and_rope_equals_transformers(name):
 def test_smollm2_equals_transformers_under_all_nine_pairs():
     directory = smollm2()
     tokenizer = prepared(directory).tokenizer
-    prompts = [tokenizer.encode(text) for text in ("The capital of France is", "The capital of France, Paris,", "def fibonacci(n):")]
+    prompts = [
+        tokenizer.encode(text)
+        for text in ("The capital of France is", "The capital of France, Paris,", "def fibonacci(n):")
+    ]
     sampling = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     for i, (scheduler, cache) in enumerate(PAIRS):
-        engine = engine_of(prepared(directory), scheduler, cache, chunk=(7, 64)[i % 2], num_blocks=6, max_inflight=1 + i % 2)
+        engine = engine_of(
+            prepared(directory), scheduler, cache, chunk=(7, 64)[i % 2], num_blocks=6, max_inflight=1 + i % 2
+        )
         assert generate(engine, prompts, sampling) == expected(directory, prompts, 6)
 
 
@@ -160,7 +174,10 @@ def test_profile_says_where_a_step_went():
     records = []
     engine.calls.callbacks["on_step_end"].append((executor, records.append))
     generate(engine, PROMPTS[:2])
-    assert all({"prepare", "launch", "wait", "collect"} <= set(r.timings) and min(r.timings.values()) >= 0 for r in records)
+    assert all(
+        {"prepare", "launch", "wait", "collect"} <= set(r.timings) and min(r.timings.values()) >= 0
+        for r in records
+    )
 
 
 def test_kv_capacity_follows_from_memory_and_shape():
@@ -207,7 +224,13 @@ def test_more_blocks_than_memory_is_an_error(monkeypatch, error):
         engine_of(executor, num_blocks=64)
 
 
-@pytest.mark.parametrize("limits", [{"max_num_batched_tokens": 50}, {"max_num_batched_tokens": 100, "max_model_len": 40, "max_num_seqs": 300}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_num_batched_tokens": 50},
+        {"max_num_batched_tokens": 100, "max_model_len": 40, "max_num_seqs": 300},
+    ],
+)
 def test_the_profiling_step_is_the_largest_one(limits):
     from plugins.executors.torch.memory import _largest_step
 
@@ -225,13 +248,22 @@ def test_random_workloads_policies_and_limits(seed):
     directory = variant("qwen3")
     rng = Random(seed)
     prompts = [rng.choice(PROMPTS)[: rng.randint(1, 40)] for _ in range(rng.randint(3, 12))]
-    sampling = [SamplingParams(temperature=0, max_tokens=rng.randint(1, 12), ignore_eos=True) for _ in prompts]
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=rng.randint(1, 12), ignore_eos=True) for _ in prompts
+    ]
     engine = engine_of(
-        prepared(directory), *rng.choice(PAIRS), chunk=rng.choice([2, 5, 16]), block_size=rng.choice([1, 3, 8]),
-        num_blocks=rng.randint(60, 90), max_num_seqs=rng.choice([2, 5, 12]), max_inflight=rng.choice([1, 2, 3, 4]),
-    )  # fmt: skip
+        prepared(directory),
+        *rng.choice(PAIRS),
+        chunk=rng.choice([2, 5, 16]),
+        block_size=rng.choice([1, 3, 8]),
+        num_blocks=rng.randint(60, 90),
+        max_num_seqs=rng.choice([2, 5, 12]),
+        max_inflight=rng.choice([1, 2, 3, 4]),
+    )
     engine.roles.victim.mode = rng.choice(["recompute", "drop_tail"])
     times = sorted(rng.choice([0.0, 0.01, 0.03]) for _ in prompts)
     result = engine.run([Arrival(t, p, s) for t, p, s in zip(times, prompts, sampling, strict=True)])
     for output, prompt, parameters in zip(result.outputs, prompts, sampling, strict=True):
-        assert output.output_token_ids == reference_tokens(directory, tuple(prompt), 12)[: parameters.max_tokens]
+        assert (
+            output.output_token_ids == reference_tokens(directory, tuple(prompt), 12)[: parameters.max_tokens]
+        )

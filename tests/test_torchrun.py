@@ -1,4 +1,5 @@
-"""`torchrun ... run.py`: a process for each rank, of which one runs, writes and prints; anything else is refused."""
+"""`torchrun ... run.py`: a process for each rank, of which one runs, writes and prints; anything else is
+refused."""
 
 from __future__ import annotations
 
@@ -47,7 +48,13 @@ def composed(monkeypatch):
 @pytest.mark.parametrize(
     ("executor", "tp", "pp", "mode", "message"),
     [
-        ("torch", 1, 1, RUN, "started 4 processes, and parallel.tp=1 parallel.pp=1 needs 1: set parallel.tp=4"),
+        (
+            "torch",
+            1,
+            1,
+            RUN,
+            "started 4 processes, and parallel.tp=1 parallel.pp=1 needs 1: set parallel.tp=4",
+        ),
         ("torch", 2, 1, RUN, "parallel.tp=2 parallel.pp=1 needs 2: set parallel.tp=4"),
         ("torch", 4, 4, RUN, "needs 16"),
         ("sim", 4, 1, RUN, "started 4 processes, and executor=sim runs in one: start it without torchrun"),
@@ -90,11 +97,20 @@ def test_nothing_is_written_where_torchrun_is_refused(tmp_path):
     runs = [
         subprocess.Popen(
             [*command, f"hydra.run.dir={folder}"],
-            cwd=ROOT, env=os.environ | told | {"RANK": str(rank)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=os.environ | told | {"RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for rank, folder in enumerate(folders)
-    ]  # fmt: skip
+    ]
     printed = [run.communicate(timeout=60)[0] for run in runs]
     assert [run.returncode for run in runs] == [2, 2], printed
-    assert "error: torchrun started 2 processes, and executor=sim runs in one" in printed[0] and printed[1] == ""
-    assert not folders[1].exists() and not [file.name for file in folders[0].glob("*") if file.name != ".hydra"]  # Hydra's own
+    assert (
+        "error: torchrun started 2 processes, and executor=sim runs in one" in printed[0] and printed[1] == ""
+    )
+    # Hydra's own
+    assert not folders[1].exists() and not [
+        file.name for file in folders[0].glob("*") if file.name != ".hydra"
+    ]

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_kernels_agree_with_float64_in_tritons_interpreter():
-    """tests/gpu/test_kernels_gpu.py at its CPU sizes. In a process of its own: Triton reads TRITON_INTERPRET when it is first imported."""
+    """tests/gpu/test_kernels_gpu.py at its CPU sizes. In a process of its own: Triton reads TRITON_INTERPRET
+    when it is first imported."""
     pytest.importorskip("triton")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_kernels_gpu.py"],
@@ -51,7 +52,15 @@ class OnlyNorms(Anywhere):
     caps = replace(Anywhere.caps, ops=frozenset(("rms_norm", "add_rms_norm")))
 
 
-BACKENDS = lookup({"torch": TorchKernels, "triton": Anywhere, "flash_attn": FlashAttnKernels, "no_graphs": NoGraphs, "only_norms": OnlyNorms})
+BACKENDS = lookup(
+    {
+        "torch": TorchKernels,
+        "triton": Anywhere,
+        "flash_attn": FlashAttnKernels,
+        "no_graphs": NoGraphs,
+        "only_norms": OnlyNorms,
+    }
+)
 
 
 def composed(choice, device="cpu", dtype="float32", head_size=64, block_size=16):
@@ -84,13 +93,22 @@ def test_a_product_with_its_activation_out_of_its_parts_is_the_same():
     torch = pytest.importorskip("torch")
     x, weight = torch.randn(3, 8), torch.randn(12, 8)
     gate, up = (x @ weight.T).chunk(2, -1)
-    torch.testing.assert_close(composed(TorchKernels()).gated_linear(x, weight, None), torch.nn.functional.silu(gate) * up)
+    torch.testing.assert_close(
+        composed(TorchKernels()).gated_linear(x, weight, None), torch.nn.functional.silu(gate) * up
+    )
 
 
 def test_the_fused_operation_out_of_its_parts_is_the_same():
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    arguments = (torch.randn(5, 8 * 16), torch.randn(16), torch.randn(16), 1e-6, torch.arange(5), torch.randn(9, 16))
+    arguments = (
+        torch.randn(5, 8 * 16),
+        torch.randn(16),
+        torch.randn(16),
+        1e-6,
+        torch.arange(5),
+        torch.randn(9, 16),
+    )
     results = []
     for choice in (TorchKernels(), TorchKernels(norm="triton")):
         caches = torch.zeros(2, 4, 2, 16), torch.zeros(2, 4, 2, 16)
@@ -114,11 +132,23 @@ def test_an_operation_that_a_backend_lacks_comes_from_torch():
     "choice, where, reason",
     [
         (TritonKernels(), {}, "'triton' runs on cuda, not on cpu. Set kernels=torch"),
-        (TorchKernels(attention="triton"), {"head_size": 72}, "head sizes .*128.*, the model has 72. Set kernels.attention"),
-        (TorchKernels(attention="triton"), {"dtype": "float64"}, "supports bfloat16, float16, float32, not float64"),
+        (
+            TorchKernels(attention="triton"),
+            {"head_size": 72},
+            "head sizes .*128.*, the model has 72. Set kernels.attention",
+        ),
+        (
+            TorchKernels(attention="triton"),
+            {"dtype": "float64"},
+            "supports bfloat16, float16, float32, not float64",
+        ),
         (TorchKernels(attention="flash_attn"), {}, "flash_attn"),
         (TorchKernels(attention="tritn"), {}, "no backend is called 'tritn'. Did you mean triton"),
-        (TorchKernels(norm="no_graphs", cuda_graphs=True), {}, "cuda_graphs=true: no_graphs cannot be captured"),
+        (
+            TorchKernels(norm="no_graphs", cuda_graphs=True),
+            {},
+            "cuda_graphs=true: no_graphs cannot be captured",
+        ),
     ],
     ids=["device", "head size", "dtype", "package", "name", "graphs"],
 )
@@ -129,10 +159,16 @@ def test_what_cannot_run_is_refused_with_the_reason(choice, where, reason):
 
 def test_flash_attention_names_its_package_block_sizes_and_dtypes(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="neither flash_attn_interface .* nor flash_attn is installed. `pip install flash-attn"):
+    with pytest.raises(
+        ConfigError,
+        match="neither flash_attn_interface .* nor flash_attn is installed. `pip install flash-attn",
+    ):
         composed(FlashAttnKernels(), device="cuda", dtype="bfloat16", block_size=256)
     monkeypatch.setattr(FlashAttnKernels, "operations", lambda self, device: None)
-    with pytest.raises(ConfigError, match="block sizes that are multiples of 16, not 24. Set block_size=32, or kernels.attention=triton"):
+    with pytest.raises(
+        ConfigError,
+        match="block sizes that are multiples of 16, not 24. Set block_size=32, or kernels.attention=triton",
+    ):
         composed(TorchKernels(attention="flash_attn"), device="cuda", dtype="bfloat16", block_size=24)
     with pytest.raises(ConfigError, match="'flash_attn' supports bfloat16, float16, not float32"):
         composed(TorchKernels(attention="flash_attn"), device="cuda", dtype="float32", block_size=256)

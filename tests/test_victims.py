@@ -16,7 +16,8 @@ VICTIMS = ("newest", "last_admitted", "oldest", "random", "lcf", "most_computed"
 
 
 def running(victim: str):
-    """Four running requests: arrivals a < b < c < d, computed 8, 20, 3 and 8 tokens, priorities 1, 0, 2, 2."""
+    """Four running requests: arrivals a < b < c < d, computed 8, 20, 3 and 8 tokens, priorities 1, 0, 2,
+    2."""
     engine = compose(victim=victim, engine=EngineConfig(max_num_seqs=4))
     for id, prompt, priority in (("a", 8, 1), ("b", 20, 0), ("c", 3, 2), ("d", 8, 2)):
         engine.add(ask(0.0, prompt, 9, id, priority=priority))
@@ -26,7 +27,13 @@ def running(victim: str):
 
 @pytest.mark.parametrize(
     ("victim", "order"),
-    [("newest", "dcba"), ("oldest", "abcd"), ("lcf", "cdab"), ("most_computed", "bdac"), ("lowest_priority", "dcab")],
+    [
+        ("newest", "dcba"),
+        ("oldest", "abcd"),
+        ("lcf", "cdab"),
+        ("most_computed", "bdac"),
+        ("lowest_priority", "dcab"),
+    ],
 )
 def test_the_order_in_which_victims_are_named(victim, order):
     engine = running(victim)
@@ -105,7 +112,10 @@ def test_everybody_finishes_under_memory_pressure(victim, mode):
 
 def test_dropping_the_tail_recomputes_less_than_giving_everything_back():
     for victim in ("newest", "lcf"):
-        whole, tail = (sum(o.num_recomputed_tokens for o in pressure(3, (victim, {"mode": m})).outputs) for m in ("recompute", "drop_tail"))
+        whole, tail = (
+            sum(o.num_recomputed_tokens for o in pressure(3, (victim, {"mode": m})).outputs)
+            for m in ("recompute", "drop_tail")
+        )
         assert tail < whole
 
 

@@ -1,4 +1,5 @@
-"""policy=vtc beside the logs of its authors: the overload and the weighted clients of VTC's artifact, simulated."""
+"""policy=vtc beside the logs of its authors: the overload and the weighted clients of VTC's artifact,
+simulated."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def overload(seconds: float, *overrides: str) -> tuple[list[ClientService], RunResult]:
-    """What the clients of experiment=vtc_fairness were served in the first so many seconds, and all of the run."""
+    """What the clients of experiment=vtc_fairness were served in the first so many seconds, and all of the
+    run."""
     registry = load_registry()
     schema.register(registry)
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -52,7 +54,7 @@ def test_weighted_clients_are_served_in_proportion_to_their_weights():
     assert [s / served[0] for s in served] == pytest.approx([1, 2, 3, 4], rel=0.03)
 
 
-# ---- the other suites of the artifact, and predicted lengths -------------------------------------------------------
+# ---- the other suites of the artifact, and predicted lengths ---------------------------------------------
 
 
 def test_eight_clients_that_ask_for_more_than_there_is_are_served_alike():
@@ -71,7 +73,8 @@ def test_a_client_that_comes_and_goes_and_one_of_other_lengths_stay_within_the_b
 
 
 def test_with_true_lengths_clients_drift_apart_less_than_by_what_has_come():
-    """The section of the paper on length prediction; 256 tokens of answer are charged at once instead of one by one."""
+    """The section of the paper on length prediction; 256 tokens of answer are charged at once instead of one
+    by one."""
     apart = {}
     for order in ("vtc", "vtc_predicted"):
         clients, _ = overload(150.0, f"order={order}", "predictor=oracle")
@@ -82,7 +85,9 @@ def test_with_true_lengths_clients_drift_apart_less_than_by_what_has_come():
 def test_what_was_charged_for_tokens_that_did_not_come_is_given_back():
     """A predictor that always says 50 is wrong both ways; at the end both counters are what was served."""
     asked = [ask(0.0, 4, 10, "short", client="a"), ask(0.0, 4, 80, "long", client="b")]
-    engine = compose(order="vtc_predicted", predictor=("constant", {"length": 50.0}), engine=EngineConfig(max_num_seqs=2))
+    engine = compose(
+        order="vtc_predicted", predictor=("constant", {"length": 50.0}), engine=EngineConfig(max_num_seqs=2)
+    )
     for arrival in asked:
         engine.add(arrival)
     engine.step()
@@ -93,7 +98,8 @@ def test_what_was_charged_for_tokens_that_did_not_come_is_given_back():
 
 
 def test_a_client_whose_counter_shrinks_is_served_before_others_at_once():
-    """ "z" was charged for 50 tokens and got two: when its place is free, its next request is first, ahead of "b"'s."""
+    """ "z" was charged for 50 tokens and got two: when its place is free, its next request is first, ahead of
+    "b"'s."""
     asked = [ask(0.0, 4, 2, "z0", client="z"), ask(0.001, 4, 20, "b0", client="b")]
     asked += [ask(0.002, 4, 1, "z1", client="z"), ask(0.003, 4, 1, "b1", client="b")]
     choices = {"order": "vtc_predicted", "predictor": ("constant", {"length": 50.0})}

@@ -1,4 +1,5 @@
-"""A request that needs its last token on the host is planned one token at a time, whatever runs ahead beside it."""
+"""A request that needs its last token on the host is planned one token at a time, whatever runs ahead beside
+it."""
 
 from __future__ import annotations
 
@@ -33,7 +34,12 @@ class Masking(OracleExecutor):
 
 def arrivals(num: int = 6, every: int = 2) -> list[Arrival]:
     return [
-        Arrival(0.01 * i, ask(3 + i).prompt_token_ids, SamplingParams(max_tokens=4 + i, waits_for_token=i % every == 0), id=f"r{i}")
+        Arrival(
+            0.01 * i,
+            ask(3 + i).prompt_token_ids,
+            SamplingParams(max_tokens=4 + i, waits_for_token=i % every == 0),
+            id=f"r{i}",
+        )
         for i in range(num)
     ]
 
@@ -42,8 +48,13 @@ def arrivals(num: int = 6, every: int = 2) -> list[Arrival]:
 @pytest.mark.parametrize("scheduler", REGISTRY.names("scheduler"))
 def test_its_last_token_is_there_under_every_scheduler(scheduler: str, depth: int) -> None:
     executor = Masking(num_blocks=14)
-    roles = {**Subject((f"scheduler={scheduler}", "order=priority", "cache=hash")).plain_roles(), "executor": executor}
-    limits = EngineConfig(block_size=4, num_blocks=14, max_num_seqs=4, max_num_batched_tokens=32, max_inflight=depth, check=True)
+    roles = {
+        **Subject((f"scheduler={scheduler}", "order=priority", "cache=hash")).plain_roles(),
+        "executor": executor,
+    }
+    limits = EngineConfig(
+        block_size=4, num_blocks=14, max_num_seqs=4, max_num_batched_tokens=32, max_inflight=depth, check=True
+    )
     outputs = Engine(roles, limits).run(arrivals()).outputs
     assert [len(o.output_token_ids) for o in outputs] == [4 + i for i in range(6)]
     assert executor.masks >= 4 + 6 + 8
@@ -74,8 +85,13 @@ def test_a_planner_that_runs_ahead_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_real_engine_answers_alike() -> None:
     directory = variant("qwen3")
-    sampling = [SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, waits_for_token=wait) for wait in (True, False)]
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, waits_for_token=wait)
+        for wait in (True, False)
+    ]
     prompts = shared_prompts(512)[:4]
     running = engine_of(prepared(directory), max_inflight=2)
     result = running.run([Arrival(0.0, p, sampling[i % 2], id=f"p{i}") for i, p in enumerate(prompts)])
-    assert [o.output_token_ids for o in result.outputs] == [reference_tokens(directory, tuple(p), 6) for p in prompts]
+    assert [o.output_token_ids for o in result.outputs] == [
+        reference_tokens(directory, tuple(p), 6) for p in prompts
+    ]

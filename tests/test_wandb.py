@@ -1,4 +1,5 @@
-"""The W&B observer, read back with W&B's own reader of its offline log, or by a server of our own. Nothing here leaves this machine."""
+"""The W&B observer, read back with W&B's own reader of its offline log, or by a server of our own. Nothing
+here leaves this machine."""
 
 from __future__ import annotations
 
@@ -45,7 +46,13 @@ def test_a_short_series_is_kept_as_it_is():
     buckets = Buckets(100)
     for i in range(5):
         buckets.add(Step(end=i, num_running=i * i))
-    assert [(p["time_s"], p["engine/num_running"]) for p in buckets.points()] == [(0, 0), (1, 1), (2, 4), (3, 9), (4, 16)]
+    assert [(p["time_s"], p["engine/num_running"]) for p in buckets.points()] == [
+        (0, 0),
+        (1, 1),
+        (2, 4),
+        (3, 9),
+        (4, 16),
+    ]
     assert set(buckets.points()[0]) == {"time_s", *SERIES}
 
 
@@ -57,8 +64,13 @@ def test_a_long_series_is_averaged_into_few_points_and_keeps_its_mean(steps):
     points = buckets.points()
     assert 100 < len(points) <= 501
     assert points[-1]["time_s"] == steps - 1
-    sizes = [b - a for a, b in zip([-1.0, *(p["time_s"] for p in points)], (p["time_s"] for p in points), strict=False)]
-    assert sum(n * p["engine/num_running"] for n, p in zip(sizes, points, strict=True)) / steps == pytest.approx((steps - 1) / 2)
+    sizes = [
+        b - a
+        for a, b in zip([-1.0, *(p["time_s"] for p in points)], (p["time_s"] for p in points), strict=False)
+    ]
+    assert sum(
+        n * p["engine/num_running"] for n, p in zip(sizes, points, strict=True)
+    ) / steps == pytest.approx((steps - 1) / 2)
 
 
 def test_a_login_is_a_key_in_the_environment_or_an_entry_in_netrc(tmp_path, monkeypatch):
@@ -75,7 +87,10 @@ def test_a_login_is_a_key_in_the_environment_or_an_entry_in_netrc(tmp_path, monk
 
 
 def test_an_unknown_mode_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match="tracking.mode='ofline': expected one of auto, online, offline, disabled. Did you mean offline"):
+    with pytest.raises(
+        ConfigError,
+        match="tracking.mode='ofline': expected one of auto, online, offline, disabled. Did you mean offline",
+    ):
         Wandb(mode="ofline")
 
 
@@ -87,14 +102,19 @@ def test_without_the_package_a_run_goes_on_with_one_warning(monkeypatch, capsys)
     tracker.on_step(None)
     tracker.close(RunResult())
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: wandb cannot be imported") and "tracking=none" in warning and warning.count("\n") == 1
+    assert (
+        warning.startswith("warning: wandb cannot be imported")
+        and "tracking=none" in warning
+        and warning.count("\n") == 1
+    )
 
 
-# ---- when W&B fails ---------------------------------------------------------------------------------------------------
+# ---- when W&B fails --------------------------------------------------------------------------------------
 
 
 class FakeRun:
-    """What a Wandb observer calls of a run, each call written down; `fails`: method -> what it does instead."""
+    """What a Wandb observer calls of a run, each call written down; `fails`: method -> what it does
+    instead."""
 
     def __init__(self, mode: str, calls: list[tuple], fails: dict) -> None:
         self.mode, self.calls, self.fails = mode, calls, fails
@@ -129,7 +149,9 @@ def fake(monkeypatch):
 
         def __init__(self, **settings: object) -> None: ...
 
-    module = SimpleNamespace(init=init, Settings=Settings, Table=lambda **about: "table", teardown=lambda: None)
+    module = SimpleNamespace(
+        init=init, Settings=Settings, Table=lambda **about: "table", teardown=lambda: None
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setattr("plugins.observers.wandb.unreachable", lambda url, timeout: "")
     yield SimpleNamespace(calls=calls, fails=fails, hang=left.wait)
@@ -163,13 +185,23 @@ def test_nothing_is_said_when_nothing_fails(fake, tmp_path, capsys):
     ("where", "then", "words"),
     [
         ("init", [("offline", name) for name in SENT], "W&B does not take the run (planted)"),
-        ("log", [("offline", name) for name in ("init", "log", "summary", "finish")], "wandb failed (planted)"),
-        ("summary", [("offline", name) for name in ("init", "log", "summary", "finish")], "wandb failed (planted)"),
+        (
+            "log",
+            [("offline", name) for name in ("init", "log", "summary", "finish")],
+            "wandb failed (planted)",
+        ),
+        (
+            "summary",
+            [("offline", name) for name in ("init", "log", "summary", "finish")],
+            "wandb failed (planted)",
+        ),
         ("table", [], "W&B did not take everything (planted)"),
         ("finish", [], "W&B did not take everything (planted)"),
     ],
 )
-def test_what_wandb_refuses_is_kept_offline_with_one_line_that_says_how_to_send_it(fake, tmp_path, capsys, where, then, words):
+def test_what_wandb_refuses_is_kept_offline_with_one_line_that_says_how_to_send_it(
+    fake, tmp_path, capsys, where, then, words
+):
     fake.fails["online", where] = raising
     tracked(tmp_path)
     assert fake.calls == [("online", name) for name in SENT[: SENT.index(where) + 1]] + then
@@ -211,9 +243,15 @@ def test_a_server_is_reached_when_it_answers_at_all(server, silent, monkeypatch)
 
 
 def test_with_a_key_and_no_network_the_run_is_kept_offline_after_seconds(tmp_path, server, silent):
-    environment = environment_of(tmp_path, server) | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": silent, "no_proxy": "127.0.0.1"}
+    environment = environment_of(tmp_path, server) | {
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_BASE_URL": silent,
+        "no_proxy": "127.0.0.1",
+    }
     command = [*RUN, "tracking.timeout=0.5"]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=80)
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=80
+    )
     assert ended.returncode == 0, ended.stderr
     (said,) = [line for line in ended.stderr.splitlines() if line.startswith("warning")]
     assert said.startswith(f"warning: W&B cannot be reached at {silent}") and "wandb sync" in said
@@ -234,7 +272,9 @@ def wandb_processes() -> list[int]:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds wandb's process in /proc")
 def test_the_numbers_outlive_wandbs_own_process(tmp_path, capsys):
     tracker = Wandb(mode="offline")
-    tracker.run = SimpleNamespace(directory=tmp_path, config={}, name="x", group="", composition=SimpleNamespace(choices={}))
+    tracker.run = SimpleNamespace(
+        directory=tmp_path, config={}, name="x", group="", composition=SimpleNamespace(choices={})
+    )
     tracker.on_start(None)
     (process,) = wandb_processes()
     os.kill(process, signal.SIGKILL)
@@ -248,7 +288,8 @@ RUN = [sys.executable, str(ROOT / "run.py"), "executor=sim", "workload.num_reque
 
 
 class Server(ThreadingHTTPServer):
-    """As much of W&B's server as a run talks to, and a proxy that keeps what it is asked: `asked`, (path, JSON of what matters here) in order."""
+    """As much of W&B's server as a run talks to, and a proxy that keeps what it is asked: `asked`, (path,
+    JSON of what matters here) in order."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -258,15 +299,38 @@ class Server(ThreadingHTTPServer):
     def data(self, query: str, variables: dict) -> dict:
         if "upsertBucket" in query:
             project = {"id": "p", "name": "headway", "entity": {"id": "e", "name": "somebody"}}
-            return {"upsertBucket": {"bucket": {"id": "r", "name": "n", "displayName": "d", "config": "{}", "project": project}, "inserted": True}}
+            return {
+                "upsertBucket": {
+                    "bucket": {
+                        "id": "r",
+                        "name": "n",
+                        "displayName": "d",
+                        "config": "{}",
+                        "project": project,
+                    },
+                    "inserted": True,
+                }
+            }
         if "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
         if "createArtifact(" in query:
-            return {"createArtifact": {"artifact": {"id": "a", "digest": "d", "state": "COMMITTED", "artifactSequence": {"id": "s"}}}}
+            return {
+                "createArtifact": {
+                    "artifact": {
+                        "id": "a",
+                        "digest": "d",
+                        "state": "COMMITTED",
+                        "artifactSequence": {"id": "s"},
+                    }
+                }
+            }
         if "ArtifactType" in query:
             return {"project": None}
-        return {"viewer": {"id": "v", "entity": "somebody", "username": "somebody", "teams": {"edges": []}}, "serverInfo": {"features": []}}
+        return {
+            "viewer": {"id": "v", "entity": "somebody", "username": "somebody", "teams": {"edges": []}},
+            "serverInfo": {"features": []},
+        }
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -275,7 +339,11 @@ class Answers(BaseHTTPRequestHandler):
         raw = gzip.decompress(raw) if self.headers.get("Content-Encoding") == "gzip" else raw
         body = json.loads(raw) if self.path == "/graphql" or self.path.endswith("/file_stream") else {}
         self.server.asked.append((self.path, body))
-        answer = {"data": self.server.data(body["query"], body.get("variables") or {})} if self.path == "/graphql" else {}
+        answer = (
+            {"data": self.server.data(body["query"], body.get("variables") or {})}
+            if self.path == "/graphql"
+            else {}
+        )
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
@@ -304,43 +372,81 @@ def environment_of(folder: Path, server: Server) -> dict[str, str]:
 def test_the_runs_of_a_sweep_share_a_group_and_hold_config_summary_series_and_table(tmp_path, server):
     environment = environment_of(tmp_path, server)
     command = [*RUN, "-m", "cache=none,hash", "hydra.sweep.dir=sweeps/night"]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     assert server.asked == []  # without a login: no request to W&B, none to anybody through a proxy
     groups = set()
     for job, cache in enumerate(("none", "hash")):
         (folder,) = (tmp_path / "sweeps" / "night" / str(job) / "wandb").glob("offline-run-*")
         inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json"]
-        lines = subprocess.run([*inspect, str(folder)], env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            [*inspect, str(folder)], env=environment, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         records = [json.loads(line) for line in lines]
         run = next(r["run"] for r in records if r["type"] == "run")
         groups.add(run.get("group") or run.get("run_group"))
         assert f"cache={cache}" in run["tags"] and "executor=sim" in run["tags"]
         assert run["config"]["update"]["cache"]["name"] == cache
         points = [r["history"]["item"] for r in records if r["type"] == "history"]
-        assert sum("engine/num_running" in p for p in points) == read_summary(tmp_path / "sweeps" / "night" / str(job))["num_steps"]
+        assert (
+            sum("engine/num_running" in p for p in points)
+            == read_summary(tmp_path / "sweeps" / "night" / str(job))["num_steps"]
+        )
         assert any(p.get("requests._type") == "table-file" and p["requests.nrows"] == 8 for p in points)
-        whole = subprocess.run([*inspect[:-1], "--summary", "--json", str(folder)], env=environment, capture_output=True, text=True, check=True)
+        whole = subprocess.run(
+            [*inspect[:-1], "--summary", "--json", str(folder)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         summary = json.loads(whole.stdout)
-        assert summary["summary"]["p99_ttft_ms"] == pytest.approx(read_summary(tmp_path / "sweeps" / "night" / str(job))["p99_ttft_ms"])
+        assert summary["summary"]["p99_ttft_ms"] == pytest.approx(
+            read_summary(tmp_path / "sweeps" / "night" / str(job))["p99_ttft_ms"]
+        )
         assert summary["exit_code"] == 0
     assert groups == {"sweeps_night"}
 
 
 def test_with_a_login_config_series_and_summary_arrive_while_the_run_goes_on(tmp_path, server):
     environment = environment_of(tmp_path, server) | {"WANDB_API_KEY": "0" * 40}
-    ended = subprocess.run([*RUN, "cache=radix"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(
+        [*RUN, "cache=radix"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert ended.returncode == 0 and "warning" not in ended.stderr, ended.stderr
     (written,) = tmp_path.glob("outputs/**/summary.json")
-    (run, *_) = [body["variables"] for path, body in server.asked if path == "/graphql" and "upsertBucket" in body["query"]]
-    assert run["project"] == "headway" and run["displayName"] == "executor=sim workload.num_requests=8 cache=radix"
+    (run, *_) = [
+        body["variables"]
+        for path, body in server.asked
+        if path == "/graphql" and "upsertBucket" in body["query"]
+    ]
+    assert (
+        run["project"] == "headway"
+        and run["displayName"] == "executor=sim workload.num_requests=8 cache=radix"
+    )
     assert "cache=radix" in run["tags"] and json.loads(run["config"])["cache"]["value"]["name"] == "radix"
     streamed = [body for path, body in server.asked if path.endswith("/file_stream")]
-    rows = [json.loads(row) for body in streamed for row in body.get("files", {}).get("wandb-history.jsonl", {}).get("content", ())]
+    rows = [
+        json.loads(row)
+        for body in streamed
+        for row in body.get("files", {}).get("wandb-history.jsonl", {}).get("content", ())
+    ]
     summary = read_summary(written.parent)
     assert sum("engine/num_running" in row for row in rows) == summary["num_steps"]
-    assert any(json.loads(body["files"]["wandb-summary.json"]["content"][-1]).get("p99_ttft_ms") == pytest.approx(summary["p99_ttft_ms"])
-               for body in streamed if "wandb-summary.json" in body.get("files", {}))  # fmt: skip
+    assert any(
+        json.loads(body["files"]["wandb-summary.json"]["content"][-1]).get("p99_ttft_ms")
+        == pytest.approx(summary["p99_ttft_ms"])
+        for body in streamed
+        if "wandb-summary.json" in body.get("files", {})
+    )
     assert (streamed[-1]["complete"], streamed[-1]["exitcode"]) == (True, 0)
 
 

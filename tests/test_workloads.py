@@ -1,4 +1,5 @@
-"""Workloads: what each promises about lengths, times, sharing and repeatability, and what bad input is told."""
+"""Workloads: what each promises about lengths, times, sharing and repeatability, and what bad input is
+told."""
 
 from __future__ import annotations
 
@@ -41,12 +42,15 @@ def made(workload, seed: int = 0, vocab: int = VOCAB, context: int = CONTEXT) ->
 def run(workload, seed: int = 0, context: int = CONTEXT, **config):
     executor = SimExecutor()
     executor.prepare(ModelShape("LlamaForCausalLM", 64, 2, 4, 2, 16, 128, VOCAB, True, context), Hardware())
-    engine = Engine(default_roles(executor=executor), EngineConfig(**{"num_blocks": 2000, **config}), seed=seed)
+    engine = Engine(
+        default_roles(executor=executor), EngineConfig(**{"num_blocks": 2000, **config}), seed=seed
+    )
     return engine.run(workload.arrivals(seed, VOCAB, engine.max_model_len), workload.on_result)
 
 
 def most_at_once(outputs) -> int:
-    """The most requests that were in the system at any time; one that leaves makes room for one that comes then."""
+    """The most requests that were in the system at any time; one that leaves makes room for one that comes
+    then."""
     events = sorted([(o.arrival_time, 1) for o in outputs] + [(o.finish_time, -1) for o in outputs])
     level = peak = 0
     for _, change in events:
@@ -55,18 +59,35 @@ def most_at_once(outputs) -> int:
     return peak
 
 
-# ---- what every workload promises ------------------------------------------------------------------------------------
+# ---- what every workload promises ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def mooncake_file(tmp_path):
     file = tmp_path / "trace.jsonl"
     rows = [(0, 1300, 5, [0, 1, 2]), (3000, 1025, 7, [0, 1, 3]), (3000, 512, 2, [0]), (9000, 700, 9, [4, 5])]
-    file.write_text("".join(json.dumps({"timestamp": t, "input_length": i, "output_length": o, "hash_ids": h}) + "\n" for t, i, o, h in rows))
+    file.write_text(
+        "".join(
+            json.dumps({"timestamp": t, "input_length": i, "output_length": o, "hash_ids": h}) + "\n"
+            for t, i, o, h in rows
+        )
+    )
     return file
 
 
-@pytest.fixture(params=["random", "nano_bench", "shared_prefix", "multi_turn", "clients", "mooncake", "poisson", "gamma", "uniform"])
+@pytest.fixture(
+    params=[
+        "random",
+        "nano_bench",
+        "shared_prefix",
+        "multi_turn",
+        "clients",
+        "mooncake",
+        "poisson",
+        "gamma",
+        "uniform",
+    ]
+)
 def workload_of(request, mooncake_file):
     return {
         "random": lambda: RandomLengths(input_len=[5, 90], output_len=[1, 9]),
@@ -100,11 +121,18 @@ def test_a_second_run_of_one_object_repeats_the_first(workload_of):
 
 def test_declared_caps_do_not_reveal_the_true_length(workload_of):
     declares = isinstance(workload_of(), NanoBench)  # that benchmark does
-    assert all((a.sampling.max_tokens is None) != declares and (a.output_len is None) == declares for a in made(workload_of()))
+    assert all(
+        (a.sampling.max_tokens is None) != declares and (a.output_len is None) == declares
+        for a in made(workload_of())
+    )
 
 
 def test_an_empty_workload_is_an_error():
-    for build in (lambda: RandomLengths(num_requests=0), lambda: SharedPrefix(num_requests=0), lambda: MultiTurn(num_sessions=0)):
+    for build in (
+        lambda: RandomLengths(num_requests=0),
+        lambda: SharedPrefix(num_requests=0),
+        lambda: MultiTurn(num_sessions=0),
+    ):
         with pytest.raises(ConfigError, match="expected at least 1"):
             build()
 
@@ -117,7 +145,7 @@ def test_an_empty_workload_is_an_error():
         made(Nothing())
 
 
-# ---- arrival processes ---------------------------------------------------------------------------------------------------
+# ---- arrival processes -----------------------------------------------------------------------------------
 
 
 def gaps_of(**parameters) -> list[float]:
@@ -133,7 +161,9 @@ def test_uniform_is_evenly_spaced():
     assert gaps_of(arrival="uniform", rate=4) == pytest.approx([0.25] * 3999)
 
 
-@pytest.mark.parametrize("arrival, burstiness", [("poisson", 1.0), ("gamma", 1.0), ("gamma", 0.25), ("gamma", 4.0)])
+@pytest.mark.parametrize(
+    "arrival, burstiness", [("poisson", 1.0), ("gamma", 1.0), ("gamma", 0.25), ("gamma", 4.0)]
+)
 def test_poisson_and_gamma_have_the_asked_rate_and_variation(arrival, burstiness):
     gaps = gaps_of(arrival=arrival, rate=5.0, burstiness=burstiness)
     assert statistics.mean(gaps) == pytest.approx(0.2, rel=0.1)
@@ -155,7 +185,9 @@ def test_a_closed_loop_keeps_its_concurrency_to_the_end():
 
 
 def test_a_refused_request_does_not_cost_a_closed_loop_its_client():
-    outputs = run(RandomLengths(arrival="closed", concurrency=2, num_requests=30, input_len=[50, 150]), context=100).outputs
+    outputs = run(
+        RandomLengths(arrival="closed", concurrency=2, num_requests=30, input_len=[50, 150]), context=100
+    ).outputs
     assert len(outputs) == 30
     assert {o.state for o in outputs} == {"finished", "rejected"}
 
@@ -199,7 +231,11 @@ def test_arrival_processes_refuse_what_gives_no_finite_times(parameters, named):
     with pytest.raises(ConfigError, match=f"workload.{named}"):
         RandomLengths(**parameters)
     with pytest.raises(WorkloadError, match=f"workload.{named}"):
-        next(arrival_times(**{"arrival": "", "rate": 1.0, "burstiness": 1.0, "rng": random.Random(0)} | parameters))
+        next(
+            arrival_times(
+                **{"arrival": "", "rate": 1.0, "burstiness": 1.0, "rng": random.Random(0)} | parameters
+            )
+        )
 
 
 def test_a_time_that_is_not_finite_names_what_it_follows_from():
@@ -212,14 +248,18 @@ def test_a_time_that_is_not_finite_names_what_it_follows_from():
             assert times == sorted(times) and all(map(math.isfinite, times))
 
 
-# ---- synthetic requests ----------------------------------------------------------------------------------------------------
+# ---- synthetic requests ----------------------------------------------------------------------------------
 
 
 def test_random_lengths_stay_within_their_ranges_and_reach_both_ends():
-    arrivals = made(RandomLengths(num_requests=300, input_len=[3, 9], output_len=[2, 5], clients=3, priorities=2))
+    arrivals = made(
+        RandomLengths(num_requests=300, input_len=[3, 9], output_len=[2, 5], clients=3, priorities=2)
+    )
     assert {len(a.prompt_token_ids) for a in arrivals} == set(range(3, 10))
     assert {a.output_len for a in arrivals} == set(range(2, 6))
-    assert {a.tags.client for a in arrivals} == {"c0", "c1", "c2"} and {a.tags.priority for a in arrivals} == {0, 1}
+    assert {a.tags.client for a in arrivals} == {"c0", "c1", "c2"} and {
+        a.tags.priority for a in arrivals
+    } == {0, 1}
 
 
 def test_nano_bench_is_the_peers_benchmark_token_for_token():
@@ -234,8 +274,15 @@ def test_nano_bench_is_the_peers_benchmark_token_for_token():
 
 
 def test_a_repeat_of_nano_bench_shares_no_token_position():
-    first, second = made(NanoBench(num_requests=4), vocab=151936), made(NanoBench(num_requests=4, repeat=1), vocab=151936)
-    assert all(x != y for a, b in zip(first, second, strict=True) for x, y in zip(a.prompt_token_ids, b.prompt_token_ids, strict=True))
+    first, second = (
+        made(NanoBench(num_requests=4), vocab=151936),
+        made(NanoBench(num_requests=4, repeat=1), vocab=151936),
+    )
+    assert all(
+        x != y
+        for a, b in zip(first, second, strict=True)
+        for x, y in zip(a.prompt_token_ids, b.prompt_token_ids, strict=True)
+    )
 
 
 def test_shared_prefix_is_70_of_100_requests_sharing_410_of_512_tokens():
@@ -273,10 +320,14 @@ def test_clients_need_one_length_each_or_one_for_all():
     with pytest.raises(WorkloadError, match="expected one entry, or one for each of the 2 clients"):
         Clients(input_lens=[1, 2, 3])
     arrivals = made(Clients(rates=[1, 1, 1], duration=3, input_lens=[[5, 6], 7, 8], output_lens=[2]))
-    assert {(a.tags.client, len(a.prompt_token_ids) in (5, 6)) for a in arrivals} == {("client0", True), ("client1", False), ("client2", False)}
+    assert {(a.tags.client, len(a.prompt_token_ids) in (5, 6)) for a in arrivals} == {
+        ("client0", True),
+        ("client1", False),
+        ("client2", False),
+    }
 
 
-# ---- conversations ------------------------------------------------------------------------------------------------------------
+# ---- conversations ---------------------------------------------------------------------------------------
 
 
 def test_a_turn_is_the_whole_talk_so_far_and_comes_after_the_answer():
@@ -296,7 +347,9 @@ def test_a_turn_is_the_whole_talk_so_far_and_comes_after_the_answer():
     workload.on_result = remember
     outputs = run(workload).outputs
     assert len(outputs) == 9 and {o.tags.turn for o in outputs} == {0, 1, 2}
-    assert len({tuple(a.prompt_token_ids[:10]) for a in first}) == 1, "conversations begin with one system prompt"
+    assert len({tuple(a.prompt_token_ids[:10]) for a in first}) == 1, (
+        "conversations begin with one system prompt"
+    )
     for turns in seen.values():
         for before, a in turns:
             assert a.prompt_token_ids[: len(before)] == before
@@ -305,7 +358,10 @@ def test_a_turn_is_the_whole_talk_so_far_and_comes_after_the_answer():
 
 def test_what_a_conversation_asks_does_not_depend_on_the_order_of_answers():
     def lengths(**p):
-        return {o.id: (o.num_prompt_tokens, len(o.output_token_ids)) for o in run(MultiTurn(turns=[1, 5], input_len=[3, 9], **p)).outputs}
+        return {
+            o.id: (o.num_prompt_tokens, len(o.output_token_ids))
+            for o in run(MultiTurn(turns=[1, 5], input_len=[3, 9], **p)).outputs
+        }
 
     assert lengths() == lengths(arrival="poisson", rate=50) == lengths(arrival="closed", concurrency=2)
 
@@ -322,14 +378,28 @@ def test_a_conversation_ends_where_the_context_does():
     assert 2 < max(o.tags.turn for o in outputs) < 10
 
 
-# ---- agents -------------------------------------------------------------------------------------------------------------------
+# ---- agents ----------------------------------------------------------------------------------------------
 
 
 def agents_file(tmp_path, sessions: int = 3) -> str:
     calls = [
         {"t": 0.0, "type": "n", "in": 130, "out": 16, "hash_ids": [1, 2], "stop": "tool_use"},
-        {"t": 3.0, "type": "subagent", "requests": [{"type": "n", "in": 70, "out": 8, "hash_ids": [9], "stop": "end_turn", "think_time": 2.0}]},
-        {"t": 9.0, "type": "s", "in": 200, "out": 32, "hash_ids": [1, 2, 3], "stop": "end_turn", "think_time": 5.0},
+        {
+            "t": 3.0,
+            "type": "subagent",
+            "requests": [
+                {"type": "n", "in": 70, "out": 8, "hash_ids": [9], "stop": "end_turn", "think_time": 2.0}
+            ],
+        },
+        {
+            "t": 9.0,
+            "type": "s",
+            "in": 200,
+            "out": 32,
+            "hash_ids": [1, 2, 3],
+            "stop": "end_turn",
+            "think_time": 5.0,
+        },
     ]
     lines = [json.dumps({"id": f"trace{i}", "block_size": 64, "requests": calls}) for i in range(sessions)]
     return file_of(tmp_path, "\n".join(lines), "agents.jsonl")
@@ -341,8 +411,12 @@ def test_agent_calls_follow_the_answer_and_the_tool_and_reuse_their_own_prefix(t
     assert len(by_id) == 9
     for i in range(3):
         first, sub, last = (by_id[f"trace{i}.{turn}"] for turn in range(3))
-        assert (sub.arrival_time, last.arrival_time) == pytest.approx((first.finish_time + 2, sub.finish_time + 5))
-        assert [o.num_cached_tokens for o in (first, sub, last)] == [0, 0, 128], "ids are local to the session"
+        assert (sub.arrival_time, last.arrival_time) == pytest.approx(
+            (first.finish_time + 2, sub.finish_time + 5)
+        )
+        assert [o.num_cached_tokens for o in (first, sub, last)] == [0, 0, 128], (
+            "ids are local to the session"
+        )
         assert [o.tags.tool for o in (first, sub, last)] == ["tool", "", ""]
         assert [o.tags.parents for o in (first, sub, last)] == [(), (first.id,), (sub.id,)]
         assert [o.tags.last for o in (first, sub, last)] == [False, False, True]
@@ -351,7 +425,11 @@ def test_agent_calls_follow_the_answer_and_the_tool_and_reuse_their_own_prefix(t
 def test_agent_sessions_are_scaled_and_end_with_the_context(tmp_path):
     path = agents_file(tmp_path)
     scaled = run(Agents(path=path, scale=0.5, think_scale=0), block_size=16).outputs
-    assert sorted({(o.num_prompt_tokens, len(o.output_token_ids)) for o in scaled}) == [(35, 4), (65, 8), (100, 16)]
+    assert sorted({(o.num_prompt_tokens, len(o.output_token_ids)) for o in scaled}) == [
+        (35, 4),
+        (65, 8),
+        (100, 16),
+    ]
     cut = run(Agents(path=path), context=180).outputs
     assert {o.tags.turn for o in cut} == {0, 1} and {o.state for o in cut} == {"finished"}
 
@@ -361,7 +439,10 @@ def test_agent_sessions_are_scaled_and_end_with_the_context(tmp_path):
     [
         ("{", "no agent session"),
         ('{"id": "a"}', "lacks 'requests'"),
-        ('{"id": "a", "block_size": 64, "requests": [{"type": "n", "in": -1, "out": 1, "hash_ids": []}]}', "in -1 is negative"),
+        (
+            '{"id": "a", "block_size": 64, "requests": [{"type": "n", "in": -1, "out": 1, "hash_ids": []}]}',
+            "in -1 is negative",
+        ),
     ],
 )
 def test_a_broken_agent_session_is_named_by_file_and_line(tmp_path, line, match):
@@ -373,12 +454,14 @@ def test_a_broken_agent_session_is_named_by_file_and_line(tmp_path, line, match)
 
 
 def test_a_session_id_given_twice_is_refused(tmp_path):
-    line = json.dumps({"id": "a", "block_size": 64, "requests": [{"type": "n", "in": 70, "out": 8, "hash_ids": [1]}]})
+    line = json.dumps(
+        {"id": "a", "block_size": 64, "requests": [{"type": "n", "in": 70, "out": 8, "hash_ids": [1]}]}
+    )
     with pytest.raises(WorkloadError, match=r"twice\.jsonl:3: session id 'a' is that of line 1 too"):
         made(Agents(path=file_of(tmp_path, f"{line}\n\n{line}\n", "twice.jsonl")))
 
 
-# ---- chat ---------------------------------------------------------------------------------------------------------------------
+# ---- chat ------------------------------------------------------------------------------------------------
 
 
 class Words:
@@ -435,10 +518,16 @@ def test_chat_says_what_it_lacks(tmp_path):
         made(chat(path=str(tmp_path / "none.txt")))
 
 
-# ---- traces --------------------------------------------------------------------------------------------------------------------
+# ---- traces ----------------------------------------------------------------------------------------------
 
-AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
-BURST = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation log\n45.5,GPT-4,10,230,240,API log\n"
+AZURE = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 "
+    "18:15:50.9951690,396,109\n"
+)
+BURST = (
+    "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation "
+    "log\n45.5,GPT-4,10,230,240,API log\n"
+)
 
 
 def file_of(tmp_path, text: str, name: str = "trace.csv") -> str:
@@ -454,13 +543,19 @@ def test_azure_times_start_at_zero_and_lengths_are_the_columns(tmp_path):
 
 
 def test_azures_later_traces_have_a_time_zone(tmp_path):
-    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 00:00:01+00:00,2,5\n"
+    text = (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 "
+        "00:00:01+00:00,2,5\n"
+    )
     assert made(Azure(path=file_of(tmp_path, text)))[1].time == pytest.approx(0.99007)
 
 
 def test_burstgpt_columns_are_found_by_name(tmp_path):
     arrivals = made(BurstGPT(path=file_of(tmp_path, BURST)))
-    assert [(a.time, len(a.prompt_token_ids), a.output_len) for a in arrivals] == [(0.0, 472, 18), (40.5, 10, 230)]
+    assert [(a.time, len(a.prompt_token_ids), a.output_len) for a in arrivals] == [
+        (0.0, 472, 18),
+        (40.5, 10, 230),
+    ]
 
 
 def test_mooncake_block_ids_become_tokens_so_that_prefixes_are_real(mooncake_file):
@@ -472,7 +567,8 @@ def test_mooncake_block_ids_become_tokens_so_that_prefixes_are_real(mooncake_fil
 
 def test_mooncake_prefixes_hit_the_cache_of_the_engine(mooncake_file):
     outputs = run(Mooncake(path=str(mooncake_file)), block_size=16).outputs
-    assert [o.num_cached_tokens for o in outputs] == [0, 1024, 496, 0]  # the last prompt token is always computed
+    # the last prompt token is always computed
+    assert [o.num_cached_tokens for o in outputs] == [0, 1024, 496, 0]
 
 
 def test_a_trace_may_be_compressed_scaled_and_limited(tmp_path, mooncake_file):
@@ -506,7 +602,9 @@ def test_rows_out_of_order_are_sorted(tmp_path):
 
 
 def test_zero_lengths_cost_only_their_own_request(tmp_path):
-    outputs = run(Azure(path=file_of(tmp_path, AZURE + "2023-11-16 18:16:00.0,0,5\n2023-11-16 18:16:01.0,5,0\n"))).outputs
+    outputs = run(
+        Azure(path=file_of(tmp_path, AZURE + "2023-11-16 18:16:00.0,0,5\n2023-11-16 18:16:01.0,5,0\n"))
+    ).outputs
     assert [o.state for o in outputs] == ["finished", "finished", "rejected", "rejected"]
     assert "empty prompt" in outputs[2].finish_reason and "output length 0" in outputs[3].finish_reason
 
@@ -523,12 +621,32 @@ def test_zero_lengths_cost_only_their_own_request(tmp_path):
         (Azure, "TIMESTAMP,ContextTokens,GeneratedTokens\n", r"holds no request"),
         (Azure, "", r"holds no request"),
         (BurstGPT, BURST + "nan,ChatGPT,1,1,2,x\n", r":4: Timestamp 'nan'"),
-        (Mooncake, '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1]}\n{"timestamp"\n', r":2: no JSON"),
+        (
+            Mooncake,
+            '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1]}\n{"timestamp"\n',
+            r":2: no JSON",
+        ),
         (Mooncake, '{"timestamp": 0, "input_length": 5, "hash_ids": [1]}\n', r":1: lacks 'output_length'"),
-        (Mooncake, '{"timestamp": 0, "input_length": 513, "output_length": 1, "hash_ids": [1]}\n', r":1: 1 hash_ids .* do not cover"),
-        (Mooncake, '{"timestamp": 0, "input_length": -5, "output_length": 1, "hash_ids": [1]}\n', r":1: input_length -5"),
-        (Mooncake, '{"timestamp": 0, "input_length": 5, "output_length": -1, "hash_ids": [1]}\n', r":1: output_length -1"),
-        (Mooncake, '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": ["a"]}\n', r":1: hash_ids"),
+        (
+            Mooncake,
+            '{"timestamp": 0, "input_length": 513, "output_length": 1, "hash_ids": [1]}\n',
+            r":1: 1 hash_ids .* do not cover",
+        ),
+        (
+            Mooncake,
+            '{"timestamp": 0, "input_length": -5, "output_length": 1, "hash_ids": [1]}\n',
+            r":1: input_length -5",
+        ),
+        (
+            Mooncake,
+            '{"timestamp": 0, "input_length": 5, "output_length": -1, "hash_ids": [1]}\n',
+            r":1: output_length -1",
+        ),
+        (
+            Mooncake,
+            '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": ["a"]}\n',
+            r":1: hash_ids",
+        ),
         (Mooncake, "[1, 2]\n", r":1: expected one JSON object a line"),
     ],
 )
@@ -559,22 +677,47 @@ NOON = "2024-05-10 12:00:00"
 
 
 def moon(time="0", input_len="600", output_len="5", ids="[1, 2]") -> str:
-    return f'{{"timestamp": {time}, "input_length": {input_len}, "output_length": {output_len}, "hash_ids": {ids}}}\n'
+    lengths = f'"input_length": {input_len}, "output_length": {output_len}'
+    return f'{{"timestamp": {time}, {lengths}, "hash_ids": {ids}}}\n'
 
 
 READ = {
-    "byte-order mark and CRLF": (Azure, "\ufeff" + (AZURE_HEAD + f"{NOON},7,3\n").replace("\n", "\r\n"), [(0, 7, 3)]),
+    "byte-order mark and CRLF": (
+        Azure,
+        "\ufeff" + (AZURE_HEAD + f"{NOON},7,3\n").replace("\n", "\r\n"),
+        [(0, 7, 3)],
+    ),
     "CR alone": (Azure, (AZURE_HEAD + f"{NOON},7,3\n").replace("\n", "\r"), [(0, 7, 3)]),
-    "UTC as Z": (Azure, AZURE_HEAD + "2024-05-10T12:00:00Z,7,3\n2024-05-10T12:00:00.25Z,7,3\n", [(0, 7, 3), (0.25, 7, 3)]),
-    "two zones": (Azure, AZURE_HEAD + f"{NOON}+00:00,7,3\n2024-05-10 05:00:01.5-07:00,8,3\n", [(0, 7, 3), (1.5, 8, 3)]),
-    "100 ns": (Azure, AZURE_HEAD + f"{NOON}.0000001,7,3\n{NOON}.5000002,7,3\n", [(0, 7, 3), (0.5000001, 7, 3)]),
+    "UTC as Z": (
+        Azure,
+        AZURE_HEAD + "2024-05-10T12:00:00Z,7,3\n2024-05-10T12:00:00.25Z,7,3\n",
+        [(0, 7, 3), (0.25, 7, 3)],
+    ),
+    "two zones": (
+        Azure,
+        AZURE_HEAD + f"{NOON}+00:00,7,3\n2024-05-10 05:00:01.5-07:00,8,3\n",
+        [(0, 7, 3), (1.5, 8, 3)],
+    ),
+    "100 ns": (
+        Azure,
+        AZURE_HEAD + f"{NOON}.0000001,7,3\n{NOON}.5000002,7,3\n",
+        [(0, 7, 3), (0.5000001, 7, 3)],
+    ),
     "counts as floats": (Azure, AZURE_HEAD + f"{NOON},7.0,3.0\n", [(0, 7, 3)]),
     "quoted cells": (Azure, AZURE_HEAD + f'"{NOON}","7","3"\n', [(0, 7, 3)]),
     "more columns": (Azure, f"NumImages,{AZURE_HEAD}1,{NOON},7,3\n", [(0, 7, 3)]),
     "blank lines at the end": (Azure, AZURE_HEAD + f"{NOON},7,3\n\n  \n", [(0, 7, 3)]),
-    "spaces after commas": (BurstGPT, (BURST_HEAD + "5,GPT-4,7,3,10,API log\n").replace(",", ", "), [(0, 7, 3)]),
+    "spaces after commas": (
+        BurstGPT,
+        (BURST_HEAD + "5,GPT-4,7,3,10,API log\n").replace(",", ", "),
+        [(0, 7, 3)],
+    ),
     "a session column": (BurstGPT, f"Session ID,{BURST_HEAD},5.0,GPT-4,7.0,3.0,10.0,API log\n", [(0, 7, 3)]),
-    "a failed request": (BurstGPT, BURST_HEAD + "5,GPT-4,7,0,7,API log\n6,GPT-4,8,3,11,API log\n", [(0, 7, 0), (1, 8, 3)]),
+    "a failed request": (
+        BurstGPT,
+        BURST_HEAD + "5,GPT-4,7,0,7,API log\n6,GPT-4,8,3,11,API log\n",
+        [(0, 7, 0), (1, 8, 3)],
+    ),
     "equal times keep their order": (Mooncake, moon() + moon(input_len="601"), [(0, 600, 5), (0, 601, 5)]),
     "numbers as text and as floats": (Mooncake, moon('"1000"', "600.0", "5e0"), [(0, 600, 5)]),
     "times before zero": (Mooncake, moon("-3000") + moon(), [(0, 600, 5), (3, 600, 5)]),
@@ -582,7 +725,11 @@ READ = {
     "ids of 64 bits and more": (Mooncake, moon(ids=f"[{2**64 - 1}, {2**90}]"), [(0, 600, 5)]),
 }
 REFUSED = {
-    "a zone on some lines only": (Azure, AZURE_HEAD + f"{NOON},7,3\n{NOON}Z,7,3\n", ":3: .* has a time zone, unlike"),
+    "a zone on some lines only": (
+        Azure,
+        AZURE_HEAD + f"{NOON},7,3\n{NOON}Z,7,3\n",
+        ":3: .* has a time zone, unlike",
+    ),
     "a day without a time": (Azure, AZURE_HEAD + "2024-05-10,7,3\n", ":2: TIMESTAMP"),
     "seconds since 1970": (Azure, AZURE_HEAD + "1700158623.98,7,3\n", ":2: TIMESTAMP"),
     "a 30th of February": (Azure, AZURE_HEAD + "2024-02-30 12:00:00,7,3\n", ":2: TIMESTAMP"),
@@ -592,7 +739,11 @@ REFUSED = {
     "an empty cell": (Azure, AZURE_HEAD + f"{NOON},,3\n", ":2: ContextTokens ''"),
     "a comma too many": (Azure, AZURE_HEAD + f"{NOON},7,3,\n", ":2: 4 cells"),
     "semicolons": (Azure, AZURE_HEAD.replace(",", ";"), ":1: the header lacks"),
-    "a column twice": (Azure, f"ContextTokens,{AZURE_HEAD}", ":1: the header has ContextTokens more than once"),
+    "a column twice": (
+        Azure,
+        f"ContextTokens,{AZURE_HEAD}",
+        ":1: the header has ContextTokens more than once",
+    ),
     "an open quote": (Azure, AZURE_HEAD + f'"{NOON},7,3\n', ":2: no line of a CSV file"),
     "a cell beyond all bounds": (Azure, AZURE_HEAD + f"{NOON},{'9' * 200_000},3\n", ":2: "),
     "more tokens than can be": (Azure, AZURE_HEAD + f"{NOON},{10**13},3\n", ":2: ContextTokens .*at most"),
@@ -603,7 +754,11 @@ REFUSED = {
     "true for a number": (Mooncake, moon(output_len="true"), ":1: output_length True"),
     "true for an id": (Mooncake, moon(ids="[true, false]"), ":1: hash_ids"),
     "an id that is no whole number": (Mooncake, moon(ids="[1.0, 2.0]"), ":1: hash_ids"),
-    "ids of other blocks": (Mooncake, moon(ids="[1, 2, 3]"), ":1: 3 hash_ids .* are too many for input_length 600: expected 2"),
+    "ids of other blocks": (
+        Mooncake,
+        moon(ids="[1, 2, 3]"),
+        ":1: 3 hash_ids .* are too many for input_length 600: expected 2",
+    ),
     "a time that is NaN": (Mooncake, moon("NaN"), ":1: timestamp nan"),
     "a time that is null": (Mooncake, moon("null"), ":1: timestamp None"),
     "a length beyond floats": (Mooncake, moon(input_len="1e400"), ":1: input_length inf"),
@@ -630,7 +785,11 @@ def test_lines_that_could_be_misread_are_refused_by_file_and_line(tmp_path, work
 
 @pytest.mark.parametrize("vocab", [2, 512, 32_768, 151_936])
 def test_distinct_ids_give_distinct_prompts_however_wide_they_are(tmp_path, vocab):
-    ids = [[(group << shift) + 1, (group << shift) + 2] for shift in (0, 32, 40, 45, 56, 70) for group in (1, 2, vocab, vocab + 1)]
+    ids = [
+        [(group << shift) + 1, (group << shift) + 2]
+        for shift in (0, 32, 40, 45, 56, 70)
+        for group in (1, 2, vocab, vocab + 1)
+    ]
     path = file_of(tmp_path, "".join(moon(input_len="600", ids=str(pair)) for pair in ids))
     prompts = {tuple(a.prompt_token_ids) for a in made(Mooncake(path=path), vocab=vocab)}
     assert len(prompts) == len({tuple(pair) for pair in ids})
@@ -670,7 +829,7 @@ def test_a_compressed_file_is_known_by_its_contents_and_named_where_it_breaks(tm
         made(Mooncake(path=str(tmp_path / "cut")))
 
 
-# ---- prompts that fit no context ---------------------------------------------------------------------------
+# ---- prompts that fit no context -------------------------------------------------------------------------
 
 HUGE = 10**11  # tokens in a file
 MOST = LONGEST  # tokens that a parameter may ask for
@@ -700,7 +859,9 @@ def test_a_prompt_longer_than_the_context_is_rejected_by_its_length_and_never_ma
     tracemalloc.stop()
     assert outputs and {o.state for o in outputs} == {"rejected"}
     assert all(f"prompt of {o.num_prompt_tokens} tokens does not fit" in o.finish_reason for o in outputs)
-    assert min(o.num_prompt_tokens for o in outputs) >= MOST and peak < 40e6, "8 bytes per token would be 80 MB at least"
+    assert min(o.num_prompt_tokens for o in outputs) >= MOST and peak < 40e6, (
+        "8 bytes per token would be 80 MB at least"
+    )
 
 
 @pytest.mark.parametrize("tokens", [10**13, 10**30])
@@ -709,19 +870,25 @@ def test_a_length_beyond_all_measure_is_refused(tokens):
         only_its_length(tokens)
 
 
-# ---- python -m headway trace -------------------------------------------------------------------------------
+# ---- python -m headway trace -----------------------------------------------------------------------------
 
 
 def test_a_trace_is_measured_in_one_pass_without_its_tokens(tmp_path, capsys):
     count, tokens = 1000, 100 * 512
-    rows = (moon(str(1000 * (count - i)), str(tokens), "7", str(list(range(i, i + 100)))) for i in range(count))
+    rows = (
+        moon(str(1000 * (count - i)), str(tokens), "7", str(list(range(i, i + 100)))) for i in range(count)
+    )
     path, out = file_of(tmp_path, "".join(rows), "trace.jsonl"), tmp_path / "lengths.jsonl"
     tracemalloc.start()
     assert cli.main(["trace", path, "--out", str(out)]) == 0
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     text = capsys.readouterr().out
-    assert "1,000 over 999.0 s, 1.00 a second" in text and f"{count * tokens:,} in all" in text and "variation 0.00" in text
+    assert (
+        "1,000 over 999.0 s, 1.00 a second" in text
+        and f"{count * tokens:,} in all" in text
+        and "variation 0.00" in text
+    )
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(written) == count and written[1] == {"time": 1.0, "input_len": tokens, "output_len": 7}
     assert peak < 10e6, "51,200,000 tokens would be 400 MB"
@@ -740,7 +907,7 @@ def test_measuring_a_trace_names_what_is_wrong(tmp_path, capsys):
         assert problem in capsys.readouterr().err
 
 
-# ---- tokens of ids ---------------------------------------------------------------------------------------------------------------
+# ---- tokens of ids ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab", [2, 7, 1000, 151936])
@@ -754,14 +921,18 @@ def test_content_is_stable_and_tells_ids_apart_in_its_first_tokens(vocab):
     assert all(0 <= token < vocab for token in content.tokens(12345, 2 * vocab + 5 if vocab < 100 else 50))
 
 
-# ---- the hit-rate experiment --------------------------------------------------------------------------------------------------------
+# ---- the hit-rate experiment -----------------------------------------------------------------------------
 
 
 def test_hit_rates_of_a_trace_by_capacity_are_those_counted_by_hand(tmp_path):
     from experiments.mooncake_hit_rate import hit_rates
 
-    lines = [json.dumps({"timestamp": i, "input_length": 600, "output_length": 1, "hash_ids": ids}) for i, ids in enumerate([[0, 1], [0, 2], [0, 1]])]
+    lines = [
+        json.dumps({"timestamp": i, "input_length": 600, "output_length": 1, "hash_ids": ids})
+        for i, ids in enumerate([[0, 1], [0, 2], [0, 1]])
+    ]
     rows = Mooncake(path=file_of(tmp_path, "\n".join(lines))).rows()
-    # Two blocks: 0 stays, 1 and 2 push each other out. Without a limit the third request finds both of its blocks.
+    # Two blocks: 0 stays, 1 and 2 push each other out. Without a limit the third request finds both of its
+    # blocks.
     assert hit_rates(rows, 2) == pytest.approx((2 * 512 / 1800, 2 / 6))
     assert hit_rates(rows, 6) == pytest.approx(((512 + 600) / 1800, 3 / 6))

@@ -1,1 +1,2 @@
-"""The command line: Hydra, the folders of runs and sweeps, `python -m headway`. The one room of core that may import Hydra."""
+"""The command line: Hydra, the folders of runs and sweeps, `python -m headway`. The one room of core that may
+import Hydra."""

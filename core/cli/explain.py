@@ -1,4 +1,5 @@
-"""Errors in plain words: Hydra's and OmegaConf's messages with the near names, a traceback only for who asks for it."""
+"""Errors in plain words: Hydra's and OmegaConf's messages with the near names, a traceback only for who asks
+for it."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def complain(error: BaseException) -> None:
 
 
 def explain(error: BaseException, registry: Registry, given: Sequence[str] | None = None) -> str:
-    """One line that says what was given, what was expected and what to type. `given`: the overrides, else the command's."""
+    """One line that says what was given, what was expected and what to type. `given`: the overrides, else the
+    command's."""
     chain = list(_causes(error))
     text = "\n".join(map(str, chain))
     told = Told(registry, sys.argv[1:] if given is None else given, text)
@@ -46,7 +48,9 @@ def explain(error: BaseException, registry: Registry, given: Sequence[str] | Non
     for pattern, answer in PATTERNS:
         if match := re.search(pattern, text):
             return answer(told, *match.groups())
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip() and "object_type" not in line)
+    return " ".join(
+        line.strip() for line in str(error).splitlines() if line.strip() and "object_type" not in line
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -63,7 +67,7 @@ class Told:
         self.registry, self.text = registry, text
         self.given = {key.lstrip("+~"): value for key, _, value in (g.partition("=") for g in given)}
 
-    # ---- names -----------------------------------------------------------------------------------------------------
+    # ---- names --------------------------------------------------------------------------------------------
 
     def option(self, group: str, name: str) -> str:
         if group in schema.GROUP_ROLES:
@@ -86,8 +90,13 @@ class Told:
         if name in known and entry and (parts := _parts(self._hint(head, name))):
             return f"{key}: {owner}'s {name} has no {entry[1]!r}.{near(entry[1], parts)}"
         if name in known:
-            return f"{key}: {owner}'s {name} has no such entry. To add it, type +{key}={self.given.get(key, 'VALUE')}"
-        others = [f"{head}={p.name}" for p in self._plugins(head) if any(f.name == name for f in p.parameters())]
+            return (
+                f"{key}: {owner}'s {name} has no such entry. To add it, type "
+                f"+{key}={self.given.get(key, 'VALUE')}"
+            )
+        others = [
+            f"{head}={p.name}" for p in self._plugins(head) if any(f.name == name for f in p.parameters())
+        ]
         also = f" It is one of {', '.join(others)}." if others else ""
         return f"{key}: {owner} has no such parameter.{also or near(name, known)}"
 
@@ -110,14 +119,24 @@ class Told:
         return typed or (classes[0] if len(classes) == 1 else None)
 
     def _value_for_group(self, head: str) -> str:
-        """`order=vtc` where the config has no list of choices: the config of a run that has been composed already."""
+        """`order=vtc` where the config has no list of choices: the config of a run that has been composed
+        already."""
         where = f"{head}={value}" if (value := self.given.get(head, "")) else head
         if head in ("engine", "slo"):
-            return f"{where}: expected a parameter, {head}.NAME=VALUE. `python run.py --help {head}` shows them"
-        instead = "To choose, " if head in ("policy", "experiment") else f"Set a parameter instead ({head}.NAME=VALUE), or "
-        return f"{where}: this config is composed already, so there is nothing to choose. {instead}leave out -cp and -cn"
+            return (
+                f"{where}: expected a parameter, {head}.NAME=VALUE. `python run.py --help {head}` shows them"
+            )
+        instead = (
+            "To choose, "
+            if head in ("policy", "experiment")
+            else f"Set a parameter instead ({head}.NAME=VALUE), or "
+        )
+        return (
+            f"{where}: this config is composed already, so there is nothing to choose. {instead}leave out "
+            "-cp and -cn"
+        )
 
-    # ---- values ----------------------------------------------------------------------------------------------------
+    # ---- values -------------------------------------------------------------------------------------------
 
     def value(self, key: str) -> str:
         """A value of the wrong type; `key` may be that of an entry, like workload.rates[1]."""
@@ -155,16 +174,22 @@ class Told:
         if not equals:
             return f"{typed}: expected KEY=VALUE, for example order=sjf or engine.block_size=32"
         return (
-            f"{typed}: the value cannot be read. Quote what holds spaces, commas, braces, = or quotes: \"{head}='...'\" "
+            f"{typed}: the value cannot be read. Quote what holds spaces, commas, braces, = or quotes: "
+            f"\"{head}='...'\" "
             "with the outer quotes for the shell"
         )
 
     def several(self, override: str) -> str:
         key, _, values = override.partition("=")
-        return f"{override}: several values are a sweep, which needs -m. For one value that is a list, type {key}=[{values}]"
+        return (
+            f"{override}: several values are a sweep, which needs -m. For one value that is a list, type "
+            f"{key}=[{values}]"
+        )
 
     def deleted(self, override: str) -> str:
-        return f"{override}: parameters cannot be removed. Leave it out for the default, or give another value"
+        return (
+            f"{override}: parameters cannot be removed. Leave it out for the default, or give another value"
+        )
 
     def no_config(self, name: str) -> str:
         return f"-cn {name}: there is no {name}.yaml in the folder of -cp (conf/ where none is given)"
@@ -181,13 +206,22 @@ def _parts(hint: Any) -> list[str]:
 PATTERNS: tuple[tuple[str, Callable[..., str]], ...] = (
     (r"Could not find '([\w/]+)/([^'/]*)'", Told.option),
     (r"Could not override '([^']+)'", Told.key),
-    (r"Could not append to config\. An item is already at '([^']+)'", lambda told, key: f"+{key}: is there already. Type it without the +"),
-    (r"Could not find config group '([^']+)'|No match in the defaults list.*?'([^']+)'", lambda told, a, b: told.group_key(a or b)),
+    (
+        r"Could not append to config\. An item is already at '([^']+)'",
+        lambda told, key: f"+{key}: is there already. Type it without the +",
+    ),
+    (
+        r"Could not find config group '([^']+)'|No match in the defaults list.*?'([^']+)'",
+        lambda told, a, b: told.group_key(a or b),
+    ),
     (r"Key '\w+' (?:is )?not in '\w+'[\s\S]*?full_key: (\S+)", Told.key),
     (r"Ambiguous value for argument '(\S+)'", Told.several),
     (r"Error merging override (~.+)\n", Told.deleted),
     (r"Error merging override (.+)\n", Told.merging),
     (r"full_key: ([a-z]\S+)", Told.value),
     (r"Cannot find primary config '([^']+)'", Told.no_config),
-    (r"Primary config directory not found[\s\S]*?'([^']+)'", lambda told, path: f"-cp {path}: there is no such folder"),
+    (
+        r"Primary config directory not found[\s\S]*?'([^']+)'",
+        lambda told, path: f"-cp {path}: there is no such folder",
+    ),
 )

@@ -176,7 +176,9 @@ def check_inputs(folder: Path, cfg: DictConfig) -> None:
     """Raises Refused where a job would read what `prepare` removes, as a replay reads its record."""
     for value in _paths(OmegaConf.to_container(cfg, resolve=True)):
         if _is_own(value, folder):
-            raise Refused(f"{value}: this run's own files would replace it in {folder}: choose another folder")
+            raise Refused(
+                f"{value}: this run's own files would replace it in {folder}: choose another folder"
+            )
 
 
 def prepare(folder: Path, cfg: DictConfig, overrides: list[str], identity: str) -> None:
@@ -203,6 +205,10 @@ def _is_own(value: str, folder: Path) -> bool:
     """Whether a path is that of the folder, or of a file that a run writes there."""
     own = [folder, *(folder / name for name in (results.RESULT, results.CONFIG, *results.FILES))]
     try:
-        return bool(value) and Path(value).exists() and any(path.exists() and path.samefile(value) for path in own)
+        return (
+            bool(value)
+            and Path(value).exists()
+            and any(path.exists() and path.samefile(value) for path in own)
+        )
     except (OSError, ValueError):
         return False

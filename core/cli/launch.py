@@ -238,7 +238,7 @@ def _quit(error: SystemExit) -> HeadwayError:
     return quitting
 
 
-# ---- the command ------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------
 
 
 def ending(command: Command, argv: list[str], conf: Path, job: Callable[[], None]) -> int:

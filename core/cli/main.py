@@ -1,4 +1,5 @@
-"""`python -m headway plugins|check|new|trace`: what is there, does it keep the rules, start a package, look into a trace."""
+"""`python -m headway plugins|check|new|trace`: what is there, does it keep the rules, start a package, look
+into a trace."""
 
 from __future__ import annotations
 
@@ -16,10 +17,19 @@ from ..compose.params import describe, limits_of
 from ..errors import HeadwayError, near
 from ..policy import ROLES
 
-#: Verb -> (module, its function of argv that answers the exit code, one line). Imported only when it is asked for.
+#: Verb -> (module, its function of argv that answers the exit code, one line). Imported only when it is asked
+#: for.
 VERBS = {
-    "plugins": ("core.cli.main", "plugins", "list every available plugin, its parameters and where it comes from"),
-    "check": ("core.cli.presets", "check", "run the conformance kit on a composition: check policy=vtc, check order=mypaper"),
+    "plugins": (
+        "core.cli.main",
+        "plugins",
+        "list every available plugin, its parameters and where it comes from",
+    ),
+    "check": (
+        "core.cli.presets",
+        "check",
+        "run the conformance kit on a composition: check policy=vtc, check order=mypaper",
+    ),
     "new": ("core.cli.scaffold", "main", "write an installable plugin package: new order mypaper"),
     "trace": ("core.cli.tracing", "trace", "count and measure a trace file, or convert it to JSON lines"),
 }
@@ -28,7 +38,10 @@ VERBS = {
 def main(argv: list[str]) -> int:
     """Exit code of a verb; 2 for an unknown one or an error in what was given."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m headway VERB [...]\n\n" + "\n".join(f"  {verb:<8} {line}" for verb, (_, _, line) in VERBS.items()))
+        print(
+            "usage: python -m headway VERB [...]\n\n"
+            + "\n".join(f"  {verb:<8} {line}" for verb, (_, _, line) in VERBS.items())
+        )
         return 0 if argv else 2
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
@@ -48,18 +61,25 @@ def main(argv: list[str]) -> int:
     return code
 
 
-# ---- plugins ---------------------------------------------------------------------------------------------------------
+# ---- plugins ---------------------------------------------------------------------------------------------
 
 
 def plugins(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m headway plugins", description="Every available plugin, and what is broken.")
+    parser = argparse.ArgumentParser(
+        prog="python -m headway plugins", description="Every available plugin, and what is broken."
+    )
     parser.add_argument("role", nargs="?", help=f"only this role: {', '.join(ROLES)}")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     options = parser.parse_args(argv)
     if options.role and options.role not in ROLES:
         parser.error(f"there is no role {options.role!r}.{near(options.role, ROLES)}")
     registry = load_registry()
-    chosen = [registry.plugins[role, name] for role in ROLES if options.role in (None, role) for name in registry.names(role)]
+    chosen = [
+        registry.plugins[role, name]
+        for role in ROLES
+        if options.role in (None, role)
+        for name in registry.names(role)
+    ]
     print(_as_json(chosen, registry) if options.json else _as_text(chosen, registry))
     return 0
 
@@ -67,12 +87,26 @@ def plugins(argv: list[str]) -> int:
 def _as_json(chosen: list[Plugin], registry: Registry) -> str:
     found = [
         {
-            "role": p.role, "name": p.name, "summary": p.summary, "origin": p.origin.source, "dist": p.origin.dist, "version": p.origin.version,
+            "role": p.role,
+            "name": p.name,
+            "summary": p.summary,
+            "origin": p.origin.source,
+            "dist": p.origin.dist,
+            "version": p.origin.version,
             "parameters": [_parameter(f) for f in p.parameters()],
         }
         for p in chosen
-    ]  # fmt: skip
-    broken = [{"name": b.origin.name, "origin": str(b.origin), "role": b.role, "choice": b.choice, "reason": b.reason} for b in registry.broken]
+    ]
+    broken = [
+        {
+            "name": b.origin.name,
+            "origin": str(b.origin),
+            "role": b.role,
+            "choice": b.choice,
+            "reason": b.reason,
+        }
+        for b in registry.broken
+    ]
     return json.dumps({"plugins": found, "broken": broken}, indent=2, default=str)
 
 
@@ -104,7 +138,11 @@ def _range(parameter: Field[Any]) -> str:
 
 
 def _type(parameter: Field[Any]) -> str:
-    return parameter.type if isinstance(parameter.type, str) else getattr(parameter.type, "__name__", str(parameter.type))
+    return (
+        parameter.type
+        if isinstance(parameter.type, str)
+        else getattr(parameter.type, "__name__", str(parameter.type))
+    )
 
 
 def _default(parameter: Field[Any]) -> Any:

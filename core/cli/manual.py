@@ -1,4 +1,5 @@
-"""`python run.py --help`: every group, its options and their parameters, from the registry and from conf/. Nothing is composed."""
+"""`python run.py --help`: every group, its options and their parameters, from the registry and from conf/.
+Nothing is composed."""
 
 from __future__ import annotations
 
@@ -44,9 +45,10 @@ Headway: LLM-inference scheduling and KV-caching policies, on a real engine and 
   python run.py -m scheduler=fcfs,chunked,pd_split cache=none,hash,radix   a sweep, with one table at the end
   python run.py -cp DIR/.hydra -cn config seed=1                   an earlier run again, with a change
   python run.py --help order cache=radix                           this, for a group or an option
-  python -m headway plugins                                        where each plugin comes from, and what is broken
+  python -m headway plugins                            where each plugin comes from, and what is broken
 
-`seed=1` is the seed of every draw. `python run.py --cfg job ...` prints a composition, `--hydra-help` Hydra's own flags.
+`seed=1` is the seed of every draw. `python run.py --cfg job ...` prints a composition, `--hydra-help`
+Hydra's own flags.
 """
 
 
@@ -60,7 +62,8 @@ class Option:
 
 
 def show(arguments: Sequence[str], registry: Registry) -> int:
-    """Prints the manual, or what it says of the groups and options among the arguments, by pages on a terminal; the exit code."""
+    """Prints the manual, or what it says of the groups and options among the arguments, by pages on a
+    terminal; the exit code."""
     try:
         pydoc.pager(manual(arguments, registry))
     except ConfigError as error:
@@ -98,7 +101,7 @@ def _picked(argument: str, groups: dict[str, list[Option]]) -> dict[str, list[Op
     raise ConfigError(f"--help {argument}: there is no such group or option.{near(head, known)}")
 
 
-# ---- what there is ----------------------------------------------------------------------------------------------------
+# ---- what there is ---------------------------------------------------------------------------------------
 
 
 def _options(group: str, registry: Registry) -> Iterator[Option]:
@@ -119,13 +122,17 @@ def _options(group: str, registry: Registry) -> Iterator[Option]:
 def _about(file: Path) -> str:
     """The comment that a file begins with, and for a policy what it chooses; else what it names."""
     text = file.read_text(encoding="utf-8")
-    comment = " ".join(line[2:] for line in text.splitlines() if line.startswith("# ") and "@package" not in line)
+    comment = " ".join(
+        line[2:] for line in text.splitlines() if line.startswith("# ") and "@package" not in line
+    )
     chooses = " ".join(f"{role}={name}" for role, name in re.findall(r"override /(\w+): (\w+)", text))
     named = re.search(r"^name_or_path: (.+)$", text, re.MULTILINE)
-    return " ".join(filter(None, (comment or (named.group(1) if named else ""), f"[{chooses}]" if chooses else "")))
+    return " ".join(
+        filter(None, (comment or (named.group(1) if named else ""), f"[{chooses}]" if chooses else ""))
+    )
 
 
-# ---- how it is shown --------------------------------------------------------------------------------------------------
+# ---- how it is shown -------------------------------------------------------------------------------------
 
 
 def _section(group: str, options: Sequence[Option]) -> str:
@@ -143,7 +150,11 @@ def _section(group: str, options: Sequence[Option]) -> str:
 
 def _parameter(group: str, parameter: Field[Any], owner: type | None) -> list[str]:
     declared = f"{group}.{parameter.name}={_default(parameter)}"
-    type_name = parameter.type if isinstance(parameter.type, str) else getattr(parameter.type, "__name__", str(parameter.type))
+    type_name = (
+        parameter.type
+        if isinstance(parameter.type, str)
+        else getattr(parameter.type, "__name__", str(parameter.type))
+    )
     comment = _comments(owner).get(parameter.name, "") if owner else ""
     about = "; ".join(filter(None, (type_name, describe(parameter), limits_of(parameter).doc, comment)))
     return _wrapped(declared, about, indent=6, width=38)
@@ -191,7 +202,11 @@ def _comments_of_file(path: str) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for made in tree.body:
         if isinstance(made, ast.ClassDef):
-            declared = [f for f in made.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+            declared = [
+                f for f in made.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
+            ]
             comments = {f.target.id: lines[f.end_lineno - 1][f.end_col_offset :] for f in declared}  # type: ignore[union-attr,operator]
-            found[made.name] = {name: c.strip().removeprefix("#").strip() for name, c in comments.items() if "#" in c}
+            found[made.name] = {
+                name: c.strip().removeprefix("#").strip() for name, c in comments.items() if "#" in c
+            }
     return found

@@ -1,4 +1,5 @@
-"""`policy=NAME` in words: what a paper's preset chooses, for those that take roles and not groups, as the conformance kit does."""
+"""`policy=NAME` in words: what a paper's preset chooses, for those that take roles and not groups, as the
+conformance kit does."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ def words(name: str) -> list[str]:
     for entry in content.get("defaults", ()):
         ((group, choice),) = entry.items()
         role = group.removeprefix("override /")
-        chosen += [f"{role}={choice}", *(f"{role}.{key}={value}" for key, value in content.get(role, {}).items())]
+        chosen += [
+            f"{role}={choice}",
+            *(f"{role}.{key}={value}" for key, value in content.get(role, {}).items()),
+        ]
     return chosen
 
 
@@ -38,7 +42,8 @@ def about(name: str) -> str:
 
 
 def expanded(given: Sequence[str]) -> list[str]:
-    """The words with policy=NAME replaced by what it chooses; who names a role beside it takes the preset's choice away."""
+    """The words with policy=NAME replaced by what it chooses; who names a role beside it takes the preset's
+    choice away."""
     own = {word.partition("=")[0] for word in given}
     found: list[str] = []
     for word in given:

@@ -1,4 +1,5 @@
-"""`python -m headway new order mypaper`: an installable package with a plugin that works, its tests on the kit, and a README."""
+"""`python -m headway new order mypaper`: an installable package with a plugin that works, its tests on the
+kit, and a README."""
 
 from __future__ import annotations
 
@@ -15,29 +16,49 @@ from ..policy import ROLES
 
 TEMPLATES = Path(__file__).parent / "templates"
 #: Roles that the conformance kit drives; the others bring tests of their own.
-POLICIES = ("scheduler", "order", "victim", "budget", "admission", "predictor", "cache", "eviction", "retention")
+POLICIES = (
+    "scheduler",
+    "order",
+    "victim",
+    "budget",
+    "admission",
+    "predictor",
+    "cache",
+    "eviction",
+    "retention",
+)
 SETTLED = {"parallel": "parallel.tp and parallel.pp are settings of the engine, not plugins"}
 
 
 def write_package(role: str, name: str, into: Path) -> list[Path]:
-    """The files of a new package `into / name`, written. Raises ConfigError for a bad name, a taken one, or a directory that is there."""
+    """The files of a new package `into / name`, written. Raises ConfigError for a bad name, a taken one, or a
+    directory that is there."""
     if role in SETTLED:
         raise ConfigError(f"there is no plugin to write for {role!r}: {SETTLED[role]}")
     if role not in ROLES:
         raise ConfigError(f"there is no role {role!r}.{near(role, ROLES)}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or name in ("none", "name"):
-        raise ConfigError(f"{name!r} cannot name a plugin: use lower-case letters, digits and _, a letter first, such as 'mypaper'")
+        raise ConfigError(
+            f"{name!r} cannot name a plugin: use lower-case letters, digits and _, a letter first, such as "
+            "'mypaper'"
+        )
     if (role, name) in (registry := load_registry()).plugins:
-        raise ConfigError(f"{role}={name} is there already, from {registry.plugins[role, name].origin}: choose another name")
+        raise ConfigError(
+            f"{role}={name} is there already, from {registry.plugins[role, name].origin}: choose another name"
+        )
     root = into / name
     if root.exists():
         raise ConfigError(f"{root} is there already: nothing was written. Choose another name, or remove it")
     values = {
         "a_role": _with_article(role),
-        "role": role, "name": name, "dist": name.replace("_", "-"), "Class": "".join(part.capitalize() for part in name.split("_")),
-        "question": ROLES[role], "check": f"python -m headway check {role}={name}" if role in POLICIES else "",
+        "role": role,
+        "name": name,
+        "dist": name.replace("_", "-"),
+        "Class": "".join(part.capitalize() for part in name.split("_")),
+        "question": ROLES[role],
+        "check": f"python -m headway check {role}={name}" if role in POLICIES else "",
         "kit": ";\n`check` runs the conformance kit" if role in POLICIES else "",
-    }  # fmt: skip
+    }
     files = {
         "pyproject.toml": _fill("pyproject", values),
         "README.md": _fill("readme", values),
@@ -47,7 +68,8 @@ def write_package(role: str, name: str, into: Path) -> list[Path]:
     }
     if role in POLICIES:
         files[f"tests/test_{name}_rules.py"] = _fill("kit_test", values)
-    files["README.md"] = files["README.md"].replace("    \n", "")  # roles that the kit does not drive have no line for it
+    # roles that the kit does not drive have no line for it
+    files["README.md"] = files["README.md"].replace("    \n", "")
     for path, text in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text, encoding="utf-8")
@@ -66,10 +88,14 @@ def _fill(template: str, values: dict[str, str]) -> str:
 
 def main(argv: list[str]) -> int:
     roles = ", ".join(role for role in ROLES if role not in SETTLED)
-    parser = argparse.ArgumentParser(prog="python -m headway new", description="Writes an installable plugin package.")
+    parser = argparse.ArgumentParser(
+        prog="python -m headway new", description="Writes an installable plugin package."
+    )
     parser.add_argument("role", help=f"what it decides: {roles}")
     parser.add_argument("name", help="its name on the command line, such as mypaper")
-    parser.add_argument("--into", type=Path, default=Path("."), help="the directory in which the package's own is made (here)")
+    parser.add_argument(
+        "--into", type=Path, default=Path("."), help="the directory in which the package's own is made (here)"
+    )
     options = parser.parse_args(argv)
     try:
         files = write_package(options.role, options.name, options.into)
@@ -79,5 +105,9 @@ def main(argv: list[str]) -> int:
     root = files[0].parent
     print("\n".join(f"wrote {path}" for path in files))
     print(f"\nnext:\n  pip install -e {root}\n  python run.py {options.role}={options.name}")
-    print(f"  python -m headway check {options.role}={options.name}" if options.role in POLICIES else f"  pytest {root}")
+    print(
+        f"  python -m headway check {options.role}={options.name}"
+        if options.role in POLICIES
+        else f"  pytest {root}"
+    )
     return 0

@@ -1,7 +1,8 @@
-"""From the plugin registry to Hydra and back: a typed config node for every plugin, and a Composition from a composed config.
+"""From the plugin registry to Hydra and back: a typed config node for every plugin, and a Composition from a
+composed config.
 
-A plugin's dataclass is the only source of its defaults. Its node is that dataclass plus `name`, so a misspelt parameter or a
-value of the wrong type is refused when the config is composed.
+A plugin's dataclass is the only source of its defaults. Its node is that dataclass plus `name`, so a misspelt
+parameter or a value of the wrong type is refused when the config is composed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from ..inputs import SLO
 from ..policy import ROLES
 
 #: Root nodes that are no role, with their dataclasses.
-NODES = {"engine": EngineConfig, "slo": SLO, "model": ModelConfig, "hardware": Hardware, "parallel": ParallelConfig, "results": ResultsConfig}
+NODES = {
+    "engine": EngineConfig,
+    "slo": SLO,
+    "model": ModelConfig,
+    "hardware": Hardware,
+    "parallel": ParallelConfig,
+    "results": ResultsConfig,
+}
 GROUP_ROLES = tuple(role for role in ROLES if role not in NODES)
 
 
@@ -39,11 +47,14 @@ class Absent:
 
 
 def node(config: type, name: str | None = None) -> type:
-    """A config schema with the fields of `config`, mutable and without its checks, plus `name` where one is given."""
+    """A config schema with the fields of `config`, mutable and without its checks, plus `name` where one is
+    given."""
     try:
         hints = typing.get_type_hints(config)
     except NameError as error:
-        raise PluginError(f"{config.__module__}.{config.__qualname__}: {error}; import the types of its fields at run time") from error
+        raise PluginError(
+            f"{config.__module__}.{config.__qualname__}: {error}; import the types of its fields at run time"
+        ) from error
     members: list[Any] = [("name", str, field(default=name))] if name is not None else []
     for parameter in fields(config):
         if parameter.init:
@@ -63,14 +74,17 @@ def _supported(hint: Any) -> Any:
 
 
 def register(registry: Registry) -> None:
-    """Every plugin as an option of its role's group, and the root schema. A plugin that OmegaConf refuses becomes broken."""
+    """Every plugin as an option of its role's group, and the root schema. A plugin that OmegaConf refuses
+    becomes broken."""
     store = ConfigStore.instance()
     for (role, name), plugin in list(registry.plugins.items()):
         try:
             schema = closed_but_for_dicts(node(plugin.config, name))
         except (OmegaConfBaseException, PluginError, TypeError) as error:
             del registry.plugins[role, name]
-            registry.broken.append(Broken(plugin.origin, f"its parameters are no config: {error}", role, name))
+            registry.broken.append(
+                Broken(plugin.origin, f"its parameters are no config: {error}", role, name)
+            )
             continue
         store.store(group=role, name=name, node=schema, provider=f"headway:{plugin.origin.name}")
     for role in OPTIONAL:
@@ -85,7 +99,8 @@ def register(registry: Registry) -> None:
 
 
 def closed_but_for_dicts(schema: type) -> DictConfig:
-    """A node whose dictionaries take keys that their defaults lack (order.weights={c0: 2}), though Hydra closes what it composes."""
+    """A node whose dictionaries take keys that their defaults lack (order.weights={c0: 2}), though Hydra
+    closes what it composes."""
     made: DictConfig = OmegaConf.structured(schema)
     _open_dicts(made)
     return made
@@ -117,21 +132,29 @@ def composition(cfg: DictConfig) -> Composition:
     for role in GROUP_ROLES:
         chosen = cfg.get(role)
         if chosen is None and role not in OPTIONAL:
-            raise ConfigError(f"{role}: none is chosen, and a run needs one. Type {role}=NAME.{near('', options(role))}")
+            raise ConfigError(
+                f"{role}: none is chosen, and a run needs one. Type {role}=NAME.{near('', options(role))}"
+            )
         if chosen is None or (chosen.name == "none" and role in OPTIONAL):
             continue
         if chosen.name not in (known := options(role)):
-            raise ConfigError(f"{role}.name={chosen.name}: there is no such {role}.{near(str(chosen.name), known)}")
+            raise ConfigError(
+                f"{role}.name={chosen.name}: there is no such {role}.{near(str(chosen.name), known)}"
+            )
         schema = ConfigStore.instance().load(f"{role}/{chosen.name}.yaml").node
         parameters = _values(chosen, schema, role, f"{role}={chosen.name}")
         choices[role] = parameters.pop("name"), parameters
     root = ConfigStore.instance().load("schema.yaml").node
-    nodes = {name: config(**_values(cfg.get(name) or root[name], root[name], name, name)) for name, config in NODES.items()}
+    nodes = {
+        name: config(**_values(cfg.get(name) or root[name], root[name], name, name))
+        for name, config in NODES.items()
+    }
     return Composition(choices, seed=cfg.seed, **nodes)
 
 
 def _values(given: DictConfig, schema: DictConfig, node: str, owner: str) -> dict[str, Any]:
-    """A node's values by name. The schema is merged in again because the config of an earlier run comes back as plain YAML."""
+    """A node's values by name. The schema is merged in again because the config of an earlier run comes back
+    as plain YAML."""
     try:
         return dict(vars(OmegaConf.to_object(OmegaConf.merge(schema, given))))
     except ConfigKeyError as error:
@@ -147,7 +170,7 @@ def _values(given: DictConfig, schema: DictConfig, node: str, owner: str) -> dic
         raise ConfigError(no_such_value(f"{node}.{key}", OmegaConf.select(given, key), hint)) from error
 
 
-# ---- what is wrong, in words ------------------------------------------------------------------------------------------
+# ---- what is wrong, in words -----------------------------------------------------------------------------
 
 #: A parameter's type -> what a person would type.
 KINDS = {

@@ -1,4 +1,5 @@
-"""All compositions of a sweep, checked before its first job: what is wrong is listed together, and nothing has run."""
+"""All compositions of a sweep, checked before its first job: what is wrong is listed together, and nothing
+has run."""
 
 from __future__ import annotations
 
@@ -68,14 +69,16 @@ def _numbered(numbers: list[int]) -> str:
 class Parts:
     """Compositions of jobs that share most of what they are made of.
 
-    Hydra needs 0.1 s for a composition, whatever it holds, so 96 jobs would take 10 s. A part is remembered by the overrides
-    that can change it: those of its own name, and those that belong to no part (policy=, experiment=). Hydra is asked about
-    a job only when it has a part that no job before it had; three schedulers times four caches are six questions.
+    Hydra needs 0.1 s for a composition, whatever it holds, so 96 jobs would take 10 s. A part is remembered
+    by the overrides that can change it: those of its own name, and those that belong to no part (policy=,
+    experiment=). Hydra is asked about a job only when it has a part that no job before it had; three
+    schedulers times four caches are six questions.
     """
 
     def __init__(self, compose: Compose, registry: Registry) -> None:
         self._compose, self._registry = compose, registry
-        self._known: dict[tuple[str, ...], Any] = {}  # a part's name and its overrides -> its value, or the ConfigError
+        # a part's name and its overrides -> its value, or the ConfigError
+        self._known: dict[tuple[str, ...], Any] = {}
 
     def composition(self, job: Sequence[str]) -> Composition:
         """Raises ConfigError in plain words for what Hydra or a config node refuses."""
@@ -107,11 +110,14 @@ class Parts:
         except ConfigError as error:
             self._refuse(str(error), keys)
         else:
-            values = made.choices | {f.name: getattr(made, f.name) for f in fields(made) if f.name != "choices"}
+            values = made.choices | {
+                f.name: getattr(made, f.name) for f in fields(made) if f.name != "choices"
+            }
             self._known |= {key: values.get(part) for part, key in keys.items()}
 
     def _refuse(self, reason: str, keys: dict[str, tuple[str, ...]]) -> None:
-        """Remembers a refusal with the part that it names, so that it is found once and not in every job that has the part."""
+        """Remembers a refusal with the part that it names, so that it is found once and not in every job that
+        has the part."""
         named = re.match(r"\w+", reason)
         part = named.group() if named else ""
         if part not in keys:
@@ -128,9 +134,17 @@ def _part_of(override: str) -> str:
 def loosened(arguments: Sequence[str]) -> list[str]:
     """`workload=azure,mooncake workload.path=FILE` with the parameter as `++workload.path=FILE`.
 
-    Hydra composes a sweep once before its jobs, with the default of every group that is swept, and refuses a parameter that
-    this default lacks. `++` defers the question to the jobs, whose nodes know their parameters.
+    Hydra composes a sweep once before its jobs, with the default of every group that is swept, and refuses a
+    parameter that this default lacks. `++` defers the question to the jobs, whose nodes know their
+    parameters.
     """
     values = dict(argument.partition("=")[::2] for argument in arguments)
-    swept = {group for group in schema.GROUP_ROLES if re.search(r",|\b(choice|glob)\(", values.get(group, ""))}
-    return [f"++{a}" if "=" in a and a.partition("=")[0].partition(".")[::2][1] and a.partition(".")[0] in swept else a for a in arguments]
+    swept = {
+        group for group in schema.GROUP_ROLES if re.search(r",|\b(choice|glob)\(", values.get(group, ""))
+    }
+    return [
+        f"++{a}"
+        if "=" in a and a.partition("=")[0].partition(".")[::2][1] and a.partition(".")[0] in swept
+        else a
+        for a in arguments
+    ]

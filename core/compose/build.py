@@ -1,4 +1,5 @@
-"""From names and parameters to a running system, in plain Python: what `run.py`, `headway.LLM` and the conformance kit share."""
+"""From names and parameters to a running system, in plain Python: what `run.py`, `headway.LLM` and the
+conformance kit share."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Composition:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     slo: SLO = field(default_factory=SLO)  # for requests that bring none
     results: ResultsConfig = field(default_factory=ResultsConfig)
-    concealed: dict[str, str] = field(default_factory=dict)  # value that nothing may store -> how the config names it
+    # value that nothing may store -> how the config names it
+    concealed: dict[str, str] = field(default_factory=dict)
     seed: int = param(0, min=-(2**63), max=2**63 - 1)
 
     def __post_init__(self) -> None:
@@ -44,7 +46,8 @@ class Composition:
 
 @dataclass
 class Run:
-    """A built run. Hooks and observers get it; `directory` is where they may write, None where nothing is to be written."""
+    """A built run. Hooks and observers get it; `directory` is where they may write, None where nothing is to
+    be written."""
 
     composition: Composition
     roles: dict[str, Role]
@@ -67,9 +70,13 @@ class Run:
         return self.directory is not None and file in self.composition.results.files
 
     def execute(self) -> RunResult:
-        """Runs the workload to its end, once. Interrupts give a partial result; errors are raised with it as `partial`."""
+        """Runs the workload to its end, once. Interrupts give a partial result; errors are raised with it as
+        `partial`."""
         if self._executed:
-            raise ConfigError("this run was executed before, and its executor is closed: build another from the same composition")
+            raise ConfigError(
+                "this run was executed before, and its executor is closed: build another from the same "
+                "composition"
+            )
         self._executed = True
         engine, slo = self.engine, self.composition.slo
         workload: Any = self.roles["workload"]
@@ -77,9 +84,14 @@ class Run:
             seed, vocab_size = self.composition.seed, engine.executor.caps.vocab_size
             arrivals = engine.calls.call(workload, workload.arrivals, seed, vocab_size, engine.max_model_len)
             if not hasattr(arrivals, "__iter__"):
-                raise WorkloadError(f"{workload.plugin_name}: arrivals() answered {arrivals!r}: expected an iterable of Arrivals")
+                raise WorkloadError(
+                    f"{workload.plugin_name}: arrivals() answered {arrivals!r}: expected an iterable of "
+                    "Arrivals"
+                )
             self.registry.call("headway_run_start", run=self)
-            result = engine.run(with_slo(arrivals, slo), lambda request, now: with_slo(workload.on_result(request, now), slo))
+            result = engine.run(
+                with_slo(arrivals, slo), lambda request, now: with_slo(workload.on_result(request, now), slo)
+            )
         except BaseException as error:
             if (partial := getattr(error, "partial", None)) is not None:
                 self._tell_end(partial, error)
@@ -90,7 +102,8 @@ class Run:
         return result
 
     def _tell_end(self, result: RunResult, error: BaseException | None = None) -> None:
-        """The hooks at the end. What one of them raises carries the result, and never takes the place of the run's own error."""
+        """The hooks at the end. What one of them raises carries the result, and never takes the place of the
+        run's own error."""
         try:
             self.registry.call("headway_run_end", run=self, result=result)
         except HeadwayError as late:
@@ -100,10 +113,14 @@ class Run:
             error.add_note(str(late))
 
 
-def build_roles(registry: Registry, choices: dict[str, tuple[str, dict[str, Any]]]) -> tuple[dict[str, Role], dict[str, Plugin]]:
-    """One object a role; roles that name the same factory share one object, with the parameters of the node that gives them.
+def build_roles(
+    registry: Registry, choices: dict[str, tuple[str, dict[str, Any]]]
+) -> tuple[dict[str, Role], dict[str, Plugin]]:
+    """One object a role; roles that name the same factory share one object, with the parameters of the node
+    that gives them.
 
-    Raises ConfigError for names, parameters and values that cannot be, PluginError for a chosen plugin that is broken.
+    Raises ConfigError for names, parameters and values that cannot be, PluginError for a chosen plugin that
+    is broken.
     """
     plugins = {role: registry.get(role, name) for role, (name, _) in choices.items()}
     shared: dict[int, list[str]] = {}
@@ -120,8 +137,11 @@ def build_roles(registry: Registry, choices: dict[str, tuple[str, dict[str, Any]
     return {role: roles[role] for role in choices}, plugins
 
 
-def _merge(plugins: dict[str, Plugin], choices: dict[str, tuple[str, dict[str, Any]]], together: list[str]) -> dict[str, Any]:
-    """Parameters of one object that several nodes describe: what differs from the default was given by somebody."""
+def _merge(
+    plugins: dict[str, Plugin], choices: dict[str, tuple[str, dict[str, Any]]], together: list[str]
+) -> dict[str, Any]:
+    """Parameters of one object that several nodes describe: what differs from the default was given by
+    somebody."""
     merged: dict[str, Any] = {}
     given: dict[str, str] = {}
     for role in together:
@@ -129,7 +149,9 @@ def _merge(plugins: dict[str, Plugin], choices: dict[str, tuple[str, dict[str, A
         known = {f.name: f for f in plugin.parameters()}
         for name, value in choices[role][1].items():
             if name not in known:
-                raise ConfigError(f"{role}.{name}: {role}={plugin.name} has no such parameter.{near(name, known)}")
+                raise ConfigError(
+                    f"{role}.{name}: {role}={plugin.name} has no such parameter.{near(name, known)}"
+                )
             if name not in given:
                 merged[name] = value
             if len(together) == 1 or value == _default(known[name]):
@@ -155,7 +177,10 @@ def _construct(plugin: Plugin, parameters: dict[str, Any]) -> Role:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{plugin.role}={plugin.name} refuses its parameters: {error}") from error
     except SystemExit as error:
-        message = f"{plugin.role}={plugin.name} called sys.exit({error.code}) while it was built: raise an error instead"
+        message = (
+            f"{plugin.role}={plugin.name} called sys.exit({error.code}) while it was built: raise an error "
+            "instead"
+        )
         raise PluginError(message) from error
     return built
 
@@ -188,20 +213,26 @@ def _check_ranks(executor: Executor, composition: Composition) -> None:
         raise ConfigError(f"{given}: {one}. Set both to 1, or use executor=sim")
 
 
-def prepare_executor(registry: Registry, executor: Executor, composition: Composition, roles: dict[str, Role]) -> Executor:
+def prepare_executor(
+    registry: Registry, executor: Executor, composition: Composition, roles: dict[str, Role]
+) -> Executor:
     """Who runs the plans, ready to."""
     built = executor.build(_context(registry, composition, roles))
     built.plugin_name = built.plugin_name or executor.plugin_name
     if getattr(built, "caps", None) is None:
-        raise ConfigError(f"{built.plugin_name} has no caps: set them (ExecutorCaps) when it is made, or in build(context)")
+        raise ConfigError(
+            f"{built.plugin_name} has no caps: set them (ExecutorCaps) when it is made, or in build(context)"
+        )
     return built
 
 
 def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role], dict[str, Plugin]]:
-    """The roles of a run and their plugins, after everything that can be known without weights, ranks or a pool of blocks.
+    """The roles of a run and their plugins, after everything that can be known without weights, ranks or a
+    pool of blocks.
 
-    `build` begins with it, and a sweep asks it about every job before the first one runs. Raises HeadwayError for names,
-    parameters and their ranges, services that a role requires, files, and limits that the executor cannot keep.
+    `build` begins with it, and a sweep asks it about every job before the first one runs. Raises HeadwayError
+    for names, parameters and their ranges, services that a role requires, files, and limits that the executor
+    cannot keep.
     """
     for node in ("engine", "model", "hardware", "parallel", "slo"):
         check_values(getattr(composition, node), node)  # whatever was set on them since they were made
@@ -209,7 +240,11 @@ def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role]
     for role in roles.values():
         if "predictor" in role.requires and "predictor" not in roles:
             names = registry.names("predictor")
-            known = f"set predictor={', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else SERVICES["predictor"]
+            known = (
+                f"set predictor={', '.join(names[:-1])} or {names[-1]}"
+                if len(names) > 1
+                else SERVICES["predictor"]
+            )
             raise ConfigError(f"{role.plugin_name} needs a predictor, and none is chosen: {known}")
     workload: Any = roles.get("workload")
     if isinstance(workload, Workload):
@@ -226,29 +261,40 @@ def _check_targets(roles: dict[str, Role], slo: SLO) -> None:
     """Raises ConfigError for a policy that goes by latency targets where no request can have one: it would
     silently do nothing.
     """
-    tiers = getattr(roles.get("workload"), "slo_tiers", slo)  # a workload without the parameter may bring targets of its own
+    # a workload without the parameter may bring targets of its own
+    tiers = getattr(roles.get("workload"), "slo_tiers", slo)
     if slo == SLO() and not tiers:
         for role in roles.values():
             if "slo" in role.requires:
-                raise ConfigError(f"{role.plugin_name} goes by latency targets, and no request has any: {SERVICES['slo']}")
+                raise ConfigError(
+                    f"{role.plugin_name} goes by latency targets, and no request has any: {SERVICES['slo']}"
+                )
 
 
-def _check_limits(executor: Executor, caps: ExecutorCaps, composition: Composition, roles: dict[str, Role]) -> None:
+def _check_limits(
+    executor: Executor, caps: ExecutorCaps, composition: Composition, roles: dict[str, Role]
+) -> None:
     limits = _limits(composition)
     check_limits(limits, caps, executor.plugin_name)
     for role in roles.values():
         if "step_time" in role.requires and executor.cost_model is None:
-            raise ConfigError(f"{role.plugin_name} needs step_time, and none is chosen: {SERVICES['step_time']}")
+            raise ConfigError(
+                f"{role.plugin_name} needs step_time, and none is chosen: {SERVICES['step_time']}"
+            )
 
 
 def _limits(composition: Composition) -> EngineConfig:
     """A stage without a plan of its own idles, so a pipeline has at least as many in flight as it has stages.
     Where none is given, the executor says so."""
     given = composition.engine.max_inflight
-    return replace(composition.engine, max_inflight=None if given is None else max(given, composition.parallel.pp))
+    return replace(
+        composition.engine, max_inflight=None if given is None else max(given, composition.parallel.pp)
+    )
 
 
-def build(registry: Registry, composition: Composition, observers: Iterable[Observer] = (), **about: Any) -> Run:
+def build(
+    registry: Registry, composition: Composition, observers: Iterable[Observer] = (), **about: Any
+) -> Run:
     """A run that is ready to `execute`. `about`: directory, config, overrides and group of the Run.
 
     Errors come in the order of their cost: names and parameters first, the checkpoint last.
@@ -259,7 +305,7 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
     roles["executor"] = executor
     try:
         engine = Engine(roles, _limits(composition), seed=composition.seed, stop_text=executor.stop_text)
-        run = Run(composition, roles, plugins, engine, registry, **about)
+        run = Run(composition, roles, plugins, engine, registry=registry, **about)
         found = registry.observers(run)
         logs = [run.step_log] if run.step_log.readers else []
         engine.observers.extend([*observers, *logs, *found])
@@ -273,7 +319,11 @@ def build(registry: Registry, composition: Composition, observers: Iterable[Obse
 
 
 def with_slo(arrivals: Iterable[Arrival], slo: SLO) -> Iterable[Arrival]:
-    """Applies the run's default SLO to requests that have none. A list stays a list: the engine sorts it by time."""
+    """Applies the run's default SLO to requests that have none. A list stays a list: the engine sorts it by
+    time."""
     none = SLO()
-    given = (replace(a, slo=slo) if isinstance(a, Arrival) and a.slo == none and slo != none else a for a in arrivals)
+    given = (
+        replace(a, slo=slo) if isinstance(a, Arrival) and a.slo == none and slo != none else a
+        for a in arrivals
+    )
     return list(given) if isinstance(arrivals, (list, tuple)) else given

@@ -81,7 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path} has {size} bytes: expected a JSON file of at most {JSON_LIMIT}")
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror or error}): expected a Hugging Face checkpoint") from None
+        raise ModelError(
+            f"{path} cannot be read ({error.strerror or error}): expected a Hugging Face checkpoint"
+        ) from None
     except ValueError as error:
         raise ModelError(f"{path} cannot be read: not valid JSON ({error})") from None
     if not isinstance(found, dict):

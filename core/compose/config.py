@@ -20,14 +20,16 @@ from .params import check, param
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1}
 GIB = 1 << 30
-BLOCK_BYTES = 340  # of host memory for one KV block, measured; what indexes and evictions keep of it comes on top
+# of host memory for one KV block, measured; what indexes and evictions keep of it comes on top
+BLOCK_BYTES = 340
 #: What no model comes near: larger numbers are mistakes, and would be found only when memory is gone.
 WIDEST, MOST_LAYERS, MOST_HEADS, LONGEST, MOST_RANKS = 2**24, 1000, 2**16, 2**24, 4096
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only transformer with grouped-query attention and a gated MLP (Llama, Qwen2, Qwen3). Names are Hugging Face's."""
+    """A decoder-only transformer with grouped-query attention and a gated MLP (Llama, Qwen2, Qwen3). Names
+    are Hugging Face's."""
 
     architecture: str  # as in config.json: Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM
     hidden_size: int = param(min=1, max=WIDEST)
@@ -47,7 +49,8 @@ class ModelShape:
         check(self, "model")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
-                f"model.num_attention_heads={self.num_attention_heads} is no multiple of model.num_key_value_heads={self.num_key_value_heads}"
+                f"model.num_attention_heads={self.num_attention_heads} is no multiple of "
+                f"model.num_key_value_heads={self.num_key_value_heads}"
             )
 
     @classmethod
@@ -67,7 +70,9 @@ class ModelShape:
     @property
     def layer_matrix_parameters(self) -> int:
         """Weights of one layer that multiply activations: q, k, v, o, gate, up, down."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
+        attention = (
+            self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
+        )
         return attention + 3 * self.hidden_size * self.intermediate_size
 
     @property
@@ -89,7 +94,11 @@ class ModelShape:
     @property
     def num_parameters(self) -> int:
         tables = 1 if self.tie_word_embeddings else 2
-        return self.num_hidden_layers * self.layer_parameters + tables * self.embedding_parameters + self.hidden_size
+        return (
+            self.num_hidden_layers * self.layer_parameters
+            + tables * self.embedding_parameters
+            + self.hidden_size
+        )
 
     @property
     def weight_bytes(self) -> int:
@@ -102,7 +111,8 @@ class ModelShape:
 
     @property
     def linear_flops_per_token(self) -> int:
-        """Matrix products of all layers for one token: 2 FLOPs a weight. The output head counts only where a token is sampled."""
+        """Matrix products of all layers for one token: 2 FLOPs a weight. The output head counts only where a
+        token is sampled."""
         return 2 * self.num_hidden_layers * self.layer_matrix_parameters
 
     @property
@@ -122,7 +132,8 @@ class ModelShape:
 
 @dataclass
 class ModelConfig:
-    """The `model` node. Shape fields are optional: a checkpoint has its own; `executor=sim` and `load_format=dummy` need them."""
+    """The `model` node. Shape fields are optional: a checkpoint has its own; `executor=sim` and
+    `load_format=dummy` need them."""
 
     name_or_path: str = "tiny"
     load_format: str = param(
@@ -152,7 +163,8 @@ class ModelConfig:
         return self.hidden_size is not None
 
     def shape(self) -> ModelShape:
-        """The shape of the checkpoint in a local directory, else what these fields describe. Raises ConfigError that names the missing ones."""
+        """The shape of the checkpoint in a local directory, else what these fields describe. Raises
+        ConfigError that names the missing ones."""
         directory = Path(os.path.expanduser(self.name_or_path))
         if self.load_format == "auto" and os.path.lexists(directory / "config.json"):
             try:
@@ -161,13 +173,17 @@ class ModelConfig:
             except ModelError as error:
                 raise ConfigError(str(error)) from None
             return ModelShape.from_fields(found.shape, self.dtype)
-        given = {f.name: getattr(self, f.name) for f in fields(ModelShape) if getattr(self, f.name) is not None}
+        given = {
+            f.name: getattr(self, f.name) for f in fields(ModelShape) if getattr(self, f.name) is not None
+        }
         if "num_key_value_heads" not in given and self.num_attention_heads is not None:
             given["num_key_value_heads"] = self.num_attention_heads
         if "head_dim" not in given and self.hidden_size is not None and self.num_attention_heads:
             given["head_dim"] = self.hidden_size // self.num_attention_heads
         optional = ("dtype", "rope_theta", "rms_norm_eps")
-        missing = [f"model.{f.name}" for f in fields(ModelShape) if f.name not in given and f.name not in optional]
+        missing = [
+            f"model.{f.name}" for f in fields(ModelShape) if f.name not in given and f.name not in optional
+        ]
         if missing:
             raise ConfigError(
                 f"the shape of model {self.name_or_path!r} is not known: set {', '.join(missing)}, "
@@ -178,7 +194,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One accelerator and its link to its neighbours. Peaks are the vendor's; the fractions say what kernels reach of them."""
+    """One accelerator and its link to its neighbours. Peaks are the vendor's; the fractions say what kernels
+    reach of them."""
 
     name: str = "h200"
     memory_gb: float = param(139.8, above=0, max=16384, unit="GiB", doc="that the driver reports as usable")
@@ -244,7 +261,8 @@ class ParallelConfig:
     all_reduce: str = param(
         "auto",
         choices=("auto", "library", "symmetric"),
-        doc="library: the device's own collectives; symmetric: GPUs of one host read each other's memory; auto: symmetric where they can",
+        doc="library: the device's own collectives; symmetric: GPUs of one host read each other's memory; "
+        "auto: symmetric where they can",
     )
     overlap_tokens: int = param(
         2048,
@@ -264,7 +282,8 @@ class ParallelConfig:
         0,
         min=0,
         max=65535,
-        doc="where ranks of torchrun's reach rank 0; 0: any free one. Ranks that one command starts need none",
+        doc="where ranks of torchrun's reach rank 0; 0: any free one. Ranks that one command starts need "
+        "none",
     )
 
     def __post_init__(self) -> None:
@@ -292,7 +311,8 @@ class EngineConfig:
         None,
         min=1,
         max=MOST_RANKS,
-        doc="steps launched and not collected; 1 is synchronous; None: what suits the executor, 2 on a GPU, at least pp",
+        doc="steps launched and not collected; 1 is synchronous; None: what suits the executor, 2 on a GPU, "
+        "at least pp",
     )
     max_model_len: int | None = param(
         None,

@@ -1,7 +1,8 @@
 """What config.json and generation_config.json of a Hugging Face checkpoint say: the one reader of both.
 
 Values, defaults and precedences are those of transformers 5. What this code does not compute as transformers
-does is refused with a ConfigError that names the field. No file is known here; `core/compose/checkpoint.py` adds its name.
+does is refused with a ConfigError that names the field. No file is known here; `core/compose/checkpoint.py`
+adds its name.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ LLAMA = Family(
     "LlamaForCausalLM", even_heads=True, head_dim_may_be_null=True, mlp_bias=True
 )  # also how architectures without a model file are read, for the simulator
 QWEN2 = Family("Qwen2ForCausalLM", 32768, num_key_value_heads=32, windows_by_layer=True, attention_bias="qkv")
-QWEN3 = Family("Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, windows_by_layer=True, qk_norm=True)
+QWEN3 = Family(
+    "Qwen3ForCausalLM", 32768, num_key_value_heads=32, head_dim=128, windows_by_layer=True, qk_norm=True
+)
 FAMILIES = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}  # by model_type
 ARCHITECTURES = {family.architecture: family for family in FAMILIES.values()}
 
@@ -243,7 +246,9 @@ def _rope(config: Mapping[str, Any], context: int, head_dim: int) -> tuple[float
     place = given if "partial_rotary_factor" in given else config
     part = 1.0 if place.get("partial_rotary_factor") is None else _number(place, "partial_rotary_factor")
     if int(head_dim * part) != head_dim:
-        raise ConfigError(f"partial_rotary_factor={part} is not supported with rope type {kind!r}: expected 1.0")
+        raise ConfigError(
+            f"partial_rotary_factor={part} is not supported with rope type {kind!r}: expected 1.0"
+        )
     if "factor" not in given:
         raise ConfigError(f"{where} of type {kind!r} lacks factor")
     if kind == "yarn":
@@ -261,7 +266,7 @@ def _rope(config: Mapping[str, Any], context: int, head_dim: int) -> tuple[float
     low, high = _number(given, "low_freq_factor", above=0), _number(given, "high_freq_factor", above=0)
     if high <= low:
         raise ConfigError(f"{where}: high_freq_factor={high} must be greater than low_freq_factor={low}")
-    return theta, Rope("llama3", factor, _original(config, given, context), low, high)
+    return theta, Rope("llama3", factor, _original(config, given, context), low, high_freq_factor=high)
 
 
 def _original(config: Mapping[str, Any], given: Mapping[str, Any], context: int) -> int:

@@ -1,8 +1,8 @@
 """The wiring: pluggy hook specifications, discovery, and the registry of what can be chosen.
 
-A pluggy call costs about 1 us and a bound method 20 ns, so pluggy finds and registers; the engine calls objects directly.
-Installing a package makes its plugins available, never active. What is broken is listed with its reason and stops only the
-run that asks for it.
+A pluggy call costs about 1 us and a bound method 20 ns, so pluggy finds and registers; the engine calls
+objects directly. Installing a package makes its plugins available, never active. What is broken is listed
+with its reason and stops only the run that asks for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,18 +33,24 @@ if TYPE_CHECKING:
     from .build import Run
 
 PROJECT = "headway"
-BLOCK = "HEADWAY_PLUGINS_BLOCK"  # comma-separated plugin names to leave out; "*" leaves out every installed package
+# comma-separated plugin names to leave out; "*" leaves out every installed package
+BLOCK = "HEADWAY_PLUGINS_BLOCK"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 #: Roles that a run can do without: `budget=none`.
 OPTIONAL = ("budget", "admission", "predictor", "retention", "tracking")
-ROLE_CLASSES: dict[str, type[Role]] = {c.role: c for c in vars(policy).values() if isinstance(c, type) and issubclass(c, Role) and "role" in vars(c)}
+ROLE_CLASSES: dict[str, type[Role]] = {
+    c.role: c
+    for c in vars(policy).values()
+    if isinstance(c, type) and issubclass(c, Role) and "role" in vars(c)
+}
 ROLE_CLASSES["tracking"] = Observer
 
 
 class HeadwaySpec:
-    """The hooks. A plugin module implements any of them with `@hookimpl`; each is called once a process or once a run."""
+    """The hooks. A plugin module implements any of them with `@hookimpl`; each is called once a process or
+    once a run."""
 
     @hookspec
     def headway_register(self, registry: Registry) -> None:
@@ -51,7 +58,8 @@ class HeadwaySpec:
 
     @hookspec
     def headway_observers(self, run: Run) -> Sequence[Observer]:  # type: ignore[empty-body]
-        """Observers that watch every run while the package is installed. Called once a run, after its roles are built."""
+        """Observers that watch every run while the package is installed. Called once a run, after its roles
+        are built."""
 
     @hookspec
     def headway_run_start(self, run: Run) -> None:
@@ -59,7 +67,8 @@ class HeadwaySpec:
 
     @hookspec
     def headway_run_end(self, run: Run, result: RunResult) -> None:
-        """The run is over: finished, interrupted or failed (`result.status`). Observers have written their files."""
+        """The run is over: finished, interrupted or failed (`result.status`). Observers have written their
+        files."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,8 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Broken:
-    """Something that could not be registered. `role` and `choice` are known when it got as far as `registry.add`."""
+    """Something that could not be registered. `role` and `choice` are known when it got as far as
+    `registry.add`."""
 
     origin: Origin
     reason: str
@@ -126,14 +136,17 @@ class Registry:
         self._origin = Origin("test", "registered by hand")
         self._origins: dict[str, Origin] = {}  # of what was registered, by name
 
-    # ---- what a plugin calls -------------------------------------------------------------------------------------
+    # ---- what a plugin calls ------------------------------------------------------------------------------
 
     def add(self, role: str, name: str, factory: Callable[..., Any], config: type | None = None) -> None:
-        """Makes `role=name` choosable. `factory` is a dataclass role class, or a function that takes `config`, a dataclass.
+        """Makes `role=name` choosable. `factory` is a dataclass role class, or a function that takes
+        `config`, a dataclass.
 
-        Raises PluginError for an unknown role, a taken name, a class that is no dataclass or lacks a method of its role.
+        Raises PluginError for an unknown role, a taken name, a class that is no dataclass or lacks a method
+        of its role.
         """
-        plugin = Plugin(role, name, factory, config or factory, _summary(factory, config), self._origin)  # type: ignore[arg-type]
+        shown: Any = config or factory
+        plugin = Plugin(role, name, factory, shown, summary=_summary(factory, config), origin=self._origin)
         try:
             self._check(plugin)
         except PluginError as error:
@@ -150,7 +163,9 @@ class Registry:
         if role not in ROLES:
             raise refuse(f"there is no role {role!r}.{near(role, ROLES)}")
         if not name.replace("-", "_").isidentifier() or (name == "none" and role in OPTIONAL):
-            raise refuse(f"{name!r} cannot be chosen on a command line: use letters, digits and _ (and not 'none')")
+            raise refuse(
+                f"{name!r} cannot be chosen on a command line: use letters, digits and _ (and not 'none')"
+            )
         if other := self.plugins.get((role, name)):
             raise PluginError(
                 f"{role}={name} is registered twice, by {other.origin} and by {plugin.origin}: "
@@ -158,35 +173,52 @@ class Registry:
             )
         api = max(getattr(factory, "api", 1), getattr(config, "api", 1))
         if api > API_VERSION:
-            raise refuse(f"needs plugin API {api}, this Headway has {API_VERSION}: update Headway, or install an older {plugin.origin.name}")
+            raise refuse(
+                f"needs plugin API {api}, this Headway has {API_VERSION}: update Headway, or install an "
+                f"older {plugin.origin.name}"
+            )
         if not isinstance(config, type):
-            raise refuse("a function needs the dataclass of its parameters: registry.add(role, name, function, Config)")
+            raise refuse(
+                "a function needs the dataclass of its parameters: registry.add(role, name, function, Config)"
+            )
         if "__dataclass_fields__" not in vars(config):
             raise refuse(f"its parameters are no dataclass: put @dataclass above class {config.__name__}")
         for parameter in plugin.parameters():
             if parameter.name == "name":
-                raise refuse("a parameter may not be called 'name': that key holds the plugin's own name in a config")
+                raise refuse(
+                    "a parameter may not be called 'name': that key holds the plugin's own name in a config"
+                )
             if problem := _default_problem(parameter):
                 raise refuse(f"the default of its parameter {parameter.name} cannot be made: {problem}")
         try:
             known = {f.name: f.default for f in plugin.parameters()}
-            checked(config, {name: value for name, value in known.items() if value is not dataclasses.MISSING}, role)
+            checked(
+                config,
+                {name: value for name, value in known.items() if value is not dataclasses.MISSING},
+                role,
+            )
         except ConfigError as error:
             raise refuse(f"a default is not what its declaration says: {error}") from error
         base = ROLE_CLASSES.get(role)
         if isinstance(factory, type) and base:
             if not issubclass(factory, base):
-                raise refuse(f"{factory.__name__} is no {base.__name__}: derive it from headway.{base.__name__}")
+                raise refuse(
+                    f"{factory.__name__} is no {base.__name__}: derive it from headway.{base.__name__}"
+                )
             if missing := _missing(factory, base):
-                raise refuse(f"{factory.__name__} lacks {', '.join(missing)}: every {base.__name__} has it, see core/policy.py")
+                raise refuse(
+                    f"{factory.__name__} lacks {', '.join(missing)}: every {base.__name__} has it, see "
+                    "core/policy.py"
+                )
 
-    # ---- what a run calls ----------------------------------------------------------------------------------------
+    # ---- what a run calls ---------------------------------------------------------------------------------
 
     def names(self, role: str) -> list[str]:
         return sorted(name for r, name in self.plugins if r == role)
 
     def get(self, role: str, name: str) -> Plugin:
-        """The plugin behind `role=name`. Raises PluginError if it is broken, ConfigError with the near names if there is none."""
+        """The plugin behind `role=name`. Raises PluginError if it is broken, ConfigError with the near names
+        if there is none."""
         for broken in self.broken:
             if broken.concerns(role, name) and (broken.role or (role, name) not in self.plugins):
                 raise PluginError(f"{role}={name} cannot be used: {broken.reason}")
@@ -194,7 +226,11 @@ class Registry:
             return plugin
         if role not in ROLES:
             raise ConfigError(f"there is no role {role!r}.{near(role, ROLES)}")
-        hint = f" ({len(self.broken)} plugins are broken; `python -m headway plugins` says why)" if self.broken else ""
+        hint = (
+            f" ({len(self.broken)} plugins are broken; `python -m headway plugins` says why)"
+            if self.broken
+            else ""
+        )
         raise ConfigError(f"{role}={name}: there is no such {role}.{near(name, self.names(role))}{hint}")
 
     def observers(self, run: Run) -> list[Observer]:
@@ -202,39 +238,52 @@ class Registry:
         found: list[Observer] = []
         for name, answer in self.call("headway_observers", run=run):
             if not isinstance(answer, (list, tuple)):
-                raise PluginError(f"plugin {name}: headway_observers answered {answer!r}: expected a list of observers")
+                raise PluginError(
+                    f"plugin {name}: headway_observers answered {answer!r}: expected a list of observers"
+                )
             found += answer
         return found
 
     def call(self, hook: str, **arguments: Any) -> list[tuple[str, Any]]:
-        """(plugin's name, what it answers) of each that implements the hook, in the order of registration; None is left out.
+        """(plugin's name, what it answers) of each that implements the hook, in the order of registration;
+        None is left out.
 
-        One after the other, so that an exception is known to be that plugin's: it is raised as a PluginError with its name."""
+        One after the other, so that an exception is known to be that plugin's: it is raised as a PluginError
+        with its name."""
         implementations = getattr(self.manager.hook, hook).get_hookimpls()
         answers = []
         for one in implementations:
-            caller = self.manager.subset_hook_caller(hook, [other.plugin for other in implementations if other is not one])
+            caller = self.manager.subset_hook_caller(
+                hook, [other.plugin for other in implementations if other is not one]
+            )
             try:
                 answers += [(one.plugin_name, answer) for answer in caller(**arguments)]
             except HeadwayError:
                 raise
             except (Exception, SystemExit) as error:
-                raise PluginError(f"plugin {one.plugin_name}: {hook} raised {type(error).__name__}: {error}") from error
+                raise PluginError(
+                    f"plugin {one.plugin_name}: {hook} raised {type(error).__name__}: {error}"
+                ) from error
         return answers
 
-    # ---- discovery -----------------------------------------------------------------------------------------------
+    # ---- discovery ----------------------------------------------------------------------------------------
 
     def register(self, module: object, origin: Origin) -> None:
-        """Registers one module's hooks and lets it add its plugins; whatever goes wrong is recorded, not raised."""
+        """Registers one module's hooks and lets it add its plugins; whatever goes wrong is recorded, not
+        raised."""
         known = len(self.broken)
         try:
             if (taken := self._origins.setdefault(origin.name, origin)) is not origin:
-                raise PluginError(f"{origin} and {taken} are both called {origin.name}, and the first one is used")
+                raise PluginError(
+                    f"{origin} and {taken} are both called {origin.name}, and the first one is used"
+                )
             self.manager.register(module, origin.name)
             for caller in self.manager.get_hookcallers(module) or ():
                 if not caller.has_spec():
                     hooks = [n for n in vars(HeadwaySpec) if n.startswith("headway_")]
-                    raise PluginError(f"{origin} implements the unknown hook {caller.name}.{near(caller.name, hooks)}")
+                    raise PluginError(
+                        f"{origin} implements the unknown hook {caller.name}.{near(caller.name, hooks)}"
+                    )
             if (function := getattr(module, "headway_register", None)) is not None:
                 self._origin = origin
                 function(self)
@@ -245,12 +294,13 @@ class Registry:
                 self.manager.unregister(module)
 
     def discover(self) -> None:
-        """In-tree plugins by walking the `plugins` package, others through the entry-point group `headway`."""
+        """In-tree plugins by walking the `plugins` package, others through the entry-point group
+        `headway`."""
         blocked = {name.strip() for name in os.environ.get(BLOCK, "").split(",")}
         for name in _in_tree():
             short = name.removeprefix("plugins.")
             if short not in blocked:
-                self._load(Origin(short, name.replace(".", "/")), lambda name=name: importlib.import_module(name))  # type: ignore[misc]
+                self._load(Origin(short, name.replace(".", "/")), partial(importlib.import_module, name))
         points = [
             (_origin(point), point)
             for point in sorted(entry_points(group=PROJECT), key=lambda p: (p.name, p.value))
@@ -259,7 +309,10 @@ class Registry:
         for origin, point in points:
             if rivals := [other for other, _ in points if other.name == origin.name and other is not origin]:
                 names = " and ".join(map(str, sorted((origin, *rivals), key=str)))
-                reason = f"{names} are both called {origin.name}, and neither is used: leave one out with {BLOCK}=its package's name"
+                reason = (
+                    f"{names} are both called {origin.name}, and neither is used: leave one out with "
+                    f"{BLOCK}=its package's name"
+                )
                 self.broken.append(Broken(origin, reason))
             else:
                 self._load(origin, point.load)
@@ -272,7 +325,9 @@ class Registry:
                 raise
             self.broken.append(Broken(origin, f"import failed: {type(error).__name__}: {error}"))
             return
-        self.register(module, dataclasses.replace(origin, source=origin.source if origin.dist else _relative(module)))
+        self.register(
+            module, dataclasses.replace(origin, source=origin.source if origin.dist else _relative(module))
+        )
 
 
 def load_registry() -> Registry:
@@ -283,7 +338,8 @@ def load_registry() -> Registry:
 
 
 def _in_tree() -> Iterator[str]:
-    """Modules of `plugins` that hold hooks. Siblings that hold none may be heavy (torch) and are not imported."""
+    """Modules of `plugins` that hold hooks. Siblings that hold none may be heavy (torch) and are not
+    imported."""
     import plugins
 
     pending = [(list(plugins.__path__), "plugins.")]
@@ -300,11 +356,17 @@ def _in_tree() -> Iterator[str]:
 
 
 def _origin(point: EntryPoint) -> Origin:
-    return Origin(point.name, point.value, point.dist.name if point.dist else "unknown package", point.dist.version if point.dist else "")
+    return Origin(
+        point.name,
+        point.value,
+        point.dist.name if point.dist else "unknown package",
+        point.dist.version if point.dist else "",
+    )
 
 
 def _default_problem(parameter: dataclasses.Field[Any]) -> str:
-    """Why the default of a parameter cannot be had, "" if it can: listings and configs ask for it, and one bad plugin must not stop them."""
+    """Why the default of a parameter cannot be had, "" if it can: listings and configs ask for it, and one
+    bad plugin must not stop them."""
     if parameter.default_factory is dataclasses.MISSING:
         return ""
     try:
@@ -330,7 +392,8 @@ def _file(factory: Any) -> str:
 def _summary(factory: Any, config: type | None) -> str:
     doc = inspect.cleandoc(factory.__doc__ or getattr(config, "__doc__", None) or "")
     first = doc.partition("\n\n")[0].replace("\n", " ")
-    return "" if first.startswith(f"{getattr(config or factory, '__name__', '')}(") else first  # dataclass's made-up docstring
+    # dataclass's made-up docstring
+    return "" if first.startswith(f"{getattr(config or factory, '__name__', '')}(") else first
 
 
 _CORE = (policy.__name__, keyed.__name__)  # where the roles' base classes are
@@ -340,4 +403,8 @@ def _missing(factory: type, base: type) -> list[str]:
     """Methods of the role that raise NotImplementedError still."""
     names = [n for c in factory.__mro__ if issubclass(c, base) and c.__module__ in _CORE for n in vars(c)]
     functions = ((n, inspect.getattr_static(factory, n)) for n in dict.fromkeys(names))
-    return [f"{n}()" for n, f in functions if inspect.isfunction(f) and "NotImplementedError" in f.__code__.co_names and f.__module__ in _CORE]
+    return [
+        f"{n}()"
+        for n, f in functions
+        if inspect.isfunction(f) and "NotImplementedError" in f.__code__.co_names and f.__module__ in _CORE
+    ]

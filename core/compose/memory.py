@@ -26,8 +26,8 @@ def host_memory() -> int | None:
 
 
 def check_fits(need: int, what: str, mend: str) -> None:
-    """Raises ConfigError when `what`, which takes `need` bytes, cannot fit into this machine's memory; `mend` says
-    what to do."""
+    """Raises ConfigError when `what`, which takes `need` bytes, cannot fit into this machine's memory; `mend`
+    says what to do."""
     if (total := host_memory()) is not None and need > total:
         has = f"this machine has {total / GIB:,.1f} GiB"
         raise ConfigError(f"{what} needs about {need / GIB:,.1f} GiB, {has}: {mend}")

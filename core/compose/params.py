@@ -88,8 +88,8 @@ def param(
     finite: bool = True,
     doc: str = "",
 ) -> Any:
-    """A dataclass field with a range. A list or dict as `default` is copied for every object; None needs `| None`
-    in the annotation.
+    """A dataclass field with a range. A list or dict as `default` is copied for every object; None needs `|
+    None` in the annotation.
 
     min, max: the ends, which are allowed; above, below: ends which are not. For a list or dict they hold for
     each number in it. choices: the texts that are allowed. finite=False allows infinity; NaN is never right.
@@ -112,8 +112,8 @@ def describe(parameter: Field[Any]) -> str:
 
 
 def check(owner: Any, node: str, error: type[Exception] = ConfigError) -> None:
-    """Raises `error`, which names `node.field=value`, for the first field of a dataclass object that is not what
-    its declaration says.
+    """Raises `error`, which names `node.field=value`, for the first field of a dataclass object that is not
+    what its declaration says.
 
     Scalars of numpy become Python's, and whole numbers of a float field floats.
     """
@@ -131,8 +131,8 @@ def checked(
     node: str,
     error: type[Exception] = ConfigError,
 ) -> dict[str, Any]:
-    """Values by field as `check` would leave them, before an object is made of them. Names that are no field pass
-    as they are."""
+    """Values by field as `check` would leave them, before an object is made of them. Names that are no field
+    pass as they are."""
     known = _declared(config)
     values = dict(given)
     for name, value in values.items():
@@ -148,7 +148,8 @@ def checked(
 
 @cache
 def _declared(config: type) -> dict[str, tuple[Any, Limits]]:
-    """Field -> (its type, its limits). Types that cannot be resolved, as inside functions, are not checked."""
+    """Field -> (its type, its limits). Types that cannot be resolved, as inside functions, are not
+    checked."""
     try:
         hints = get_type_hints(config)
     except (NameError, AttributeError, TypeError, SyntaxError):

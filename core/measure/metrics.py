@@ -1,6 +1,8 @@
-"""Every metric, computed once, from what a run left behind. Definitions are those of `vllm bench serve`; see docs/metrics.md.
+"""Every metric, computed once, from what a run left behind. Definitions are those of `vllm bench serve`; see
+docs/metrics.md.
 
-All inputs are seconds on the run's clock; what is reported in milliseconds or microseconds says so in its name.
+All inputs are seconds on the run's clock; what is reported in milliseconds or microseconds says so in its
+name.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def e2el(o: RequestOutput) -> float | None:
 
 def tpot(o: RequestOutput) -> float | None:
     """(E2EL - TTFT) / (n - 1), seconds; None for fewer than two tokens."""
-    return (o.token_times[-1] - o.token_times[0]) / (len(o.token_times) - 1) if len(o.token_times) > 1 else None
+    return (
+        (o.token_times[-1] - o.token_times[0]) / (len(o.token_times) - 1) if len(o.token_times) > 1 else None
+    )
 
 
 def itl(o: RequestOutput) -> list[float]:
@@ -40,7 +44,8 @@ def itl(o: RequestOutput) -> list[float]:
 
 
 def percentile(ordered: Sequence[float], p: float) -> float:
-    """Of sorted values, interpolated linearly between the two nearest ranks (numpy's default); nan for none."""
+    """Of sorted values, interpolated linearly between the two nearest ranks (numpy's default); nan for
+    none."""
     if not len(ordered):
         return math.nan
     at = (len(ordered) - 1) * p / 100
@@ -57,7 +62,9 @@ def meets_slo(o: RequestOutput) -> bool | None:
     targets = ((o.slo.ttft, ttft(o)), (o.slo.tpot, tpot(o)), (o.slo.e2el, e2el(o)))
     if all(target is None for target, _ in targets):
         return None
-    return o.state == FINISHED and all(target is None or value is None or value <= target for target, value in targets)
+    return o.state == FINISHED and all(
+        target is None or value is None or value <= target for target, value in targets
+    )
 
 
 def summarize(result: RunResult) -> dict[str, Any]:
@@ -85,7 +92,9 @@ def summarize(result: RunResult) -> dict[str, Any]:
         summary |= _distribution(name, values)
     admitted = [o for o in outputs if o.first_scheduled_time >= 0]
     summary |= {
-        "prefix_hit_rate": _over(sum(o.num_cached_tokens for o in admitted), sum(o.num_prompt_tokens for o in admitted)),
+        "prefix_hit_rate": _over(
+            sum(o.num_cached_tokens for o in admitted), sum(o.num_prompt_tokens for o in admitted)
+        ),
         "cached_tokens": sum(o.num_cached_tokens for o in admitted),
         "recomputed_tokens": sum(o.num_recomputed_tokens for o in outputs),
         "preemptions": result.num_preemptions,
@@ -105,7 +114,10 @@ def summarize(result: RunResult) -> dict[str, Any]:
     }
     verdicts = [v for v in map(meets_slo, outputs) if v is not None]
     if verdicts:
-        summary |= {"slo_attainment": sum(verdicts) / len(verdicts), "request_goodput": _over(sum(verdicts), duration)}
+        summary |= {
+            "slo_attainment": sum(verdicts) / len(verdicts),
+            "request_goodput": _over(sum(verdicts), duration),
+        }
     if summary["rejected"]:
         summary["rejections"] = rejections(outputs)
     if result.derived:
@@ -119,7 +131,8 @@ _PARTICULARS = re.compile(r"'[^']*'|\d+")  # what tells two refusals of one kind
 
 
 def rejections(outputs: Iterable[RequestOutput]) -> list[dict[str, Any]]:
-    """Why requests were rejected: {"count", "reason"} a kind, the commonest first, in the words of its first request."""
+    """Why requests were rejected: {"count", "reason"} a kind, the commonest first, in the words of its first
+    request."""
     reasons = [o.finish_reason for o in outputs if o.state == "rejected"]
     first = {_PARTICULARS.sub("", reason): reason for reason in reversed(reasons)}
     counts = Counter(_PARTICULARS.sub("", reason) for reason in reasons)
@@ -138,7 +151,9 @@ def _latencies(done: Sequence[RequestOutput]) -> dict[str, list[float]]:
 def _distribution(name: str, seconds: list[float]) -> dict[str, float]:
     ordered = sorted(seconds)
     mean = math.fsum(ordered) / len(ordered) if ordered else math.nan
-    return {f"mean_{name}_ms": mean * 1e3} | {f"p{p}_{name}_ms": percentile(ordered, p) * 1e3 for p in PERCENTILES}
+    return {f"mean_{name}_ms": mean * 1e3} | {
+        f"p{p}_{name}_ms": percentile(ordered, p) * 1e3 for p in PERCENTILES
+    }
 
 
 def _over(value: float, by: float) -> float:

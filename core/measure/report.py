@@ -1,4 +1,5 @@
-"""What a person reads: the composition, the table of one run, the table that compares runs. Text in, text out."""
+"""What a person reads: the composition, the table of one run, the table that compares runs. Text in, text
+out."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ COMPARED = (
 
 
 def composed(run: Run) -> str:
-    """One line a role: its choice and its parameters, those that are None left out; then the model and the engine's limits.
+    """One line a role: its choice and its parameters, those that are None left out; then the model and the
+    engine's limits.
 
     A parameter that was left open and derived is shown as what it became."""
     width = max(map(len, run.plugins))
@@ -42,21 +44,29 @@ def composed(run: Run) -> str:
     engine = run.engine
     for role, plugin in run.plugins.items():
         given = run.composition.choices[role][1] | _derived(role, engine.derived)
-        shown = " ".join(f"{f.name}={given[f.name]}" for f in plugin.parameters() if f.name in given and given[f.name] is not None)
+        shown = " ".join(
+            f"{f.name}={given[f.name]}"
+            for f in plugin.parameters()
+            if f.name in given and given[f.name] is not None
+        )
         lines.append(f"  {role:<{width}}  {plugin.name:<12} {shown}".rstrip())
     c = run.composition
     lines.append(f"  {'model':<{width}}  {c.model.name_or_path}")
     if c.parallel.world_size > 1:
         lines.append(f"  {'parallel':<{width}}  tp={c.parallel.tp} pp={c.parallel.pp}")
     lines.append(
-        f"  {'engine':<{width}}  {engine.pool.num_blocks} KV blocks of {engine.pool.block_size} tokens, {engine.config.max_num_seqs} sequences, "
-        f"{engine.config.max_num_batched_tokens} tokens per step, max_inflight={engine.max_inflight}, context {engine.max_model_len}"
+        f"  {'engine':<{width}}  {engine.pool.num_blocks} KV blocks of {engine.pool.block_size} tokens, "
+        f"{engine.config.max_num_seqs} sequences, "
+        f"{engine.config.max_num_batched_tokens} tokens per step, max_inflight={engine.max_inflight}, "
+        f"context {engine.max_model_len}"
     )
     return "\n".join(lines)
 
 
 def _derived(node: str, derived: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(f"{node}."): value for name, value in derived.items() if name.startswith(f"{node}.")}
+    return {
+        name.removeprefix(f"{node}."): value for name, value in derived.items() if name.startswith(f"{node}.")
+    }
 
 
 def table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
@@ -65,10 +75,17 @@ def table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     edge, rule = ("| ", "|") if markdown else ("  ", "-")
     lines = []
     for n, row in enumerate(rows):
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append(edge + (" | " if markdown else "  ").join(cells) + (" |" if markdown else ""))
         if n == 0:
-            lines.append("|" + "|".join("-" * (w + 2) for w in widths) + "|" if markdown else "  " + rule * (sum(widths) + 2 * (len(widths) - 1)))
+            lines.append(
+                "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+                if markdown
+                else "  " + rule * (sum(widths) + 2 * (len(widths) - 1))
+            )
     return "\n".join(lines)
 
 
@@ -81,26 +98,51 @@ def number(value: Any, form: str) -> str:
 def run_table(s: dict[str, Any]) -> str:
     """The numbers of one run."""
     facts = [
-        ("requests", f"{s['completed']} of {s['num_requests']} finished" + (f", {s['rejected']} rejected" if s["rejected"] else "")
-         + (f", {s['aborted']} aborted" if s["aborted"] else "")),
+        (
+            "requests",
+            f"{s['completed']} of {s['num_requests']} finished"
+            + (f", {s['rejected']} rejected" if s["rejected"] else "")
+            + (f", {s['aborted']} aborted" if s["aborted"] else ""),
+        ),
         ("duration", f"{s['duration']:.2f} s, {s['num_steps']:,} steps, device busy {s['busy_share']:.0%}"),
-        ("throughput", f"{s['request_throughput']:.2f} requests/s, {s['output_throughput']:,.1f} output tokens/s"
-         + f", {s['total_token_throughput']:,.1f} tokens/s"),
+        (
+            "throughput",
+            f"{s['request_throughput']:.2f} requests/s, {s['output_throughput']:,.1f} output tokens/s"
+            + f", {s['total_token_throughput']:,.1f} tokens/s",
+        ),
         ("prefix hits", f"{s['prefix_hit_rate']:.1%} ({s['cached_tokens']:,} prompt tokens)"),
-        ("preemptions", f"{s['preemptions']:,}, {s['recomputed_tokens']:,} tokens recomputed, {s['evictions']:,} evictions"),
+        (
+            "preemptions",
+            f"{s['preemptions']:,}, {s['recomputed_tokens']:,} tokens recomputed, {s['evictions']:,} "
+            "evictions",
+        ),
         ("KV peak use", f"{s['kv_peak_use']:.1%} of {s['kv_blocks']:,} blocks"),
         ("policy time", f"{s['policy_time_per_step_us']:.1f} us per step"),
-    ]  # fmt: skip
+    ]
     if s["warmup_seconds"]:
-        facts.append(("warm-up", f"{s['warmup_seconds']:.2f} s before the first request, no part of the duration"))
+        facts.append(
+            ("warm-up", f"{s['warmup_seconds']:.2f} s before the first request, no part of the duration")
+        )
     if s["late_preparations"]:
-        facts.append(("warning", f"{s['late_preparations']:,} kernels compiled or graphs captured after the first request: latencies hold that time"))
+        facts.append(
+            (
+                "warning",
+                f"{s['late_preparations']:,} kernels compiled or graphs captured after the first request: "
+                "latencies hold that time",
+            )
+        )
     facts[1:1] = [("rejected", f"{kind['count']:,}: {kind['reason']}") for kind in s.get("rejections", ())]
     if "slo_attainment" in s:
-        facts.append(("goodput", f"{s['request_goodput']:.2f} requests/s, SLO attainment {s['slo_attainment']:.1%}"))
+        facts.append(
+            ("goodput", f"{s['request_goodput']:.2f} requests/s, SLO attainment {s['slo_attainment']:.1%}")
+        )
     if "num_clients" in s:
         facts.append(
-            ("fairness", f"{s['num_clients']} clients, Jain {number(s.get('jain_index'), '.3f')}, service difference {s['service_difference']:,.0f}")
+            (
+                "fairness",
+                f"{s['num_clients']} clients, Jain {number(s.get('jain_index'), '.3f')}, service difference "
+                f"{s['service_difference']:,.0f}",
+            )
         )
     if "oracles" in s:
         facts.append(("oracle", f"{s['oracles']} saw what no deployed policy can see"))
@@ -112,12 +154,17 @@ def run_table(s: dict[str, Any]) -> str:
 
 
 def comparison_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """The comparison as cells: what was varied, then the main metrics that any of the runs has, then how it ended."""
+    """The comparison as cells: what was varied, then the main metrics that any of the runs has, then how it
+    ended."""
     rows = comparison(results)
-    metrics = [(key, heading, form) for key, heading, form in COMPARED if any(_known(row.get(key)) for row in rows)]
+    metrics = [
+        (key, heading, form) for key, heading, form in COMPARED if any(_known(row.get(key)) for row in rows)
+    ]
     keys = ["job", *varied(results)]
     heading = [*keys, *(h for _, h, _ in metrics), "status"]
-    return [heading] + [[str(r[k]) for k in keys] + [number(r.get(k), f) for k, _, f in metrics] + [r["status"]] for r in rows]
+    return [heading] + [
+        [str(r[k]) for k in keys] + [number(r.get(k), f) for k, _, f in metrics] + [r["status"]] for r in rows
+    ]
 
 
 def _known(value: Any) -> bool:
@@ -133,7 +180,9 @@ def notes(results: list[dict[str, Any]]) -> list[str]:
         values = {key: list(dict.fromkeys(own.get(key, "") for own in given)) for key in varied(results)}
         differ = " ".join(f"{key}={','.join(each)}" for key, each in values.items() if len(each) > 1)
         what = f"{differ} made no difference to them" if differ else "they are the same run"
-        said.append(f"note: jobs {', '.join(jobs[:-1])} and {jobs[-1]} took the same decisions, step for step: {what}")
+        said.append(
+            f"note: jobs {', '.join(jobs[:-1])} and {jobs[-1]} took the same decisions, step for step: {what}"
+        )
     return said
 
 

@@ -1,4 +1,5 @@
-"""A run's own directory: what it was, on what it ran, how it ended. `result.json` is written also for a run that failed."""
+"""A run's own directory: what it was, on what it ran, how it ended. `result.json` is written also for a run
+that failed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,18 @@ RESULT, SUMMARY, VERSIONS, CONFIG = "result.json", "summary.json", "versions.jso
 TABLES = ("requests.parquet", "steps.parquet", "decisions.parquet")
 FILES = (SUMMARY, VERSIONS, *TABLES, "timeline.json", "replay.npz")
 STATUSES = ("finished", "interrupted", "failed")
-PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy", "hydra-core", "omegaconf", "pluggy", "pyarrow", "wandb")
+PACKAGES = (
+    "torch",
+    "triton",
+    "flash-attn",
+    "transformers",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "pluggy",
+    "pyarrow",
+    "wandb",
+)
 _SCRATCH = ".part"
 _ROOM = ".room"
 
@@ -92,7 +104,11 @@ def remove_run(directory: Path) -> None:
 def environment() -> dict[str, Any]:
     """Versions and hardware, as far as they can be learnt without importing anything heavy."""
     torch = sys.modules.get("torch")  # a run that never imported it ran without it
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch and torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch and torch.cuda.is_available()
+        else []
+    )
     return {
         "git_sha": git_sha(),
         "python": platform.python_version(),
@@ -110,8 +126,16 @@ def git_sha() -> str:
     """Of the checkout this code lies in, "-dirty" where it differs from it, "" outside of one."""
     root = Path(__file__).resolve().parents[2]
     try:
-        sha = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, timeout=10, check=False).returncode
+        sha = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, timeout=10, check=False
+        ).returncode
     except (OSError, subprocess.SubprocessError):
         return ""
     return f"{sha}-dirty" if dirty else sha
@@ -119,7 +143,11 @@ def git_sha() -> str:
 
 def _cpu() -> str:
     try:
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
     except OSError:
         names = []
     return names[0] if names else platform.processor()
@@ -132,7 +160,7 @@ def _version(package: str) -> str:
         return ""
 
 
-# ---- comparing the runs of a sweep ------------------------------------------------------------------------
+# ---- comparing the runs of a sweep -----------------------------------------------------------------------
 
 
 class Unreadable(HeadwayError):
@@ -187,23 +215,32 @@ def varied(results: list[dict[str, Any]]) -> list[str]:
 
 
 def same_decisions(results: list[dict[str, Any]]) -> list[list[int]]:
-    """Groups of finished runs (their places in `results`) that took the same decisions and gave as many tokens."""
+    """Groups of finished runs (their places in `results`) that took the same decisions and gave as many
+    tokens."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, r in enumerate(results):
-        facts = tuple(r["summary"].get(k) for k in ("decision_hash", "num_steps", "num_requests", "total_output_tokens"))
+        facts = tuple(
+            r["summary"].get(k) for k in ("decision_hash", "num_steps", "num_requests", "total_output_tokens")
+        )
         if r["status"] == "finished" and all(facts):
             groups.setdefault(facts, []).append(i)
     return [group for group in groups.values() if len(group) > 1]
 
 
 def comparison(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a run: what was varied, how it ended, its summary, and in `same_decisions_as` the jobs that it equals."""
+    """One row a run: what was varied, how it ended, its summary, and in `same_decisions_as` the jobs that it
+    equals."""
     keys = varied(results)
     rows = []
     for r in results:
         own = dict(o.partition("=")[::2] for o in r["overrides"])
         problem = (r["error"].splitlines() or [""])[0]
-        rows.append({"job": Path(r["directory"]).name} | {k: own.get(k, "") for k in keys} | r["summary"] | {"status": r["status"], "error": problem})
+        rows.append(
+            {"job": Path(r["directory"]).name}
+            | {k: own.get(k, "") for k in keys}
+            | r["summary"]
+            | {"status": r["status"], "error": problem}
+        )
     for group in same_decisions(results):
         for i in group:
             rows[i]["same_decisions_as"] = [rows[j]["job"] for j in group if j != i]

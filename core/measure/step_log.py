@@ -23,9 +23,17 @@ MOST_NUMBERS = 2_000_000  # planned requests, allocated blocks
 
 #: Columns of whole numbers, then of seconds: a StepRecord's, and its plan's.
 COUNTS = (
-    "step", "emitted", "num_running", "num_waiting", "kv_used", "kv_cached", "num_preempted", "num_evicted", "num_seqs",
+    "step",
+    "emitted",
+    "num_running",
+    "num_waiting",
+    "kv_used",
+    "kv_cached",
+    "num_preempted",
+    "num_evicted",
+    "num_seqs",
     "num_tokens",
-)  # fmt: skip
+)
 TIMES = ("start", "end", "policy_time", "now")
 _EXTENTS = ("num_allocations", "num_allocated_numbers", "num_timings", "num_more")
 _WIDTH = len(COUNTS) + len(_EXTENTS)
@@ -40,12 +48,14 @@ class Lists(NamedTuple):
 
 @dataclass(frozen=True)
 class StepColumns:
-    """Consecutive steps, as columns of numpy. Requests are named by index; parallel lists are as in StepPlan."""
+    """Consecutive steps, as columns of numpy. Requests are named by index; parallel lists are as in
+    StepPlan."""
 
     numbers: dict[str, np.ndarray[Any, Any]]  # by name, see COUNTS and TIMES
     requests: Lists
     chunks: Lists  # per step all starts, then all lengths
-    more: Lists  # per step, for each request that was given several tokens: its place in the plan, how many beyond one
+    # per step, for each request that was given several tokens: its place in the plan, how many beyond one
+    more: Lists
     preempted: Lists
     allocations: Lists  # per step and allocation: the request, the first place in its table, the blocks
     allocation_sizes: Lists  # per step: how many blocks each allocation has
@@ -54,8 +64,8 @@ class StepColumns:
 
 
 class StepLog(Observer):
-    """The observer that fills the columns. It stands before its readers in an engine's list of observers: at the
-    end of a run they have heard of every step before they are closed."""
+    """The observer that fills the columns. It stands before its readers in an engine's list of observers: at
+    the end of a run they have heard of every step before they are closed."""
 
     plugin_name = "step log"
 
@@ -108,7 +118,10 @@ class StepLog(Observer):
                 len(self._more) - before_more,
             )
         )
-        if len(self._counts) >= MOST_STEPS * _WIDTH or len(self._requests) + len(self._allocations) >= MOST_NUMBERS:
+        if (
+            len(self._counts) >= MOST_STEPS * _WIDTH
+            or len(self._requests) + len(self._allocations) >= MOST_NUMBERS
+        ):
             self._flush()
 
     def close(self, result: Any) -> None:

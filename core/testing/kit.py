@@ -1,4 +1,5 @@
-"""The conformance kit: what `python -m headway check` and `pytest --pyargs core.testing` run on a composition."""
+"""The conformance kit: what `python -m headway check` and `pytest --pyargs core.testing` run on a
+composition."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def run_all(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
         yield from check(subject, seeds)
 
 
-# ---- runs against the oracle ---------------------------------------------------------------------------------------
+# ---- runs against the oracle -----------------------------------------------------------------------------
 
 
 def check_runs(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
@@ -80,7 +81,12 @@ def check_runs(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
         if check in found:
             yield _shrunk(subject, check, count, *found[check])
         else:
-            yield Verdict(check, count, PASS, f"{rejected} requests were refused by a policy" if check == "answers" and rejected else "")
+            yield Verdict(
+                check,
+                count,
+                PASS,
+                f"{rejected} requests were refused by a policy" if check == "answers" and rejected else "",
+            )
 
 
 def _trial(subject: Subject, case: Case, watched: bool) -> Outcome:
@@ -99,10 +105,18 @@ def _shrunk(subject: Subject, check: str, runs: int, seed: int, failure: Failure
         return True
 
     case = shrink(subject.case(seed), fails, 300 if watched else 1000)
-    return Verdict(check, runs, FAIL, found["failure"].message, seed, case, tuple(map(str, found["failure"].decisions)))
+    return Verdict(
+        check=check,
+        runs=runs,
+        verdict=FAIL,
+        detail=found["failure"].message,
+        seed=seed,
+        case=case,
+        steps=tuple(map(str, found["failure"].decisions)),
+    )
 
 
-# ---- determinism ---------------------------------------------------------------------------------------------------
+# ---- determinism -----------------------------------------------------------------------------------------
 
 
 DETERMINISM_SEEDS = 40
@@ -114,7 +128,9 @@ CAUSES = {
 }
 
 
-def check_determinism(subject: Subject, seeds: Sequence[int], workers: Workers | None = None) -> Iterator[Verdict]:
+def check_determinism(
+    subject: Subject, seeds: Sequence[int], workers: Workers | None = None
+) -> Iterator[Verdict]:
     """The same case in processes that differ in hash seed, clock or global chance: the decisions must not."""
     if workers is None:
         with Workers(subject.modules) as ours:
@@ -131,9 +147,11 @@ def check_determinism(subject: Subject, seeds: Sequence[int], workers: Workers |
         if variant not in found:
             yield Verdict(f"same with another {variant}", len(seeds), PASS)
         elif variant != "process" and "process" in found:
-            yield Verdict(f"same with another {variant}", len(seeds), NOTE, "not told apart: two equal processes differ")
+            yield Verdict(
+                f"same with another {variant}", len(seeds), NOTE, "not told apart: two equal processes differ"
+            )
         else:
-            yield _shrunk_difference(subject, workers, variant, len(seeds), found[variant])
+            yield _shrunk_difference(subject, workers, variant, len(seeds), seed=found[variant])
 
 
 def _shrunk_difference(subject: Subject, workers: Workers, variant: str, runs: int, seed: int) -> Verdict:
@@ -141,23 +159,45 @@ def _shrunk_difference(subject: Subject, workers: Workers, variant: str, runs: i
 
     def differ(case: Case) -> list[str] | None:
         base, *rest = workers.run(subject.words, case, ["base", *others]).values()
-        return next((_first_difference(base.decisions, other.decisions) for other in rest if other.decisions != base.decisions), None)
+        return next(
+            (
+                _first_difference(base.decisions, other.decisions)
+                for other in rest
+                if other.decisions != base.decisions
+            ),
+            None,
+        )
 
     case = shrink(subject.case(seed), lambda c: differ(c) is not None, 150)
-    return Verdict(f"same with another {variant}", runs, FAIL, CAUSES[variant], seed, case, tuple(differ(case) or ()))
+    return Verdict(
+        check=f"same with another {variant}",
+        runs=runs,
+        verdict=FAIL,
+        detail=CAUSES[variant],
+        seed=seed,
+        case=case,
+        steps=tuple(differ(case) or ()),
+    )
 
 
 def _first_difference(one: list[str], other: list[str]) -> list[str]:
-    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
     ending = "(the run ends)"
-    return [*one[:same], f"here:  {one[same] if same < len(one) else ending}", f"there: {other[same] if same < len(other) else ending}"]
+    return [
+        *one[:same],
+        f"here:  {one[same] if same < len(one) else ending}",
+        f"there: {other[same] if same < len(other) else ending}",
+    ]
 
 
-# ---- the oracle boundary -------------------------------------------------------------------------------------------
+# ---- the oracle boundary ---------------------------------------------------------------------------------
 
 
 def check_oracle_boundary(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
-    """Decisions must not change with a hidden output length before that request ends, nor with arrivals that lie ahead."""
+    """Decisions must not change with a hidden output length before that request ends, nor with arrivals that
+    lie ahead."""
     name = "oracle boundary"
     if oracles := [c.__name__ for c in subject.classes() if c.oracle]:
         yield Verdict(name, 0, NOTE, f"{', '.join(oracles)} declares oracle=True: its results are stamped")
@@ -169,7 +209,7 @@ def check_oracle_boundary(subject: Subject, seeds: Sequence[int]) -> Iterator[Ve
             pair = _differ_before(subject, *changed)
             runs += 1
             if pair is not None:
-                yield _shrunk_peek(subject, name, runs, seed, what)
+                yield _shrunk_peek(subject, name, runs, seed, what=what)
                 return
     yield Verdict(name, runs, PASS)
 
@@ -181,8 +221,15 @@ def _hidden_changes(case: Case) -> Iterator[tuple[tuple[Case, Case, str], str]]:
     for i, ask in enumerate(case.asks):
         if ask.max_tokens > 1 and feasible(case, list(ask.prompt), ask.max_tokens, None):
             lengths = rng.sample(range(1, ask.max_tokens + 1), 2)
-            one, other = (replace(case, asks=case.asks[:i] + (replace(ask, output_len=n),) + case.asks[i + 1 :]) for n in lengths)
-            yield (one, other, ask.id), f"the true output length of {ask.id} is {lengths[0]} in one run and {lengths[1]} in the other"
+            one, other = (
+                replace(case, asks=case.asks[:i] + (replace(ask, output_len=n),) + case.asks[i + 1 :])
+                for n in lengths
+            )
+            yield (
+                (one, other, ask.id),
+                f"the true output length of {ask.id} is {lengths[0]} in one run and {lengths[1]} in the "
+                "other",
+            )
             break
     later = [a for a in case.asks if a.time > case.asks[0].time]
     if later:
@@ -193,7 +240,9 @@ def _hidden_changes(case: Case) -> Iterator[tuple[tuple[Case, Case, str], str]]:
         )
 
 
-def _differ_before(subject: Subject, one: Case, other: Case, id: str) -> tuple[list[Decision], list[Decision]] | None:
+def _differ_before(
+    subject: Subject, one: Case, other: Case, id: str
+) -> tuple[list[Decision], list[Decision]] | None:
     """The decisions of both runs up to the moment that tells them apart, where they are not equal."""
     first, second = (Trial(c, subject.roles).run() for c in (one, other))
     if first.result is None or second.result is None:
@@ -214,13 +263,20 @@ def _shrunk_peek(subject: Subject, name: str, runs: int, seed: int, what: str) -
     case = shrink(subject.case(seed), lambda c: first(c) is not None, 300)
     found = first(case)
     if found is None:
-        return Verdict(name, runs, FAIL, what, seed, case)
+        return Verdict(name, runs, FAIL, what, seed=seed, case=case)
     pair, what = found
-    return Verdict(name, runs, FAIL, f"{what}, and decisions differ before anybody could know", seed, case,
-                   tuple(_first_difference([str(d) for d in pair[0]], [str(d) for d in pair[1]])))  # fmt: skip
+    return Verdict(
+        check=name,
+        runs=runs,
+        verdict=FAIL,
+        detail=f"{what}, and decisions differ before anybody could know",
+        seed=seed,
+        case=case,
+        steps=tuple(_first_difference([str(d) for d in pair[0]], [str(d) for d in pair[1]])),
+    )
 
 
-# ---- starvation ----------------------------------------------------------------------------------------------------
+# ---- starvation ------------------------------------------------------------------------------------------
 
 
 ENOUGH_SCENES = 3  # in which a request starves; each takes a thousand others
@@ -247,17 +303,31 @@ def check_starvation(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict
     if found and reasons:
         yield Verdict("starvation", len(starve.SCENES), NOTE, f"{detail}. By design: {'; '.join(reasons)}")
     elif found:
-        yield Verdict("starvation", len(starve.SCENES), FAIL, f"{detail}. If that is meant, say why: may_starve = '...' in the class")
+        yield Verdict(
+            "starvation",
+            len(starve.SCENES),
+            FAIL,
+            f"{detail}. If that is meant, say why: may_starve = '...' in the class",
+        )
     else:
         yield Verdict("starvation", len(starve.SCENES), PASS)
 
 
-# ---- sim and replay ------------------------------------------------------------------------------------------------
+# ---- sim and replay --------------------------------------------------------------------------------------
 
 SHAPE = ModelConfig(
-    name_or_path="shape of the kit", load_format="dummy", architecture="LlamaForCausalLM", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-    head_dim=16, intermediate_size=128, vocab_size=50, tie_word_embeddings=True, max_position_embeddings=256,
-)  # fmt: skip
+    name_or_path="shape of the kit",
+    load_format="dummy",
+    architecture="LlamaForCausalLM",
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=16,
+    intermediate_size=128,
+    vocab_size=50,
+    tie_word_embeddings=True,
+    max_position_embeddings=256,
+)
 
 
 def check_parity(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
@@ -274,23 +344,37 @@ def check_parity(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
                 first = _simulated(subject, case, ("sim", {}), Path(directory))
                 second = _simulated(subject, case, ("replay", {"path": directory}), None)
             except HeadwayError as error:
-                yield Verdict(name, len(seeds), FAIL, str(error), seed, case)
+                yield Verdict(name, len(seeds), FAIL, str(error), seed=seed, case=case)
                 return
         if first != second:
-            yield Verdict(name, len(seeds), FAIL, f"decision logs {first} and {second}", seed, case)
+            yield Verdict(name, len(seeds), FAIL, f"decision logs {first} and {second}", seed=seed, case=case)
             return
     yield Verdict(name, len(seeds), PASS)
 
 
-def _simulated(subject: Subject, case: Case, executor: tuple[str, dict[str, Any]], directory: Path | None) -> str:
-    config = EngineConfig(case.block_size, case.num_blocks, case.max_num_seqs, case.max_num_batched_tokens, case.max_inflight)
-    composition = Composition({**subject.plain_choices(), "executor": executor}, config, SHAPE, results=ResultsConfig(["replay.npz"]), seed=case.seed)
+def _simulated(
+    subject: Subject, case: Case, executor: tuple[str, dict[str, Any]], directory: Path | None
+) -> str:
+    config = EngineConfig(
+        case.block_size,
+        case.num_blocks,
+        case.max_num_seqs,
+        case.max_num_batched_tokens,
+        max_inflight=case.max_inflight,
+    )
+    composition = Composition(
+        {**subject.plain_choices(), "executor": executor},
+        config,
+        SHAPE,
+        results=ResultsConfig(["replay.npz"]),
+        seed=case.seed,
+    )
     run: Run = build(subject.registry, composition, directory=directory)
     run.engine.observers = [o for o in run.engine.observers if type(o).__name__ in ("StepLog", "Recorder")]
     return run.engine.run([ask.arrival() for ask in case.asks]).decision_hash
 
 
-# ---- cost ----------------------------------------------------------------------------------------------------------
+# ---- cost ------------------------------------------------------------------------------------------------
 
 
 class NothingMeasured(HeadwayError):
@@ -298,7 +382,8 @@ class NothingMeasured(HeadwayError):
 
 
 def check_cost(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
-    """Microseconds a step of planning and book-keeping with 256 requests running and 64 waiting, beside the plain composition's."""
+    """Microseconds a step of planning and book-keeping with 256 requests running and 64 waiting, beside the
+    plain composition's."""
     plain = min(_step_cost(Subject()) for _ in range(2))
     try:
         ours = min(_step_cost(subject) for _ in range(2))
@@ -310,7 +395,9 @@ def check_cost(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
         return
     detail = f"{ours:.0f} us per step at 256 running and 64 waiting (plain: {plain:.0f})"
     verdict = FAIL if ours - plain > TOO_SLOW_US else NOTE if ours - plain > SLOW_US else PASS
-    yield Verdict("cost", 2, verdict, detail + ("" if verdict == PASS else f": more than {SLOW_US} us above it"))
+    yield Verdict(
+        "cost", 2, verdict, detail + ("" if verdict == PASS else f": more than {SLOW_US} us above it")
+    )
 
 
 def _step_cost(subject: Subject, running: int = 256, waiting: int = 64, steps: int = 30) -> float:
@@ -318,7 +405,9 @@ def _step_cost(subject: Subject, running: int = 256, waiting: int = 64, steps: i
     prompt = 32
     engine = Engine(roles, EngineConfig(16, (running + waiting) * 16, running, 8192))
     for i in range(running + waiting):
-        engine.add(Arrival(0.0, [(i * 7 + j * i) % VOCAB for j in range(prompt)], SamplingParams(max_tokens=150)))
+        engine.add(
+            Arrival(0.0, [(i * 7 + j * i) % VOCAB for j in range(prompt)], SamplingParams(max_tokens=150))
+        )
     for _ in range(60):
         engine.step()
     gc.collect()
@@ -328,7 +417,8 @@ def _step_cost(subject: Subject, running: int = 256, waiting: int = 64, steps: i
             break
     if engine.counts.num_steps - first < steps or started < running:
         raise NothingMeasured(
-            f"nothing was measured: after 60 turns {started} of {running} requests that fit were running, and {engine.counts.num_steps - first} of "
+            f"nothing was measured: after 60 turns {started} of {running} requests that fit were running, "
+            f"and {engine.counts.num_steps - first} of "
             f"{steps} steps were planned in the {MOST_TURNS * steps} turns after that"
         )
     return (engine.counts.policy_time - spent) / steps * 1e6

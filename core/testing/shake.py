@@ -1,4 +1,5 @@
-"""Legal but erratic policies: they fill the roles that a user did not name, so that the named ones meet every situation."""
+"""Legal but erratic policies: they fill the roles that a user did not name, so that the named ones meet every
+situation."""
 
 from __future__ import annotations
 
@@ -8,7 +9,21 @@ from dataclasses import dataclass
 from ..blocks import Block
 from ..compose.hooks import Registry
 from ..context import Context
-from ..policy import Admission, Admit, Defer, Eviction, KVControl, LengthPrediction, Need, Order, Predictor, Retention, Scheduler, TokenBudget, Victim
+from ..policy import (
+    Admission,
+    Admit,
+    Defer,
+    Eviction,
+    KVControl,
+    LengthPrediction,
+    Need,
+    Order,
+    Predictor,
+    Retention,
+    Scheduler,
+    TokenBudget,
+    Victim,
+)
 from ..request import Request, RequestState
 from ..step import StepBuilder
 from ..view import View
@@ -129,7 +144,16 @@ class ShakyRetention(Retention):
             kv.unpin(request.tags.session)
 
 
-SHAKY = (ShakyScheduler, ShakyOrder, ShakyVictim, ShakyBudget, ShakyAdmission, ShakyPredictor, ShakyEviction, ShakyRetention)
+SHAKY = (
+    ShakyScheduler,
+    ShakyOrder,
+    ShakyVictim,
+    ShakyBudget,
+    ShakyAdmission,
+    ShakyPredictor,
+    ShakyEviction,
+    ShakyRetention,
+)
 
 
 def add_to(registry: Registry) -> None:

@@ -19,12 +19,21 @@ PLAIN_ASK: dict[str, Any] = {
     "slo": (None, None, None),
     "time": 0.0,
 }
-PLAIN_LIMITS: dict[str, Any] = {"max_inflight": 1, "placeholders": True, "eos": False, "token_seconds": 0.0, "stop_after": None}
-PLAIN_FILL = {**default_names(), "cache": "none"} | dict.fromkeys(("retention", "admission", "budget"), "none")
+PLAIN_LIMITS: dict[str, Any] = {
+    "max_inflight": 1,
+    "placeholders": True,
+    "eos": False,
+    "token_seconds": 0.0,
+    "stop_after": None,
+}
+PLAIN_FILL = {**default_names(), "cache": "none"} | dict.fromkeys(
+    ("retention", "admission", "budget"), "none"
+)
 
 
 def shrink(case: Case, fails: Callable[[Case], bool], attempts: int = 400) -> Case:
-    """The smallest case found that still fails, after at most so many trials. `fails(case)` holds for the one given."""
+    """The smallest case found that still fails, after at most so many trials. `fails(case)` holds for the one
+    given."""
     left = attempts
     again = True
     while again:

@@ -1,4 +1,5 @@
-"""The starvation monitor: one request that differs from an endless stream of others must end while they keep coming."""
+"""The starvation monitor: one request that differs from an endless stream of others must end while they keep
+coming."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from .oracle import OracleExecutor
 
 BACKLOG = 12  # requests in the system at any time; four of them run at once
 PATIENCE = 1000  # later arrivals that may end before the odd one does
-RETRY = 1.0  # seconds until who was refused asks again: at once, a policy that refuses would be asked without end
+# seconds until who was refused asks again: at once, a policy that refuses would be asked without end
+RETRY = 1.0
 TIGHT = SLO(0.5, 0.05, 1.0)
 SHARED = [1, 2, 3, 4, 1, 2, 3, 4]
 
@@ -30,10 +32,28 @@ class Scene:
     backlog: int = BACKLOG  # requests in the system when the odd one comes, and from then on
 
 
-def _arrival(prompt: int = 10, answer: int = 4, *, client: str = "a", session: str = "", turn: int = 0, priority: int = 0,
-             category: str = "", slo: SLO = TIGHT, shared: bool = True) -> Arrival:  # fmt: skip
+def _arrival(
+    prompt: int = 10,
+    answer: int = 4,
+    *,
+    client: str = "a",
+    session: str = "",
+    turn: int = 0,
+    priority: int = 0,
+    category: str = "",
+    slo: SLO = TIGHT,
+    shared: bool = True,
+) -> Arrival:
     tokens = (SHARED if shared else [0] * len(SHARED)) + [2] * (prompt - len(SHARED))
-    return Arrival(0.0, tokens, SamplingParams(max_tokens=answer), None, None, Tags(client, session, turn, category, priority), slo)
+    return Arrival(
+        time=0.0,
+        prompt_token_ids=tokens,
+        sampling=SamplingParams(max_tokens=answer),
+        output_len=None,
+        id=None,
+        tags=Tags(client, session, turn, category, priority=priority),
+        slo=slo,
+    )
 
 
 _USUAL, _OLD, _CHAT = _arrival(), _arrival(session="old", turn=3), _arrival(category="chat")
@@ -54,8 +74,15 @@ SCENES = (
     *_both_ways("another client", _arrival(client="b"), "another client, of the lesser name"),
     Scene("a client that was served a lot before", _arrival(client="b", session="b"), (_USUAL,), before=40),
     Scene("a client among many small ones", _arrival(client="d"), _clients("abcefg")),
-    Scene("a client that was served a lot before, among many", _arrival(client="d"), _clients("abcefg"), before=40),
-    Scene("a client among one that asks a lot and one that does not", _arrival(client="b"), _clients("aaaaac")),
+    Scene(
+        "a client that was served a lot before, among many",
+        _arrival(client="d"),
+        _clients("abcefg"),
+        before=40,
+    ),
+    Scene(
+        "a client among one that asks a lot and one that does not", _arrival(client="b"), _clients("aaaaac")
+    ),
     *_both_ways("a long prompt", _arrival(prompt=40), "a short prompt among long ones"),
     Scene("a prompt between shorter and longer ones", _arrival(prompt=24), (_USUAL, _arrival(prompt=40))),
     *_both_ways("a long answer", _arrival(answer=24), "a short answer among long ones"),
@@ -64,9 +91,13 @@ SCENES = (
     *_both_ways("the lowest priority", _arrival(priority=9), "the highest priority among low ones"),
     *_both_ways("a far deadline", _arrival(slo=SLO(5.0, 0.5, 10.0)), "a near deadline among far ones"),
     *_both_ways("no deadline", _arrival(slo=SLO()), "a deadline among requests without"),
-    *_both_ways("a new session among old ones", _arrival(session="new"), "an old session among new ones", _OLD),
-    *_both_ways("another category", _arrival(category="batch"), "another category, of the greater name", _CHAT),
-)  # fmt: skip
+    *_both_ways(
+        "a new session among old ones", _arrival(session="new"), "an old session among new ones", _OLD
+    ),
+    *_both_ways(
+        "another category", _arrival(category="batch"), "another category, of the greater name", _CHAT
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +109,10 @@ class Starved:
 
     def __str__(self) -> str:
         state = "has started and does not end" if self.started else "has not started"
-        return f"a request with {self.scene} {state} while {self.waited} later ones ended ({self.seconds:.0f} s on the run's clock)"
+        return (
+            f"a request with {self.scene} {state} while {self.waited} later ones ended ({self.seconds:.0f} s "
+            "on the run's clock)"
+        )
 
 
 def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
@@ -126,4 +160,9 @@ def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
     if ended["odd"]:
         return None
     odd = next((r for r in (*engine.running.items, *engine.waiting.items) if r.id == "odd"), None)
-    return Starved(scene.name, others, engine.clock.inner.now() - start, odd is not None and bool(odd.first_scheduled_time >= 0))
+    return Starved(
+        scene.name,
+        others,
+        engine.clock.inner.now() - start,
+        odd is not None and bool(odd.first_scheduled_time >= 0),
+    )

@@ -23,7 +23,8 @@ from . import shake
 from .case import Case, random_case
 from .oracle import OracleExecutor
 
-#: Roles that a case fills when nobody named them: choices of (plugin, parameter -> values). "none" leaves an optional role out.
+#: Roles that a case fills when nobody named them: choices of (plugin, parameter -> values). "none" leaves an
+#: optional role out.
 RANDOM_ROLES: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
     "scheduler": [
         ("chunked", {"token_budget": [None, 3, 8], "chunk_size": [None, 1, 2, 7]}),
@@ -33,7 +34,10 @@ RANDOM_ROLES: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
         ("shake", {}),
     ],
     "order": [("fcfs", {}), ("fcfs", {}), ("shake", {})],
-    "victim": [("newest", {"mode": list(policy.PREEMPTION_MODES)}), ("shake", {"mode": list(policy.PREEMPTION_MODES)})],
+    "victim": [
+        ("newest", {"mode": list(policy.PREEMPTION_MODES)}),
+        ("shake", {"mode": list(policy.PREEMPTION_MODES)}),
+    ],
     "cache": [("hash", {}), ("radix", {}), ("hash", {}), ("radix", {}), ("none", {})],
     "eviction": [("lru", {}), ("fifo", {}), ("lfu", {}), ("shake", {})],
     "retention": [("none", {}), ("none", {}), ("shake", {})],
@@ -47,7 +51,8 @@ PLAIN: Choices = default_choices(predictor="declared")
 
 @dataclass
 class Subject:
-    """A composition to check, as `role=name role.parameter=value` words; modules are plugin files that are not installed."""
+    """A composition to check, as `role=name role.parameter=value` words; modules are plugin files that are
+    not installed."""
 
     words: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
@@ -75,7 +80,8 @@ class Subject:
         return _present({**PLAIN, **self.choices})
 
     def refuse_what_cannot_be(self) -> None:
-        """Raises ConfigError for a composition that no run would take; the words must name the roles that it depends on."""
+        """Raises ConfigError for a composition that no run would take; the words must name the roles that it
+        depends on."""
         Engine({**self.plain_roles(), "executor": OracleExecutor()}, EngineConfig(4, 16))
 
     def _build(self, choices: Choices) -> dict[str, Role]:
@@ -92,12 +98,17 @@ class Subject:
 
 def _present(choices: Choices) -> Choices:
     """Without the optional roles that are left out."""
-    return {role: (name, parameters) for role, (name, parameters) in choices.items() if name != "none" or role not in OPTIONAL}
+    return {
+        role: (name, parameters)
+        for role, (name, parameters) in choices.items()
+        if name != "none" or role not in OPTIONAL
+    }
 
 
 @cache
 def kit_registry(modules: tuple[str, ...] = ()) -> Registry:
-    """Everything available, the kit's own shaky policies, and plugin modules given by file or by name. Once a process."""
+    """Everything available, the kit's own shaky policies, and plugin modules given by file or by name. Once a
+    process."""
     registry = load_registry()
     shake.add_to(registry)
     for name in modules:
@@ -128,15 +139,22 @@ def _parse(words: Sequence[str], registry: Registry) -> Choices:
             raise ConfigError(f"{word!r}: expected role=name or role.parameter=value, such as order=sjf")
         if role not in RANDOM_ROLES:
             hint = " Name the roles that the preset sets." if role == "policy" else near(role, RANDOM_ROLES)
-            raise ConfigError(f"{word!r}: the kit checks policies, and there is no policy role {role!r}.{hint}")
+            raise ConfigError(
+                f"{word!r}: the kit checks policies, and there is no policy role {role!r}.{hint}"
+            )
         if dot:
             name = chosen.get(role, (PLAIN.get(role, ("", {}))[0], {}))[0]
             known = [f.name for f in registry.get(role, name).parameters()]
             if parameter not in known:
-                raise ConfigError(f"{word!r}: {role}={name} has no parameter {parameter!r}.{near(parameter, known)}")
+                raise ConfigError(
+                    f"{word!r}: {role}={name} has no parameter {parameter!r}.{near(parameter, known)}"
+                )
             chosen.setdefault(role, (name, {}))[1][parameter] = _value(text)
         elif role in chosen:
-            raise ConfigError(f"{word!r}: {role}={chosen[role][0]} was given before it; name a role once, and before its parameters")
+            raise ConfigError(
+                f"{word!r}: {role}={chosen[role][0]} was given before it; name a role once, and before its "
+                "parameters"
+            )
         else:
             if text != "none" or role not in OPTIONAL:
                 registry.get(role, text)  # refuses what is not there or broken

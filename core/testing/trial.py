@@ -1,4 +1,5 @@
-"""One case under one composition, with everything checked that can be: KV, references, answers, endings, progress."""
+"""One case under one composition, with everything checked that can be: KV, references, answers, endings,
+progress."""
 
 from __future__ import annotations
 
@@ -49,12 +50,22 @@ class Decision:
     now: float = field(compare=False)
 
     def __str__(self) -> str:
-        words = [f"[{id} {start}:{start + n}]" + (" starts" if id in self.admitted else "") for id, start, n in self.chunks]
-        for name, what in (("preempts", self.preempted), ("pauses", self.paused), ("evicts blocks", self.evicted), ("rejects", self.rejected)):
+        words = [
+            f"[{id} {start}:{start + n}]" + (" starts" if id in self.admitted else "")
+            for id, start, n in self.chunks
+        ]
+        for name, what in (
+            ("preempts", self.preempted),
+            ("pauses", self.paused),
+            ("evicts blocks", self.evicted),
+            ("rejects", self.rejected),
+        ):
             if what:
                 words.append(f"{name} {', '.join(map(str, what))}")
         blocks = [f"{id}[{first}:]={list(ids)}" for id, first, ids in self.allocated]
-        return f"step {self.step:<3} t={self.now:.3f}  {' '.join(words) or 'nothing'}" + (f"  blocks {' '.join(blocks)}" if blocks else "")
+        return f"step {self.step:<3} t={self.now:.3f}  {' '.join(words) or 'nothing'}" + (
+            f"  blocks {' '.join(blocks)}" if blocks else ""
+        )
 
 
 class DecisionTrace(DecisionLog):
@@ -68,14 +79,19 @@ class DecisionTrace(DecisionLog):
         super().record(plan, evicted, rejected)
         self.decisions.append(
             Decision(
-                plan.step,
-                tuple((r.id, s, n) for r, s, n in zip(plan.requests, plan.starts, plan.lengths, strict=True)),
-                tuple((r.id, first, tuple(blocks)) for r, first, blocks in plan.allocated),
-                tuple(r.id for r in plan.admitted), tuple(r.id for r in plan.preempted), tuple(r.id for r in plan.paused), tuple(evicted),
-                tuple(r.id for r in rejected),
-                plan.now,
+                step=plan.step,
+                chunks=tuple(
+                    (r.id, s, n) for r, s, n in zip(plan.requests, plan.starts, plan.lengths, strict=True)
+                ),
+                allocated=tuple((r.id, first, tuple(blocks)) for r, first, blocks in plan.allocated),
+                admitted=tuple(r.id for r in plan.admitted),
+                preempted=tuple(r.id for r in plan.preempted),
+                paused=tuple(r.id for r in plan.paused),
+                evicted=tuple(evicted),
+                rejected=tuple(r.id for r in rejected),
+                now=plan.now,
             )
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,8 @@ class Outcome:
 
 
 class PoolCheck(Observer):
-    """After every step: a block's reference count is the number of those who really hold it, and what is cached is what it says."""
+    """After every step: a block's reference count is the number of those who really hold it, and what is
+    cached is what it says."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -108,7 +125,10 @@ class PoolCheck(Observer):
     def on_step(self, record: StepRecord) -> None:
         engine = self._engine
         held: Counter[int] = Counter()
-        for request in {r.index: r for r in (*engine.running.items, *engine.waiting.items, *engine.roster.releasing.values())}.values():
+        for request in {
+            r.index: r
+            for r in (*engine.running.items, *engine.waiting.items, *engine.roster.releasing.values())
+        }.values():
             held.update(request.block_table)
             held.update(request.canonical_blocks.values())
         held.update(engine.roster.pins.held)
@@ -133,14 +153,24 @@ class FreshMatch:
             limit = (request.num_tokens - 1) // engine.pool.block_size
             fresh = cache.match(request, [], limit)
             if list(answer.blocks) != fresh:
-                raise InvariantError(f"request {request.id}: the remembered match {list(answer.blocks)} is not what the cache holds, {fresh}")
+                raise InvariantError(
+                    f"request {request.id}: the remembered match {list(answer.blocks)} is not what the cache "
+                    f"holds, {fresh}"
+                )
         return answer
 
 
 class Trial(Observer):
     """A case, ready to run."""
 
-    def __init__(self, case: Case, make_roles: MakeRoles, *, watch: Watch | None = None, executor: Executor | None = None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        make_roles: MakeRoles,
+        *,
+        watch: Watch | None = None,
+        executor: Executor | None = None,
+    ) -> None:
         self.case, self._make_roles, self._watch, self._executor = case, make_roles, watch, executor
         self.engine: Engine | None = None
         self._emitted = 0  # tokens so far
@@ -153,19 +183,43 @@ class Trial(Observer):
         except Exception as error:
             engine = self.engine
             decisions = _trace(engine).decisions if engine else []
-            failure = Failure(_check_of(error), str(error), f"{type(error).__name__} {getattr(error, 'plugin', '')}", tuple(decisions))
+            failure = Failure(
+                _check_of(error),
+                str(error),
+                f"{type(error).__name__} {getattr(error, 'plugin', '')}",
+                tuple(decisions),
+            )
             return Outcome("", decisions, None, failure)
-        return Outcome(result.decision_hash, _trace(self.engine).decisions, result, None, rejected)
+        return Outcome(
+            result.decision_hash, _trace(self.engine).decisions, result, None, num_rejected=rejected
+        )
 
     def _run(self) -> RunResult:
         case, executor = self.case, self._executor
         roles = self._make_roles(case)
         if executor is None:
-            executor = OracleExecutor(VOCAB, CONTEXT, case.num_blocks, STEP_SECONDS, case.token_seconds, case.eos, 4, case.placeholders)
+            executor = OracleExecutor(
+                VOCAB,
+                CONTEXT,
+                case.num_blocks,
+                STEP_SECONDS,
+                case.token_seconds,
+                case.eos,
+                4,
+                case.placeholders,
+            )
         roles["executor"] = executor
         if self._watch:
             self._watch.over(roles)
-        config = EngineConfig(case.block_size, case.num_blocks, case.max_num_seqs, case.max_num_batched_tokens, case.max_inflight, None, True)
+        config = EngineConfig(
+            block_size=case.block_size,
+            num_blocks=case.num_blocks,
+            max_num_seqs=case.max_num_seqs,
+            max_num_batched_tokens=case.max_num_batched_tokens,
+            max_inflight=case.max_inflight,
+            max_model_len=None,
+            check=True,
+        )
         self.engine = engine = Engine(roles, config, seed=case.seed)
         engine.observers += [PoolCheck(engine), self]
         engine.decisions = DecisionTrace()
@@ -187,8 +241,13 @@ class Trial(Observer):
             progress = self._emitted + len(engine.roster.finished)
             barren, ended = (barren + 1, ended) if progress == ended else (0, progress)
             if barren > MOST_BARREN_TURNS:
-                running, waiting = ([r.id for r in items] for items in (engine.running.items, engine.waiting.items))
-                raise Livelock(f"{barren} turns of the loop and no token came out and no request ended: {running} run, {waiting} wait")
+                running, waiting = (
+                    [r.id for r in items] for items in (engine.running.items, engine.waiting.items)
+                )
+                raise Livelock(
+                    f"{barren} turns of the loop and no token came out and no request ended: {running} run, "
+                    f"{waiting} wait"
+                )
             return step()
 
         engine.step = counted  # type: ignore[method-assign]
@@ -198,24 +257,36 @@ class Trial(Observer):
 
     def _follow(self, request: Request, now: float) -> Iterator[Arrival]:
         ask = next(a for a in self.case.asks if a.id == request.tags.session)
-        if request.state is RequestState.FINISHED and (arrival := ask.following(request.tags.turn + 1, request.token_ids, now)):
+        if request.state is RequestState.FINISHED and (
+            arrival := ask.following(request.tags.turn + 1, request.token_ids, now)
+        ):
             yield arrival
 
-    # ---- the end ---------------------------------------------------------------------------------------------------
+    # ---- the end ------------------------------------------------------------------------------------------
 
     def _check(self, result: RunResult) -> int:
         engine = self.engine
         assert engine is not None
         interrupted = result.status != "finished"
         if len(result.outputs) != engine.intake.num_requests:
-            raise WrongAnswer(f"{engine.intake.num_requests} requests arrived and {len(result.outputs)} have an outcome")
+            raise WrongAnswer(
+                f"{engine.intake.num_requests} requests arrived and {len(result.outputs)} have an outcome"
+            )
         engine.pool.check()
         rejected = self._check_answers(result, interrupted)
         if not interrupted:
             engine.roster.pins.expire(float("inf"))
             roster = engine.roster
-            if engine.pool.num_used or roster.releasing or roster.reserved_blocks or roster.kept_heads or roster.paused:
-                raise InvariantError(f"all requests have ended, and {engine.pool.num_used} blocks are still held")
+            if (
+                engine.pool.num_used
+                or roster.releasing
+                or roster.reserved_blocks
+                or roster.kept_heads
+                or roster.paused
+            ):
+                raise InvariantError(
+                    f"all requests have ended, and {engine.pool.num_used} blocks are still held"
+                )
         return rejected
 
     def _check_answers(self, result: RunResult, interrupted: bool) -> int:
@@ -236,15 +307,26 @@ class Trial(Observer):
                     break
                 if not possible:
                     raise WrongAnswer(f"request {id} can never run and was taken")
-                tokens = expected_output(self.case, id, len(prompt), max_tokens, output_len)
+                tokens = expected_output(self.case, id, len(prompt), max_tokens, output_len=output_len)
                 if output.state != "finished" and not interrupted:
                     raise WrongAnswer(f"request {id} is {output.state} at the end of the run")
-                if output.output_token_ids != (tokens if output.state == "finished" else tokens[: len(output.output_token_ids)]):
+                if output.output_token_ids != (
+                    tokens if output.state == "finished" else tokens[: len(output.output_token_ids)]
+                ):
                     raise WrongAnswer(f"request {id} got {output.output_token_ids}, its tokens are {tokens}")
                 if output.num_cached_tokens >= len(prompt):
-                    raise WrongAnswer(f"request {id} counts {output.num_cached_tokens} of {len(prompt)} prompt tokens as cached")
-                if len(output.token_times) != len(output.output_token_ids) or sorted(output.token_times) != output.token_times:
-                    raise WrongAnswer(f"request {id}: token times {output.token_times} of {len(output.output_token_ids)} tokens")
+                    raise WrongAnswer(
+                        f"request {id} counts {output.num_cached_tokens} of {len(prompt)} prompt tokens as "
+                        "cached"
+                    )
+                if (
+                    len(output.token_times) != len(output.output_token_ids)
+                    or sorted(output.token_times) != output.token_times
+                ):
+                    raise WrongAnswer(
+                        f"request {id}: token times {output.token_times} of {len(output.output_token_ids)} "
+                        "tokens"
+                    )
                 self._check_cached(output.id, output.num_cached_tokens)
         if expected != len(outputs):
             raise WrongAnswer(f"{len(outputs)} outcomes, expected {expected}")
@@ -254,7 +336,10 @@ class Trial(Observer):
         """A hit is what the first admission found; nothing recomputed later counts."""
         first = next((d for d in _trace(self.engine).decisions if id in d.admitted), None)
         if first and cached != next(start for other, start, _ in first.chunks if other == id):
-            raise WrongAnswer(f"request {id} counts {cached} cached tokens, its first admission (step {first.step}) found another number")
+            raise WrongAnswer(
+                f"request {id} counts {cached} cached tokens, its first admission (step {first.step}) found "
+                "another number"
+            )
 
     def _asked(self, ask: Ask, outputs: dict[str, Any]) -> Iterator[tuple[str, list[int], int, int | None]]:
         yield ask.id, list(ask.prompt), ask.max_tokens, ask.output_len

@@ -1,4 +1,5 @@
-"""Finds the policy that writes what it may only read: every switch between core and policy code compares the state before and after."""
+"""Finds the policy that writes what it may only read: every switch between core and policy code compares the
+state before and after."""
 
 from __future__ import annotations
 
@@ -51,7 +52,11 @@ class Watch:
                 if isinstance(value, Request):
                     self._met[value.index] = value
             answer = self._switch(role, function, *args, **kwargs)
-            return self._lazily(answer, role) if inspect.isgenerator(answer) or hasattr(answer, "__next__") else answer
+            return (
+                self._lazily(answer, role)
+                if inspect.isgenerator(answer) or hasattr(answer, "__next__")
+                else answer
+            )
 
         return call
 
@@ -76,7 +81,12 @@ class Watch:
         if self._running and self._running[-1] is not None:
             engine = self._engine
             if engine is not None:
-                self._watched_requests = list({**self._met, **{r.index: r for r in (*engine.running.items, *engine.waiting.items)}}.values())
+                self._watched_requests = list(
+                    {
+                        **self._met,
+                        **{r.index: r for r in (*engine.running.items, *engine.waiting.items)},
+                    }.values()
+                )
             self._before = self._state()
 
     def _verify(self) -> None:
@@ -86,11 +96,15 @@ class Watch:
         after = self._state()
         if after != self._before:
             names = self._names()
-            changed = [f"{n}: {a} became {b}" for n, a, b in zip(names, self._before, after, strict=False) if a != b]
+            changed = [
+                f"{n}: {a} became {b}" for n, a, b in zip(names, self._before, after, strict=False) if a != b
+            ]
             raise Mutated(
-                f"changed what policies may only read: {'; '.join(changed[:3])}. Use the verbs of StepBuilder, and keep your own state on self",
-                plugin=role.plugin_name, step=self._engine.view.step,
-            )  # fmt: skip
+                f"changed what policies may only read: {'; '.join(changed[:3])}. Use the verbs of "
+                "StepBuilder, and keep your own state on self",
+                plugin=role.plugin_name,
+                step=self._engine.view.step,
+            )
 
     def _state(self) -> list[Any]:
         """Everything a policy may only read, in the order of `_names`."""
@@ -99,12 +113,22 @@ class Watch:
             return []
         builder = engine.builder
         state: list[Any] = [
-            builder.tokens_left, builder.seqs_left, [r.index for r in builder.requests], [r.index for r in engine.running.items],
-            [r.index for r in engine.waiting.items], engine.view.now, engine.pool.free_blocks.copy(),
-        ]  # fmt: skip
+            builder.tokens_left,
+            builder.seqs_left,
+            [r.index for r in builder.requests],
+            [r.index for r in engine.running.items],
+            [r.index for r in engine.waiting.items],
+            engine.view.now,
+            engine.pool.free_blocks.copy(),
+        ]
         for request in self._watched_requests:
             state += _FIELDS(request)
-            state += (request.token_ids.copy(), request.block_table.copy(), request.token_times.copy(), request.canonical_blocks.copy())
+            state += (
+                request.token_ids.copy(),
+                request.block_table.copy(),
+                request.token_times.copy(),
+                request.canonical_blocks.copy(),
+            )
         for block in engine.pool.blocks:
             state += _BLOCK(block)
         return state
@@ -112,12 +136,27 @@ class Watch:
     def _names(self) -> list[str]:
         engine = self._engine
         assert engine is not None
-        names = ["step.tokens_left", "step.seqs_left", "requests in the step", "running", "waiting", "view.now", "free blocks"]
+        names = [
+            "step.tokens_left",
+            "step.seqs_left",
+            "requests in the step",
+            "running",
+            "waiting",
+            "view.now",
+            "free blocks",
+        ]
         names += [f"{r.id}.{f}" for r in self._watched_requests for f in (*PLAIN_FIELDS, *COPIED_FIELDS)]
         return names + [f"block {b.id}.{f}" for b in engine.pool.blocks for f in Block.__slots__]
 
 
 def _methods(kind: type) -> list[str]:
-    """What the core may call on a role: the public functions of its bases in core/policy.py, `setup` apart."""
-    names = [n for c in kind.__mro__ if c.__module__ == policy.__name__ for n, f in vars(c).items() if inspect.isfunction(f)]
+    """What the core may call on a role: the public functions of its bases in core/policy.py, `setup`
+    apart."""
+    names = [
+        n
+        for c in kind.__mro__
+        if c.__module__ == policy.__name__
+        for n, f in vars(c).items()
+        if inspect.isfunction(f)
+    ]
     return [n for n in dict.fromkeys(names) if not n.startswith("_") and n != "setup"]

@@ -1,4 +1,5 @@
-"""Runs cases in another process, under another hash seed, clock or chance: `python -m core.testing.worker` speaks JSON lines.
+"""Runs cases in another process, under another hash seed, clock or chance: `python -m core.testing.worker`
+speaks JSON lines.
 
 The same case must lead to the same decisions in every one of them.
 """
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .case import Case
 
-#: Name -> (PYTHONHASHSEED, clock, chance). Each differs from the first in one thing that no decision may rest on.
+#: Name -> (PYTHONHASHSEED, clock, chance). Each differs from the first in one thing that no decision may rest
+#: on.
 VARIANTS = {
     "base": ("0", 1.0, 0),
     "process": ("0", 1.0, 0),  # nothing but addresses and what the operating system hands out
@@ -39,7 +41,8 @@ class Answer:
 
 
 class Worker:
-    """One such process; `ask` sends a case, `answer` waits for its result, so that several can work at once."""
+    """One such process; `ask` sends a case, `answer` waits for its result, so that several can work at
+    once."""
 
     def __init__(self, variant: str, modules: Sequence[str] = ()) -> None:
         hash_seed, clock, chance = VARIANTS[variant]
@@ -48,7 +51,9 @@ class Worker:
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}
         order = json.dumps({"modules": list(modules), "clock": clock, "chance": chance})
         command = [sys.executable, "-m", "core.testing.worker", order]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+        )
 
     def ask(self, words: Sequence[str], case: Case) -> None:
         assert self._process.stdin is not None
@@ -59,7 +64,9 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a process of the kit ended with exit code {self._process.wait()}: its error is above")
+            raise RuntimeError(
+                f"a process of the kit ended with exit code {self._process.wait()}: its error is above"
+            )
         return Answer(*json.loads(line))
 
     def close(self) -> None:
@@ -94,7 +101,8 @@ class Workers:
 
 
 class FakeTime:
-    """Every clock of the standard library, replaced: the same readings in each process, or `pace` times as fast from another start."""
+    """Every clock of the standard library, replaced: the same readings in each process, or `pace` times as
+    fast from another start."""
 
     def __init__(self, pace: float) -> None:
         self.pace, self._reading = pace, 1.7e9 * pace
@@ -138,13 +146,19 @@ def main() -> None:
     subjects: dict[tuple[str, ...], Subject] = {}
     for line in sys.stdin:
         words, case = json.loads(line)
-        subject = subjects.get(tuple(words)) or subjects.setdefault(tuple(words), Subject(tuple(words), tuple(order["modules"])))
+        subject = subjects.get(tuple(words)) or subjects.setdefault(
+            tuple(words), Subject(tuple(words), tuple(order["modules"]))
+        )
         random.seed(order["chance"])
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(order["chance"])
         outcome = Trial(Case.from_json(case), subject.roles).run()
         failure = outcome.failure.message if outcome.failure else ""
-        print(json.dumps([outcome.decision_hash, [str(d) for d in outcome.decisions], failure]), file=answers, flush=True)
+        print(
+            json.dumps([outcome.decision_hash, [str(d) for d in outcome.decisions], failure]),
+            file=answers,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

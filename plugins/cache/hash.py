@@ -11,10 +11,11 @@ from headway import ROOT, Context, PrefixCache, Registry, Request, chain_key, ho
 class HashBlocks(PrefixCache):
     """A block's key is the hash of its parent's key and its own tokens (vLLM's automatic prefix caching).
 
-    subtree: an eviction may take a block that others hang under, and takes them along, as the papers of FIFO-like
-    evictions replay it; off, a block goes only after what hangs under it, as in vLLM and SGLang.
+    subtree: an eviction may take a block that others hang under, and takes them along, as the papers of
+    FIFO-like evictions replay it; off, a block goes only after what hangs under it, as in vLLM and SGLang.
 
-    Keys are the same in every process. A hit also compares the parent and the tokens, of a first block the salt: a collision is a miss.
+    Keys are the same in every process. A hit also compares the parent and the tokens, of a first block the
+    salt: a collision is a miss.
     """
 
     subtree: bool = False
@@ -23,7 +24,8 @@ class HashBlocks(PrefixCache):
         super().setup(ctx)
         self._size = ctx.block_size
         self._by_key: dict[int, int] = {}
-        self._content: dict[int, tuple[int, int | str, tuple[int, ...]]] = {}  # block -> key, parent (the salt for a first block), tokens
+        # block -> key, parent (the salt for a first block), tokens
+        self._content: dict[int, tuple[int, int | str, tuple[int, ...]]] = {}
 
     def match(self, request: Request, known: list[int], limit: int) -> list[int]:
         size, tokens, by_key, content = self._size, request.token_ids, self._by_key, self._content

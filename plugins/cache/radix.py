@@ -20,7 +20,8 @@ class Node:
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common prefix of two lists that differ. Halving compares slices, which C does faster than a loop here finds a token."""
+    """Length of the common prefix of two lists that differ. Halving compares slices, which C does faster than
+    a loop here finds a token."""
     low, high = 0, len(a)  # equal before low, different before high
     while high - low > 1:
         middle = (low + high) // 2
@@ -33,10 +34,11 @@ def _common(a: list[int], b: list[int]) -> int:
 
 @dataclass
 class RadixTree(PrefixCache):
-    """RadixAttention's index (SGLang, NeurIPS'24, section 3) over blocks: runs are compared whole and split on divergence.
+    """RadixAttention's index (SGLang, NeurIPS'24, section 3) over blocks: runs are compared whole and split
+    on divergence.
 
-    subtree: an eviction may take a block that others hang under, and takes them along; off, leaves go first, as in
-    the paper.
+    subtree: an eviction may take a block that others hang under, and takes them along; off, leaves go first,
+    as in the paper.
 
     With block_size=1 it matches single tokens, as in the paper.
     """
@@ -98,7 +100,10 @@ class RadixTree(PrefixCache):
         """Cuts the run before blocks[offset]; the tail becomes a child and keeps the children."""
         size = self._size
         tail = Node(node.tokens[offset * size :], node.blocks[offset:], node.first + offset, node)
-        tail.children, node.children = node.children, {tuple(node.tokens[offset * size : (offset + 1) * size]): tail}
+        tail.children, node.children = (
+            node.children,
+            {tuple(node.tokens[offset * size : (offset + 1) * size]): tail},
+        )
         for child in tail.children.values():
             child.parent = tail
         del node.tokens[offset * size :], node.blocks[offset:]

@@ -1,16 +1,17 @@
-"""Step times measured on one machine for one model, as a sum of few terms whose seconds per unit are never negative.
+"""Step times measured on one machine for one model, as a sum of few terms whose seconds per unit are never
+negative.
 
 For a step of R chunks (s_i, n_i), which compute n_i tokens after s_i cached ones, T = sum n_i tokens in all:
 
-    step = floor + sum_k slope_k * max(0, pad(T) - knot_k)      products: flat while weights are read, then steeper
+    step = floor + sum_k slope_k * max(0, pad(T) - knot_k)    products: flat while weights are read, then not
          + sequence * R
          + decode_context * sum of s_i + 1 over decodes           keys and values read
          + prompt_context * sum of s_i + n_i over prompts
          + pair * sum of n_i s_i + n_i (n_i + 1) / 2 over prompts  attention's products
 
-with coefficients of their own for steps of decodes alone. pad(T) is the size of the CUDA graph that runs the step. More tokens,
-sequences or context never make a step shorter. `experiments/calibrate.py` measures and writes one; the error that stands in it is
-of steps that the fit has not seen.
+with coefficients of their own for steps of decodes alone. pad(T) is the size of the CUDA graph that runs the
+step. More tokens, sequences or context never make a step shorter. `experiments/calibrate.py` measures and
+writes one; the error that stands in it is of steps that the fit has not seen.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Terms:
     decode_context: float
     prompt_context: float
     pair: float
-    sizes: list[int] = field(default_factory=list)  # tokens of the graphs, smallest first; above the last nothing is padded
+    # tokens of the graphs, smallest first; above the last nothing is padded
+    sizes: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         numbers = [self.floor, *self.slopes, *(getattr(self, name) for name in TERMS)]
@@ -51,7 +53,11 @@ class Terms:
     def seconds(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
         units = features(starts, lengths)
         tokens = padded(int(units[0]), self.sizes)
-        total = self.floor + sum(slope * (tokens - knot) for slope, knot in zip(self.slopes, self.knots, strict=True) if tokens > knot)
+        total = self.floor + sum(
+            slope * (tokens - knot)
+            for slope, knot in zip(self.slopes, self.knots, strict=True)
+            if tokens > knot
+        )
         rest: float = sum(getattr(self, name) * unit for name, unit in zip(TERMS, units[1:], strict=True))
         return total + rest
 
@@ -84,7 +90,8 @@ class Profile:
     pp: int
     decode: Terms
     mixed: Terms
-    error: dict[str, dict[str, float]]  # kind of step -> relative error of held-out steps: mean, p50 and p90 of its size; steps
+    # kind of step -> relative error of held-out steps: mean, p50 and p90 of its size; steps
+    error: dict[str, dict[str, float]]
     made: dict[str, str]  # device, driver, versions, date
 
     def step_time(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
@@ -93,7 +100,9 @@ class Profile:
         return terms.seconds(starts, lengths)
 
     def __str__(self) -> str:
-        off = ", ".join(f"{kind} steps {found['p50']:.1%} (P90 {found['p90']:.1%})" for kind, found in self.error.items())
+        off = ", ".join(
+            f"{kind} steps {found['p50']:.1%} (P90 {found['p90']:.1%})" for kind, found in self.error.items()
+        )
         return f"profile of {self.made.get('device', self.hardware)}, tp={self.tp} pp={self.pp}, off by {off}"
 
     def check(self, path: Path, shape: ModelShape, hardware: str, tp: int, pp: int) -> None:
@@ -106,7 +115,8 @@ class Profile:
         ):
             if here != asked:
                 raise ConfigError(
-                    f"executor.profile={path}: it is of {name} {_short(here, asked)}, the run has {_short(asked, here)}: "
+                    f"executor.profile={path}: it is of {name} {_short(here, asked)}, the run has "
+                    f"{_short(asked, here)}: "
                     "measure one with experiments/calibrate.py, or set executor.profile=none for the roofline"
                 )
 
@@ -126,7 +136,9 @@ def read(path: Path) -> Profile:
             raise ValueError(f"expected format {FORMAT}: measure it again with this version")
         return restored(found)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"executor.profile={path}: is no profile of step times ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"executor.profile={path}: is no profile of step times ({type(error).__name__}: {error})"
+        ) from error
 
 
 def restored(kept: dict[str, Any]) -> Profile:

@@ -1,18 +1,21 @@
 """What a run leaves behind so that it can be taken again: one `replay.npz`, with no pickle in it.
 
-readings  float64 [n]           what the run's clock answered, once a turn of the loop and a completed step; seconds
+readings  float64 [n]           what the run's clock answered, once a turn of the loop and a completed step;
+          seconds
 step      int64 [steps]         its number; steps that only preempted or rejected ran nothing and are left out
 start     float64 [steps]       the executor began the step; seconds
 end       float64 [steps]       its tokens were on the host; seconds
 plans     uint32 [steps, 8]     counts and checksums of what was decided, see PlanDigest
-more      int64 [n, 3]          of each request that a step gave several tokens: the step, its place in the plan, tokens beyond the first
+more      int64 [n, 3]          of each request that a step gave several tokens: the step, its place in the
+          plan, tokens beyond the first
 tokens    int64 [total]         generated tokens, request after request in order of arrival
 offsets   int64 [requests + 1]  request i's tokens are tokens[offsets[i] : offsets[i + 1]]
 ids       str [requests]        request ids, in order of arrival
 arrival   float64 [requests]    seconds
 prompt    int64 [requests, 2]   length and checksum of the prompt's tokens
 texts     str []                JSON: the requests that hold text, see Said
-meta      str []                JSON: format, decision hash, status, seed, limits, executor's caps, composition
+meta      str []                JSON: format, decision hash, status, seed, limits, executor's caps,
+          composition
 """
 
 from __future__ import annotations
@@ -233,8 +236,26 @@ class Record:
         )
 
 
-LIMITS = ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_inflight", "max_model_len")
-_META = ("format", "status", "decision_hash", "seed", "limits", "derived", "caps", "model", "roofline", "facts")
+LIMITS = (
+    "num_blocks",
+    "block_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_inflight",
+    "max_model_len",
+)
+_META = (
+    "format",
+    "status",
+    "decision_hash",
+    "seed",
+    "limits",
+    "derived",
+    "caps",
+    "model",
+    "roofline",
+    "facts",
+)
 #: What numpy, zipfile and json raise for a file that is cut, damaged or something else.
 _DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 _BROKEN = (*_DAMAGED, KeyError, TypeError, AttributeError, IndexError)
@@ -255,7 +276,15 @@ class Recorder(Observer):
 
     def read(self, steps: StepColumns) -> None:
         numbers = steps.numbers
-        self._steps.append((numbers["step"].copy(), numbers["start"].copy(), numbers["end"].copy(), digests(steps), _more(steps)))
+        self._steps.append(
+            (
+                numbers["step"].copy(),
+                numbers["start"].copy(),
+                numbers["end"].copy(),
+                digests(steps),
+                _more(steps),
+            )
+        )
 
     def on_requests(self, requests: Sequence[Request]) -> None:
         for r in requests:
@@ -265,7 +294,9 @@ class Recorder(Observer):
         import numpy as np
 
         if not self._steps:
-            raise ReplayError(f"{self.path}: the recorder heard of no step: give the engine the observers of `recording`")
+            raise ReplayError(
+                f"{self.path}: the recorder heard of no step: give the engine the observers of `recording`"
+            )
         file = self.path / FILE if self.path.is_dir() else self.path
         outputs = result.outputs
         tokenizer = self._engine.executor.tokenizer
@@ -274,7 +305,13 @@ class Recorder(Observer):
         tokens = (token for o in outputs for token in o.output_token_ids)
         data = {
             "readings": np.array(self._engine.clock.readings, np.float64),
-            **dict(zip(("step", "start", "end", "plans", "more"), map(np.concatenate, zip(*self._steps, strict=True)), strict=True)),
+            **dict(
+                zip(
+                    ("step", "start", "end", "plans", "more"),
+                    map(np.concatenate, zip(*self._steps, strict=True)),
+                    strict=True,
+                )
+            ),
             "tokens": np.fromiter(tokens, np.int64, int(offsets[-1])),
             "offsets": offsets,
             "ids": np.array([o.id for o in outputs], dtype=np.str_) if outputs else np.zeros(0, "U1"),
@@ -331,6 +368,8 @@ def _meta(engine: Engine, result: RunResult) -> dict[str, Any]:
             "max_drafts": caps.max_drafts,
             "tier_blocks": list(caps.tier_blocks),
         },
-        "model": asdict(caps.model) if is_dataclass(caps.model) and not isinstance(caps.model, type) else None,
+        "model": asdict(caps.model)
+        if is_dataclass(caps.model) and not isinstance(caps.model, type)
+        else None,
         "roofline": stored(cost),
     }

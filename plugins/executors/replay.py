@@ -44,7 +44,8 @@ NO_MATTER = ("executor", "tracking", "engine.check", "parallel.timeout", "parall
 
 
 class RecordedClock(ReplayClock):
-    """The record's readings. A run that needs more of them has left the record, and would else wait for ever."""
+    """The record's readings. A run that needs more of them has left the record, and would else wait for
+    ever."""
 
     def __init__(self, record: Record) -> None:
         super().__init__(record.readings or [0.0])
@@ -109,7 +110,9 @@ class Replay(Executor):
         self.prepare(context.facts())
         if not self.inner:
             return self
-        wrapped = RecordedTimes(context.executor_named(self.inner).build(context), self.record.durations, self.told)
+        wrapped = RecordedTimes(
+            context.executor_named(self.inner).build(context), self.record.durations, self.told
+        )
         wrapped.plugin_name = f"{self.plugin_name}({self.inner})"
         return wrapped
 
@@ -117,8 +120,8 @@ class Replay(Executor):
         """Before the engine is built. Raises ReplayError for what is no record, and for a composition that is
         not the record's.
 
-        facts: the composition; None for an engine that was built by hand, which is compared by its limits, its
-        seed and its decisions.
+        facts: the composition; None for an engine that was built by hand, which is compared by its limits,
+        its seed and its decisions.
         """
         record = self.record = Record.load(self.path)
         self.told = self._compared(facts)
@@ -150,7 +153,10 @@ class Replay(Executor):
         lines = "".join(f"\n  {line}" for line in differing)
         if self.inner:
             others = f" Differences:{lines}" if differing else ""
-            return f"executor={self.inner} in the step times of {record.path}: a run of its own, no replay.{others}"
+            return (
+                f"executor={self.inner} in the step times of {record.path}: a run of its own, no "
+                f"replay.{others}"
+            )
         if differing:
             raise ReplayError(
                 f"executor.path={self.path}: this run is not the recorded one:{lines}\n"
@@ -167,7 +173,9 @@ class Replay(Executor):
         count: int = self.record.meta["limits"]["num_blocks"]
         return count
 
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int
+    ) -> None:
         meta, path = self.record.meta, self.record.path
         given = {
             "engine.num_blocks": num_blocks,
@@ -217,7 +225,8 @@ class Replay(Executor):
             known = self.record.tokens[request.id]
             position = start + length - len(drafts) - request.num_prompt_tokens
             count = 1 + self.record.more.get((plan.step, place), 0)
-            # Past the recorded end lies only a token that a step in flight sampled for a request that had ended by then.
+            # Past the recorded end lies only a token that a step in flight sampled for a request that had
+            # ended by then.
             tokens.append((known[position : position + count] or [0]) if sample else [])
         began, end = self.record.steps[plan.step]
         if isinstance(self.cost_model, Fitted):
@@ -244,10 +253,12 @@ def _shown(plan: StepPlan) -> str:
 
 
 def _that_matter(facts: dict[str, Any], limits: dict[str, int], derived: dict[str, Any]) -> dict[str, Any]:
-    """The facts that decide something. A limit of memory that is left open is the record's, whose executor answers here; what the recorded
-    run derived (`derived`), this one derives from the same capabilities."""
+    """The facts that decide something. A limit of memory that is left open is the record's, whose executor
+    answers here; what the recorded run derived (`derived`), this one derives from the same capabilities."""
     found = {name: value for name, value in facts.items() if not name.startswith(NO_MATTER)}
-    left_open = {f"engine.{name}": recorded for name, recorded in limits.items() if name != "max_inflight"} | derived
+    left_open = {
+        f"engine.{name}": recorded for name, recorded in limits.items() if name != "max_inflight"
+    } | derived
     found |= {name: recorded for name, recorded in left_open.items() if name in found and found[name] is None}
     if (given := found["engine.max_inflight"]) is not None:
         found["engine.max_inflight"] = max(given, found.get("parallel.pp", 1))
@@ -277,7 +288,8 @@ class Verifier(Observer):
 class RecordedTimes(Executor):
     """Another executor in virtual time: its tokens, but its k-th step takes as long as the k-th of a record.
 
-    Two executors under the same step times must give the same decision log. A run longer than the record begins it again.
+    Two executors under the same step times must give the same decision log. A run longer than the record
+    begins it again.
     """
 
     def __init__(self, inner: Executor, durations: Sequence[float], told: str = "") -> None:
@@ -294,7 +306,9 @@ class RecordedTimes(Executor):
     def kv_capacity(self, block_size: int) -> int:
         return self.inner.kv_capacity(block_size)
 
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int
+    ) -> None:
         self.inner.start(num_blocks, block_size, max_num_seqs, max_num_batched_tokens, seed)
 
     def launch(self, plan: StepPlan) -> Any:
@@ -305,7 +319,7 @@ class RecordedTimes(Executor):
     def collect(self, ticket: Any) -> StepResult:
         inner, begin, end = ticket
         result = self.inner.collect(inner)
-        return StepResult(result.tokens, begin, end, result.logprobs, result.timings)
+        return StepResult(result.tokens, begin, end, result.logprobs, timings=result.timings)
 
     @property
     def stop_text(self) -> StopText | None:

@@ -58,9 +58,20 @@ class SimExecutor(Executor):
         doc="of the host for each planned request, before the device can start",
     )
     max_plans: int = param(8, min=1, max=1024, doc="most plans in flight")
-    profile: str = param("auto", doc="measured step times: a file; auto: the shipped one of this run, where there is one; none: the roofline")
+    profile: str = param(
+        "auto",
+        doc="measured step times: a file; auto: the shipped one of this run, where there is one; none: the "
+        "roofline",
+    )
 
-    def prepare(self, shape: ModelShape, hardware: Hardware, tp: int = 1, pp: int = 1, eos_token_ids: frozenset[int] = frozenset()) -> None:
+    def prepare(
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        tp: int = 1,
+        pp: int = 1,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
         """Before the engine is built: what runs, and on what. The clock starts at 0."""
         self.roofline = Roofline(shape, hardware, tp, pp)
         self.measured = self._profile(shape, hardware.name, tp, pp)
@@ -92,12 +103,15 @@ class SimExecutor(Executor):
         if self.profile == "none" or (self.profile == "auto" and pp > 1):
             return None
         if self.profile == "auto":
-            return matching(PROFILES, shape, hardware, tp, pp)
+            return matching(PROFILES, shape, hardware, tp, pp=pp)
         path = Path(self.profile).expanduser()
         found = read(path)
         found.check(path, shape, hardware, tp, pp)
         if pp > 1:
-            raise ConfigError(f"executor.profile={path}: parallel.pp={pp} has stages, which a profile knows nothing of; set executor.profile=none")
+            raise ConfigError(
+                f"executor.profile={path}: parallel.pp={pp} has stages, which a profile knows nothing of; "
+                "set executor.profile=none"
+            )
         return found
 
     @property
@@ -107,9 +121,12 @@ class SimExecutor(Executor):
     def kv_capacity(self, block_size: int) -> int:
         return self.roofline.kv_capacity(block_size, self.memory_utilization, self.activation_gb)
 
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int
+    ) -> None:
         self._seed = seed
-        self._streams: dict[int, tuple[int, int, int, int]] = {}  # request index -> its token sequence, see _stream
+        # request index -> its token sequence, see _stream
+        self._streams: dict[int, tuple[int, int, int, int]] = {}
         self._host = VirtualServer(self.clock)
         self._stage_free = [0.0] * self.roofline.pp
 
@@ -138,7 +155,9 @@ class SimExecutor(Executor):
         for request in plan.left:
             streams.pop(request.index, None)
         tokens = []
-        for request, start, length, sample in zip(plan.requests, plan.starts, plan.lengths, plan.samples, strict=True):
+        for request, start, length, sample in zip(
+            plan.requests, plan.starts, plan.lengths, plan.samples, strict=True
+        ):
             if sample:
                 low, size, base, stride = streams.get(request.index) or self._stream(request)
                 tokens.append(low + (base + (start + length) * stride) % size)
@@ -153,10 +172,11 @@ class SimExecutor(Executor):
         pass
 
     def _stream(self, request: Request) -> tuple[int, int, int, int]:
-        """A request's tokens: (low, size, base, stride), token at position p = low + (base + p * stride) mod size.
+        """A request's tokens: (low, size, base, stride), token at position p = low + (base + p * stride) mod
+        size.
 
-        A function of seed, request id and position alone. Ids that would end the request are avoided: endings come from
-        output_len and max_tokens, so the widest run of ids without them is used.
+        A function of seed, request id and position alone. Ids that would end the request are avoided: endings
+        come from output_len and max_tokens, so the widest run of ids without them is used.
         """
         stops = sorted({*self.caps.eos_token_ids, *request.sampling.stop_token_ids})
         edges = [-1, *(t for t in stops if 0 <= t < self.caps.vocab_size), self.caps.vocab_size]

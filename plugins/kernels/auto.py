@@ -1,6 +1,7 @@
 """The fastest kernels that can run here, operation by operation.
 
-The order was measured on H100s and H200s (docs/kernels.md): FlashAttention is ahead in prompts, Triton in decodes and in everything else.
+The order was measured on H100s and H200s (docs/kernels.md): FlashAttention is ahead in prompts, Triton in
+decodes and in everything else.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from .compose import GROUPS, KernelChoice, Settled, check
 
 @dataclass
 class AutoKernels(KernelChoice):
-    """The fastest kernels that can run here: FlashAttention for prompts and Triton for the rest, in CUDA graphs; plain torch on a CPU.
+    """The fastest kernels that can run here: FlashAttention for prompts and Triton for the rest, in CUDA
+    graphs; plain torch on a CPU.
 
-    A field that is given is used as it is; None is what suits the device, the dtype, the head size and the block size."""
+    A field that is given is used as it is; None is what suits the device, the dtype, the head size and the
+    block size."""
 
     attention: str | None = None  # type: ignore[assignment]  # None is for `settled` alone
     linear: str | None = None  # type: ignore[assignment]
@@ -32,7 +35,14 @@ class AutoKernels(KernelChoice):
 
     plugin_name = "auto"
 
-    def settled(self, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int) -> Settled:
+    def settled(
+        self,
+        backends: Callable[[str], KernelChoice],
+        device: str,
+        dtype: str,
+        head_size: int,
+        block_size: int,
+    ) -> Settled:
         """The choice with every field set, what was left out, and why."""
         given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
         left_out: list[str] = []
@@ -45,7 +55,8 @@ class AutoKernels(KernelChoice):
             except ConfigError as error:
                 left_out.append(f"no {name}: {error}")
                 return False
-            except (ImportError, OSError) as error:  # a package that was built for another torch, or for another GPU
+            # a package that was built for another torch, or for another GPU
+            except (ImportError, OSError) as error:
                 left_out.append(f"no {name}: it is installed and cannot be imported ({error})")
                 return False
             return True
@@ -54,7 +65,11 @@ class AutoKernels(KernelChoice):
         fastest = _fastest(found)
         if ATTENTION in given:
             del fastest[DECODE]  # who names one kernel for attention means all of it
-        settled = KernelChoice(**{group: backend.name for group, backend in fastest.items()} | {"cuda_graphs": "triton" in found} | given)
+        settled = KernelChoice(
+            **{group: backend.name for group, backend in fastest.items()}
+            | {"cuda_graphs": "triton" in found}
+            | given
+        )
         if settled.decode == settled.attention:
             settled.decode = None
         settled.plugin_name = self.plugin_name
@@ -72,10 +87,16 @@ REST = tuple(group for group in GROUPS if group != ATTENTION)
 
 def _fastest(found: set[str]) -> dict[str, Backend]:
     """For each group of operations, out of those that can run here; plain torch always can."""
-    rest = Backend("triton", "faster than plain torch") if "triton" in found else Backend("torch", "nothing faster can run")
+    rest = (
+        Backend("triton", "faster than plain torch")
+        if "triton" in found
+        else Backend("torch", "nothing faster can run")
+    )
     prompts, decodes = rest, rest
     if "flash_attn" in found:
-        prompts = Backend("flash_attn", "ahead of triton in prompts" if "triton" in found else "ahead of plain torch")
+        prompts = Backend(
+            "flash_attn", "ahead of triton in prompts" if "triton" in found else "ahead of plain torch"
+        )
         decodes = Backend("triton", "ahead of flash_attn in decodes") if "triton" in found else prompts
     return {ATTENTION: prompts, DECODE: decodes} | dict.fromkeys(REST, rest)
 
@@ -91,7 +112,9 @@ def _reasons(fastest: dict[str, Backend], given: dict[str, Any], device: str, gr
     said = [f"{', '.join(groups)}: {name}, {why}" for (name, why), groups in lines.items()]
     said += [f"{group}: {value}, as given" for group, value in given.items()]
     if device == "cuda" and not graphs and "cuda_graphs" not in given:
-        said.append("no CUDA graphs: without triton only decodes can be captured; kernels.cuda_graphs=true does so")
+        said.append(
+            "no CUDA graphs: without triton only decodes can be captured; kernels.cuda_graphs=true does so"
+        )
     return said
 
 

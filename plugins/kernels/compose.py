@@ -1,7 +1,8 @@
 """One operation at a time: which backend runs which operation, checked when the engine is built.
 
-A kernels config names a backend for each group of operations (`kernels=triton kernels.attention=flash_attn`). `compose` asks every
-named backend whether it can run there, and hands back bound callables; nothing of the choice is left in the layer loop.
+A kernels config names a backend for each group of operations (`kernels=triton kernels.attention=flash_attn`).
+`compose` asks every named backend whether it can run there, and hands back bound callables; nothing of the
+choice is left in the layer loop.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ GROUPS = {
     "sampling": ("sample",),
     "batch": ("decode_inputs", "advance", "update_rows"),
 }
-#: Fused operation -> the operations that it follows from: the backend that runs all of these runs it too, where it has it.
+#: Fused operation -> the operations that it follows from: the backend that runs all of these runs it too,
+#: where it has it.
 FUSED = {
     "qk_norm_rope_store": ("rms_norm", "rotary", "store_kv"),
     "gated_linear": ("linear", "silu_and_mul"),
@@ -57,10 +59,18 @@ class KernelChoice(KernelBackend):
     cuda_graphs: bool = False
 
     def operations(self, device: str) -> Any:
-        """The object that holds this backend's callables, made once a run. Raises ConfigError when a package is missing."""
+        """The object that holds this backend's callables, made once a run. Raises ConfigError when a package
+        is missing."""
         raise NotImplementedError
 
-    def settled(self, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int) -> Settled:
+    def settled(
+        self,
+        backends: Callable[[str], KernelChoice],
+        device: str,
+        dtype: str,
+        head_size: int,
+        block_size: int,
+    ) -> Settled:
         """With every field set, for a choice that depends on where it runs."""
         return Settled(self, [], [])
 
@@ -119,17 +129,30 @@ class Kernels:
             if name := self.chosen.get(GROUPS.get(group, (group,))[0]):
                 by_backend.setdefault(name, []).append(group)
         words = [f"{name} ({', '.join(groups)})" for name, groups in by_backend.items()]
-        return "\n  ".join([", ".join([*words, "CUDA graphs" if self.cuda_graphs else "no CUDA graphs"]), *self.reasons, *self.left_out])
+        return "\n  ".join(
+            [
+                ", ".join([*words, "CUDA graphs" if self.cuda_graphs else "no CUDA graphs"]),
+                *self.reasons,
+                *self.left_out,
+            ]
+        )
 
 
 def check(name: str, caps: KernelCaps, device: str, dtype: str, head_size: int, block_size: int) -> None:
     """Raises ConfigError, with the reason and what to set instead, where a backend cannot run a model.
 
-    device: "cpu" or "cuda"; dtype: "float32", "bfloat16" or "float16"; head_size in elements; block_size in tokens."""
+    device: "cpu" or "cuda"; dtype: "float32", "bfloat16" or "float16"; head_size in elements; block_size in
+    tokens."""
     if device not in caps.devices:
-        raise ConfigError(f"kernels: '{name}' runs on {_list(caps.devices)}, not on {device}. Set kernels=torch, or run on {_list(caps.devices)}.")
+        raise ConfigError(
+            f"kernels: '{name}' runs on {_list(caps.devices)}, not on {device}. Set kernels=torch, or run on "
+            f"{_list(caps.devices)}."
+        )
     if dtype not in caps.dtypes:
-        raise ConfigError(f"kernels: '{name}' supports {_list(caps.dtypes)}, not {dtype}. Set another dtype, or kernels=triton or kernels=torch.")
+        raise ConfigError(
+            f"kernels: '{name}' supports {_list(caps.dtypes)}, not {dtype}. Set another dtype, or "
+            "kernels=triton or kernels=torch."
+        )
     if "attention" in caps.ops and caps.head_sizes is not None and head_size not in caps.head_sizes:
         raise ConfigError(
             f"kernels: '{name}' supports head sizes {_list(caps.head_sizes)}, the model has {head_size}. "
@@ -137,13 +160,23 @@ def check(name: str, caps: KernelCaps, device: str, dtype: str, head_size: int, 
         )
     if "attention" in caps.ops and block_size % caps.block_size_multiple:
         raise ConfigError(
-            f"kernels: '{name}' needs block sizes that are multiples of {caps.block_size_multiple}, not {block_size}. "
-            f"Set block_size={-(-block_size // caps.block_size_multiple) * caps.block_size_multiple}, or kernels.attention=triton."
+            f"kernels: '{name}' needs block sizes that are multiples of {caps.block_size_multiple}, not "
+            f"{block_size}. "
+            f"Set block_size={-(-block_size // caps.block_size_multiple) * caps.block_size_multiple}, or "
+            "kernels.attention=triton."
         )
 
 
-def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], device: str, dtype: str, head_size: int, block_size: int) -> Kernels:
-    """Binds the operations that `choice` names. backends: name -> that backend's config object with its defaults.
+def compose(
+    choice: KernelChoice,
+    backends: Callable[[str], KernelChoice],
+    device: str,
+    dtype: str,
+    head_size: int,
+    block_size: int,
+) -> Kernels:
+    """Binds the operations that `choice` names. backends: name -> that backend's config object with its
+    defaults.
 
     An operation that the named backend does not implement comes from `torch`."""
     choice, left_out, reasons = choice.settled(backends, device, dtype, head_size, block_size)
@@ -166,7 +199,10 @@ def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], devic
             calls[operation] = getattr(backend(chosen[operation])[1], operation)
     if choice.decode is not None and choice.decode != chosen["attention"]:
         if "attention" not in backend(choice.decode)[0].ops:
-            raise ConfigError(f"kernels.decode={choice.decode}: that backend has no attention. Leave kernels.decode unset, or name another.")
+            raise ConfigError(
+                f"kernels.decode={choice.decode}: that backend has no attention. Leave kernels.decode unset, "
+                "or name another."
+            )
         chosen["decode"] = choice.decode
         calls["attention"] = _by_step(calls["attention"], backend(choice.decode)[1].attention)
     for fused, operations in FUSED.items():
@@ -174,14 +210,27 @@ def compose(choice: KernelChoice, backends: Callable[[str], KernelChoice], devic
         if len(names) == 1 and fused in backend(name := names.pop())[0].ops:
             chosen[fused], calls[fused] = name, getattr(backend(name)[1], fused)
         else:
-            chosen[fused], calls[fused] = "separate", SEPARATE[fused](*(calls[operation] for operation in operations))
+            chosen[fused], calls[fused] = (
+                "separate",
+                SEPARATE[fused](*(calls[operation] for operation in operations)),
+            )
     used = [made[name][0] for name in sorted(set(chosen.values()) - {"separate"})]
     if choice.cuda_graphs and not all(caps.graph_safe for caps in used):
-        unsafe = [name for name in sorted(set(chosen.values()) - {"separate"}) if not made[name][0].graph_safe]
-        raise ConfigError(f"kernels.cuda_graphs=true: {_list(unsafe)} cannot be captured. Set kernels=triton, or kernels.cuda_graphs=false.")
+        unsafe = [
+            name for name in sorted(set(chosen.values()) - {"separate"}) if not made[name][0].graph_safe
+        ]
+        raise ConfigError(
+            f"kernels.cuda_graphs=true: {_list(unsafe)} cannot be captured. Set kernels=triton, or "
+            "kernels.cuda_graphs=false."
+        )
     return Kernels(
-        **calls, chosen=chosen, caps=_together(used), cuda_graphs=choice.cuda_graphs, left_out=left_out, reasons=reasons,
-    )  # fmt: skip
+        **calls,
+        chosen=chosen,
+        caps=_together(used),
+        cuda_graphs=choice.cuda_graphs,
+        left_out=left_out,
+        reasons=reasons,
+    )
 
 
 def _by_step(attention: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -197,9 +246,18 @@ def separate(rms_norm: Any, rotary: Any, store_kv: Any) -> Callable[..., Tensor]
     """qk_norm_rope_store out of its parts, where they come from different backends."""
 
     def qk_norm_rope_store(
-        qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor,
-        k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, num_heads: int, num_kv_heads: int,
-    ) -> Tensor:  # fmt: skip
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        positions: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> Tensor:
         heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)  # [T, H + 2K, D]
         q: Tensor
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -245,7 +303,8 @@ def _together(used: list[KernelCaps]) -> KernelCaps:
 
 
 def lookup(backends: dict[str, Callable[[], KernelChoice]]) -> Callable[[str], KernelChoice]:
-    """A `backends` argument for `compose` out of factories by name; an unknown name is answered with the known ones."""
+    """A `backends` argument for `compose` out of factories by name; an unknown name is answered with the
+    known ones."""
 
     def find(name: str) -> KernelChoice:
         if name not in backends:

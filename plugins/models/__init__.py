@@ -1,4 +1,5 @@
-"""Model architectures: single-device code, one file each. Names of modules are those of Hugging Face checkpoints."""
+"""Model architectures: single-device code, one file each. Names of modules are those of Hugging Face
+checkpoints."""
 
 from __future__ import annotations
 
@@ -14,5 +15,8 @@ ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama", "Qwen
 def architecture(name: str) -> Any:
     """The model class of an architecture; imports torch. Raises ModelError for an unknown one."""
     if name not in ARCHITECTURES:
-        raise ModelError(f"architecture {name!r} has no model file.{near(name, ARCHITECTURES)} A new one is one file in plugins/models")
+        raise ModelError(
+            f"architecture {name!r} has no model file.{near(name, ARCHITECTURES)} A new one is one file in "
+            "plugins/models"
+        )
     return getattr(import_module(f".{ARCHITECTURES[name]}", __name__), name)

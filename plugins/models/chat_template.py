@@ -112,7 +112,7 @@ def _from_settings(path: Path, found: Any) -> dict[str, ChatTemplate]:
     return {name: ChatTemplate(source, path) for name, source in named.items()}
 
 
-# ---- what a template sees ----------------------------------------------------------------------------------
+# ---- what a template sees --------------------------------------------------------------------------------
 
 
 def _conversation(messages: Any) -> list[Any]:
@@ -170,7 +170,7 @@ def _plain(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
-# ---- the process -------------------------------------------------------------------------------------------
+# ---- the process -----------------------------------------------------------------------------------------
 
 
 class TemplateProcess:

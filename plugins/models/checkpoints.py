@@ -63,7 +63,9 @@ def find_checkpoint(name: str) -> Path:
     if name and there:
         raise ModelError(f"model {name!r} is a file: expected a directory with config.json and *.safetensors")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ModelError(f"model {name!r}: no such directory, and no hub id (owner/name).{near(name, builtin)}")
+        raise ModelError(
+            f"model {name!r}: no such directory, and no hub id (owner/name).{near(name, builtin)}"
+        )
     return _download(name)
 
 
@@ -205,10 +207,13 @@ def _download(name: str) -> Path:
         text = f"model {name!r} is a hub id: pip install huggingface_hub, or give the path of a checkpoint"
         raise ModelError(text) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
+        return Path(
+            snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED))
+        )
     except Exception as error:
         cause = (str(error).splitlines() or [""])[0]
         raise ModelError(
-            f"model {name!r} is no directory here, and cannot be downloaded from the hub ({type(error).__name__}: {cause}). "
+            f"model {name!r} is no directory here, and cannot be downloaded from the hub "
+            f"({type(error).__name__}: {cause}). "
             "Offline: give the path of a checkpoint, model=tiny, or model.load_format=dummy with a shape"
         ) from error

@@ -10,7 +10,8 @@ from headway import ModelError, checkpoint
 
 
 def is_there(path: Path) -> bool:
-    """Also for a link to nothing, which reading then reports: half a download is no checkpoint without that file."""
+    """Also for a link to nothing, which reading then reports: half a download is no checkpoint without that
+    file."""
     return os.path.lexists(path)
 
 

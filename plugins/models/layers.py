@@ -1,9 +1,10 @@
 """What the architectures share: linear layers, norms, attention, the decoder. Single-device code.
 
 Module names are the checkpoint's, except that a PackedLinear holds several of its matrices in one:
-`self_attn.qkv_proj` is q_proj, k_proj, v_proj and `mlp.gate_up_proj` is gate_proj, up_proj, stacked by output rows.
-Sizes are read from attributes (`num_heads`, `num_kv_heads`, `parts`), so that a parallel plan can change them from outside
-before the weights are loaded, and layers can be cut between `embed`, `run_layers` and `finish`.
+`self_attn.qkv_proj` is q_proj, k_proj, v_proj and `mlp.gate_up_proj` is gate_proj, up_proj, stacked by output
+rows. Sizes are read from attributes (`num_heads`, `num_kv_heads`, `parts`), so that a parallel plan can
+change them from outside before the weights are loaded, and layers can be cut between `embed`, `run_layers`
+and `finish`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of one layer, each [blocks, b
 class Linear(nn.Linear):
     """nn.Linear through the chosen kernel: a product(x, weight, bias)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, product: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, product: Callable[..., Tensor]
+    ) -> None:
         super().__init__(in_features, out_features, bias)
         self._product = product
 
@@ -39,7 +42,9 @@ class Linear(nn.Linear):
 class PackedLinear(Linear):
     """Several projections of one input as one product. parts: checkpoint name -> output rows, in order."""
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, product: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, in_features: int, parts: dict[str, int], bias: bool, product: Callable[..., Tensor]
+    ) -> None:
         super().__init__(in_features, sum(parts.values()), bias, product)
         self.parts = parts
 
@@ -57,24 +62,45 @@ class Attention(nn.Module):
     def __init__(self, spec: ModelSpec, kernels: Kernels) -> None:
         super().__init__()
         shape = spec.shape
-        self.num_heads, self.num_kv_heads, self.head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            shape.num_attention_heads,
+            shape.num_key_value_heads,
+            shape.head_dim,
+        )
         self.scale, self.eps = shape.head_dim**-0.5, shape.rms_norm_eps
         rows, kv_rows = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv_proj = PackedLinear(shape.hidden_size, {"q_proj": rows, "k_proj": kv_rows, "v_proj": kv_rows}, spec.qkv_bias, kernels.linear)
-        self.o_proj: nn.Linear = Linear(rows, shape.hidden_size, spec.o_bias, kernels.linear_parts)  # add_norm comes next
+        self.qkv_proj = PackedLinear(
+            shape.hidden_size,
+            {"q_proj": rows, "k_proj": kv_rows, "v_proj": kv_rows},
+            spec.qkv_bias,
+            kernels.linear,
+        )
+        # add_norm comes next
+        self.o_proj: nn.Linear = Linear(rows, shape.hidden_size, spec.o_bias, kernels.linear_parts)
         self._store, self._attend = kernels.qk_norm_rope_store, kernels.attention
 
     def norm_weights(self) -> tuple[Tensor | None, Tensor | None]:
         """Of queries and keys, [D] each; None where the architecture has no such norm."""
         return None, None
 
-    def forward(self, hidden: Tensor, positions: Tensor, cos_sin: Tensor, cache: KVCache, batch: BatchMetadata) -> Tensor:
+    def forward(
+        self, hidden: Tensor, positions: Tensor, cos_sin: Tensor, cache: KVCache, batch: BatchMetadata
+    ) -> Tensor:
         keys, values = cache
         q_weight, k_weight = self.norm_weights()
         q = self._store(
-            self.qkv_proj(hidden), q_weight, k_weight, self.eps, positions, cos_sin, keys, values, batch.slot_mapping,
-            self.num_heads, self.num_kv_heads,
-        )  # fmt: skip
+            self.qkv_proj(hidden),
+            q_weight,
+            k_weight,
+            self.eps,
+            positions,
+            cos_sin,
+            keys,
+            values,
+            batch.slot_mapping,
+            self.num_heads,
+            self.num_kv_heads,
+        )
         out: Tensor = self.o_proj(self._attend(q, keys, values, batch, self.scale).flatten(1))
         return out
 
@@ -83,7 +109,9 @@ class GatedMLP(nn.Module):
     def __init__(self, spec: ModelSpec, kernels: Kernels) -> None:
         super().__init__()
         hidden, inner = spec.shape.hidden_size, spec.shape.intermediate_size
-        self.gate_up_proj = PackedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, spec.mlp_bias, kernels.gated_linear)
+        self.gate_up_proj = PackedLinear(
+            hidden, {"gate_proj": inner, "up_proj": inner}, spec.mlp_bias, kernels.gated_linear
+        )
         self.down_proj: nn.Linear = Linear(inner, hidden, spec.mlp_bias, kernels.linear_parts)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -102,10 +130,16 @@ class DecoderLayer(nn.Module):
         self._norm, self._add_norm = kernels.rms_norm, kernels.add_rms_norm
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None, positions: Tensor, cos_sin: Tensor, cache: KVCache, batch: BatchMetadata
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        cos_sin: Tensor,
+        cache: KVCache,
+        batch: BatchMetadata,
     ) -> tuple[Tensor, Tensor]:
-        """hidden is the last layer's output, [T, N] or parts of it (`linear_parts`), not yet added to the residual stream; residual is
-        None before the first layer."""
+        """hidden is the last layer's output, [T, N] or parts of it (`linear_parts`), not yet added to the
+        residual stream; residual is None before the first layer."""
         before, after = self.input_layernorm, self.post_attention_layernorm
         if residual is None:
             residual, hidden = hidden, self._norm(hidden, before.weight, before.eps)
@@ -123,15 +157,23 @@ class Decoder(nn.Module):
         super().__init__()
         shape = spec.shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(spec, kernels, attention) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, kernels, attention) for _ in range(shape.num_hidden_layers)
+        )
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self._add_norm = kernels.add_rms_norm
         self.cos_sin = torch.empty(0)  # float32 [max_position, D]; made by `bind`, when the device is known
 
     def run_layers(
-        self, hidden: Tensor, residual: Tensor | None, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        caches: Sequence[KVCache],
+        batch: BatchMetadata,
     ) -> tuple[Tensor, Tensor | None]:
-        """The layers that this decoder holds, all of them unless a pipeline cut it; caches: one per layer held."""
+        """The layers that this decoder holds, all of them unless a pipeline cut it; caches: one per layer
+        held."""
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden, residual = layer(hidden, residual, positions, self.cos_sin, cache, batch)
         return hidden, residual
@@ -162,9 +204,13 @@ class CausalLM(nn.Module):
         """After the weights are on the device: makes the rotary table."""
         self.model.cos_sin = rotary_table(self.spec).to(device)
 
-    def forward(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata
+    ) -> Tensor:
         """tokens, positions int64 [T] -> hidden states [T, N], after the final norm."""
-        hidden, residual = self.model.run_layers(self.model.embed_tokens(tokens), None, positions, caches, batch)
+        hidden, residual = self.model.run_layers(
+            self.model.embed_tokens(tokens), None, positions, caches, batch
+        )
         return self.model.finish(hidden, residual)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -197,7 +243,8 @@ def _frequencies(shape: ModelShape, rope: hf_config.Rope) -> Tensor:
 
 
 def _llama3(frequency: Tensor, rope: hf_config.Rope) -> Tensor:
-    """Llama 3.1's context extension: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Llama 3.1's context extension: long wavelengths are stretched by `factor`, short ones kept, those
+    between interpolated."""
     context, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
     wavelength = 2 * math.pi / frequency
     keep = (context / wavelength - low) / (high - low)

@@ -1,4 +1,5 @@
-"""Llama and what differs from it in numbers and biases only: SmolLM2 (a Llama), Qwen2 (biases on q, k, v; see `spec.py`)."""
+"""Llama and what differs from it in numbers and biases only: SmolLM2 (a Llama), Qwen2 (biases on q, k, v; see
+`spec.py`)."""
 
 from __future__ import annotations
 

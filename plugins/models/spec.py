@@ -2,21 +2,22 @@
 
 | fact | read as transformers 5 does | refused |
 |---|---|---|
-| architecture | `model_type`, else `architectures`: Llama, Qwen2, Qwen3 | others; contradictions; `text_config` |
-| files | `model.safetensors`, else the shards of its index | pickles; names outside the folder; a tensor twice |
+| architecture | model_type, else architectures: Llama, Qwen2, Qwen3 | others; contradictions; text_config |
+| files | `model.safetensors`, else its index's shards | pickles; names outside the folder; a tensor twice |
 | names | with or without `model.`, one too many | tensors that are missing or left over |
 | head | tied, unless the file holds a head with other values | untied without a head |
 | sizes | defaults of the architecture where a field is absent | text, fractions, zero, what no model has |
-| rotary | default, linear, llama3, yarn, dynamic within the context | others by name; one for each kind of layer |
+| rotary | default, linear, llama3, yarn, dynamic within the context | others; one for each kind of layer |
 | its numbers | `rope_scaling` before `rope_parameters`, theta inside before theta beside | absurd ones |
 | attention | full; a window that spans the context | windows in any layer, chunks, `is_causal: false` |
 | biases | `attention_bias` (Llama, Qwen3), q, k and v (Qwen2), `mlp_bias` (Llama) | - |
 | dtype | `model.dtype`, `dtype`, `torch_dtype`, the first weight's | integers, fp8, `quantization_config` |
 | weights | floats of any width, converted | NaN, infinity, another shape |
-| ends | `generation_config.json` alone where there is one, else `config.json` | ids that are no whole numbers |
+| ends | generation_config.json alone where there is one, else config.json | ids that are no whole numbers |
 
-Scales and caps of logits, which other architectures have, are refused too. The rules are in `core/compose/hf_config.py`
-and `core/compose/checkpoint.py`, with which the simulator reads a checkpoint's shape as well.
+Scales and caps of logits, which other architectures have, are refused too. The rules are in
+`core/compose/hf_config.py` and `core/compose/checkpoint.py`, with which the simulator reads a checkpoint's
+shape as well.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def _new_tokens(fast: Fast, special: SpecialTokens) -> list[AddedToken]:
     return new
 
 
-# ---- classes that do not take tokenizer.json at its word ---------------------------------------------------
+# ---- classes that do not take tokenizer.json at its word -------------------------------------------------
 
 
 def _class(directory: Path, settings: Mapping[str, Any], byte_level: bool) -> str:

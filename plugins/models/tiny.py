@@ -1,4 +1,5 @@
-"""Small random checkpoints, written from code in the format of real ones, so that loading them is the real loading."""
+"""Small random checkpoints, written from code in the format of real ones, so that loading them is the real
+loading."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 VOCAB_SIZE = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -47,7 +49,8 @@ LLAMA: dict[str, Any] = QWEN3 | {
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,  # so that short prompts in tests already reach the scaled frequencies
+        # so that short prompts in tests already reach the scaled frequencies
+        "original_max_position_embeddings": 64,
     },
 }
 
@@ -109,7 +112,8 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A byte-level BPE of exactly VOCAB_SIZE tokens: every byte, the special tokens, and pairs. Any text comes back unchanged."""
+    """A byte-level BPE of exactly VOCAB_SIZE tokens: every byte, the special tokens, and pairs. Any text
+    comes back unchanged."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -125,7 +129,12 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": CHAT_TEMPLATE,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 

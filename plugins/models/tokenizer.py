@@ -37,7 +37,7 @@ class Tokenizer:
         self._pieces: dict[int, str] = {}
         self._has_text: dict[int, bool] = {}
 
-    # ---- to tokens -----------------------------------------------------------------------------------------
+    # ---- to tokens ----------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Raises ModelError for what is no text, and for a text of more than twice `max_tokens` before its
@@ -87,7 +87,7 @@ class Tokenizer:
         """bos_token, eos_token ... as templates use them."""
         return {name: token.content for name, token in self._special.named.items()}
 
-    # ---- to text -------------------------------------------------------------------------------------------
+    # ---- to text ------------------------------------------------------------------------------------------
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these tokens as if nothing came before them; answers want `continuation`."""
@@ -158,11 +158,11 @@ class Tokenizer:
 
 
 def stop_text(tokenizer: Tokenizer) -> Callable[[Request], TextStop | None]:
-    """For `Engine(stop_text=...)`: whether the newest token completes one of the request's stop strings in its
-    answer, and which.
+    """For `Engine(stop_text=...)`: whether the newest token completes one of the request's stop strings in
+    its answer, and which.
 
-    Of several, the one that begins first counts. Only as many last tokens are decoded as the longest stop string can span, so the cost of a
-    token does not grow with the answer.
+    Of several, the one that begins first counts. Only as many last tokens are decoded as the longest stop
+    string can span, so the cost of a token does not grow with the answer.
     """
 
     def stopped(request: Request) -> TextStop | None:

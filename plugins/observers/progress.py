@@ -11,7 +11,8 @@ from headway import Engine, Observer, Request, Run, RunResult, StepRecord, hooki
 
 
 class Progress(Observer):
-    """Requests done, tokens/s, running and waiting, KV use. Draws ten times a second at most; a step costs one clock reading."""
+    """Requests done, tokens/s, running and waiting, KV use. Draws ten times a second at most; a step costs
+    one clock reading."""
 
     def __init__(self, total: int | None) -> None:
         self.total = total  # requests that the workload will bring, where it knows
@@ -50,11 +51,18 @@ class Progress(Observer):
         rate = (self._tokens - self._seen) / max(now - self._drawn, 1e-9)
         self._drawn, self._seen = now, self._tokens
         kv = record.kv_used / self._engine.pool.num_blocks
-        line = f"{rate:,.0f} tok/s, running {record.num_running}, waiting {record.num_waiting}, KV {kv:.0%}, t={record.end:,.1f} s"
+        line = (
+            f"{rate:,.0f} tok/s, running {record.num_running}, waiting {record.num_waiting}, KV {kv:.0%}, "
+            f"t={record.end:,.1f} s"
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=line)
         else:
-            print(f"{self._done}{f'/{self.total}' if self.total else ''} requests, {line}", file=sys.stderr, flush=True)
+            print(
+                f"{self._done}{f'/{self.total}' if self.total else ''} requests, {line}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self, result: RunResult) -> None:
         if self._bar is not None:

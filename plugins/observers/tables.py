@@ -7,13 +7,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from headway import Engine, Lists, Observer, RequestOutput, Run, RunResult, StepColumns, hookimpl, metrics, whole
+from headway import (
+    Engine,
+    Lists,
+    Observer,
+    RequestOutput,
+    Run,
+    RunResult,
+    StepColumns,
+    hookimpl,
+    metrics,
+    whole,
+)
 
 NAMES = ("requests.parquet", "steps.parquet", "decisions.parquet")
 
 
 class Tables(Observer):
-    """One row per request, per step and per decision. See docs/metrics.md for the columns. Steps come from the run's log."""
+    """One row per request, per step and per decision. See docs/metrics.md for the columns. Steps come from
+    the run's log."""
 
     plugin_name = "tables"
 
@@ -63,7 +75,19 @@ def _encoding(schema: Any) -> dict[str, Any]:
 def _steps(steps: StepColumns) -> Any:
     import pyarrow as pa
 
-    plain = ("step", "start", "end", "emitted", "policy_time", "num_running", "num_waiting", "kv_used", "kv_cached", "num_preempted", "num_evicted")
+    plain = (
+        "step",
+        "start",
+        "end",
+        "emitted",
+        "policy_time",
+        "num_running",
+        "num_waiting",
+        "kv_used",
+        "kv_cached",
+        "num_preempted",
+        "num_evicted",
+    )
     columns = {name: pa.array(steps.numbers[name]) for name in plain}
     for name in ("num_seqs", "num_tokens"):
         columns[name] = pa.array(steps.numbers[name], pa.int32())
@@ -73,11 +97,17 @@ def _steps(steps: StepColumns) -> Any:
 
 
 def _decisions(steps: StepColumns) -> Any:
-    """Parallel lists a step, as in StepPlan; requests by index. A block list belongs to the allocation at its place."""
+    """Parallel lists a step, as in StepPlan; requests by index. A block list belongs to the allocation at its
+    place."""
     import numpy as np
     import pyarrow as pa
 
-    numbers, requests, allocations, sizes = steps.numbers, steps.requests, steps.allocations, steps.allocation_sizes
+    numbers, requests, allocations, sizes = (
+        steps.numbers,
+        steps.requests,
+        steps.allocations,
+        steps.allocation_sizes,
+    )
     place, seqs = np.arange(len(requests.values)), numbers["num_seqs"]
     starts = steps.chunks.values[place + np.repeat(requests.offsets[:-1], seqs)]
     lengths = steps.chunks.values[place + np.repeat(requests.offsets[1:], seqs)]
@@ -113,10 +143,20 @@ def _requests(outputs: list[RequestOutput]) -> Any:
 
     text, whole, real = pa.string(), pa.int64(), pa.float64()
     plain = {
-        "id": text, "index": whole, "state": text, "finish_reason": text, "arrival_time": real, "first_scheduled_time": real, "finish_time": real,
-        "num_prompt_tokens": whole, "num_cached_tokens": whole, "num_preemptions": whole, "num_recomputed_tokens": whole,
-        "prompt": text, "text": text,
-    }  # fmt: skip
+        "id": text,
+        "index": whole,
+        "state": text,
+        "finish_reason": text,
+        "arrival_time": real,
+        "first_scheduled_time": real,
+        "finish_time": real,
+        "num_prompt_tokens": whole,
+        "num_cached_tokens": whole,
+        "num_preemptions": whole,
+        "num_recomputed_tokens": whole,
+        "prompt": text,
+        "text": text,
+    }
     columns = {name: pa.array([getattr(o, name) for o in outputs], kind) for name, kind in plain.items()}
     columns["num_output_tokens"] = pa.array([len(o.token_times) for o in outputs], whole)
     for name, function in (("ttft", metrics.ttft), ("tpot", metrics.tpot), ("e2el", metrics.e2el)):

@@ -1,4 +1,5 @@
-"""timeline.json: the run in the trace-event format, which https://ui.perfetto.dev and chrome://tracing open."""
+"""timeline.json: the run in the trace-event format, which https://ui.perfetto.dev and chrome://tracing
+open."""
 
 from __future__ import annotations
 
@@ -19,11 +20,22 @@ STEPS, REQUESTS = 1, 2  # the two processes of the picture
 T = TypeVar("T")
 
 #: What `_step` takes of a step, in its order.
-SHOWN = ("step", "start", "end", "num_tokens", "num_seqs", "num_running", "num_waiting", "kv_used", "num_preempted")
+SHOWN = (
+    "step",
+    "start",
+    "end",
+    "num_tokens",
+    "num_seqs",
+    "num_running",
+    "num_waiting",
+    "kv_used",
+    "num_preempted",
+)
 
 
 class Timeline(Observer):
-    """Steps on one track with counters below, every request on a track of its own: queued, prefill, decode. Steps come from the run's log."""
+    """Steps on one track with counters below, every request on a track of its own: queued, prefill, decode.
+    Steps come from the run's log."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -53,9 +65,19 @@ class Timeline(Observer):
             yield [event for output in outputs for event in _request(output)]
 
     def _about(self, result: RunResult) -> dict[str, str]:
-        cut = [f"the first {MAX_STEPS:,} of {result.num_steps:,} steps"] if result.num_steps > MAX_STEPS else []
-        cut += [f"the first {MAX_REQUESTS:,} of {len(result.outputs):,} requests"] if len(result.outputs) > MAX_REQUESTS else []
-        return {"status": result.status, "shown": "; ".join(cut) or "everything", "decision_hash": result.decision_hash}
+        cut = (
+            [f"the first {MAX_STEPS:,} of {result.num_steps:,} steps"] if result.num_steps > MAX_STEPS else []
+        )
+        cut += (
+            [f"the first {MAX_REQUESTS:,} of {len(result.outputs):,} requests"]
+            if len(result.outputs) > MAX_REQUESTS
+            else []
+        )
+        return {
+            "status": result.status,
+            "shown": "; ".join(cut) or "everything",
+            "decision_hash": result.decision_hash,
+        }
 
 
 #: `json.dump` to a file and an encoder made anew for each piece are several times slower.
@@ -95,13 +117,19 @@ def _step(
 ) -> list[dict[str, Any]]:
     """A span, and the counters that differ from what is `shown`: a viewer draws each until its next event."""
     at = round(end * 1e6, 3)
-    counters = {"queue": {"running": running, "waiting": waiting}, "KV blocks": {"used": kv_used}, "tokens": {"step": tokens}}
+    counters = {
+        "queue": {"running": running, "waiting": waiting},
+        "KV blocks": {"used": kv_used},
+        "tokens": {"step": tokens},
+    }
     changed = {name: values for name, values in counters.items() if shown.get(name) != values}
     shown |= changed
-    events = [{"ph": "C", "pid": STEPS, "name": name, "ts": at, "args": values} for name, values in changed.items()]
+    events = [
+        {"ph": "C", "pid": STEPS, "name": name, "ts": at, "args": values} for name, values in changed.items()
+    ]
     kind = "decode" if tokens == seqs else "mixed"
     about: dict[str, Any] = {"step": step, "tokens": tokens} | ({"preempted": preempted} if preempted else {})
-    return [_span(STEPS, 0, f"{kind} {seqs}", start, end, **about), *events]
+    return [_span(STEPS, 0, f"{kind} {seqs}", start, end=end, **about), *events]
 
 
 def _request(o: RequestOutput) -> list[dict[str, Any]]:
@@ -111,11 +139,18 @@ def _request(o: RequestOutput) -> list[dict[str, Any]]:
         phases += [("prefill", started, o.token_times[0]), ("decode", o.token_times[0], o.token_times[-1])]
     elif o.first_scheduled_time >= 0:
         phases += [("prefill", started, o.finish_time)]
-    about: dict[str, Any] = {"prompt": o.num_prompt_tokens, "cached": o.num_cached_tokens, "output": len(o.token_times), "state": o.state}
+    about: dict[str, Any] = {
+        "prompt": o.num_prompt_tokens,
+        "cached": o.num_cached_tokens,
+        "output": len(o.token_times),
+        "state": o.state,
+    }
     about |= {"preemptions": o.num_preemptions, "reason": o.finish_reason}
     title = {"ph": "M", "name": "thread_name", "pid": REQUESTS, "tid": o.index + 1, "args": {"name": o.id}}
     lasting = [phase for phase in phases if phase[2] > phase[1]]
-    spans = [_span(REQUESTS, o.index + 1, *phase, **(about if phase is lasting[-1] else {})) for phase in lasting]
+    spans = [
+        _span(REQUESTS, o.index + 1, *phase, **(about if phase is lasting[-1] else {})) for phase in lasting
+    ]
     return [title, *spans]
 
 

@@ -21,7 +21,8 @@ from urllib.request import urlopen
 
 from headway import Engine, Observer, Registry, RunResult, StepRecord, hookimpl, metrics, param
 
-STARTING = 20.0  # seconds that wandb's own process may take to start on a busy machine, beside what a server takes
+# seconds that wandb's own process may take to start on a busy machine, beside what a server takes
+STARTING = 20.0
 MODES = ("auto", "online", "offline", "disabled")
 #: Step series: name -> how a bucket of steps is drawn from its records.
 SERIES: dict[str, Callable[[StepRecord], float]] = {
@@ -37,7 +38,8 @@ SERIES: dict[str, Callable[[StepRecord], float]] = {
 
 
 class Buckets:
-    """Means over buckets of consecutive steps. When there are too many buckets, neighbours merge: memory and points stay bounded."""
+    """Means over buckets of consecutive steps. When there are too many buckets, neighbours merge: memory and
+    points stay bounded."""
 
     def __init__(self, most: int) -> None:
         self.most, self.size = max(2, most), 1
@@ -52,11 +54,17 @@ class Buckets:
             self._open = []
             if len(self.rows) > self.most:
                 rows, self.size = self.rows, self.size * 2
-                self.rows = [_merged(*rows[i : i + 2]) if i + 1 < len(rows) else rows[i] for i in range(0, len(rows), 2)]
+                self.rows = [
+                    _merged(*rows[i : i + 2]) if i + 1 < len(rows) else rows[i]
+                    for i in range(0, len(rows), 2)
+                ]
 
     def points(self) -> list[dict[str, float]]:
         rows = [*self.rows, self._open] if self._open else self.rows
-        return [{"time_s": end} | {name: total / steps for name, total in zip(SERIES, sums, strict=True)} for steps, end, *sums in rows]
+        return [
+            {"time_s": end} | {name: total / steps for name, total in zip(SERIES, sums, strict=True)}
+            for steps, end, *sums in rows
+        ]
 
 
 def _merged(a: list[float], b: list[float]) -> list[float]:
@@ -65,7 +73,8 @@ def _merged(a: list[float], b: list[float]) -> list[float]:
 
 @dataclass
 class Wandb(Observer):
-    """Weights & Biases: config, summary, step series, a table of requests. Offline without a login; `wandb sync` sends it later.
+    """Weights & Biases: config, summary, step series, a table of requests. Offline without a login; `wandb
+    sync` sends it later.
 
     mode: auto (online with a login, else offline), online, offline or disabled; WANDB_MODE overrides auto.
     max_points: points of a step series; steps between two points are averaged.
@@ -80,7 +89,9 @@ class Wandb(Observer):
     max_points: int = param(500, min=2, max=1_000_000)
     max_rows: int = param(1000, min=0, max=1_000_000)
     timeout: float = param(5.0, above=0, max=3600, unit="seconds", doc="to reach the server at the start")
-    finish_timeout: float = param(30.0, above=0, max=86_400, unit="seconds", doc="to send what is left at the end")
+    finish_timeout: float = param(
+        30.0, above=0, max=86_400, unit="seconds", doc="to send what is left at the end"
+    )
 
     run: ClassVar[Any] = None
 
@@ -88,7 +99,8 @@ class Wandb(Observer):
         self.run = run  # type: ignore[misc]
 
     def on_start(self, engine: Engine) -> None:
-        """Before the run's clock starts: importing and starting W&B takes seconds. A tracker that fails stops no run."""
+        """Before the run's clock starts: importing and starting W&B takes seconds. A tracker that fails stops
+        no run."""
         self._buckets = Buckets(self.max_points)
         self._wandb: Any = None
         mode, left = self._mode(), self.timeout
@@ -106,17 +118,29 @@ class Wandb(Observer):
         self._wandb = self._started(mode, left)
 
     def _started(self, mode: str, timeout: float) -> Any:
-        """A run of W&B, offline where the server does not take one within so many seconds; None where that fails as well."""
+        """A run of W&B, offline where the server does not take one within so many seconds; None where that
+        fails as well."""
         import wandb
 
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its crash reports would ask the network
         run = self.run
         choices = run.composition.choices
-        tags = [f"{role}={choices[role][0]}" for role in ("scheduler", "order", "cache", "executor", "workload") if role in choices]
-        limits: dict[str, Any] = {"init_timeout": timeout, "finish_timeout": self.finish_timeout, "finish_timeout_raises": True}
-        known = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}  # the versions differ
-        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True, **known)
+        tags = [
+            f"{role}={choices[role][0]}"
+            for role in ("scheduler", "order", "cache", "executor", "workload")
+            if role in choices
+        ]
+        limits: dict[str, Any] = {
+            "init_timeout": timeout,
+            "finish_timeout": self.finish_timeout,
+            "finish_timeout_raises": True,
+        }
+        # the versions differ
+        known = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}
+        settings = wandb.Settings(
+            silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True, **known
+        )
         made: list[Any] = []
         how: Any = mode  # one of MODES, which W&B has as literals
 
@@ -140,10 +164,14 @@ class Wandb(Observer):
 
         try:
             _bounded(start, timeout + STARTING)
-        except Exception as error:  # a key that is refused, no account, a server that does not answer, a full disk
+        # a key that is refused, no account, a server that does not answer, a full disk
+        except Exception as error:
             if mode == "online":
                 return self._started(self._offline(f"W&B does not take the run ({_line(error)})"), timeout)
-            _warn(f"wandb cannot be started ({_line(error)}); nothing is tracked. Set tracking=none to silence this")
+            _warn(
+                f"wandb cannot be started ({_line(error)}); nothing is tracked. Set tracking=none to silence "
+                "this"
+            )
             return None
         return made[0]
 
@@ -164,7 +192,8 @@ class Wandb(Observer):
             self._buckets.add(record)
 
     def close(self, result: RunResult) -> None:
-        """Numbers first, which W&B writes to a log on disk; then what may need the server, for so many seconds and no longer."""
+        """Numbers first, which W&B writes to a log on disk; then what may need the server, for so many
+        seconds and no longer."""
         tracker, self._wandb = self._wandb, None
         if tracker is None:
             return
@@ -180,12 +209,21 @@ class Wandb(Observer):
             left = max(1.0, deadline - time.monotonic()) + 1  # wandb's own limit comes first
             _bounded(lambda: tracker.finish(exit_code=exit_code), left)
         except Exception as error:
-            _warn(f"W&B did not take everything ({_line(error)}); `wandb sync {self._folder()}/*run-*` sends what is missing")
+            _warn(
+                f"W&B did not take everything ({_line(error)}); `wandb sync {self._folder()}/*run-*` sends "
+                "what is missing"
+            )
 
     def _numbers(self, tracker: Any, result: RunResult) -> None:
         for point in self._buckets.points():
             tracker.log(point)
-        tracker.summary.update({k: v for k, v in metrics.summarize(result).items() if not (isinstance(v, float) and math.isnan(v))})
+        tracker.summary.update(
+            {
+                k: v
+                for k, v in metrics.summarize(result).items()
+                if not (isinstance(v, float) and math.isnan(v))
+            }
+        )
 
     def _send_again(self, result: RunResult, error: Exception) -> None:
         """W&B failed before it had the numbers: another run holds them, offline."""
@@ -193,14 +231,17 @@ class Wandb(Observer):
 
         self._offline(f"wandb failed ({_line(error)})")
         with suppress(Exception):
-            _bounded(wandb.teardown, self.timeout)  # its process may be what failed; the next run starts another
+            # its process may be what failed; the next run starts another
+            _bounded(wandb.teardown, self.timeout)
         if (again := self._started("offline", self.timeout)) is None:
             return
         try:
             _bounded(lambda: self._numbers(again, result), self.finish_timeout)
             _bounded(again.finish, self.finish_timeout)
         except Exception as second:
-            _warn(f"wandb failed again ({_line(second)}); the numbers are in {self.run.directory}, not in W&B")
+            _warn(
+                f"wandb failed again ({_line(second)}); the numbers are in {self.run.directory}, not in W&B"
+            )
 
     def _table(self, result: RunResult) -> Any:
         import wandb
@@ -208,7 +249,15 @@ class Wandb(Observer):
         named = "id state client arrival_s prompt cached output ttft_ms tpot_ms e2el_ms preemptions reason"
         columns: list[str | int] = [*named.split()]
         rows = [
-            [o.id, o.state, o.tags.client, o.arrival_time, o.num_prompt_tokens, o.num_cached_tokens, len(o.token_times)]
+            [
+                o.id,
+                o.state,
+                o.tags.client,
+                o.arrival_time,
+                o.num_prompt_tokens,
+                o.num_cached_tokens,
+                len(o.token_times),
+            ]
             + [None if (v := f(o)) is None else v * 1e3 for f in (metrics.ttft, metrics.tpot, metrics.e2el)]
             + [o.num_preemptions, o.finish_reason]
             for o in result.outputs[: self.max_rows]
@@ -225,7 +274,8 @@ def _line(error: BaseException) -> str:
 
 
 def _bounded(function: Callable[[], Any], seconds: float) -> None:
-    """Calls what may hang. Raises what it raises, and TimeoutError when it has not come back; its thread is left behind."""
+    """Calls what may hang. Raises what it raises, and TimeoutError when it has not come back; its thread is
+    left behind."""
     raised: list[BaseException] = []
 
     def call() -> None:
@@ -243,7 +293,7 @@ def _bounded(function: Callable[[], Any], seconds: float) -> None:
         raise raised[0]
 
 
-# ---- the server -------------------------------------------------------------------------------------------------------
+# ---- the server ------------------------------------------------------------------------------------------
 
 
 def base_url() -> str:
@@ -251,7 +301,8 @@ def base_url() -> str:
 
 
 def unreachable(url: str, timeout: float) -> str:
-    """Why nobody answers there, through the proxies of the environment; "" where somebody does, whatever the answer is."""
+    """Why nobody answers there, through the proxies of the environment; "" where somebody does, whatever the
+    answer is."""
 
     def ask() -> None:
         try:

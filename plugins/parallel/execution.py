@@ -44,9 +44,12 @@ class Job:
 
 
 def drive(job: Job, backends: Callable[[str], KernelChoice] | None) -> DriverExecution:
-    """Rank 0's Execution, with all other ranks loaded. On another rank of torchrun's it serves rank 0 and then ends the process."""
+    """Rank 0's Execution, with all other ranks loaded. On another rank of torchrun's it serves rank 0 and
+    then ends the process."""
     if job.parallel.all_reduce == "auto":
-        job = replace(job, parallel=replace(job.parallel, all_reduce="symmetric" if can_map_peers(job) else "library"))
+        job = replace(
+            job, parallel=replace(job.parallel, all_reduce="symmetric" if can_map_peers(job) else "library")
+        )
     if under_torchrun() and os.environ["RANK"] != "0":
         from .worker import serve_torchrun
 
@@ -69,10 +72,22 @@ class RankExecution(Execution):
             self.batcher_class = StageBatcher
         runner = StageRunner if job.parallel.pp > 1 else ShardRunner
         self.runner_class = partial(_runner_of, runner, mesh)  # type: ignore[assignment]
-        super().__init__(replace(job.executor, device=str(mesh.device)), job.model, job.kernels, job.engine, backends, job.seed)
+        super().__init__(
+            replace(job.executor, device=str(mesh.device)),
+            job.model,
+            job.kernels,
+            job.engine,
+            backends,
+            job.seed,
+        )
         if job.parallel.all_reduce == "symmetric" and job.parallel.tp > 1:
             shape, rows = self.spec.shape, max(job.engine.max_num_batched_tokens, job.engine.max_num_seqs)
-            mesh.map_peers(rows, shape.hidden_size, getattr(torch, shape.dtype), self.kernels.chosen["add_rms_norm"] == "triton")
+            mesh.map_peers(
+                rows,
+                shape.hidden_size,
+                getattr(torch, shape.dtype),
+                self.kernels.chosen["add_rms_norm"] == "triton",
+            )
         timed = job.parallel.pp > 1 and self.config.profile and mesh.device.type == "cuda"
         self.model = Stage(self.model, mesh, timed)  # type: ignore[assignment]
 
@@ -85,21 +100,28 @@ class RankExecution(Execution):
         return shard(self.model, self.mesh)
 
     def read_blocks(self, blocks: Sequence[int]) -> list[Any]:
-        raise ConfigError("executor=torch hands KV to another engine on one rank: set parallel.tp=1 and parallel.pp=1")
+        raise ConfigError(
+            "executor=torch hands KV to another engine on one rank: set parallel.tp=1 and parallel.pp=1"
+        )
 
     def write_blocks(self, blocks: Sequence[int], content: list[Any], first: int) -> None:
-        raise ConfigError("executor=torch takes KV from another engine on one rank: set parallel.tp=1 and parallel.pp=1")
+        raise ConfigError(
+            "executor=torch takes KV from another engine on one rank: set parallel.tp=1 and parallel.pp=1"
+        )
 
     def stage_times(self) -> tuple[float, float]:
-        """(seconds in which this stage computed, seconds since its first step began), of steps since this was last asked.
-        With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0) else."""
+        """(seconds in which this stage computed, seconds since its first step began), of steps since this was
+        last asked. With `executor.profile` on a GPU, in a pipeline, and for steps that are no graph's; (0, 0)
+        else."""
         stage: Any = self.model
         times: tuple[float, float] = stage.times()
         return times
 
     def _go_without_graphs(self) -> None:
         """Not a rank alone: others have their graphs, and would send and sum padded steps."""
-        raise ConfigError(f"rank {self.mesh.rank}: {NO_MEMORY}, which all ranks have or none: {MEMORY_REMEDY}")
+        raise ConfigError(
+            f"rank {self.mesh.rank}: {NO_MEMORY}, which all ranks have or none: {MEMORY_REMEDY}"
+        )
 
     def linger(self) -> None:
         """At once in a pipeline, whose stages work on several steps."""
@@ -107,8 +129,8 @@ class RankExecution(Execution):
             super().linger()
 
     def switch(self, long_steps: str, transport: str) -> None:
-        """For measurements, between two runs: how steps communicate from now on. long_steps: "split" or "whole"; transport:
-        "library", or "symmetric" where all_reduce is. Graphs are captured again."""
+        """For measurements, between two runs: how steps communicate from now on. long_steps: "split" or
+        "whole"; transport: "library", or "symmetric" where all_reduce is. Graphs are captured again."""
         self.mesh.long_steps, self.mesh.transport = long_steps, transport
         self._prepare_steps()
 
@@ -125,7 +147,9 @@ class DriverExecution(RankExecution):
     def __init__(self, job: Job, ranks: Ranks, backends: Callable[[str], KernelChoice] | None) -> None:
         self.ranks = ranks
         super().__init__(job, ranks.mesh, backends)
-        self._say(f"ranks: tp={job.parallel.tp} pp={job.parallel.pp}, parallel.all_reduce={job.parallel.all_reduce}")
+        self._say(
+            f"ranks: tp={job.parallel.tp} pp={job.parallel.pp}, parallel.all_reduce={job.parallel.all_reduce}"
+        )
         ranks.answers()  # every rank has loaded its part
 
     def kv_capacity(self, block_size: int) -> int:

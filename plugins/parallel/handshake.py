@@ -42,21 +42,21 @@ def admit(connection: socket.socket, key: bytes, limit: float) -> None:
     reply = exactly(connection, NONCE + PROOF, limit)
     theirs, proof = reply[:NONCE], reply[NONCE:]
     at = _address(connection.getsockname())
-    if not hmac.compare_digest(proof, _proof(key, b"rank", ours, theirs, at)):
+    if not hmac.compare_digest(proof, _proof(key, b"rank", ours, theirs, at=at)):
         raise Stranger("whoever connected does not know the key")
-    connection.sendall(_proof(key, b"driver", ours, theirs, at))
+    connection.sendall(_proof(key, b"driver", ours, theirs, at=at))
 
 
 def prove(connection: socket.socket, key: bytes, limit: float) -> None:
     """The rank's part."""
     theirs, ours = exactly(connection, NONCE, limit), secrets.token_bytes(NONCE)
     at = _address(connection.getpeername())
-    connection.sendall(ours + _proof(key, b"rank", theirs, ours, at))
+    connection.sendall(ours + _proof(key, b"rank", theirs, ours, at=at))
     try:
         proof = exactly(connection, PROOF, limit)
     except (EOFError, ConnectionError):
         raise Refused("whoever answered does not take our proof") from None
-    if not hmac.compare_digest(proof, _proof(key, b"driver", theirs, ours, at)):
+    if not hmac.compare_digest(proof, _proof(key, b"driver", theirs, ours, at=at)):
         raise Stranger("whoever answered does not know the key")
 
 

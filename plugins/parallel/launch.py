@@ -1,4 +1,5 @@
-"""The driver's side: starts the other ranks, or finds those that torchrun started; watches them; says which failed, and why.
+"""The driver's side: starts the other ranks, or finds those that torchrun started; watches them; says which
+failed, and why.
 
 The driver is rank 0 and the process that the user started. On one host it starts the rest itself
 (`start.py`), with sockets that they inherit. Under torchrun every rank runs the same program, and all but
@@ -63,40 +64,53 @@ class Failure:
 
 
 def check(job: Job) -> str:
-    """The device type that the ranks run on. Raises ConfigError for what cannot run, before a rank is started or a weight is read."""
+    """The device type that the ranks run on. Raises ConfigError for what cannot run, before a rank is started
+    or a weight is read."""
     parallel, asked = job.parallel, job.executor.device
     if asked.startswith("cuda:"):
-        raise ConfigError(f"executor.device={asked}: with {parallel.world_size} ranks each takes its own GPU; set executor.device=cuda or cpu")
+        raise ConfigError(
+            f"executor.device={asked}: with {parallel.world_size} ranks each takes its own GPU; set "
+            "executor.device=cuda or cpu"
+        )
     check_fits(read_model(job.model).shape, parallel)
     kind = device_of(asked).type
     if kind == "cuda":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if under_torchrun() else parallel.world_size
         if here > (gpus := torch.cuda.device_count()):
             given = f"parallel.tp={parallel.tp} parallel.pp={parallel.pp}"
-            raise ConfigError(f"{given} needs {here} GPUs on this host, torch sees {gpus}: lower them, or set executor.device=cpu")
+            raise ConfigError(
+                f"{given} needs {here} GPUs on this host, torch sees {gpus}: lower them, or set "
+                "executor.device=cpu"
+            )
     if under_torchrun() and int(os.environ["WORLD_SIZE"]) != parallel.world_size:
         raise ConfigError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, parallel.tp={parallel.tp} parallel.pp={parallel.pp} is "
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, parallel.tp={parallel.tp} "
+            f"parallel.pp={parallel.pp} is "
             f"{parallel.world_size} ranks: start one process a rank"
         )
     return kind
 
 
 def can_map_peers(job: Job) -> bool:
-    """Whether all ranks are GPUs of one host that can read each other's memory. Raises ConfigError as `check` does."""
+    """Whether all ranks are GPUs of one host that can read each other's memory. Raises ConfigError as `check`
+    does."""
     on_gpus, parallel = check(job) == "cuda", job.parallel
     if not on_gpus or parallel.tp == 1 or (under_torchrun() and not torchrun.on_one_host()):
         return False
-    return all(torch.cuda.can_device_access_peer(*pair) for pair in permutations(range(parallel.world_size), 2))
+    return all(
+        torch.cuda.can_device_access_peer(*pair) for pair in permutations(range(parallel.world_size), 2)
+    )
 
 
 def facts(job: Job) -> dict[str, str]:
     """What must be the same on every host."""
     asked = ("parallel", "model", "engine", "kernels", "seed", "executor")
     return {
-        "torch": torch.__version__, "python": "{}.{}".format(*sys.version_info), "shape": repr(read_model(job.model).shape),
+        "torch": torch.__version__,
+        "python": "{}.{}".format(*sys.version_info),
+        "shape": repr(read_model(job.model).shape),
         **{name: repr(getattr(job, name)) for name in asked},
-    }  # fmt: skip
+    }
 
 
 def rank_device(kind: str, local_rank: int) -> torch.device:
@@ -130,7 +144,8 @@ class Ranks:
     """All ranks but the driver's own, as the driver sees them."""
 
     def __init__(self, job: Job) -> None:
-        """Returns when every rank has been met and agrees on what is to run. Raises ConfigError or RankError."""
+        """Returns when every rank has been met and agrees on what is to run. Raises ConfigError or
+        RankError."""
         kind = check(job)
         self._job = job
         self._file: Path | None = None  # of a store in a file
@@ -140,8 +155,11 @@ class Ranks:
         self._channels: dict[int, Channel] = {}
         self._shelf = Shelf()
         self._stores: dict[int, Channel] = {}  # each rank's connection to the shelf
-        self._answers: dict[int, queue.SimpleQueue[Any]] = {r: queue.SimpleQueue() for r in range(1, job.parallel.world_size)}
-        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (tokens, logprobs) of each step, from the last stage
+        self._answers: dict[int, queue.SimpleQueue[Any]] = {
+            r: queue.SimpleQueue() for r in range(1, job.parallel.world_size)
+        }
+        # (tokens, logprobs) of each step, from the last stage
+        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._progress = dict.fromkeys(self._answers, (0, 0))  # (steps, collectives) begun
         self._silent = dict.fromkeys(self._answers, 0.0)  # seconds since a rank last said anything
         self._failures: list[Failure] = []
@@ -171,15 +189,18 @@ class Ranks:
             self.close()
             raise
 
-    # ---- start ---------------------------------------------------------------------------------------------------
+    # ---- start --------------------------------------------------------------------------------------------
 
     def _store_file(self) -> str:
-        """GPUs that map each other's memory wait for each other with Python's lock held, and then this process cannot
-        serve a store. They are on one host, so a file does."""
+        """GPUs that map each other's memory wait for each other with Python's lock held, and then this
+        process cannot serve a store. They are on one host, so a file does."""
         if self._job.parallel.all_reduce != "symmetric" or self._job.parallel.tp == 1:
             return ""
         if under_torchrun() and torchrun.meeting_point() != torchrun.LOOPBACK:
-            raise ConfigError("parallel.all_reduce=symmetric: it runs on one host, this run is on several: set it to library")
+            raise ConfigError(
+                "parallel.all_reduce=symmetric: it runs on one host, this run is on several: set it to "
+                "library"
+            )
         self._file = torchrun.private_file()
         return str(self._file)
 
@@ -188,7 +209,9 @@ class Ranks:
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         environment = os.environ | {"PYTHONPATH": path}
         if kind == "cpu":
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._job.parallel.world_size)))
+            environment.setdefault(
+                "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._job.parallel.world_size))
+            )
         (ours, theirs), (our_store, their_store) = socket.socketpair(), socket.socketpair()
         self._channels[rank], self._stores[rank] = Channel(ours), Channel(our_store)
         ends = (theirs.fileno(), their_store.fileno())
@@ -252,7 +275,7 @@ class Ranks:
         threading.Thread(target=self._watch, args=(patience,), daemon=True).start()
         self._tell(wire.JOB, order)
 
-    # ---- what the driver's Execution calls -----------------------------------------------------------------------
+    # ---- what the driver's Execution calls ----------------------------------------------------------------
 
     def call(self, method: str, *args: int | str) -> None:
         """Has every rank call a method of its Execution; `answers` collects what they return."""
@@ -300,10 +323,11 @@ class Ranks:
             except queue.Empty:
                 self.check(limit)
 
-    # ---- watching ------------------------------------------------------------------------------------------------
+    # ---- watching -----------------------------------------------------------------------------------------
 
     def _listen(self, rank: int, channel: Channel) -> None:
-        """A thread a rank: its answers, results, beats, and the end of its connection, which is the end of the rank."""
+        """A thread a rank: its answers, results, beats, and the end of its connection, which is the end of
+        the rank."""
         told = False
         try:
             while True:
@@ -355,7 +379,8 @@ class Ranks:
             self.mesh.abort()  # the main thread may be waiting for the device
 
     def _root_cause(self) -> HeadwayError:
-        """The error of the run: the rank that failed first of itself, or else the one that the others wait for."""
+        """The error of the run: the rank that failed first of itself, or else the one that the others wait
+        for."""
         until = perf_counter() + GRACE
         while not (own := [f for f in self._failures if not f.secondary]) and perf_counter() < until:
             threading.Event().wait(0.05)
@@ -376,7 +401,8 @@ class Ranks:
         return f"{_hanging(behind)}: {at}; {gave_up}"
 
     def close(self, failed: bool = False) -> None:
-        """Ends every rank: asks first, kills after `GRACE` seconds. No process that was started here is left."""
+        """Ends every rank: asks first, kills after `GRACE` seconds. No process that was started here is
+        left."""
         if self._closing:
             return
         self._closing = True

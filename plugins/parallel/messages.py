@@ -82,7 +82,7 @@ class Refused:
     reason: str
 
 
-# ---- dataclasses ------------------------------------------------------------------------------------------
+# ---- dataclasses -----------------------------------------------------------------------------------------
 
 
 def pack(message: Any) -> bytes:
@@ -153,7 +153,7 @@ def readable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-# ---- what is sent again and again -------------------------------------------------------------------------
+# ---- what is sent again and again ------------------------------------------------------------------------
 
 #: Integers and booleans, in the order of the class.
 _NUMBERS = [f.name for f in fields(StepInput) if f.name not in ("data", "sampled")]
@@ -215,7 +215,7 @@ def unpack_beat(body: bytes) -> tuple[int, int]:
     return _BEAT.unpack(body)
 
 
-# ---- the store's requests and answers ---------------------------------------------------------------------
+# ---- the store's requests and answers --------------------------------------------------------------------
 
 _LENGTH = struct.Struct("<I")
 

@@ -1,5 +1,6 @@
-"""Pipeline parallelism: consecutive layers a stage, one tensor from each stage to the next (Narayanan et al. 2021, section 2.2, without
-its backward passes). The engine keeps `pp` plans in flight, so while a stage computes one, its neighbours compute others."""
+"""Pipeline parallelism: consecutive layers a stage, one tensor from each stage to the next (Narayanan et al.
+2021, section 2.2, without its backward passes). The engine keeps `pp` plans in flight, so while a stage
+computes one, its neighbours compute others."""
 
 from __future__ import annotations
 
@@ -24,19 +25,22 @@ if TYPE_CHECKING:
 
 
 def layers_of(parallel: ParallelConfig, stage: int, num_layers: int) -> range:
-    """The stage's layers: as listed in `parallel.layers`, else evenly, with the odd ones in the middle stages (the first and
-    the last have the vocabulary to carry)."""
+    """The stage's layers: as listed in `parallel.layers`, else evenly, with the odd ones in the middle stages
+    (the first and the last have the vocabulary to carry)."""
     counts = parallel.layers
     if counts is None:
         base, odd = divmod(num_layers, parallel.pp)
-        middle = sorted(range(parallel.pp), key=lambda s: (s in (0, parallel.pp - 1), s == parallel.pp - 1, s))
+        middle = sorted(
+            range(parallel.pp), key=lambda s: (s in (0, parallel.pp - 1), s == parallel.pp - 1, s)
+        )
         counts = [base + (s in middle[:odd]) for s in range(parallel.pp)]
     first = sum(counts[:stage])
     return range(first, first + counts[stage])
 
 
 class LayerRange(nn.ModuleList):
-    """Some layers of a model under their numbers in the whole of it, which is how the checkpoint names them."""
+    """Some layers of a model under their numbers in the whole of it, which is how the checkpoint names
+    them."""
 
     def __init__(self, layers: Sequence[DecoderLayer], numbers: range) -> None:
         super().__init__()
@@ -45,7 +49,8 @@ class LayerRange(nn.ModuleList):
 
 
 def cut(model: CausalLM, mesh: Mesh) -> None:
-    """Leaves this stage's layers, and of the vocabulary what the stage needs. In place, before weights are loaded."""
+    """Leaves this stage's layers, and of the vocabulary what the stage needs. In place, before weights are
+    loaded."""
     parallel, decoder = mesh.parallel, model.model
     if parallel.pp == 1:
         return
@@ -58,7 +63,8 @@ def cut(model: CausalLM, mesh: Mesh) -> None:
 
 
 class Stage:
-    """A model of which ranks hold parts, loaded, with the face of a whole one: what it returns is for the last stage to use."""
+    """A model of which ranks hold parts, loaded, with the face of a whole one: what it returns is for the
+    last stage to use."""
 
     def __init__(self, model: CausalLM, mesh: Mesh, timed: bool = False) -> None:
         self.spec, self.model, self.lm_head, self._mesh = model.spec, model.model, model.lm_head, mesh
@@ -66,9 +72,12 @@ class Stage:
         self._timed = timed
         self._marks: list[list[torch.cuda.Event]] = []  # of each step: its input is there; its output is
 
-    def __call__(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata) -> Tensor:
-        """tokens, positions int64 [T] -> [T, N]: on the last stage hidden states after the final norm, else of no meaning. Between
-        stages travels [T, N], or of a long step each rank's part of the rows (`Mesh.begin`)."""
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], batch: BatchMetadata
+    ) -> Tensor:
+        """tokens, positions int64 [T] -> [T, N]: on the last stage hidden states after the final norm, else
+        of no meaning. Between stages travels [T, N], or of a long step each rank's part of the rows
+        (`Mesh.begin`)."""
         decoder, mesh = self.model, self._mesh
         rows = mesh.begin(len(tokens))
         if mesh.is_first:
@@ -102,12 +111,15 @@ class Stage:
         if not steps:
             return 0.0, 0.0
         torch.cuda.synchronize()
-        return sum(marks[0].elapsed_time(marks[-1]) for marks in steps) / 1e3, steps[0][0].elapsed_time(steps[-1][-1]) / 1e3
+        return sum(marks[0].elapsed_time(marks[-1]) for marks in steps) / 1e3, steps[0][0].elapsed_time(
+            steps[-1][-1]
+        ) / 1e3
 
 
 class StageRunner(ShardRunner):
-    """Runs its layers on what the stage before sent. Only the last stage samples, and nobody sends tokens back over the
-    device: the driver puts the tokens of a decode step, which it knows by then, behind its rows."""
+    """Runs its layers on what the stage before sent. Only the last stage samples, and nobody sends tokens
+    back over the device: the driver puts the tokens of a decode step, which it knows by then, behind its
+    rows."""
 
     def _tell(self, step: StepInput, data: Tensor) -> None:
         self.mesh.flush()  # what this step's graph sends must not overtake what was sent last
@@ -118,7 +130,9 @@ class StageRunner(ShardRunner):
         super()._set_batch(step, data[:-n])
         self.last_tokens[self.batch_rows[:n]] = data[-n:]
 
-    def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
+    def _sample(
+        self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int
+    ) -> Sampled:
         if self.mesh.is_last:
             sampled = super()._sample(hidden, rows, positions, sampling, logprobs)
             stage: Any = self.model
@@ -128,7 +142,8 @@ class StageRunner(ShardRunner):
 
 
 class StageBatcher(Batcher):
-    """Appends to every decode step the tokens that it computes, int32 [num_seqs]: the first stage did not sample them."""
+    """Appends to every decode step the tokens that it computes, int32 [num_seqs]: the first stage did not
+    sample them."""
 
     def _decode(self, plan: StepPlan, last: Any, updates: Any, *, same_rows: bool) -> StepInput:
         step = super()._decode(plan, last, updates, same_rows=same_rows)

@@ -1,11 +1,14 @@
-"""Tensor parallelism (Shoeybi et al. 2019, Megatron-LM, section 3), applied from outside to a model that knows nothing of it.
+"""Tensor parallelism (Shoeybi et al. 2019, Megatron-LM, section 3), applied from outside to a model that
+knows nothing of it.
 
-PLAN says by module name how each matrix is split over the ranks of a stage; names that are not in it are held in full by
-every rank. Each attention block and each MLP is one column-parallel product followed by one row-parallel product, so a layer
-has two all-reduces, after `o_proj` and `down_proj`; the vocabulary costs one more after the embedding and an all-gather of logits.
+PLAN says by module name how each matrix is split over the ranks of a stage; names that are not in it are held
+in full by every rank. Each attention block and each MLP is one column-parallel product followed by one
+row-parallel product, so a layer has two all-reduces, after `o_proj` and `down_proj`; the vocabulary costs one
+more after the embedding and an all-gather of logits.
 
-In a long step (`Mesh.begin`) an all-reduce is taken apart into its halves: ranks sum after a row-parallel product, each for its part of
-the tokens, add and normalise those, and gather before the next column-parallel product.
+In a long step (`Mesh.begin`) an all-reduce is taken apart into its halves: ranks sum after a row-parallel
+product, each for its part of the tokens, add and normalise those, and gather before the next column-parallel
+product.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ PLAN = {
 
 
 class RowParallelLinear(nn.Linear):
-    """Holds some input columns; the partial products are summed over the ranks, then the bias is added once."""
+    """Holds some input columns; the partial products are summed over the ranks, then the bias is added
+    once."""
 
     mesh: Mesh
 
@@ -81,16 +85,25 @@ class VocabularyParallelHead(nn.Linear):
 
 
 class ShardRunner(ModelRunner):
-    """Samples without all logits where it can: the best token of each rank's part, of which the best is the best of all."""
+    """Samples without all logits where it can: the best token of each rank's part, of which the best is the
+    best of all."""
 
     mesh: Mesh
 
-    def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
+    def _sample(
+        self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int
+    ) -> Sampled:
         head, sample = self.model.lm_head, self.kernels.sample_part
-        if sample is None or not isinstance(head, VocabularyParallelHead) or not head.everywhere or sampling == FILTERED or logprobs != NO_LOGPROBS:
+        if (
+            sample is None
+            or not isinstance(head, VocabularyParallelHead)
+            or not head.everywhere
+            or sampling == FILTERED
+            or logprobs != NO_LOGPROBS
+        ):
             return super()._sample(hidden, rows, positions, sampling, logprobs)
         temperature = None if sampling == GREEDY else self.numbers[0, rows]
-        best = sample(head.part(hidden), temperature, self.seeds[rows], positions, head.first)
+        best = sample(head.part(hidden), temperature, self.seeds[rows], positions, min_p=head.first)
         return Sampled(self.mesh.best(*best), None)
 
 
@@ -106,13 +119,16 @@ class Sharding:
         self._copies = max(1, self._tp // shape.num_key_value_heads)
         modules = dict(model.named_modules())
         self._layers = {name for name in modules if name.startswith("model.layers.") and name.count(".") == 2}
-        self._elsewhere = {name for name, module in modules.items() if isinstance(module, nn.Identity)}  # in other stages
+        # in other stages
+        self._elsewhere = {name for name, module in modules.items() if isinstance(module, nn.Identity)}
 
     def full_shape(self, name: str, local: tuple[int, ...]) -> tuple[int, ...]:
         kind, axis = self._rule(name)
         if kind == WHOLE:
             return local
-        whole = self._vocab if kind == VOCABULARY else self._kv_rows if _is_kv(name) else local[axis] * self._tp
+        whole = (
+            self._vocab if kind == VOCABULARY else self._kv_rows if _is_kv(name) else local[axis] * self._tp
+        )
         return (*local[:axis], whole, *local[axis + 1 :])
 
     def take(self, name: str, tensor: Any) -> Tensor:
@@ -126,12 +142,17 @@ class Sharding:
             rows = -(-size // self._tp)
             first = min(self._place * rows, size)
             part = tensor[first : first + rows]
-            return F.pad(part, (0, 0, 0, rows - len(part)))  # the last rank's rows past the vocabulary: no token is there
+            # the last rank's rows past the vocabulary: no token is there
+            return F.pad(part, (0, 0, 0, rows - len(part)))
         place, parts = self._place, self._tp
         if _is_kv(name):
             place, parts = place // self._copies, parts // self._copies
         rows = size // parts
-        part = tensor[:, place * rows : (place + 1) * rows] if axis else tensor[place * rows : (place + 1) * rows]
+        part = (
+            tensor[:, place * rows : (place + 1) * rows]
+            if axis
+            else tensor[place * rows : (place + 1) * rows]
+        )
         return part
 
     def owns(self, name: str) -> bool:
@@ -160,7 +181,11 @@ def shard(model: CausalLM, mesh: Mesh) -> Sharding:
         return share
     for layer in model.model.decoder_layers:
         _shard_attention(layer.self_attn, mesh)
-        _column_parallel(layer.mlp.gate_up_proj, {name: rows // tp for name, rows in layer.mlp.gate_up_proj.parts.items()}, mesh)
+        _column_parallel(
+            layer.mlp.gate_up_proj,
+            {name: rows // tp for name, rows in layer.mlp.gate_up_proj.parts.items()},
+            mesh,
+        )
         layer.mlp.down_proj = _row_parallel(layer.mlp.down_proj, mesh)
         layer._add_norm = partial(mesh.add_norm, layer._add_norm)
     model.model._add_norm = partial(mesh.add_norm, model.model._add_norm)
@@ -185,7 +210,13 @@ def _column_parallel(linear: PackedLinear, parts: dict[str, int], mesh: Mesh) ->
 
 
 def _row_parallel(linear: nn.Linear, mesh: Mesh) -> RowParallelLinear:
-    made = RowParallelLinear(linear.in_features // mesh.parallel.tp, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
+    made = RowParallelLinear(
+        linear.in_features // mesh.parallel.tp,
+        linear.out_features,
+        bias=False,
+        device="meta",
+        dtype=linear.weight.dtype,
+    )
     made.weight.requires_grad_(False)
     made.bias, made.mesh = linear.bias, mesh
     return made

@@ -95,13 +95,16 @@ class Worker:
     def _answer(self, value: Any) -> None:
         self.channel.send(wire.ANSWER, messages.pack(messages.Answer(value)))
 
-    # ---- threads -------------------------------------------------------------------------------------------------
+    # ---- threads ------------------------------------------------------------------------------------------
 
     def _send_back(self, sampled: Sampled) -> None:
-        """What was sampled, to the driver, as soon as the device has it; the next step does not wait for that."""
+        """What was sampled, to the driver, as soon as the device has it; the next step does not wait for
+        that."""
         on_host = sampled._replace(
             tokens=sampled.tokens.to("cpu", non_blocking=True),
-            logprobs=None if sampled.logprobs is None else tuple(part.to("cpu", non_blocking=True) for part in sampled.logprobs),
+            logprobs=None
+            if sampled.logprobs is None
+            else tuple(part.to("cpu", non_blocking=True) for part in sampled.logprobs),
         )
         arrived: Callable[[], None] = lambda: None  # noqa: E731
         if sampled.tokens.is_cuda:
@@ -139,7 +142,8 @@ def job_of(order: messages.Order, registry: Any) -> Job:
 
 
 def serve_torchrun(job: Job) -> int:
-    """A rank that torchrun started: serves the run that rank 0 drives. Raises ConfigError as rank 0 does for what cannot run."""
+    """A rank that torchrun started: serves the run that rank 0 drives. Raises ConfigError as rank 0 does for
+    what cannot run."""
     check(job)
     rank = int(os.environ["RANK"])
     if torchrun.meeting_point() == torchrun.LOOPBACK:

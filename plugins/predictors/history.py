@@ -14,7 +14,8 @@ UPPER = ("quantile", "sample")
 
 @dataclass
 class History(Predictor):
-    """Output lengths of the last finished requests of the same client or category, as in Past-Future (LightLLM, ASPLOS'25, section 3).
+    """Output lengths of the last finished requests of the same client or category, as in Past-Future
+    (LightLLM, ASPLOS'25, section 3).
 
     by: whose history: "client", "category" (tags) or "all". The paper's is one for all.
     window: finished requests that count.
@@ -24,8 +25,9 @@ class History(Predictor):
     initial: prediction before the first one has finished, at most max_tokens; None is max_tokens, or what the
     context leaves.
 
-    For a request that has generated n tokens only lengths above n count, so a prediction is always more than is already there; a
-    request that outlives them all is given one token more. Refused requests teach nothing.
+    For a request that has generated n tokens only lengths above n count, so a prediction is always more than
+    is already there; a request that outlives them all is given one token more. Refused requests teach
+    nothing.
     """
 
     by: str = param("category", choices=KINDS)

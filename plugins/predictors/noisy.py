@@ -15,15 +15,17 @@ MOST = 100.0  # logarithm of the largest factor: a tau near 0 asks for more than
 
 @dataclass
 class NoisyLength(Predictor):
-    """The true output length times exp(sigma z), z standard normal; sigma is tuned so that predictions rank requests with a Kendall tau.
+    """The true output length times exp(sigma z), z standard normal; sigma is tuned so that predictions rank
+    requests with a Kendall tau.
 
-    tau: expected rank correlation of predicted and true lengths, 0 < tau <= 1 (vLLM-LTR reports its rankers this way).
-    z_upper: the upper quantile is the mean times exp(z_upper sigma).
+    tau: expected rank correlation of predicted and true lengths, 0 < tau <= 1 (vLLM-LTR reports its rankers
+    this way). z_upper: the upper quantile is the mean times exp(z_upper sigma).
 
-    Two requests whose log lengths differ by d keep their order with probability (1 + erf(d / 2 sigma)) / 2, so tau is the mean of
-    erf(d / 2 sigma) over pairs of unequal lengths, whatever their distribution. Sigma is solved from the lengths of the first
-    requests, again each time their number doubles, up to 64. A request's z depends on the seed and its id alone, so that orders which
-    ask when a request arrives see the same errors.
+    Two requests whose log lengths differ by d keep their order with probability (1 + erf(d / 2 sigma)) / 2,
+    so tau is the mean of erf(d / 2 sigma) over pairs of unequal lengths, whatever their distribution. Sigma
+    is solved from the lengths of the first requests, again each time their number doubles, up to 64. A
+    request's z depends on the seed and its id alone, so that orders which ask when a request arrives see the
+    same errors.
     """
 
     tau: float = param(0.5, above=0, max=1)
@@ -34,7 +36,8 @@ class NoisyLength(Predictor):
         super().setup(ctx)
         assert ctx.oracle is not None  # since it declares oracle = True
         self._truth, self._seed = ctx.oracle, ctx.seed
-        self.sigma = 0.0 if self.tau == 1 else spread([0.0, 1.0], self.tau)  # until lengths are known: two that differ by a factor of e
+        # until lengths are known: two that differ by a factor of e
+        self.sigma = 0.0 if self.tau == 1 else spread([0.0, 1.0], self.tau)
         self._logs: list[float] = []
         self._noise: dict[int, float] = {}
 
@@ -57,7 +60,8 @@ class NoisyLength(Predictor):
 
 
 def spread(logs: list[float], tau: float) -> float:
-    """The sigma for which values with these logarithms and log-normal noise have an expected Kendall tau; 0 where all are equal."""
+    """The sigma for which values with these logarithms and log-normal noise have an expected Kendall tau; 0
+    where all are equal."""
     gaps = [abs(a - b) for a, b in combinations(logs, 2) if a != b]
     if not gaps:
         return 0.0
@@ -66,7 +70,11 @@ def spread(logs: list[float], tau: float) -> float:
         low, high = high, 2 * high
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(erf(gap / (2 * middle)) for gap in gaps) > tau * len(gaps) else (low, middle)
+        low, high = (
+            (middle, high)
+            if sum(erf(gap / (2 * middle)) for gap in gaps) > tau * len(gaps)
+            else (low, middle)
+        )
     return high
 
 

@@ -11,7 +11,8 @@ from headway import Context, LengthPrediction, Predictor, Registry, Request, hoo
 class TrueLength(Predictor):
     """The true output length, which no deployed system knows; results are stamped with it.
 
-    Where the workload gives no length and the model decides when to stop, it is max_tokens or what the context leaves.
+    Where the workload gives no length and the model decides when to stop, it is max_tokens or what the
+    context leaves.
     """
 
     oracle = True

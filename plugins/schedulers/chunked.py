@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headway import Context, NeedBlocks, NoBudget, Registry, Request, Scheduler, StepBuilder, View, hookimpl, param
+from headway import (
+    Context,
+    NeedBlocks,
+    NoBudget,
+    Registry,
+    Request,
+    Scheduler,
+    StepBuilder,
+    View,
+    hookimpl,
+    param,
+)
 
 
 @dataclass
@@ -37,7 +48,9 @@ class ChunkedPrefill(Scheduler):
     def plan(self, step: StepBuilder, view: View) -> None:
         self.fill(step, view, view.running, self.order(view))
 
-    def fill(self, step: StepBuilder, view: View, running: Iterable[Request], waiting: Iterable[Request]) -> None:
+    def fill(
+        self, step: StepBuilder, view: View, running: Iterable[Request], waiting: Iterable[Request]
+    ) -> None:
         step.limit(tokens=self.token_budget)
         prefills = []
         for request in running:

@@ -13,8 +13,9 @@ class TwoPhase(Scheduler):
     """Prefill and decode phases with batch limits of their own (nano-vLLM's two-phase loop,
     nanovllm/engine/scheduler.py).
 
-    switch_waiting: a prefill phase begins when so many requests wait (1: as soon as one does) or nothing decodes.
-    prefill_seqs, prefill_tokens, decode_seqs: limits of one step of that phase; None is the engine's.
+    switch_waiting: a prefill phase begins when so many requests wait (1: as soon as one does) or nothing
+    decodes. prefill_seqs, prefill_tokens, decode_seqs: limits of one step of that phase; None is the
+    engine's.
 
     As there, only the first prompt of a step may be split; one behind it that exceeds what is left of the
     tokens waits for the next step. nano-vLLM has switch_waiting=1 and no limits of its own for a phase.
@@ -48,7 +49,9 @@ class TwoPhase(Scheduler):
                 continue
             if step.num_seqs and request.num_tokens - view.match(request).num_tokens > tokens:
                 break
-            if not step.fits(request) or isinstance(granted := step.add(request, tokens), NoBudget | NeedBlocks):
+            if not step.fits(request) or isinstance(
+                granted := step.add(request, tokens), NoBudget | NeedBlocks
+            ):
                 break
             if granted:
                 tokens, seqs = tokens - granted.n, seqs - 1

@@ -24,18 +24,19 @@ from .chunked import ChunkedPrefill
 
 @dataclass
 class Preemptive(ChunkedPrefill):
-    """scheduler=chunked, but a waiting request takes the place of running ones that the order ranks behind it (SRPT, FastServe, LTR, EDF).
+    """scheduler=chunked, but a waiting request takes the place of running ones that the order ranks behind it
+    (SRPT, FastServe, LTR, EDF).
 
     mode: how they make way: "pause" keeps their KV until memory runs short, "recompute" gives it up at once,
     "drop_tail" all but its head.
 
-    Before each step the best waiting requests are given, in the order's ranking, what is free of sequences and blocks; where that is
-    short, the last-ranked running requests go, but only if that is enough for the request to start. Running requests are then planned
-    in the same ranking. Which paused requests lose their blocks first is the victim role's: victim=pause_first goes by the order.
-    Differs: where memory runs short FastServe and Autellix swap KV to the host; here it is recomputed, and who
-    was preempted stays until it has generated a token: nobody recomputes for ever.
-    Needs an order that ranks running requests too: a KeyOrder or a MovingOrder, not a queue discipline as
-    fcfs, lpm, vtc or dlpm.
+    Before each step the best waiting requests are given, in the order's ranking, what is free of sequences
+    and blocks; where that is short, the last-ranked running requests go, but only if that is enough for the
+    request to start. Running requests are then planned in the same ranking. Which paused requests lose their
+    blocks first is the victim role's: victim=pause_first goes by the order. Differs: where memory runs short
+    FastServe and Autellix swap KV to the host; here it is recomputed, and who was preempted stays until it
+    has generated a token: nobody recomputes for ever. Needs an order that ranks running requests too: a
+    KeyOrder or a MovingOrder, not a queue discipline as fcfs, lpm, vtc or dlpm.
     """
 
     mode: str = param("pause", choices=("pause", *PREEMPTION_MODES))
@@ -44,8 +45,10 @@ class Preemptive(ChunkedPrefill):
         super().setup(ctx)
         if self._order.rank_at(0.0) is None:
             raise ConfigError(
-                f"{self.plugin_name} needs an order that ranks running requests too, and {self._order.plugin_name} does not: "
-                "choose order=priority, sjf, srpt, edf, least_slack, ltr, mlfq or plas, or derive yours from headway.KeyOrder or MovingOrder"
+                f"{self.plugin_name} needs an order that ranks running requests too, and "
+                f"{self._order.plugin_name} does not: "
+                "choose order=priority, sjf, srpt, edf, least_slack, ltr, mlfq or plas, or derive yours from "
+                "headway.KeyOrder or MovingOrder"
             )
         self._max_num_seqs = ctx.max_num_seqs
         self._leaving: list[Request] = []  # who made way, with blocks that come back with a step in flight
@@ -62,14 +65,20 @@ class Preemptive(ChunkedPrefill):
         waiting = (request for request in self.order(view) if request.index not in gone)
         self.fill(step, view, [request for request in running if request.index not in gone], waiting)
 
-    def make_way(self, step: StepBuilder, view: View, running: list[Request], rank: Callable[[Request], Any]) -> set[int]:
-        """Preempts from the end of `running` for as many waiting requests as rank before it and may start; returns the indices of those
-        that went."""
+    def make_way(
+        self, step: StepBuilder, view: View, running: list[Request], rank: Callable[[Request], Any]
+    ) -> set[int]:
+        """Preempts from the end of `running` for as many waiting requests as rank before it and may start;
+        returns the indices of those that went."""
         paid = self._paid
         movable = [r for r in running if r.num_output_tokens > paid.get(r.index, (0, -1))[1]]
-        self._leaving = [r for r in self._leaving if r.num_scheduled_tokens and r.state is not RequestState.RUNNING]
+        self._leaving = [
+            r for r in self._leaving if r.num_scheduled_tokens and r.state is not RequestState.RUNNING
+        ]
         seqs = self._max_num_seqs - len(running)
-        blocks = view.kv.available + view.kv.paused + sum(len(request.block_table) for request in self._leaving)
+        blocks = (
+            view.kv.available + view.kv.paused + sum(len(request.block_table) for request in self._leaving)
+        )
         blocks -= sum(self.lacks(request, view) for request in running)
         budget = step.tokens_left if self.token_budget is None else min(step.tokens_left, self.token_budget)
         tokens = budget - sum(request.num_new_tokens for request in running)

@@ -22,18 +22,20 @@ from .chunked import ChunkedPrefill
 
 @dataclass
 class Selective(ChunkedPrefill):
-    """scheduler=chunked with the selective preemption of Niyama (Goel et al., arXiv 2503.22562, section 3): prompts are taken as they rank.
+    """scheduler=chunked with the selective preemption of Niyama (Goel et al., arXiv 2503.22562, section 3):
+    prompts are taken as they rank.
 
-    Decodes come first and are never passed over. Prompts that have begun and requests that wait compete in the order's ranking for what the
-    budget leaves, so a better one overtakes a prompt that is half done, which keeps its blocks and goes on later: nothing is recomputed.
-    Needs an order with a key.
+    Decodes come first and are never passed over. Prompts that have begun and requests that wait compete in
+    the order's ranking for what the budget leaves, so a better one overtakes a prompt that is half done,
+    which keeps its blocks and goes on later: nothing is recomputed. Needs an order with a key.
     """
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
         if not isinstance(self._order, KeyOrder):
             raise ConfigError(
-                f"{self.plugin_name} needs an order that ranks running requests too, and {self._order.plugin_name} does not: "
+                f"{self.plugin_name} needs an order that ranks running requests too, and "
+                f"{self._order.plugin_name} does not: "
                 "choose order=niyama, edf, priority, srpt or another KeyOrder"
             )
         self._rank = self._order.rank
@@ -61,7 +63,8 @@ class Selective(ChunkedPrefill):
             else:
                 granted = step.add(candidate, self.chunk_size)
                 prefills.append(candidate)
-                ends = isinstance(granted, NoBudget | NeedBlocks)  # as many run as may; what has begun goes on
+                # as many run as may; what has begun goes on
+                ends = isinstance(granted, NoBudget | NeedBlocks)
                 candidate = None if ends else next(waiting, None)
 
     def has_room(self, step: StepBuilder, view: View, candidate: Request, prefills: list[Request]) -> bool:

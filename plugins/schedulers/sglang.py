@@ -9,13 +9,15 @@ from headway import NeedBlocks, NoBudget, Registry, Scheduler, StepBuilder, View
 
 @dataclass
 class PrefillAlone(Scheduler):
-    """SGLang's default (Zheng et al., NeurIPS'24; managers/scheduler.py): prompts before decodes, never in one step, filled up to a chunk.
+    """SGLang's default (Zheng et al., NeurIPS'24; managers/scheduler.py): prompts before decodes, never in
+    one step, filled up to a chunk.
 
-    chunk_size: prompt tokens per step (chunked_prefill_size); None is the engine's max_num_batched_tokens. The last
-    prompt of a step is split to fill it, and goes on before others start.
+    chunk_size: prompt tokens per step (chunked_prefill_size); None is the engine's max_num_batched_tokens.
+    The last prompt of a step is split to fill it, and goes on before others start.
 
-    Decodes wait while there are prompts to compute. They are planned from most to fewest generated tokens, so that with
-    victim=fewest_outputs memory runs out on whom SGLang retracts. Not here: its mixed chunks (off by default) and overlap.
+    Decodes wait while there are prompts to compute. They are planned from most to fewest generated tokens, so
+    that with victim=fewest_outputs memory runs out on whom SGLang retracts. Not here: its mixed chunks (off
+    by default) and overlap.
     """
 
     chunk_size: int | None = param(None, min=1, max=2**31 - 1, unit="tokens")

@@ -1,4 +1,5 @@
-"""Recorded agent programs in a closed loop: each call waits for the one before it and for the tool that ran in between."""
+"""Recorded agent programs in a closed loop: each call waits for the one before it and for the tool that ran
+in between."""
 
 from __future__ import annotations
 
@@ -39,11 +40,13 @@ EXPECTED = "a file with agent sessions, one JSON object a line"
 
 @dataclass
 class Agents(TimedWorkload):
-    """Agent sessions of kv-cache-tester (JSON lines, gzip or not), replayed in a closed loop of calls, tools and thinking.
+    """Agent sessions of kv-cache-tester (JSON lines, gzip or not), replayed in a closed loop of calls, tools
+    and thinking.
 
-    One session a line: `block_size` and `requests` with `in`, `out`, `hash_ids` (whole blocks of the prompt, local to the session), `think_time` and
-    `stop`; a sub-agent's calls run where it was started. `arrival` says when sessions begin. A session ends where its next prompt
-    would not fit the context; `scale` makes long ones fit.
+    One session a line: `block_size` and `requests` with `in`, `out`, `hash_ids` (whole blocks of the prompt,
+    local to the session), `think_time` and `stop`; a sub-agent's calls run where it was started. `arrival`
+    says when sessions begin. A session ends where its next prompt would not fit the context; `scale` makes
+    long ones fit.
     """
 
     path: str = ""
@@ -83,7 +86,9 @@ class Agents(TimedWorkload):
             last=turn + 1 == len(calls),
         )
         time = now + call.think_time * self.think_scale if turn else now
-        return Arrival(time, prompt, self.sampling(), self._scaled(call.output_len), f"{id}.{turn}", tags)
+        return Arrival(
+            time, prompt, self.sampling(), self._scaled(call.output_len), id=f"{id}.{turn}", tags=tags
+        )
 
     def _scaled(self, tokens: int) -> int:
         return max(1, round(tokens * self.scale)) if tokens else 0

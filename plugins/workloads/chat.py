@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, ClassVar
 
-from headway import Arrival, Context, ModelError, Registry, SamplingParams, Tags, WorkloadError, hookimpl, param
+from headway import (
+    Arrival,
+    Context,
+    ModelError,
+    Registry,
+    SamplingParams,
+    Tags,
+    WorkloadError,
+    hookimpl,
+    param,
+)
 
 from .lines import Lines, Malformed, json_object, parsed
 from .pace import TimedWorkload
@@ -69,13 +79,16 @@ class Chat(TimedWorkload):
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         if self.tokenizer is None:
-            raise WorkloadError("workload=chat needs the model's tokenizer, and this executor has none: use executor=torch")
+            raise WorkloadError(
+                "workload=chat needs the model's tokenizer, and this executor has none: use executor=torch"
+            )
         texts, sampling = self.texts(), self.sampling()
         for text in islice(cycle(texts), len(texts) if self.num_requests is None else self.num_requests):
             yield self._arrival(text, sampling)
 
     def _arrival(self, text: str, sampling: SamplingParams) -> Arrival:
-        """A text that the tokenizer or its template refuses is a request that is refused; the others are asked."""
+        """A text that the tokenizer or its template refuses is a request that is refused; the others are
+        asked."""
         refusal, tokens = "", []
         try:
             tokens = self._encode(text)

@@ -27,8 +27,8 @@ from .pace import LONGEST, arrival_times, length_range, random_prompt
 class Clients(Mix):
     """Several clients, each with its own rate and lengths, for studies of fairness.
 
-    The defaults are the overload of VTC's first experiment (Sheng et al., OSDI'24): 1.5 and 3 requests a second, evenly spaced, 256 tokens in
-    and 256 out. A list with one entry holds for every client.
+    The defaults are the overload of VTC's first experiment (Sheng et al., OSDI'24): 1.5 and 3 requests a
+    second, evenly spaced, 256 tokens in and 256 out. A list with one entry holds for every client.
     """
 
     rates: list[float] = param(
@@ -66,8 +66,13 @@ class Clients(Mix):
     def _spread(self, name: str) -> list[tuple[int, int]]:
         entries = list(getattr(self, name))
         if len(entries) not in (1, len(self.rates)):
-            raise WorkloadError(f"workload.{name}={entries}: expected one entry, or one for each of the {len(self.rates)} clients")
-        return [length_range(name, entry) for entry in entries] * (len(self.rates) if len(entries) == 1 else 1)
+            raise WorkloadError(
+                f"workload.{name}={entries}: expected one entry, or one for each of the {len(self.rates)} "
+                "clients"
+            )
+        return [length_range(name, entry) for entry in entries] * (
+            len(self.rates) if len(entries) == 1 else 1
+        )
 
     def arrivals(self, seed: int, vocab_size: int, max_model_len: int) -> Iterable[Arrival]:
         streams = [self._client(i, seed, vocab_size, max_model_len) for i in range(len(self.rates))]
@@ -79,7 +84,14 @@ class Clients(Mix):
         times = arrival_times(self.arrival, self.rates[i], self.burstiness, Random(f"{seed}/arrivals{i}"))
         for number, time in enumerate(takewhile(lambda t: t < self.duration, times)):
             prompt = random_prompt(rng, rng.randint(*self._input[i]), vocab_size, max_model_len)
-            yield Arrival(time, prompt, sampling, rng.randint(*self._output[i]), f"{name}.{number}", Tags(client=name))
+            yield Arrival(
+                time,
+                prompt,
+                sampling,
+                rng.randint(*self._output[i]),
+                id=f"{name}.{number}",
+                tags=Tags(client=name),
+            )
 
 
 @hookimpl

@@ -13,12 +13,13 @@ IDS = 1 << 40  # ids that can be told apart; a trace of that many blocks fits no
 
 
 class Content:
-    """Turns block or document ids into tokens at memory speed, since traces hold hundreds of millions of them.
+    """Turns block or document ids into tokens at memory speed, since traces hold hundreds of millions of
+    them.
 
-    A sequence is the id's digits in base vocab_size, lowest first, then a piece of one fixed shuffle of the vocabulary.
-    Ids below 2**40 therefore differ within the first few tokens (3 with a vocabulary of 151,936), and ids below
-    vocab_size in the very first: blocks of a prefix cache tell them apart. `Numbering` makes such ids of
-    others.
+    A sequence is the id's digits in base vocab_size, lowest first, then a piece of one fixed shuffle of the
+    vocabulary. Ids below 2**40 therefore differ within the first few tokens (3 with a vocabulary of 151,936),
+    and ids below vocab_size in the very first: blocks of a prefix cache tell them apart. `Numbering` makes
+    such ids of others.
     """
 
     def __init__(self, seed: int, vocab_size: int) -> None:

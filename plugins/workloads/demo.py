@@ -12,9 +12,12 @@ from .shared_prefix import SharedPrefix
 
 @dataclass
 class Demo(SharedPrefix):
-    """Three clients of unlike size, prompts of unlike length that share beginnings, Poisson, a little faster than two CPU cores serve."""
+    """Three clients of unlike size, prompts of unlike length that share beginnings, Poisson, a little faster
+    than two CPU cores serve."""
 
-    arrival: str = param("poisson", choices=PROCESSES, doc="closed: `concurrency` clients that wait for each answer")
+    arrival: str = param(
+        "poisson", choices=PROCESSES, doc="closed: `concurrency` clients that wait for each answer"
+    )
     rate: float = param(100.0, min=1e-6, max=1e9, unit="requests a second", doc="uniform, poisson and gamma")
     num_requests: int = param(40, min=1, max=10_000_000)
     input_len: int | list[int] = param([32, 320], min=1, max=LONGEST, unit="tokens")

@@ -83,7 +83,8 @@ def json_object(line: int, text: str) -> dict[str, Any]:
 
 
 def _half_letter(found: Any) -> str:
-    """The first surrogate that JSON escapes without its other half, which no tokenizer and no file takes; "" for none."""
+    """The first surrogate that JSON escapes without its other half, which no tokenizer and no file takes; ""
+    for none."""
     try:
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -14,10 +14,11 @@ from .pace import LONGEST, TimedWorkload, length_range, random_tokens
 
 @dataclass
 class MultiTurn(TimedWorkload):
-    """Conversations in a closed loop: a turn is the whole talk so far plus new tokens, a think time after the last answer.
+    """Conversations in a closed loop: a turn is the whole talk so far plus new tokens, a think time after the
+    last answer.
 
-    `arrival` says when conversations begin; with `closed`, `concurrency` of them go on at any time. A conversation also ends where its
-    next prompt would not fit the context, or its last turn was refused.
+    `arrival` says when conversations begin; with `closed`, `concurrency` of them go on at any time. A
+    conversation also ends where its next prompt would not fit the context, or its last turn was refused.
     """
 
     num_sessions: int = param(16, min=1, max=10_000_000)
@@ -34,7 +35,10 @@ class MultiTurn(TimedWorkload):
     )
 
     def __post_init__(self) -> None:
-        self._input, self._output = length_range("input_len", self.input_len), length_range("output_len", self.output_len)
+        self._input, self._output = (
+            length_range("input_len", self.input_len),
+            length_range("output_len", self.output_len),
+        )
         self._turns = length_range("turns", self.turns)
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
@@ -46,7 +50,8 @@ class MultiTurn(TimedWorkload):
             yield self._turn(f"s{session}", 0, 0.0, system)
 
     def _chance(self, session: str, turn: int) -> Random:
-        """Each turn draws from its own stream, so that the order in which answers come back changes nothing."""
+        """Each turn draws from its own stream, so that the order in which answers come back changes
+        nothing."""
         return Random(f"{self._seed}/{session}/{turn}")
 
     def _turn(self, session: str, turn: int, now: float, before: Sequence[int]) -> Arrival:
@@ -57,7 +62,9 @@ class MultiTurn(TimedWorkload):
         if len(prompt) < self._max_model_len:
             prompt = [*before, *random_tokens(rng, length, self._vocab_size)]
         tags = Tags(client=session, session=session, turn=turn, category="chat")
-        return Arrival(now + think if turn else now, prompt, self.sampling(), output, f"{session}.{turn}", tags)
+        return Arrival(
+            now + think if turn else now, prompt, self.sampling(), output, id=f"{session}.{turn}", tags=tags
+        )
 
     def on_result(self, request: Request, now: float) -> Iterable[Arrival]:
         session, turn = request.tags.session, request.tags.turn

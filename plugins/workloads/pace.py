@@ -1,4 +1,5 @@
-"""When requests arrive: the arrival processes that every workload here shares, as flat parameters of the workload."""
+"""When requests arrive: the arrival processes that every workload here shares, as flat parameters of the
+workload."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ PROCESSES = ("all_at_once", "uniform", "poisson", "gamma", "closed")
 def arrival_times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterator[float]:
     """Seconds at which requests arrive, without end.
 
-    uniform: i / rate. poisson: exponential gaps. gamma: gaps of shape `burstiness` and mean 1 / rate, as in `vllm bench
-    serve`: 1 is Poisson, less is burstier (coefficient of variation burstiness ** -0.5). Raises WorkloadError
-    for what is no time.
+    uniform: i / rate. poisson: exponential gaps. gamma: gaps of shape `burstiness` and mean 1 / rate, as in
+    `vllm bench serve`: 1 is Poisson, less is burstier (coefficient of variation burstiness ** -0.5). Raises
+    WorkloadError for what is no time.
     """
     given = {"rate": rate} if arrival != "gamma" else {"rate": rate, "burstiness": burstiness}
     for name, value in given.items():
@@ -40,7 +41,11 @@ def _times(arrival: str, rate: float, burstiness: float, rng: Random) -> Iterato
         yield from (i / rate for i in count())
     now = 0.0
     while True:
-        now += rng.expovariate(rate) if arrival == "poisson" else rng.gammavariate(burstiness, 1 / (rate * burstiness))
+        now += (
+            rng.expovariate(rate)
+            if arrival == "poisson"
+            else rng.gammavariate(burstiness, 1 / (rate * burstiness))
+        )
         yield now
 
 
@@ -57,7 +62,8 @@ LONGEST = 10_000_000  # tokens; more than any model's context
 
 
 def length_range(name: str, value: int | list[int]) -> tuple[int, int]:
-    """A length, or [low, high] with both ends, as (low, high). Raises WorkloadError for a list that is no range."""
+    """A length, or [low, high] with both ends, as (low, high). Raises WorkloadError for a list that is no
+    range."""
     ends = (value, value) if isinstance(value, int) else tuple(value)
     if len(ends) != 2 or ends[0] > ends[1]:
         raise WorkloadError(f"workload.{name}={value}: expected a length, or [low, high] with low <= high")
@@ -75,10 +81,11 @@ def random_prompt(rng: Random, length: int, vocab_size: int, max_model_len: int)
 
 @dataclass
 class TimedWorkload(Mix):
-    """Base of the workloads whose requests come one by one, in an order that does not depend on when they come.
+    """Base of the workloads whose requests come one by one, in an order that does not depend on when they
+    come.
 
-    A subclass gives `requests`; times are filled in here. What is asked and when draw from separate streams of the seed, so
-    that the same requests come at every rate.
+    A subclass gives `requests`; times are filled in here. What is asked and when draw from separate streams
+    of the seed, so that the same requests come at every rate.
     """
 
     arrival: str = param(
@@ -103,7 +110,8 @@ class TimedWorkload(Mix):
         doc="declared cap, which does not reveal the true length; None: up to the context",
     )
 
-    lookahead: ClassVar[int] = 4096  # requests made before the run begins, so that making them costs the run no time
+    # requests made before the run begins, so that making them costs the run no time
+    lookahead: ClassVar[int] = 4096
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         """The requests in order. Their times count only for a process that replays recorded ones."""
@@ -117,7 +125,9 @@ class TimedWorkload(Mix):
         made = self.mixed(self.requests(seed, vocab_size, max_model_len), seed)
         head = list(islice(made, self.lookahead))
         if not head:
-            raise WorkloadError(f"workload {self.plugin_name or type(self).__name__} is empty: it has no request to run")
+            raise WorkloadError(
+                f"workload {self.plugin_name or type(self).__name__} is empty: it has no request to run"
+            )
         self._rest = chain(head, made)  # what a closed loop still has to ask
         if self.arrival == "closed":
             return [replace(request, time=0.0) for request in islice(self._rest, self.concurrency)]

@@ -30,7 +30,10 @@ class RandomLengths(TimedWorkload):
     dealt_by_itself: ClassVar[tuple[str, ...]] = ("clients", "priorities")
 
     def __post_init__(self) -> None:
-        self._input, self._output = length_range("input_len", self.input_len), length_range("output_len", self.output_len)
+        self._input, self._output = (
+            length_range("input_len", self.input_len),
+            length_range("output_len", self.output_len),
+        )
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         rng, sampling = Random(f"{seed}/requests"), self.sampling()
@@ -38,7 +41,9 @@ class RandomLengths(TimedWorkload):
             length, output = rng.randint(*self._input), rng.randint(*self._output)
             priority = rng.randrange(self.priorities)
             prompt = random_prompt(rng, length, vocab_size, max_model_len)
-            yield Arrival(0.0, prompt, sampling, output, tags=Tags(client=f"c{i % self.clients}", priority=priority))
+            yield Arrival(
+                0.0, prompt, sampling, output, tags=Tags(client=f"c{i % self.clients}", priority=priority)
+            )
 
 
 @hookimpl

@@ -17,8 +17,9 @@ from .pace import LONGEST, TimedWorkload, length_range, random_tokens
 class SharedPrefix(TimedWorkload):
     """A share of the requests falls into groups; a group shares the leading part of its prompts.
 
-    The defaults are the classic test: 100 requests of 512 tokens, 70% of which share 80% of the prompt. With a cold cache the first of a
-    group computes its prefix, so at most (70 - 1) * 410 of 51,200 prompt tokens can be hits.
+    The defaults are the classic test: 100 requests of 512 tokens, 70% of which share 80% of the prompt. With
+    a cold cache the first of a group computes its prefix, so at most (70 - 1) * 410 of 51,200 prompt tokens
+    can be hits.
     """
 
     num_requests: int = param(100, min=1, max=10_000_000)
@@ -34,7 +35,10 @@ class SharedPrefix(TimedWorkload):
     )
 
     def __post_init__(self) -> None:
-        self._input, self._output = length_range("input_len", self.input_len), length_range("output_len", self.output_len)
+        self._input, self._output = (
+            length_range("input_len", self.input_len),
+            length_range("output_len", self.output_len),
+        )
         if self.groups > self.num_requests:
             most = f"at most workload.num_requests={self.num_requests}"
             raise WorkloadError(f"workload.groups={self.groups}: expected {most}")
@@ -52,7 +56,9 @@ class SharedPrefix(TimedWorkload):
             if length < max_model_len:
                 head = prefixes[group][: ceil(self.share_prompt * length)] if group >= 0 else []
                 prompt = head + random_tokens(rng, length - len(head), vocab_size)
-            yield Arrival(0.0, prompt, sampling, output, tags=Tags(category=f"group{group}" if group >= 0 else "alone"))
+            yield Arrival(
+                0.0, prompt, sampling, output, tags=Tags(category=f"group{group}" if group >= 0 else "alone")
+            )
 
 
 @hookimpl

@@ -1,4 +1,5 @@
-"""Recorded workloads: the public traces, replayed in their own time, at another speed, or with another arrival process."""
+"""Recorded workloads: the public traces, replayed in their own time, at another speed, or with another
+arrival process."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ LONGEST_ROW = 4 << 20  # bytes; the block ids of a million tokens are 20 thousan
 class Trace(TimedWorkload):
     """A trace file (`path`, gzip or not) in one of the public formats: azure, mooncake, burstgpt.
 
-    Block ids become tokens, so that shared prefixes are real; where a format has none, every prompt is unlike all others.
-    Requests that do not fit the context are left for the engine to reject, unless `max_input_len` cuts them.
+    Block ids become tokens, so that shared prefixes are real; where a format has none, every prompt is unlike
+    all others. Requests that do not fit the context are left for the engine to reject, unless `max_input_len`
+    cuts them.
     """
 
     arrival: str = param(
@@ -101,21 +103,24 @@ def _prompt(row: Row, serial: int, length: int, content: Content) -> Sequence[in
 
 @dataclass
 class Azure(Trace):
-    """Azure's LLM inference trace (Patel et al., Splitwise, ISCA'24): arrival times and lengths, no shared prefixes."""
+    """Azure's LLM inference trace (Patel et al., Splitwise, ISCA'24): arrival times and lengths, no shared
+    prefixes."""
 
     format: str = param("azure", choices=tuple(FORMATS))
 
 
 @dataclass
 class Mooncake(Trace):
-    """Mooncake's traces (Qin et al., FAST'25): arrival times, lengths, and prefixes shared in blocks of 512 tokens."""
+    """Mooncake's traces (Qin et al., FAST'25): arrival times, lengths, and prefixes shared in blocks of 512
+    tokens."""
 
     format: str = param("mooncake", choices=tuple(FORMATS))
 
 
 @dataclass
 class BurstGPT(Trace):
-    """BurstGPT (Wang et al., 2024): arrival times and lengths of ChatGPT and GPT-4 use, no shared prefixes."""
+    """BurstGPT (Wang et al., 2024): arrival times and lengths of ChatGPT and GPT-4 use, no shared
+    prefixes."""
 
     format: str = param("burstgpt", choices=tuple(FORMATS))
 

@@ -16,7 +16,8 @@ MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
 class Row(NamedTuple):
-    """One request of a trace. Lengths in tokens; `block_ids` name blocks of `block_size` tokens, equal id equal whole prefix."""
+    """One request of a trace. Lengths in tokens; `block_ids` name blocks of `block_size` tokens, equal id
+    equal whole prefix."""
 
     time: float  # seconds, from any origin
     input_len: int
@@ -53,7 +54,8 @@ def burstgpt(lines: Lines) -> Iterator[Row]:
 
 
 def mooncake(lines: Lines) -> Iterator[Row]:
-    """Mooncake JSONL: timestamp (ms), input_length, output_length, hash_ids of 512-token prefix blocks, the last one partial."""
+    """Mooncake JSONL: timestamp (ms), input_length, output_length, hash_ids of 512-token prefix blocks, the
+    last one partial."""
     for number, text in lines:
         entry = json_object(number, text)
         if missing := [key for key in MOONCAKE_KEYS if key not in entry]:
@@ -70,7 +72,11 @@ def mooncake(lines: Lines) -> Iterator[Row]:
         yield Row(time, length, count(number, "output_length", entry["output_length"]), ids, MOONCAKE_BLOCK)
 
 
-FORMATS: dict[str, Callable[[Lines], Iterator[Row]]] = {"azure": azure, "burstgpt": burstgpt, "mooncake": mooncake}
+FORMATS: dict[str, Callable[[Lines], Iterator[Row]]] = {
+    "azure": azure,
+    "burstgpt": burstgpt,
+    "mooncake": mooncake,
+}
 
 
 def _table(lines: Lines, *columns: str) -> Iterator[tuple[int, list[str]]]:

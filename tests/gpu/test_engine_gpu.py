@@ -1,4 +1,5 @@
-"""The whole engine on a GPU: it answers what transformers answers, with graphs and without, and its memory is what the plan says."""
+"""The whole engine on a GPU: it answers what transformers answers, with graphs and without, and its memory is
+what the plan says."""
 
 from __future__ import annotations
 
@@ -33,7 +34,12 @@ def on_gpu(name: str, kernels: str, graphs: bool = False, dtype: str | None = No
     executor = TorchExecutor(device="cuda", kv_cache_gb=0.05)
     choice = BACKENDS[kernels](cuda_graphs=graphs)
     choice.plugin_name = kernels
-    executor.prepare(ModelConfig(name_or_path=str(variant(name)), dtype=dtype), choice, engine=EngineConfig(**LIMITS), backends=lookup(BACKENDS))
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant(name)), dtype=dtype),
+        choice,
+        engine=EngineConfig(**LIMITS),
+        backends=lookup(BACKENDS),
+    )
     return executor
 
 
@@ -57,7 +63,9 @@ def expected(name, prompts=PROMPTS, count=GREEDY.max_tokens):
 def test_greedy_tokens_equal_transformers(name, kernels, graphs, max_inflight):
     executor = on_gpu(name, kernels, graphs)
     for scheduler, kv in (("chunked", "hash"), ("fcfs", "none"), ("pd_split", "radix")):
-        engine = engine_on_gpu(executor, scheduler, kv, chunk=64 if scheduler == "fcfs" else 7, max_inflight=max_inflight)
+        engine = engine_on_gpu(
+            executor, scheduler, kv, chunk=64 if scheduler == "fcfs" else 7, max_inflight=max_inflight
+        )
         assert generate(engine, PROMPTS) == expected(name)
         assert engine.roster.num_preemptions > 0
 
@@ -65,7 +73,8 @@ def test_greedy_tokens_equal_transformers(name, kernels, graphs, max_inflight):
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_tables_and_lengths_on_the_device_are_those_of_the_plan(kernels, graphs, monkeypatch):
-    """The KV oracle of the real engine: after each launch every row holds its request's blocks, and nobody's block is in two places."""
+    """The KV oracle of the real engine: after each launch every row holds its request's blocks, and nobody's
+    block is in two places."""
     executor = on_gpu("qwen3", kernels, graphs)
     engine = engine_on_gpu(executor, kv="radix", chunk=7, max_inflight=2)
     launch, steps = executor.launch, []
@@ -80,12 +89,15 @@ def test_tables_and_lengths_on_the_device_are_those_of_the_plan(kernels, graphs,
             assert lengths[row] == start + length
         held = [rows[request.index] for request in engine.running.items if request.index in rows]
         assert len(set(held)) == len(held)
-        assert lengths[-1] == 0 and (tables[-1] == engine.pool.num_blocks).all()  # padding still points to the reserved block
+        # padding still points to the reserved block
+        assert lengths[-1] == 0 and (tables[-1] == engine.pool.num_blocks).all()
         for request, start, length in zip(plan.requests, plan.starts, plan.lengths, strict=True):
             keys, values = executor.execution.runner.caches[0]
             slots = [request.block_table[p // 4] * 4 + p % 4 for p in range(start + length)]
             for cached in (keys, values):
-                assert not cached.view(-1, *cached.shape[2:])[torch.tensor(slots, device="cuda")].isnan().any()
+                assert (
+                    not cached.view(-1, *cached.shape[2:])[torch.tensor(slots, device="cuda")].isnan().any()
+                )
         steps.append(plan.step)
         return ticket
 
@@ -127,7 +139,9 @@ def test_nothing_is_compiled_or_captured_after_the_start(graphs, dtype):
         generate(engine, PROMPTS, kind)
     assert executor.execution.late_preparations == 0
     size = next(NEW_SIZES)
-    executor.execution.kernels.rms_norm(torch.ones((3, size), device="cuda"), torch.ones(size, device="cuda"), 1e-6)
+    executor.execution.kernels.rms_norm(
+        torch.ones((3, size), device="cuda"), torch.ones(size, device="cuda"), 1e-6
+    )
     assert executor.execution.late_preparations > 0
 
 
@@ -146,7 +160,12 @@ def test_without_memory_to_capture_steps_run_without_graphs(monkeypatch, capsys)
 def test_auto_kernels_are_the_fastest_that_are_there(capsys):
     executor = TorchExecutor(device="cuda", kv_cache_gb=0.05)
     backends = lookup(BACKENDS)  # no FlashAttention among them
-    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), AutoKernels(), engine=EngineConfig(**LIMITS), backends=backends)
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant("qwen3"))),
+        AutoKernels(),
+        engine=EngineConfig(**LIMITS),
+        backends=backends,
+    )
     kernels = executor.execution.kernels
     assert kernels.cuda_graphs and set(kernels.chosen.values()) == {"triton"}
     assert "no flash_attn" in str(kernels) and "kernels: triton" in capsys.readouterr().err
@@ -156,23 +175,29 @@ def test_auto_kernels_are_the_fastest_that_are_there(capsys):
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
     "random": SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True),
-    "filtered": SamplingParams(temperature=1.1, top_k=50, top_p=0.9, min_p=0.01, seed=7, max_tokens=24, ignore_eos=True),
+    "filtered": SamplingParams(
+        temperature=1.1, top_k=50, top_p=0.9, min_p=0.01, seed=7, max_tokens=24, ignore_eos=True
+    ),
 }
 
 
-@pytest.mark.parametrize(("kernels", "dtype"), [("torch", "float32"), ("triton", "float32"), ("triton", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kernels", "dtype"), [("torch", "float32"), ("triton", "float32"), ("triton", "bfloat16")]
+)
 def test_graphs_change_nothing(kernels, dtype):
     """Every batch size from 1 to 8, as requests of different lengths end; with mixed sampling too.
 
-    A graph pads 5 rows to 8, and libraries choose a product by its number of rows; `torch`'s attention pads to the longest context that
-    may come. Both round differently in the last bit, which in bfloat16 is much: there all requests are as long, and `torch` is left out."""
+    A graph pads 5 rows to 8, and libraries choose a product by its number of rows; `torch`'s attention pads
+    to the longest context that may come. Both round differently in the last bit, which in bfloat16 is much:
+    there all requests are as long, and `torch` is left out."""
     kinds = [*SAMPLINGS.values()]
     length = (lambda i: 4 + 5 * i) if dtype == "float32" else (lambda i: 24)
 
     def tokens(graphs, pick):
         engine = engine_on_gpu(on_gpu("qwen3", kernels, graphs, dtype), num_blocks=128, max_inflight=2)
         arrivals = [
-            Arrival(0.0, prompt, SamplingParams(**{**fields(pick(i)), "max_tokens": length(i)}), id=f"p{i}") for i, prompt in enumerate(PROMPTS)
+            Arrival(0.0, prompt, SamplingParams(**{**fields(pick(i)), "max_tokens": length(i)}), id=f"p{i}")
+            for i, prompt in enumerate(PROMPTS)
         ]
         return [o.output_token_ids for o in engine.run(arrivals).outputs]
 
@@ -182,11 +207,15 @@ def test_graphs_change_nothing(kernels, dtype):
 
 @pytest.mark.parametrize("kind", SAMPLINGS)
 def test_triton_samples_what_torch_samples(kind):
-    """Chance is a function of seed, position and token, on every backend; rows in one batch differ in what they ask for."""
+    """Chance is a function of seed, position and token, on every backend; rows in one batch differ in what
+    they ask for."""
 
     def tokens(kernels):
         engine = engine_on_gpu(on_gpu("qwen3", kernels, kernels == "triton"), num_blocks=128, max_inflight=2)
-        arrivals = [Arrival(0.0, prompt, SamplingParams(**{**fields(SAMPLINGS[kind]), "seed": i}), id=f"p{i}") for i, prompt in enumerate(PROMPTS)]
+        arrivals = [
+            Arrival(0.0, prompt, SamplingParams(**{**fields(SAMPLINGS[kind]), "seed": i}), id=f"p{i}")
+            for i, prompt in enumerate(PROMPTS)
+        ]
         return [o.output_token_ids for o in engine.run(arrivals).outputs]
 
     assert tokens("triton") == tokens("torch")
@@ -204,11 +233,19 @@ def first_logprobs(executor, prompts):
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3_rope"])
 def test_bfloat16_log_probabilities_stay_near_float32(name):
-    """Of the 8 most likely tokens after each prompt: 0.1 at most, 0.03 in the mean (bfloat16 keeps 8 bits; logits here are up to about 4)."""
+    """Of the 8 most likely tokens after each prompt: 0.1 at most, 0.03 in the mean (bfloat16 keeps 8 bits;
+    logits here are up to about 4)."""
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(512, (n,), generator=generator).tolist() for n in range(3, 100, 5)]
-    wide, narrow = (first_logprobs(on_gpu(name, "triton", False, dtype), prompts) for dtype in ("float32", "bfloat16"))
-    errors = [abs(p - n.best[token]) for w, n in zip(wide, narrow, strict=True) for token, p in w.best.items() if token in n.best]
+    wide, narrow = (
+        first_logprobs(on_gpu(name, "triton", False, dtype), prompts) for dtype in ("float32", "bfloat16")
+    )
+    errors = [
+        abs(p - n.best[token])
+        for w, n in zip(wide, narrow, strict=True)
+        for token, p in w.best.items()
+        if token in n.best
+    ]
     assert len(errors) > 6 * len(prompts)
     assert max(errors) < 0.1 and sum(errors) / len(errors) < 0.03
 
@@ -230,7 +267,11 @@ def test_decode_reads_no_length_on_the_host():
 
 def test_kv_capacity_fits_into_the_share_of_memory_that_was_asked_for(capsys):
     executor = TorchExecutor(device="cuda", gpu_memory_utilization=0.3)
-    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), engine=EngineConfig(**LIMITS), backends=lookup(BACKENDS))
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant("qwen3"))),
+        engine=EngineConfig(**LIMITS),
+        backends=lookup(BACKENDS),
+    )
     blocks = executor.kv_capacity(4)
     total = torch.cuda.get_device_properties(0).total_memory
     per_block = 4 * executor.execution.spec.shape.kv_bytes_per_token
@@ -240,7 +281,11 @@ def test_kv_capacity_fits_into_the_share_of_memory_that_was_asked_for(capsys):
 
 def test_more_cache_than_the_gpu_has_is_refused():
     executor = TorchExecutor(device="cuda", kv_cache_gb=16_000)
-    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), engine=EngineConfig(**LIMITS), backends=lookup(BACKENDS))
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant("qwen3"))),
+        engine=EngineConfig(**LIMITS),
+        backends=lookup(BACKENDS),
+    )
     with pytest.raises(ConfigError, match="lower engine.num_blocks"):
         engine_of(executor, num_blocks=None)
 
@@ -248,7 +293,9 @@ def test_more_cache_than_the_gpu_has_is_refused():
 def test_out_of_memory_while_profiling_says_what_to_lower():
     engine = EngineConfig(max_num_batched_tokens=1 << 20, max_num_seqs=1 << 16, max_model_len=4096)
     executor = TorchExecutor(device="cuda")
-    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), engine=engine, backends=lookup(BACKENDS))
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant("qwen3"))), engine=engine, backends=lookup(BACKENDS)
+    )
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.01)
     try:
@@ -262,5 +309,7 @@ def test_a_graph_for_every_batch_size_is_kept():
     runner = on_gpu("qwen3", "triton", True).execution
     engine_on_gpu(on_gpu("qwen3", "triton", True))
     covered = runner.runner.decode_step.__self__
-    assert set(covered._graphs) == {(n, kind) for n in range(1, runner.runner.max_num_seqs + 1) for kind in range(3)}
+    assert set(covered._graphs) == {
+        (n, kind) for n in range(1, runner.runner.max_num_seqs + 1) for kind in range(3)
+    }
     assert len({id(graph) for graph, _ in covered._graphs.values()}) == 3 * len(covered._sizes)

@@ -1,6 +1,8 @@
-"""Every kernel against a float64 reference, on a GPU; with TRITON_INTERPRET=1 the Triton kernels run here on the CPU, at smaller sizes.
+"""Every kernel against a float64 reference, on a GPU; with TRITON_INTERPRET=1 the Triton kernels run here on
+the CPU, at smaller sizes.
 
-Outputs are poisoned with NaN before a run, and so is every cache slot and block that no row owns: reading one shows.
+Outputs are poisoned with NaN before a run, and so is every cache slot and block that no row owns: reading one
+shows.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from plugins.kernels.triton import ops as kernels  # noqa: E402
 from plugins.kernels.triton.linear import TileShape, tile_shape  # noqa: E402
 from plugins.parallel.peers import Peers  # noqa: E402
 
-# ||out - ref|| / ||ref|| allowed, by dtype. The interpreter has no bfloat16 arithmetic of its own; loads and stores convert.
+# ||out - ref|| / ||ref|| allowed, by dtype. The interpreter has no bfloat16 arithmetic of its own.
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 
@@ -56,7 +58,8 @@ def poisoned(monkeypatch):
 
 
 def paged_batch(queries, contexts, block_size, kv_heads, group, size, dtype, unused=float("nan")):
-    """q, caches, BatchMetadata with every row's blocks scattered; what belongs to no row is `unused`, spare table entries point at it."""
+    """q, caches, BatchMetadata with every row's blocks scattered; what belongs to no row is `unused`, spare
+    table entries point at it."""
     rows = len(contexts)
     needed = [-(-context // block_size) for context in contexts]
     width = max(needed) + 2
@@ -70,7 +73,11 @@ def paged_batch(queries, contexts, block_size, kv_heads, group, size, dtype, unu
         mine = [order.pop() for _ in range(needed[i])]
         tables[i, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
         k, v = random(context, kv_heads, size, dtype=dtype), random(context, kv_heads, size, dtype=dtype)
-        slots = torch.tensor([mine[p // block_size] * block_size + p % block_size for p in range(context)], dtype=torch.int64, device=DEVICE)
+        slots = torch.tensor(
+            [mine[p // block_size] * block_size + p % block_size for p in range(context)],
+            dtype=torch.int64,
+            device=DEVICE,
+        )
         k_cache.view(-1, kv_heads, size)[slots], v_cache.view(-1, kv_heads, size)[slots] = k, v
         keys.append(k), values.append(v)
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
@@ -105,8 +112,12 @@ def cut(rows, lengths):
     return [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
 
-def check_attention(monkeypatch, attention, queries, contexts, block_size, kv_heads, group, size, dtype, unused=float("nan")):
-    q, k_cache, v_cache, batch, keys, values = paged_batch(queries, contexts, block_size, kv_heads, group, size, dtype, unused)
+def check_attention(
+    monkeypatch, attention, queries, contexts, block_size, kv_heads, group, size, dtype, unused=float("nan")
+):
+    q, k_cache, v_cache, batch, keys, values = paged_batch(
+        queries, contexts, block_size, kv_heads, group, size, dtype, unused
+    )
     poisoned(monkeypatch)
     for _layer in range(2):  # the second layer finds the plan of the first
         out = attention(q, k_cache, v_cache, batch, size**-0.5)
@@ -211,9 +222,14 @@ def test_projection_to_attention_in_one_kernel(monkeypatch, with_norm, size, dty
     v_cache = k_cache.clone()
     q, k, v = qkv.view(tokens, -1, size).split((heads, kv_heads, kv_heads), dim=1)
     if with_norm:
-        q, k = (w.double() * x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() for x, w in ((q, q_weight), (k, k_weight)))
+        q, k = (
+            w.double() * x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+            for x, w in ((q, q_weight), (k, k_weight))
+        )
     poisoned(monkeypatch)
-    out = kernels.qk_norm_rope_store(qkv, q_weight, k_weight, 1e-6, positions, cos_sin.float(), k_cache, v_cache, slots, heads, kv_heads)
+    out = kernels.qk_norm_rope_store(
+        qkv, q_weight, k_weight, 1e-6, positions, cos_sin.float(), k_cache, v_cache, slots, heads, kv_heads
+    )
     close(out, rotated(q, positions, cos_sin), dtype)
     close(k_cache.view(48, kv_heads, size)[slots], rotated(k, positions, cos_sin), dtype)
     assert torch.equal(v_cache.view(48, kv_heads, size)[slots], v)
@@ -233,7 +249,9 @@ def test_rotary_and_store_take_slices_of_a_projection(monkeypatch, size, dtype):
     for out, x in zip(kernels.rotary(q, k, positions, cos_sin.float()), (q, k), strict=True):
         close(out, rotated(x, positions, cos_sin), dtype)
     kernels.store_kv(k, v, k_cache, v_cache, slots)
-    assert torch.equal(k_cache.view(32, 2, size)[slots], k) and torch.equal(v_cache.view(32, 2, size)[slots], v)
+    assert torch.equal(k_cache.view(32, 2, size)[slots], k) and torch.equal(
+        v_cache.view(32, 2, size)[slots], v
+    )
     assert (~k_cache.isnan()).sum() == k.numel() and (~v_cache.isnan()).sum() == v.numel()
 
 
@@ -241,7 +259,9 @@ def test_rotary_and_store_take_slices_of_a_projection(monkeypatch, size, dtype):
 def test_caches_past_2_to_the_31_elements():
     block_size, kv_heads, size = 16, 8, 128
     blocks = 2**31 // (block_size * kv_heads * size) + 64
-    k_cache = torch.full((blocks, block_size, kv_heads, size), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    k_cache = torch.full(
+        (blocks, block_size, kv_heads, size), float("nan"), dtype=torch.bfloat16, device=DEVICE
+    )
     v_cache = k_cache.clone()
     tables = torch.arange(blocks - 7, blocks, dtype=torch.int32, device=DEVICE)[None]
     slots = torch.arange((blocks - 7) * block_size, (blocks - 7) * block_size + 100, device=DEVICE)
@@ -249,13 +269,22 @@ def test_caches_past_2_to_the_31_elements():
     kernels.store_kv(k, v, k_cache, v_cache, slots)
     for queries in (1, 60):
         batch = BatchMetadata(
-            slots, tables, torch.tensor([0, queries], dtype=torch.int32, device=DEVICE), torch.tensor([100], dtype=torch.int32, device=DEVICE),
-            queries, 100, block_size,
-        )  # fmt: skip
-        close(kernels.attention(q[:queries], k_cache, v_cache, batch, 0.1), attend(q[:queries], [queries], [100], [k], [v], 0.1), torch.bfloat16)
+            slots,
+            tables,
+            torch.tensor([0, queries], dtype=torch.int32, device=DEVICE),
+            torch.tensor([100], dtype=torch.int32, device=DEVICE),
+            queries,
+            100,
+            block_size,
+        )
+        close(
+            kernels.attention(q[:queries], k_cache, v_cache, batch, 0.1),
+            attend(q[:queries], [queries], [100], [k], [v], 0.1),
+            torch.bfloat16,
+        )
 
 
-# ---- sums over ranks ----------------------------------------------------------------------------------------------
+# ---- sums over ranks -------------------------------------------------------------------------------------
 
 
 def where(tensors):
@@ -271,11 +300,15 @@ class Alone:
     """One rank of several, with all ranks' memory on one device, and every peer at the meeting already."""
 
     def __init__(self, place, ranks, rows):
-        self.place, self.flags = place, [torch.zeros(rows, ranks, dtype=torch.int32, device=DEVICE) for _ in range(ranks)]
+        self.place, self.flags = (
+            place,
+            [torch.zeros(rows, ranks, dtype=torch.int32, device=DEVICE) for _ in range(ranks)],
+        )
         self.peers = Peers(place, where(self.flags), on_the_host(0))
 
     def met(self, call, programs):
-        """What `call` answers; it takes each peer's flag of so many programs, and sets its own with every peer."""
+        """What `call` answers; it takes each peer's flag of so many programs, and sets its own with every
+        peer."""
         for flag in self.flags:
             flag.zero_()
         self.flags[self.place][:programs] = 1
@@ -293,7 +326,9 @@ def test_the_norm_of_a_sum_over_ranks_reads_every_part_and_meets_every_peer(rank
     dtype, rows = DTYPES[-1], 5
     parts = [random(rows, n, dtype=dtype) for _ in range(ranks)]
     residual, weight = random(rows, n, dtype=dtype), random(n, dtype=dtype)
-    expected = reference.add_rms_norm(sum(part.float() for part in parts).to(dtype), residual.clone(), weight, 1e-6)
+    expected = reference.add_rms_norm(
+        sum(part.float() for part in parts).to(dtype), residual.clone(), weight, 1e-6
+    )
     everyone = [Alone(place, ranks, rows) for place in range(ranks)]
     sums = [torch.full((rows, n), float("nan"), dtype=dtype, device=DEVICE) for _ in range(ranks)]
     for rank in everyone:  # each fills its rows of the sum
@@ -302,7 +337,9 @@ def test_the_norm_of_a_sum_over_ranks_reads_every_part_and_meets_every_peer(rank
     for rank in everyone:
         for lies, summed in ((parts, False), (sums, True)):
             args = where(lies), residual.clone(), weight, 1e-6
-            norm, added = rank.met(lambda peers, args=args, summed=summed: peers.sum_add_rms_norm(*args, summed=summed), rows)
+            norm, added = rank.met(
+                lambda peers, args=args, summed=summed: peers.sum_add_rms_norm(*args, summed=summed), rows
+            )
             assert torch.equal(added, expected[1])
             close(norm, expected[0], dtype)
         rank.met(Peers.barrier, 1)
@@ -316,7 +353,7 @@ def test_nobody_waits_for_a_peer_once_the_run_has_failed():
     assert flags[1].sum() == 1
 
 
-# ---- sampling -----------------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------------------------
 
 
 def sampling(rows, vocab, dtype=torch.float32):
@@ -341,7 +378,9 @@ def test_greedy_sampling_is_argmax_and_ties_go_to_the_first(vocab):
     expected = logits.argmax(-1)
     expected[0] = 0
     assert torch.equal(kernels.sample(logits, None, None, None, None, seeds, positions), expected)
-    assert torch.equal(kernels.sample(logits, torch.zeros_like(temperature), *filters(6), seeds, positions), expected)
+    assert torch.equal(
+        kernels.sample(logits, torch.zeros_like(temperature), *filters(6), seeds, positions), expected
+    )
 
 
 @pytest.mark.parametrize("vocab", [37, 9000])
@@ -373,7 +412,15 @@ def test_the_best_of_the_parts_of_a_vocabulary_is_the_best_of_all(backend, parts
 
 @pytest.mark.parametrize(
     "limits",
-    [{"top_k": 1}, {"top_k": 7}, {"top_p": 0.3}, {"top_p": 0.9}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.7, "min_p": 0.05}, {"top_k": 10**6}],
+    [
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_p": 0.3},
+        {"top_p": 0.9},
+        {"min_p": 0.2},
+        {"top_k": 20, "top_p": 0.7, "min_p": 0.05},
+        {"top_k": 10**6},
+    ],
     ids=str,
 )
 def test_filtered_tokens_are_the_reference_backends(limits):
@@ -391,11 +438,14 @@ def test_rows_with_and_without_filters_share_a_batch():
     top_k[::2], top_p[::3], min_p[1] = 5, 0.5, 0.1
     out = kernels.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
     assert torch.equal(out, reference.sample(logits, temperature, top_k, top_p, min_p, seeds, positions))
-    alone = [kernels.sample(*(x[i : i + 1] for x in (logits, temperature, top_k, top_p, min_p, seeds, positions))) for i in range(12)]
+    alone = [
+        kernels.sample(*(x[i : i + 1] for x in (logits, temperature, top_k, top_p, min_p, seeds, positions)))
+        for i in range(12)
+    ]
     assert torch.equal(out, torch.cat(alone))  # a different batch changes no token
 
 
-# ---- what only a GPU has ------------------------------------------------------------------------------------------
+# ---- what only a GPU has ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
@@ -403,7 +453,8 @@ def test_a_captured_graph_follows_the_lengths():
     q, k_cache, v_cache, batch, keys, values = paged_batch([1] * 6, [300] * 6, 16, 2, 4, 128, torch.bfloat16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        kernels.attention(q, k_cache, v_cache, batch, 0.1)  # the warm-up leaves a plan behind that the capture must not reuse
+        # the warm-up leaves a plan behind that the capture must not reuse
+        kernels.attention(q, k_cache, v_cache, batch, 0.1)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -412,11 +463,15 @@ def test_a_captured_graph_follows_the_lengths():
         batch.context_lens.copy_(torch.tensor(contexts, dtype=torch.int32))
         out.fill_(float("nan"))
         graph.replay()
-        close(out, attend(q, [1] * 6, contexts, cut(keys, contexts), cut(values, contexts), 0.1), torch.bfloat16)
+        close(
+            out, attend(q, [1] * 6, contexts, cut(keys, contexts), cut(values, contexts), 0.1), torch.bfloat16
+        )
 
 
 flash = pytest.mark.skipif(
-    INTERPRETED or not (importlib.util.find_spec("flash_attn_interface") or importlib.util.find_spec("flash_attn")), reason="needs FlashAttention"
+    INTERPRETED
+    or not (importlib.util.find_spec("flash_attn_interface") or importlib.util.find_spec("flash_attn")),
+    reason="needs FlashAttention",
 )
 
 
@@ -429,7 +484,8 @@ def test_flash_attention(monkeypatch, package, size, rows):
         pytest.skip(f"{package} is not installed")
     name = {"flash_attn_interface": "fa3", "flash_attn": "fa2"}[package]
     attention = importlib.import_module(f"plugins.kernels.flash_attn.{name}").attention
-    # FlashAttention-3 multiplies the values behind a row's end by probabilities of 0, so a NaN there comes through: large, not NaN.
+    # FlashAttention-3 multiplies the values behind a row's end by probabilities of 0, so a NaN there comes
+    # through: large, not NaN.
     check_attention(monkeypatch, attention, *rows, 256, 2, 4, size, torch.bfloat16, unused=1e4)
 
 
@@ -438,7 +494,9 @@ def test_a_captured_graph_of_flash_attention_follows_the_lengths():
     from plugins.kernels.flash_attn import FlashAttnKernels
 
     attention = FlashAttnKernels().operations("cuda").attention
-    q, k_cache, v_cache, batch, keys, values = paged_batch([1] * 6, [900] * 6, 256, 2, 4, 128, torch.bfloat16, unused=1e4)
+    q, k_cache, v_cache, batch, keys, values = paged_batch(
+        [1] * 6, [900] * 6, 256, 2, 4, 128, torch.bfloat16, unused=1e4
+    )
     attention(q, k_cache, v_cache, batch, 0.1)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -448,11 +506,17 @@ def test_a_captured_graph_of_flash_attention_follows_the_lengths():
         batch.context_lens.copy_(torch.tensor(contexts, dtype=torch.int32))
         out.fill_(float("nan"))
         graph.replay()
-        close(out, attend(q, [1] * 6, contexts, cut(keys, contexts), cut(values, contexts), 0.1), torch.bfloat16)
+        close(
+            out, attend(q, [1] * 6, contexts, cut(keys, contexts), cut(values, contexts), 0.1), torch.bfloat16
+        )
 
 
 # Whole rows, tiles of rows, and a shape that neither takes.
-LINEARS = [(64, 1024), (256, 256), (96, 1000)] if INTERPRETED else [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (96, 1000)]
+LINEARS = (
+    [(64, 1024), (256, 256), (96, 1000)]
+    if INTERPRETED
+    else [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (96, 1000)]
+)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 33, 64, 65, 100, 129])
@@ -460,13 +524,21 @@ LINEARS = [(64, 1024), (256, 256), (96, 1000)] if INTERPRETED else [(4096, 1024)
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(monkeypatch, rows, n, k, bias):
     dtype = DTYPES[-1]
-    x, weight, b = random(rows, k, dtype=dtype), random(n, k, dtype=dtype) * 0.05, random(n, dtype=dtype) if bias else None
+    x, weight, b = (
+        random(rows, k, dtype=dtype),
+        random(n, k, dtype=dtype) * 0.05,
+        random(n, dtype=dtype) if bias else None,
+    )
     poisoned(monkeypatch)
     out = kernels.linear(x, weight, b)
     close(out, x.double() @ weight.double().T + (0 if b is None else b.double()), dtype)
 
 
-TILED = [(5, 128), (64, 256), (130, 1024)] if INTERPRETED else [(5, 1024), (64, 1024), (65, 2048), (128, 3072), (200, 2048), (256, 1024)]
+TILED = (
+    [(5, 128), (64, 256), (130, 1024)]
+    if INTERPRETED
+    else [(5, 1024), (64, 1024), (65, 2048), (128, 3072), (200, 2048), (256, 1024)]
+)
 
 
 @pytest.mark.parametrize("tile", [32, 64])
@@ -508,7 +580,8 @@ def test_a_product_in_parts_and_the_norm_that_adds_them(monkeypatch, rows, k, pa
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "k", "parts"), [(16, 4096, 1024, 1), (128, 1024, 2048, 8), (256, 1024, 3072, 8), (256, 4096, 1024, 1), (7, 96, 384, 8)]
+    ("rows", "n", "k", "parts"),
+    [(16, 4096, 1024, 1), (128, 1024, 2048, 8), (256, 1024, 3072, 8), (256, 4096, 1024, 1), (7, 96, 384, 8)],
 )
 def test_a_tile_shape_runs_at_once_and_covers_the_product(rows, n, k, parts):
     shape = tile_shape(rows, n, k, 132, parts)
@@ -524,9 +597,14 @@ def test_other_products_are_left_to_cublas(rows, n, k):
 @pytest.mark.parametrize("block_size", [1, 16, 256])
 def test_decode_bookkeeping_is_the_reference(block_size):
     rows = torch.tensor([5, 0, 3, 9, 9], device=DEVICE)  # row 9 is padding
-    lengths, last = torch.tensor([7, 3, 0, 40, 1, 300, 2, 2, 2, 0], device=DEVICE), torch.arange(10, device=DEVICE) * 7
+    lengths, last = (
+        torch.tensor([7, 3, 0, 40, 1, 300, 2, 2, 2, 0], device=DEVICE),
+        torch.arange(10, device=DEVICE) * 7,
+    )
     tables = torch.randint(1, 99, (10, 301), dtype=torch.int32, device=DEVICE)
-    mine, theirs = (ops.decode_inputs(rows, lengths, last, tables, block_size) for ops in (kernels, reference))
+    mine, theirs = (
+        ops.decode_inputs(rows, lengths, last, tables, block_size) for ops in (kernels, reference)
+    )
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     after = []
     for ops in (kernels, reference):
@@ -542,12 +620,24 @@ def test_what_a_step_says_about_rows_is_written_as_the_reference_does(updates, a
     draw = lambda n, below: torch.randperm(below)[:n]  # noqa: E731
     words = torch.randint(-(2**31), 2**31, (admitted, 6))
     admissions = torch.cat((draw(admitted, rows).unsqueeze(1), words), dim=1)
-    said = torch.cat((draw(updates, rows * width), torch.randint(0, 99, (updates,)), admissions.flatten(), torch.ones(9).long()))
+    said = torch.cat(
+        (
+            draw(updates, rows * width),
+            torch.randint(0, 99, (updates,)),
+            admissions.flatten(),
+            torch.ones(9).long(),
+        )
+    )
     after = []
     for ops in (kernels, reference):
         tables = torch.full((rows, width), 7, dtype=torch.int32, device=DEVICE)
-        numbers, top_k = torch.zeros((3, rows), device=DEVICE), torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+        numbers, top_k = (
+            torch.zeros((3, rows), device=DEVICE),
+            torch.zeros(rows, dtype=torch.int32, device=DEVICE),
+        )
         seeds = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-        ops.update_rows(said.to(DEVICE), updates, admitted, block_tables=tables, numbers=numbers, top_k=top_k, seeds=seeds)
+        ops.update_rows(
+            said.to(DEVICE), updates, admitted, block_tables=tables, numbers=numbers, top_k=top_k, seeds=seeds
+        )
         after.append((tables, numbers.view(torch.int32), top_k, seeds))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*after, strict=True))

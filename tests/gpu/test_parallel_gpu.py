@@ -24,7 +24,12 @@ from plugins.kernels.triton import TritonKernels  # noqa: E402
 
 PROMPTS = shared_prompts(512)
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 128, "block_size": 4}
-SPLIT, SPLIT_LIBRARY, WHOLE, LIBRARY = ("split", "symmetric"), ("split", "library"), ("whole", "symmetric"), ("whole", "library")
+SPLIT, SPLIT_LIBRARY, WHOLE, LIBRARY = (
+    ("split", "symmetric"),
+    ("split", "library"),
+    ("whole", "symmetric"),
+    ("whole", "library"),
+)
 #: (tp, pp), and the ways to communicate that are tried in one start: how long steps do it, and with what
 LAYOUTS = {
     "tp2": (2, 1, [SPLIT, WHOLE, SPLIT_LIBRARY, LIBRARY]), "pp2": (1, 2, [SPLIT_LIBRARY]),
@@ -37,11 +42,15 @@ def on_gpus(tp: int, pp: int, all_reduce: str = "auto") -> TorchExecutor:
     executor = TorchExecutor(device="cuda", kv_cache_gb=0.05)
     kernels = TritonKernels(cuda_graphs=True)
     kernels.plugin_name = "triton"
-    parallel = ParallelConfig(tp, pp, all_reduce=all_reduce, overlap_tokens=2)  # every step of two tokens is long, in graphs and out of them
+    # every step of two tokens is long, in graphs and out of them
+    parallel = ParallelConfig(tp, pp, all_reduce=all_reduce, overlap_tokens=2)
     executor.prepare(
-        ModelConfig(name_or_path=str(variant("qwen3"))), kernels, engine=EngineConfig(**LIMITS),
-        backends=lookup({"torch": TorchKernels, "triton": TritonKernels}), parallel=parallel,
-    )  # fmt: skip
+        ModelConfig(name_or_path=str(variant("qwen3"))),
+        kernels,
+        engine=EngineConfig(**LIMITS),
+        backends=lookup({"torch": TorchKernels, "triton": TritonKernels}),
+        parallel=parallel,
+    )
     return executor
 
 
@@ -49,7 +58,8 @@ Answers = tuple[list[list[int]], list[list[int]]]
 
 
 def answers(engine: Engine, name: str = "") -> Answers:
-    """Greedy and sampled tokens under preemption. An engine runs several of these, each under another name."""
+    """Greedy and sampled tokens under preemption. An engine runs several of these, each under another
+    name."""
     preempted: list[int] = []
 
     def tokens(kind: str, sampling: SamplingParams, prompts: list[list[int]]) -> list[list[int]]:
@@ -98,7 +108,14 @@ def test_a_killed_rank_ends_the_run_though_the_gpu_waits_for_it(all_reduce):
     """In a process of its own, with a time limit: what fails here is that it waits for ever."""
     code = f"import test_parallel_gpu; test_parallel_gpu.a_rank_is_killed({all_reduce!r})"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -106,7 +123,9 @@ def a_rank_is_killed(all_reduce: str) -> None:
     executor = on_gpus(2, 1, all_reduce)
     engine = engine_of(executor, num_blocks=64, max_inflight=2, max_model_len=128)
     process = executor.execution.ranks._processes[1]
-    engine.calls.callbacks["on_step_end"].append((executor, lambda record: process.kill() if record.step == 8 else None))
+    engine.calls.callbacks["on_step_end"].append(
+        (executor, lambda record: process.kill() if record.step == 8 else None)
+    )
     began = time.monotonic()
     with pytest.raises(RankError, match="rank 1 was killed by SIGKILL") as caught:
         engine.run([Arrival(0.0, p, GREEDY, id=f"k{i}") for i, p in enumerate(PROMPTS)])

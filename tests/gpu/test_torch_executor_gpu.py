@@ -1,4 +1,5 @@
-"""The real engine on a GPU: the tokens of transformers and of the CPU, with every backend, overlap, and CUDA graphs on and off."""
+"""The real engine on a GPU: the tokens of transformers and of the CPU, with every backend, overlap, and CUDA
+graphs on and off."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the helpers of the CPU tests
 
-from helpers.torch_engines import GREEDY, engine_of, generate, prepared, reference, reference_tokens, shared_prompts, variant  # noqa: E402
+from helpers.torch_engines import (  # noqa: E402
+    GREEDY,
+    engine_of,
+    generate,
+    prepared,
+    reference,
+    reference_tokens,
+    shared_prompts,
+    variant,
+)
 
 from headway import Arrival, ConfigError, EngineConfig, ModelConfig, SamplingParams, load_registry  # noqa: E402
 from plugins.executors.torch import TorchExecutor  # noqa: E402
@@ -31,16 +41,29 @@ def on_gpu(name, kernels, cuda_graphs, dtype=None, profile=False):
     registry = load_registry()
     executor = TorchExecutor(device="cuda", kv_cache_gb=0.1, profile=profile)
     backend = registry.get("kernels", kernels).build(cuda_graphs=cuda_graphs)
-    executor.prepare(ModelConfig(name_or_path=str(variant(name)), dtype=dtype), backend, backends=lambda name: registry.get("kernels", name).build())
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant(name)), dtype=dtype),
+        backend,
+        backends=lambda name: registry.get("kernels", name).build(),
+    )
     return executor
 
 
-@pytest.mark.parametrize(("kernels", "cuda_graphs", "max_inflight"), list(product(("torch", "triton"), (False, True), (1, 2))))
+@pytest.mark.parametrize(
+    ("kernels", "cuda_graphs", "max_inflight"), list(product(("torch", "triton"), (False, True), (1, 2)))
+)
 @pytest.mark.parametrize("name", ["qwen3", "llama3_rope"])
 def test_greedy_tokens_equal_transformers(name, kernels, cuda_graphs, max_inflight):
     expected = [reference_tokens(variant(name), tuple(p), GREEDY.max_tokens) for p in PROMPTS]
     for scheduler, cached, chunk in (("chunked", "hash", 7), ("fcfs", "none", 64), ("pd_split", "radix", 64)):
-        engine = engine_of(on_gpu(name, kernels, cuda_graphs), scheduler, cached, chunk=chunk, max_inflight=max_inflight, **SMALL_POOL)
+        engine = engine_of(
+            on_gpu(name, kernels, cuda_graphs),
+            scheduler,
+            cached,
+            chunk=chunk,
+            max_inflight=max_inflight,
+            **SMALL_POOL,
+        )
         assert generate(engine, PROMPTS) == expected
         assert engine.roster.num_preemptions > 0
 
@@ -55,10 +78,13 @@ def test_sampled_tokens_are_those_of_the_cpu(sampling):
 
 def test_batches_of_every_size_with_and_without_graphs():
     prompts = [[i + 1, i + 2, i + 3] for i in range(40)]
-    lengths = [SamplingParams(temperature=0, max_tokens=2 + i, ignore_eos=True) for i in range(40)]  # 40 running, then 39, 38 ...
+    # 40 running, then 39, 38 ...
+    lengths = [SamplingParams(temperature=0, max_tokens=2 + i, ignore_eos=True) for i in range(40)]
     answers = []
     for cuda_graphs in (False, True):
-        engine = engine_of(on_gpu("qwen3", "triton", cuda_graphs), max_inflight=2, max_num_seqs=40, block_size=16)
+        engine = engine_of(
+            on_gpu("qwen3", "triton", cuda_graphs), max_inflight=2, max_num_seqs=40, block_size=16
+        )
         result = engine.run([Arrival(0.0, p, s) for p, s in zip(prompts, lengths, strict=True)])
         answers.append([o.output_token_ids for o in result.outputs])
     assert answers[0] == answers[1]
@@ -74,7 +100,8 @@ def test_bfloat16_logprobs_are_near_float32(kernels):
             logits = reference(variant("qwen3"))(torch.tensor([prompt + output.output_token_ids])).logits[0]
         for i, at in enumerate(output.logprobs):
             expected = logits[len(prompt) - 1 + i].log_softmax(-1)[at.token].item()
-            assert at.logprob == pytest.approx(expected, abs=0.15)  # logits of about 3, 8 bits of mantissa, 4 layers
+            # logits of about 3, 8 bits of mantissa, 4 layers
+            assert at.logprob == pytest.approx(expected, abs=0.15)
 
 
 def test_profile_measures_the_gpu():
@@ -87,7 +114,10 @@ def test_profile_measures_the_gpu():
 
 def test_measured_capacity_leaves_room_and_more_is_refused():
     executor = TorchExecutor(device="cuda", gpu_memory_utilization=0.5)
-    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), engine=EngineConfig(max_num_seqs=8, max_num_batched_tokens=512))
+    executor.prepare(
+        ModelConfig(name_or_path=str(variant("qwen3"))),
+        engine=EngineConfig(max_num_seqs=8, max_num_batched_tokens=512),
+    )
     blocks = executor.kv_capacity(16)
     free, total = torch.cuda.mem_get_info()
     taken = blocks * 16 * executor.caps.model.kv_bytes_per_token

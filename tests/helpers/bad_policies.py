@@ -23,7 +23,7 @@ from headway import (
     hookimpl,
 )
 
-# ---- schedulers ----------------------------------------------------------------------------------------------------
+# ---- schedulers -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -125,7 +125,7 @@ class KnowsItsExecutor(Scheduler):
             step.add(request)
 
 
-# ---- orders --------------------------------------------------------------------------------------------------------
+# ---- orders ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -201,7 +201,9 @@ class ReadsTheTrueLength(Order):
     """Shortest answer first, from a field that no deployed policy has."""
 
     def order(self, view):
-        return sorted(view.waiting, key=lambda r: view._roster.hidden_ends.get(r.index, 1 << 60) - r.num_prompt_tokens)
+        return sorted(
+            view.waiting, key=lambda r: view._roster.hidden_ends.get(r.index, 1 << 60) - r.num_prompt_tokens
+        )
 
 
 @dataclass
@@ -253,7 +255,7 @@ class Slow(Order):
         return sorted(view.waiting, key=lambda r: (total, r.sort_key))
 
 
-# ---- victims, budgets, admission -----------------------------------------------------------------------------------
+# ---- victims, budgets, admission -------------------------------------------------------------------------
 
 
 @dataclass
@@ -287,7 +289,7 @@ class NeverLetsIn(Admission):
         return Defer()
 
 
-# ---- evictions and caches ------------------------------------------------------------------------------------------
+# ---- evictions and caches --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -375,7 +377,9 @@ class TrustsItsHash(PrefixCache):
     def match(self, request, known, limit):
         found, parent = [], known[-1] if known else ROOT
         for i in range(len(known), limit):
-            parent = self._index.get((parent, sum(request.token_ids[i * self._size : (i + 1) * self._size]), request.cache_salt))
+            parent = self._index.get(
+                (parent, sum(request.token_ids[i * self._size : (i + 1) * self._size]), request.cache_salt)
+            )
             if parent is None:
                 break
             found.append(parent)
@@ -421,15 +425,38 @@ class IgnoresTheParent(PrefixCache):
 
 #: (role, policy) -> the check that must reject it. The name on the command line is the class's in lower case.
 BAD: dict[type, str] = {
-    StaleView: "invariants", OverAllocates: "exceptions", PlansThePreempted: "invariants", Idles: "progress", Sleeps: "progress",
-    PreemptsForEver: "progress", HelpsItself: "read-only", KnowsItsExecutor: "sim = replay",
-    ReadsAClock: "same with another clock", IteratesASet: "same with another hash seed", SaltedHash: "same with another hash seed",
-    GlobalRandom: "same with another global random", SystemRandom: "same with another process", StarvesAClient: "starvation",
-    NewestFirst: "starvation", Mutates: "read-only", ReadsTheTrueLength: "oracle boundary", ReadsTheFuture: "oracle boundary",
-    RaisesInTheMiddle: "exceptions", Twice: "invariants", ForgetsThePreempted: "progress", Slow: "cost", NamesTheEnded: "invariants",
-    TooGenerous: "invariants", NeverLetsIn: "progress", ParentFirst: "invariants", YieldsNothing: "invariants", EvictsTheUsed: "invariants",
-    WritesBlocks: "read-only", TrustsItsHash: "kv oracle", IgnoresTheParent: "kv oracle",
-}  # fmt: skip
+    StaleView: "invariants",
+    OverAllocates: "exceptions",
+    PlansThePreempted: "invariants",
+    Idles: "progress",
+    Sleeps: "progress",
+    PreemptsForEver: "progress",
+    HelpsItself: "read-only",
+    KnowsItsExecutor: "sim = replay",
+    ReadsAClock: "same with another clock",
+    IteratesASet: "same with another hash seed",
+    SaltedHash: "same with another hash seed",
+    GlobalRandom: "same with another global random",
+    SystemRandom: "same with another process",
+    StarvesAClient: "starvation",
+    NewestFirst: "starvation",
+    Mutates: "read-only",
+    ReadsTheTrueLength: "oracle boundary",
+    ReadsTheFuture: "oracle boundary",
+    RaisesInTheMiddle: "exceptions",
+    Twice: "invariants",
+    ForgetsThePreempted: "progress",
+    Slow: "cost",
+    NamesTheEnded: "invariants",
+    TooGenerous: "invariants",
+    NeverLetsIn: "progress",
+    ParentFirst: "invariants",
+    YieldsNothing: "invariants",
+    EvictsTheUsed: "invariants",
+    WritesBlocks: "read-only",
+    TrustsItsHash: "kv oracle",
+    IgnoresTheParent: "kv oracle",
+}
 
 
 @hookimpl

@@ -1,7 +1,9 @@
-"""Random combinations of config fields and file layouts against transformers: `python -m tests.helpers.checkpoint_differences --count 300`.
+"""Random combinations of config fields and file layouts against transformers: `python -m
+tests.helpers.checkpoint_differences --count 300`.
 
-What `test_checkpoint_matrix.py` checks one by one, crossed by chance; minutes, so not in the suite. Prints every case where
-Headway answers other than transformers, answers where transformers refuses, or raises anything but a ModelError.
+What `test_checkpoint_matrix.py` checks one by one, crossed by chance; minutes, so not in the suite. Prints
+every case where Headway answers other than transformers, answers where transformers refuses, or raises
+anything but a ModelError.
 """
 
 from __future__ import annotations
@@ -27,16 +29,39 @@ from headway import ModelError
 FIELDS: dict[str, tuple[Any, ...]] = {
     "rope_theta": (500.0, 1e6, 10, ABSENT, None, 1, 0.5, 1e12),
     "rope_scaling": (
-        None, {}, {"type": "linear", "factor": 2}, {"rope_type": "linear", "factor": 0.5}, {"type": "dynamic", "factor": 4.0}, {"factor": 2.0},
-        {"rope_type": "default", "rope_theta": 77.0}, {"rope_type": "linear", "type": "yarn", "factor": 3.0}, {"type": "mrope"},
-        LLAMA3, LLAMA3 | {"rope_theta": 99.0}, LLAMA3 | {"factor": 1}, LLAMA3 | {"original_max_position_embeddings": None},
-        LLAMA3 | {"high_freq_factor": 1.0}, LLAMA3 | {"low_freq_factor": 8.0}, {"rope_type": "proportional", "partial_rotary_factor": 0.5},
-        YARN, YARN | {"truncate": False}, YARN | {"beta_fast": None, "beta_slow": None}, YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
-        YARN | {"mscale": 0.7}, YARN | {"attention_factor": 0.8}, YARN | {"partial_rotary_factor": 1.0}, {"rope_type": "yarn", "factor": 2.0},
+        None,
+        {},
+        {"type": "linear", "factor": 2},
+        {"rope_type": "linear", "factor": 0.5},
+        {"type": "dynamic", "factor": 4.0},
+        {"factor": 2.0},
+        {"rope_type": "default", "rope_theta": 77.0},
+        {"rope_type": "linear", "type": "yarn", "factor": 3.0},
+        {"type": "mrope"},
+        LLAMA3,
+        LLAMA3 | {"rope_theta": 99.0},
+        LLAMA3 | {"factor": 1},
+        LLAMA3 | {"original_max_position_embeddings": None},
+        LLAMA3 | {"high_freq_factor": 1.0},
+        LLAMA3 | {"low_freq_factor": 8.0},
+        {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+        YARN,
+        YARN | {"truncate": False},
+        YARN | {"beta_fast": None, "beta_slow": None},
+        YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+        YARN | {"mscale": 0.7},
+        YARN | {"attention_factor": 0.8},
+        YARN | {"partial_rotary_factor": 1.0},
+        {"rope_type": "yarn", "factor": 2.0},
     ),
     "rope_parameters": (
-        None, {}, {"rope_type": "default", "rope_theta": 321.0}, {"rope_theta": None}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000},
-        LLAMA3, YARN | {"rope_theta": 300.0},
+        None,
+        {},
+        {"rope_type": "default", "rope_theta": 321.0},
+        {"rope_theta": None},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000},
+        LLAMA3,
+        YARN | {"rope_theta": 300.0},
     ),
     "original_max_position_embeddings": (64, 256, None),
     "partial_rotary_factor": (1.0, 0.5, None),
@@ -49,7 +74,13 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (True, False),
     "sliding_window": (None, 4, 512, 4096, 0, -3),
     "max_window_layers": (0, 1, 2, 28, -1),
-    "layer_types": (None, ["full_attention"] * 2, ["attention"] * 2, ["sliding_attention", "full_attention"], ["full_attention"]),
+    "layer_types": (
+        None,
+        ["full_attention"] * 2,
+        ["attention"] * 2,
+        ["sliding_attention", "full_attention"],
+        ["full_attention"],
+    ),
     "attention_chunk_size": (None, 8),
     "is_causal": (True, False),
     "rms_norm_eps": (1e-6, 0.1, 1e-12, ABSENT),
@@ -59,12 +90,23 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16", None, ABSENT),
     "pad_token_id": (0, 98, -1, None, 99, 200),
     "pretraining_tp": (1, 4),
-}  # fmt: skip
+}
 FILES = (
-    None, None, None, matrix.another_head, matrix.the_same_head, matrix.head_alone, matrix.stray_files, matrix.stale_shards, matrix.mixed,
-    matrix.cast(torch.bfloat16), matrix.cast(torch.float16), matrix.with_old_buffers, matrix.change(lambda n, t: (n.removeprefix("model."), t)),
+    None,
+    None,
+    None,
+    matrix.another_head,
+    matrix.the_same_head,
+    matrix.head_alone,
+    matrix.stray_files,
+    matrix.stale_shards,
+    matrix.mixed,
+    matrix.cast(torch.bfloat16),
+    matrix.cast(torch.float16),
+    matrix.with_old_buffers,
+    matrix.change(lambda n, t: (n.removeprefix("model."), t)),
     matrix.change(lambda n, t: (f"model.{n}", t)),
-)  # fmt: skip
+)
 
 
 def compare(case: Case, directory: Path) -> str:

@@ -1,10 +1,12 @@
-"""What a run leaves behind when something goes wrong: every fault, at every moment, in every layout, with a verdict.
+"""What a run leaves behind when something goes wrong: every fault, at every moment, in every layout, with a
+verdict.
 
     python -m tests.helpers.faults                      the whole matrix, some minutes
     python -m tests.helpers.faults tp=2 SIGKILL         only the rows that contain all of these words
 
-A fault is brought in by an installed package that acts on itself at a moment of the run, so nothing here depends on timing.
-tests/test_faults.py runs a small part of the matrix; docs/reliability.md says what it stands for.
+A fault is brought in by an installed package that acts on itself at a moment of the run, so nothing here
+depends on timing. tests/test_faults.py runs a small part of the matrix; docs/reliability.md says what it
+stands for.
 """
 
 from __future__ import annotations
@@ -126,11 +128,18 @@ class Case:
         if self.fault in RANK_FAULTS:
             return ranks and self.moment in ("connecting", "starting", "running")
         if self.fault in ("raise", "exit"):
-            return self.moment != "importing"  # a package that cannot be imported is left out and listed as broken
+            # a package that cannot be imported is left out and listed as broken
+            return self.moment != "importing"
         return not (self.fault == "disk full" and self.moment in ("importing", "connecting"))
 
 
-MATRIX = [case for layout in LAYOUTS for fault in FAULTS for moment in MOMENTS if (case := Case(fault, moment, layout)).happens]
+MATRIX = [
+    case
+    for layout in LAYOUTS
+    for fault in FAULTS
+    for moment in MOMENTS
+    if (case := Case(fault, moment, layout)).happens
+]
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,8 @@ class Outcome:
 
     code: int
     printed: str
-    results: list[dict | None]  # per folder of a job, in the order of jobs: its result.json; None where it is not JSON
+    # per folder of a job, in the order of jobs: its result.json; None where it is not JSON
+    results: list[dict | None]
     unfinished: list[str]  # scratch files that were left
     outlived: list[int]  # processes still there after GONE seconds
     seconds: float
@@ -154,16 +164,29 @@ def run(case: Case, folder: Path) -> Outcome:
     (info / "entry_points.txt").write_text("[headway]\nplanted = planted\n")
     where = "hydra.sweep.dir" if case.layout == "sweep" else "hydra.run.dir"
     command = [
-        sys.executable, str(ROOT / "run.py"), *LAYOUTS[case.layout], "tracking=none", f"workload.num_requests={REQUESTS}",
-        "workload.output_len=24", f"{where}={folder / 'runs'}",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "run.py"),
+        *LAYOUTS[case.layout],
+        "tracking=none",
+        f"workload.num_requests={REQUESTS}",
+        "workload.output_len=24",
+        f"{where}={folder / 'runs'}",
+    ]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (site, ROOT))), "HEADWAY_FAULT": case.fault, "HEADWAY_MOMENT": case.moment,
+        "PYTHONPATH": os.pathsep.join(map(str, (site, ROOT))),
+        "HEADWAY_FAULT": case.fault,
+        "HEADWAY_MOMENT": case.moment,
         "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    }
     began = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         printed, _ = process.communicate(timeout=90)
@@ -174,7 +197,14 @@ def run(case: Case, folder: Path) -> Outcome:
     outlived = processes_left(process.pid)
     jobs = sorted((folder / "runs").glob("[0-9]*")) if case.layout == "sweep" else [folder / "runs"]
     unfinished = [str(path.relative_to(folder)) for path in (folder / "runs").rglob("*.part*")]
-    return Outcome(process.returncode, printed, [read(job) for job in jobs], unfinished, outlived, time.monotonic() - began)
+    return Outcome(
+        process.returncode,
+        printed,
+        [read(job) for job in jobs],
+        unfinished,
+        outlived,
+        time.monotonic() - began,
+    )
 
 
 def read(job: Path) -> dict | None:
@@ -208,7 +238,7 @@ def _members(session: int) -> list[int]:
     return found
 
 
-# ---- verdicts -----------------------------------------------------------------------------------------------------------
+# ---- verdicts --------------------------------------------------------------------------------------------
 
 
 def faults_found(case: Case, outcome: Outcome) -> list[str]:
@@ -257,7 +287,8 @@ def expected_statuses(case: Case) -> set[str]:
     if case.fault in SIGNALS:
         return {"finished", "interrupted"} if case.moment == "writing" else {"interrupted"}
     if case.fault == "disk full":
-        # What is there is whole. While the other files are written, result.json is there already: it comes first.
+        # What is there is whole. While the other files are written, result.json is there already: it comes
+        # first.
         return {"failed", "finished", ""} if case.moment == "writing" else {"failed", ""}
     return {"failed"}
 
@@ -274,7 +305,10 @@ def main(words: list[str]) -> int:
             outcome = run(case, Path(folder))
         wrong = faults_found(case, outcome)
         broken += bool(wrong)
-        print(f"{'WRONG' if wrong else 'ok':<6} {outcome.seconds:5.1f} s  {str(case):<36} {'; '.join(wrong)}", flush=True)
+        print(
+            f"{'WRONG' if wrong else 'ok':<6} {outcome.seconds:5.1f} s  {str(case):<36} {'; '.join(wrong)}",
+            flush=True,
+        )
         if wrong and "-v" in sys.argv:
             print(outcome.printed)
     print(f"{len(chosen) - broken} passed, {broken} failed")

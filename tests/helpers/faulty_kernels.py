@@ -35,7 +35,9 @@ class FaultyKernels(TorchKernels):
                 time.sleep(600)
             return ops.attention(*args)
 
-        return SimpleNamespace(**{name: getattr(ops, name) for name in self.caps.ops} | {"attention": attention})
+        return SimpleNamespace(
+            **{name: getattr(ops, name) for name in self.caps.ops} | {"attention": attention}
+        )
 
 
 @hookimpl

@@ -1,4 +1,5 @@
-"""Drives a block pool as a plain cache: one block an object, requested one after the other, as libCacheSim does."""
+"""Drives a block pool as a plain cache: one block an object, requested one after the other, as libCacheSim
+does."""
 
 from __future__ import annotations
 
@@ -30,7 +31,11 @@ def hits(eviction: Eviction, capacity: int, objects: Sequence[int], *, check: bo
     oracle.future = arrivals
     cache = HashBlocks()
     for role in (cache, eviction):
-        role.setup(Context(0, 1, capacity, 1 << 30, 1, 1 << 30, {"cache": cache, "eviction": eviction}, oracle=oracle))
+        role.setup(
+            Context(
+                0, 1, capacity, 1 << 30, 1, 1 << 30, {"cache": cache, "eviction": eviction}, oracle=oracle
+            )
+        )
     pool = BlockPool(capacity, 1, cache, eviction)
     told = type(eviction).on_admit is not Role.on_admit
     answers = []

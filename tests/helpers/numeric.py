@@ -1,8 +1,8 @@
 """Every number that a composition takes, tried with values that are wrong, odd or at the edge of its range.
 
-The tries follow from the registry and from the core's own config classes. Each ends in a verdict: the value is
-refused when the run is composed, by an error that names `node.parameter=value`, or a small run ends, or goes on
-producing tokens, with finite results.
+The tries follow from the registry and from the core's own config classes. Each ends in a verdict: the value
+is refused when the run is composed, by an error that names `node.parameter=value`, or a small run ends, or
+goes on producing tokens, with finite results.
 
     python -m tests.helpers.numeric            the whole matrix, with a table of verdicts
     python -m tests.helpers.numeric order slo  these nodes alone
@@ -49,20 +49,42 @@ STEPS = 800  # after so many a run is long enough to see that it goes on
 QUIET = 300  # so many without a token are a loop
 CPU_SECONDS = 20.0  # without a step: a policy that loops
 SHAPE = {
-    "name_or_path": "numbers", "load_format": "dummy", "dtype": "float32", "architecture": "Qwen3ForCausalLM", "hidden_size": 16,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 16, "vocab_size": 64,
-    "tie_word_embeddings": True, "max_position_embeddings": 256, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "name_or_path": "numbers",
+    "load_format": "dummy",
+    "dtype": "float32",
+    "architecture": "Qwen3ForCausalLM",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 16,
+    "vocab_size": 64,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 256,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+}
 LIMITS = {"block_size": 4, "num_blocks": 24, "max_num_seqs": 4, "max_num_batched_tokens": 64, "check": True}
 #: What makes a run of a plugin small, where it has the parameter.
 SMALL = {
-    "num_requests": 6, "num_sessions": 4, "input_len": 6, "output_len": 3, "system_len": 4, "turns": 2, "duration": 2.0, "input_lens": [6],
-    "output_lens": [3], "max_model_len": 256, "device": "cpu", "vocab_size": 64,
-}  # fmt: skip
+    "num_requests": 6,
+    "num_sessions": 4,
+    "input_len": 6,
+    "output_len": 3,
+    "system_len": 4,
+    "turns": 2,
+    "duration": 2.0,
+    "input_lens": [6],
+    "output_lens": [3],
+    "max_model_len": 256,
+    "device": "cpu",
+    "vocab_size": 64,
+}
 
 
-#: At their largest these are no small run, as everything arrives before the first step, unless requests come as
-#: others end.
+#: At their largest these are no small run, as everything arrives before the first step, unless requests come
+#: as others end.
 TAKEN_AT_ONCE = ("num_requests", "num_sessions", "turns")
 #: Without a number where no client was served in the window that all of them share (docs/metrics.md).
 MAY_BE_NAN = ("jain_index",)
@@ -70,7 +92,7 @@ MAY_BE_NAN = ("jain_index",)
 SIZE_THE_POOL = ("memory_gb", "memory_utilization", "activation_gb", "kv_cache_gb")
 
 
-# ---- the tries -----------------------------------------------------------------------------------
+# ---- the tries -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -156,7 +178,7 @@ def unlike(values: list[Any]) -> list[Any]:
     return list(seen.values())
 
 
-# ---- one try -------------------------------------------------------------------------------------
+# ---- one try ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -240,7 +262,8 @@ def ran(of: Try, registry: Registry) -> Verdict:
         return Verdict(of, "raises", f"{type(error).__name__}: {error}")
     summary = {name: value for name, value in summarize(result).items() if isinstance(value, float)}
     strange = [name for name, value in summary.items() if math.isinf(value)]
-    if any(len(output.token_times) > 1 for output in result.outputs):  # else there is no time between two tokens
+    # else there is no time between two tokens
+    if any(len(output.token_times) > 1 for output in result.outputs):
         undefined = [name for name, value in summary.items() if math.isnan(value) and name not in MAY_BE_NAN]
         strange += [name for name in undefined if not is_undefined(name, registry)]
     said = unfinite(run) or ("" if not strange else f"{', '.join(strange)} of the summary")
@@ -248,8 +271,8 @@ def ran(of: Try, registry: Registry) -> Verdict:
 
 
 def refused(of: Try, error: Exception) -> Verdict:
-    """Refused is right where the message names the parameter and shows the value, or for a list or table the part
-    that is wrong."""
+    """Refused is right where the message names the parameter and shows the value, or for a list or table the
+    part that is wrong."""
     said = str(error).splitlines()[0]
     name = of.parameter if of.node in ("sampling", "run") else f"{of.node}.{of.parameter}"
     if (of.value is None and name in said) or (isinstance(of.value, str) and of.value and of.value in said):
@@ -340,7 +363,7 @@ def model() -> Any:
     return LLM("tiny", num_blocks=512)
 
 
-# ---- what the runs are made of -------------------------------------------------------------------
+# ---- what the runs are made of ---------------------------------------------------------------------------
 
 
 class Words:
@@ -370,7 +393,9 @@ class Mixed(Workload):
         for i in range(24):
             own = range(i, i + 3 + 7 * (i % 3))
             prompt = [token % vocab_size for token in (*range(6), *own)]
-            tags = Tags(f"c{i % 3}", f"s{i % 5}", i // 5, ("chat", "api")[i % 2], i % 3, "tool" if i % 2 else "")
+            tags = Tags(
+                f"c{i % 3}", f"s{i % 5}", i // 5, ("chat", "api")[i % 2], i % 3, "tool" if i % 2 else ""
+            )
             slo = SLO(ttft=0.5, tpot=0.1) if i % 4 == 0 else SLO()
             sampling = SamplingParams(temperature=0.0, max_tokens=12)
             yield Arrival(0.0005 * i, prompt, sampling, output_len=2 + i % 9, tags=tags, slo=slo)
@@ -385,7 +410,8 @@ def numbered_registry() -> Registry:
 
 @cache
 def needs() -> dict[str, dict[str, Any]]:
-    """Plugin -> parameters that it does not run without here: a file, a record, no account for the tracker."""
+    """Plugin -> parameters that it does not run without here: a file, a record, no account for the
+    tracker."""
     folder = Path(tempfile.mkdtemp(prefix="headway_numbers_"))
     lengths = {"input_length": 6, "output_length": 3}
     mooncake = [{"timestamp": 100 * i, "hash_ids": [i % 2], **lengths} for i in range(6)]
@@ -418,7 +444,7 @@ def write_lines(file: Path, lines: Iterable[str]) -> None:
     file.write_text("".join(f"{line}\n" for line in lines))
 
 
-# ---- the table -----------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------
 
 
 def slice_of(all_tries: list[Try], share: int) -> list[Try]:

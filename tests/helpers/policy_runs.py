@@ -1,4 +1,5 @@
-"""What the tests of policies share: runs composed by name on a server whose step times are a straight line."""
+"""What the tests of policies share: runs composed by name on a server whose step times are a straight
+line."""
 
 from __future__ import annotations
 
@@ -31,13 +32,28 @@ class Steps(Observer):
         self.records.append(record)
 
 
-def ask(time: float, prompt: int | list[int], output: int, id: str | None = None, slo: SLO = NO_SLO, salt: str = "", **tags: Any) -> Arrival:
+def ask(
+    time: float,
+    prompt: int | list[int],
+    output: int,
+    id: str | None = None,
+    slo: SLO = NO_SLO,
+    salt: str = "",
+    **tags: Any,
+) -> Arrival:
     """A request of so many prompt tokens (or these) that generates `output` tokens."""
     tokens = list(range(2, 2 + prompt)) if isinstance(prompt, int) else prompt
     return Arrival(time, tokens, SamplingParams(max_tokens=None), output, id, Tags(**tags), slo, salt)
 
 
-def compose(*, server: Executor | None = None, seed: int = 0, observers: Any = (), engine: EngineConfig | None = None, **choices: Any) -> Engine:
+def compose(
+    *,
+    server: Executor | None = None,
+    seed: int = 0,
+    observers: Any = (),
+    engine: EngineConfig | None = None,
+    **choices: Any,
+) -> Engine:
     """An engine of plugins by name: order="vtc", or order=("vtc", {"wq": 4.0})."""
     roles, _ = build_roles(REGISTRY, default_choices(**({"cache": "none"} | choices)))
     roles["executor"] = server or Server()
@@ -58,13 +74,16 @@ def mean_completion(result: RunResult) -> float:
 
 
 def service(steps: Steps, wp: float = 1.0, wq: float = 2.0) -> list[tuple[float, dict[str, float]]]:
-    """After every step: its end, and what each client has been served so far: prompts at admission, tokens as they come."""
+    """After every step: its end, and what each client has been served so far: prompts at admission, tokens as
+    they come."""
     total: dict[str, float] = {}
     series = []
     for record in steps.records:
         for request in record.plan.admitted:
             if request.arrival_time <= record.end and record.plan.now == request.first_scheduled_time:
-                total[request.tags.client] = total.get(request.tags.client, 0.0) + wp * request.num_prompt_tokens
+                total[request.tags.client] = (
+                    total.get(request.tags.client, 0.0) + wp * request.num_prompt_tokens
+                )
         for request, new in zip(record.plan.requests, record.tokens, strict=True):
             for _ in new:
                 total[request.tags.client] = total.get(request.tags.client, 0.0) + wq

@@ -1,8 +1,9 @@
-"""Decision hashes of compositions, which a refactoring leaves as they are: scheduler=chunked with every order x
-cache x eviction x victim, every other scheduler with every order x cache x victim and an eviction drawn for it.
+"""Decision hashes of compositions, which a refactoring leaves as they are: scheduler=chunked with every order
+x cache x eviction x victim, every other scheduler with every order x cache x victim and an eviction drawn for
+it.
 
-    python -m tests.helpers.recorded_decisions              runs the whole set (a few minutes); names the rows that differ
-    python -m tests.helpers.recorded_decisions --write      records it again, after decisions changed on purpose
+    python -m tests.helpers.recorded_decisions           the whole set (a few minutes); names rows that differ
+    python -m tests.helpers.recorded_decisions --write   records it again, after decisions changed on purpose
 
 A row is one (scheduler, order, cache, eviction) over all victims, or one run of the real engine on a tiny
 model. Other roles, limits and requests come from a generator seeded with the row's name: rows differ in all
@@ -41,8 +42,10 @@ RECORD = Path(__file__).with_suffix(".json")
 SIMULATED = "simulated"
 TORCH = "torch"
 SAMPLING = SamplingParams(max_tokens=24)
-BUDGETED = ("chunked", "preemptive", "selective", "running_first")  # schedulers with a token budget of their own
-RANKED = ("preemptive", "selective")  # schedulers that rank running requests as well, and refuse orders that do not
+# schedulers with a token budget of their own
+BUDGETED = ("chunked", "preemptive", "selective", "running_first")
+# schedulers that rank running requests as well, and refuse orders that do not
+RANKED = ("preemptive", "selective")
 OTHER_NAMES = ("fcfs",)  # of schedulers that are there under another one
 
 
@@ -55,7 +58,7 @@ class Pipeline(Server):
         self.caps = replace(self.caps, placeholders=False)
 
 
-# ---- simulated runs ----------------------------------------------------------------------------------------
+# ---- simulated runs --------------------------------------------------------------------------------------
 
 
 def simulated_rows() -> Iterator[str]:
@@ -148,7 +151,7 @@ def _simulated(rng: Random, **named: str) -> str:
     return result.decision_hash
 
 
-# ---- the real engine on a tiny model -----------------------------------------------------------------------
+# ---- the real engine on a tiny model ---------------------------------------------------------------------
 
 
 def torch_rows() -> Iterator[str]:
@@ -193,7 +196,7 @@ def on_torch(row: str) -> str:
     return result.decision_hash[:12]
 
 
-# ---- the record --------------------------------------------------------------------------------------------
+# ---- the record ------------------------------------------------------------------------------------------
 
 RUNS: dict[str, Callable[[str], str]] = {SIMULATED: simulated, TORCH: on_torch}
 

@@ -30,9 +30,18 @@ def everybody(step, view) -> None:
         step.add(request)
 
 
-def engine(script: Callable = everybody, *, roles=None, executor=None, seed: int = 0, observers=(), **limits) -> Engine:
+def engine(
+    script: Callable = everybody, *, roles=None, executor=None, seed: int = 0, observers=(), **limits
+) -> Engine:
     """Blocks of 4 tokens, 16 of them, unless `limits` say otherwise."""
-    limits = {"block_size": 4, "num_blocks": 16, "max_num_seqs": 4, "max_num_batched_tokens": 32, "check": True, **limits}
+    limits = {
+        "block_size": 4,
+        "num_blocks": 16,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "check": True,
+        **limits,
+    }
     executor = executor or OracleExecutor(num_blocks=limits["num_blocks"])
     built = default_roles(**({"scheduler": Scripted(script), "executor": executor} | (roles or {})))
     return Engine(built, EngineConfig(**limits), seed=seed, observers=observers)

@@ -48,9 +48,15 @@ def metaspace(directory: Path, **settings: Any) -> Path:
         vocab.setdefault(piece, len(vocab))
     fast = Fast(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
-    fast.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    fast.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
-    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    fast.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
+    )
     fast.save(str(directory / "tokenizer.json"))
     return edit(directory, **settings)
 
@@ -58,7 +64,9 @@ def metaspace(directory: Path, **settings: Any) -> Path:
 def edit(directory: Path, **settings: Any) -> Path:
     path = directory / "tokenizer_config.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    return write(directory, path.name, {name: value for name, value in (found | settings).items() if value is not None})
+    return write(
+        directory, path.name, {name: value for name, value in (found | settings).items() if value is not None}
+    )
 
 
 def write(directory: Path, name: str, content: Any) -> Path:

@@ -36,10 +36,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_biases_untied": QWEN3 | {"attention_bias": True, "tie_word_embeddings": False},
     "llama3_rope": LLAMA,
     "llama_rope_parameters": {k: v for k, v in LLAMA.items() if k not in ("rope_scaling", "rope_theta")}
-    | {"rope_parameters": LLAMA["rope_scaling"] | {"rope_theta": 5000.0}, "attention_bias": True, "mlp_bias": True},
-    "llama_linear_rope": LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}, "num_key_value_heads": 8},
+    | {
+        "rope_parameters": LLAMA["rope_scaling"] | {"rope_theta": 5000.0},
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama_linear_rope": LLAMA
+    | {"rope_scaling": {"type": "linear", "factor": 4.0}, "num_key_value_heads": 8},
     "qwen2": {k: v for k, v in QWEN3.items() if k != "attention_bias"}
-    | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": 16, "num_key_value_heads": 1, "rms_norm_eps": 1e-5},
+    | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+    },
 }
 
 
@@ -55,14 +66,22 @@ def variant(name: str) -> Path:
 def reference(directory: Path) -> Any:
     """transformers' model, float32 on the CPU."""
     torch.set_num_threads(1)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 @cache
 def reference_tokens(directory: Path, prompt: tuple[int, ...], count: int) -> list[int]:
     """What transformers' greedy generate answers."""
     prompts = torch.tensor([prompt])
-    exactly = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    exactly = {
+        "max_new_tokens": count,
+        "min_new_tokens": count,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     out = reference(directory).generate(prompts, attention_mask=torch.ones_like(prompts), **exactly)
     return out[0, len(prompt) :].tolist()
 
@@ -84,7 +103,8 @@ def prepared(directory: Path, dtype: str | None = None) -> TorchExecutor:
 
 
 def scheduler_of(name: str, chunk: int) -> tuple[Any, int]:
-    """The scheduler that computes prompts `chunk` tokens at a time, and the step's token budget it needs for that."""
+    """The scheduler that computes prompts `chunk` tokens at a time, and the step's token budget it needs for
+    that."""
     if name == "chunked":
         # Started on a chunk, prompts are preempted before they are done: the harder case.
         return ChunkedPrefill(token_budget=None, chunk_size=chunk, admit_on="chunk"), 128
@@ -93,14 +113,33 @@ def scheduler_of(name: str, chunk: int) -> tuple[Any, int]:
     return PrefillFirst(), chunk
 
 
-def engine_of(executor: TorchExecutor, scheduler: str = "chunked", cache: str = "hash", *, chunk: int = 64, seed: int = 0, **limits: Any) -> Engine:
+def engine_of(
+    executor: TorchExecutor,
+    scheduler: str = "chunked",
+    cache: str = "hash",
+    *,
+    chunk: int = 64,
+    seed: int = 0,
+    **limits: Any,
+) -> Engine:
     policy, budget = scheduler_of(scheduler, chunk)
     roles = default_roles(scheduler=policy, cache=CACHES[cache](), executor=executor)
-    config = EngineConfig(**{"block_size": 4, "num_blocks": 256, "max_num_seqs": 8, "max_num_batched_tokens": budget, "check": True} | limits)
+    config = EngineConfig(
+        **{
+            "block_size": 4,
+            "num_blocks": 256,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": budget,
+            "check": True,
+        }
+        | limits
+    )
     return Engine(roles, config, seed=seed, stop_text=executor.stop_text)
 
 
-def generate(engine: Engine, prompts: list[list[int]], sampling: SamplingParams = GREEDY, spacing: float = 0.0) -> list[list[int]]:
+def generate(
+    engine: Engine, prompts: list[list[int]], sampling: SamplingParams = GREEDY, spacing: float = 0.0
+) -> list[list[int]]:
     """Output tokens in the order of the prompts."""
     result = engine.run([Arrival(i * spacing, p, sampling, id=f"p{i}") for i, p in enumerate(prompts)])
     assert [o.state for o in result.outputs] == ["finished"] * len(prompts)

@@ -9,9 +9,11 @@ from headway import Block, Context, KeyEviction
 
 
 class Aging(KeyEviction):
-    """Smallest L + worth(block) first. L, the age, is the value of what was evicted last, so that old worth fades.
+    """Smallest L + worth(block) first. L, the age, is the value of what was evicted last, so that old worth
+    fades.
 
-    The value is fixed when a block is published or hit, not when it becomes a leaf: a parent does not get younger by losing a child.
+    The value is fixed when a block is published or hit, not when it becomes a leaf: a parent does not get
+    younger by losing a child.
     """
 
     def setup(self, ctx: Context) -> None:
@@ -35,6 +37,7 @@ class Aging(KeyEviction):
         del self._value[block.id]
 
     def candidates(self, n: int) -> Iterator[Block]:
-        for block in super().candidates(n):  # what a retention policy drops does not age the rest, so not in on_evict
+        # what a retention policy drops does not age the rest, so not in on_evict
+        for block in super().candidates(n):
             self.age = max(self.age, self._value[block.id])
             yield block

@@ -13,13 +13,15 @@ from .queues import Ghosts, Queue
 
 @dataclass
 class AdaptiveReplacement(Eviction):
-    """Balances once-used (T1) and reused (T2) blocks by hits on the ghosts of each, B1 and B2 (ARC; Megiddo and Modha, FAST'03, figure 4).
+    """Balances once-used (T1) and reused (T2) blocks by hits on the ghosts of each, B1 and B2 (ARC; Megiddo
+    and Modha, FAST'03, figure 4).
 
-    Agrees with libCacheSim's ARC hit for hit on flat streams. The paper looks at the page it missed, adapts the target p and then makes room. The
-    core makes room before a block has content, so the misses of a prompt are read when its request is admitted, and each eviction takes the
-    next one as its cause; generated blocks adapt p when they are published. A list whose blocks are all in
-    use lets the other one pay. On chains of prefixes it is leaf-ARC: of a list the first block goes that
-    nothing hangs under. With `cache.subtree=true` the first that nobody uses does, and takes its tails along.
+    Agrees with libCacheSim's ARC hit for hit on flat streams. The paper looks at the page it missed, adapts
+    the target p and then makes room. The core makes room before a block has content, so the misses of a
+    prompt are read when its request is admitted, and each eviction takes the next one as its cause; generated
+    blocks adapt p when they are published. A list whose blocks are all in use lets the other one pay. On
+    chains of prefixes it is leaf-ARC: of a list the first block goes that nothing hangs under. With
+    `cache.subtree=true` the first that nobody uses does, and takes its tails along.
     """
 
     def setup(self, ctx: Context) -> None:
@@ -27,8 +29,10 @@ class AdaptiveReplacement(Eviction):
         self._c, self._size = ctx.num_blocks, ctx.block_size
         self.p = 0.0  # target size of T1, blocks
         self._t1, self._t2, self._b1, self._b2 = Queue(), Queue(), Ghosts(), Ghosts()
-        self._misses: deque[Ghosts | None] = deque()  # of the request admitted last: where each missing block was a ghost
-        self._returning: dict[int, None] = {}  # keys that were ghosts when they were asked for and are being computed
+        # of the request admitted last: where each missing block was a ghost
+        self._misses: deque[Ghosts | None] = deque()
+        # keys that were ghosts when they were asked for and are being computed
+        self._returning: dict[int, None] = {}
         self._leaves_ghost = True
 
     def on_admit(self, request: Request, now: float) -> None:
@@ -92,7 +96,8 @@ class AdaptiveReplacement(Eviction):
             yield block
 
     def _make_room_for_a_ghost(self) -> None:
-        """Case IV, what is missed was in no list: |T1| + |B1| stays within c, all four within 2c. A T1 that alone fills c leaves no ghost."""
+        """Case IV, what is missed was in no list: |T1| + |B1| stays within c, all four within 2c. A T1 that
+        alone fills c leaves no ghost."""
         t1, t2, b1, b2 = len(self._t1), len(self._t2), len(self._b1), len(self._b2)
         if t1 + b1 >= self._c:
             self._leaves_ghost = b1 > 0

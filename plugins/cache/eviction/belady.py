@@ -13,10 +13,12 @@ NEVER = 1 << 60
 
 @dataclass
 class Belady(KeyEviction):
-    """Belady (IBM Systems Journal 5(2), 1966): the block whose content is asked for last. Knows every prompt to come; leaves only, as the core asks.
+    """Belady (IBM Systems Journal 5(2), 1966): the block whose content is asked for last. Knows every prompt
+    to come; leaves only, as the core asks.
 
-    Optimal on a flat stream. On a tree a block is used no later than its children, so the leaf rule costs nothing while requests come
-    one at a time. Needs a workload whose arrivals are known beforehand: no closed loop.
+    Optimal on a flat stream. On a tree a block is used no later than its children, so the leaf rule costs
+    nothing while requests come one at a time. Needs a workload whose arrivals are known beforehand: no closed
+    loop.
     """
 
     oracle = True
@@ -26,12 +28,15 @@ class Belady(KeyEviction):
         super().setup(ctx)
         assert ctx.oracle is not None  # since it declares oracle = True
         self._oracle, self._size, self._context = ctx.oracle, ctx.block_size, ctx.max_model_len
-        self._uses: dict[int, deque[int]] | None = None  # content key -> indices of the arrivals that ask for it
+        # content key -> indices of the arrivals that ask for it
+        self._uses: dict[int, deque[int]] | None = None
         self._admitted = bytearray()  # by arrival index
 
     def _read_future(self) -> dict[int, deque[int]]:
         if not self._oracle.future:
-            raise ConfigError("eviction=belady needs to know all arrivals beforehand: take a trace or an open-loop workload")
+            raise ConfigError(
+                "eviction=belady needs to know all arrivals beforehand: take a trace or an open-loop workload"
+            )
         uses: dict[int, deque[int]] = {}
         for index, arrival in enumerate(self._oracle.future):
             if len(arrival.prompt_token_ids) >= self._context:  # to be rejected: its tokens were not made

@@ -11,10 +11,12 @@ from .aging import Aging
 
 @dataclass
 class GreedyDual(Aging):
-    """L + frequency * cost / size (GDSF; Cherkasova, HPL-98-69R1). Blocks have one size; cost is what recomputing a block takes.
+    """L + frequency * cost / size (GDSF; Cherkasova, HPL-98-69R1). Blocks have one size; cost is what
+    recomputing a block takes.
 
-    A token's linear layers cost the same anywhere, its attention grows with its context: cost = 1 + context / attention_tokens,
-    where `attention_tokens` is the context at which attention costs as much as all else (about 32k for Llama-3.1-8B).
+    A token's linear layers cost the same anywhere, its attention grows with its context: cost = 1 + context /
+    attention_tokens, where `attention_tokens` is the context at which attention costs as much as all else
+    (about 32k for Llama-3.1-8B).
     """
 
     attention_tokens: int = param(32768, min=1, max=2**62, unit="tokens")

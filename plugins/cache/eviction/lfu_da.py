@@ -11,9 +11,11 @@ from .aging import Aging
 
 @dataclass
 class LeastFrequentAged(Aging):
-    """Fewest uses + L, where L is the value of the last victim (LFU-DA; Arlitt et al., SIGMETRICS PER 2000, section 4).
+    """Fewest uses + L, where L is the value of the last victim (LFU-DA; Arlitt et al., SIGMETRICS PER 2000,
+    section 4).
 
-    Ties go to the block touched longest ago. libCacheSim's LFUDA adds L again at every hit, so hits there differ.
+    Ties go to the block touched longest ago. libCacheSim's LFUDA adds L again at every hit, so hits there
+    differ.
     """
 
     def worth(self, block: Block) -> float:

@@ -10,7 +10,8 @@ from headway import Block, KeyEviction, Registry, hookimpl
 
 @dataclass
 class MostRecent(KeyEviction):
-    """The leaf that was touched last: best for a loop over more than fits (Chou and DeWitt, VLDB'85), a bad baseline elsewhere."""
+    """The leaf that was touched last: best for a loop over more than fits (Chou and DeWitt, VLDB'85), a bad
+    baseline elsewhere."""
 
     def key(self, block: Block) -> Any:
         return -block.last_access

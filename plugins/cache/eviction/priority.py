@@ -10,7 +10,8 @@ from headway import Block, KeyEviction, Registry, hookimpl
 
 @dataclass
 class LeastUrgent(KeyEviction):
-    """Blocks last touched by the least urgent request (largest priority number, as in vLLM), then by LRU (SGLang's "priority")."""
+    """Blocks last touched by the least urgent request (largest priority number, as in vLLM), then by LRU
+    (SGLang's "priority")."""
 
     def key(self, block: Block) -> Any:
         return (-block.tags.priority, block.last_access)

@@ -9,9 +9,11 @@ from headway import Block, BlockHeap
 
 
 class Queue:
-    """Cached blocks by position, smallest first. Only those that are `ready` can be taken, and only they are looked at.
+    """Cached blocks by position, smallest first. Only those that are `ready` can be taken, and only they are
+    looked at.
 
-    A block in use or with children keeps its place and costs nothing until it is evictable again: O(log n) a change.
+    A block in use or with children keeps its place and costs nothing until it is evictable again: O(log n) a
+    change.
     """
 
     __slots__ = ("_position", "_ready")
@@ -45,15 +47,17 @@ class Queue:
         self._ready.discard(block)
 
     def take(self) -> Block | None:
-        """The ready block at the smallest position, None without one. It remains a member but is no longer ready."""
+        """The ready block at the smallest position, None without one. It remains a member but is no longer
+        ready."""
         return self._ready.pop()
 
 
 class Ghosts:
     """Content keys (`Block.key`) of evicted blocks, oldest first.
 
-    The core evicts before it knows what the freed block will hold, so a ghost may be asked for only after the eviction that
-    pushed it over the limit. `trim` is therefore called when a block is published, after `take`: the same as a cache that asks first.
+    The core evicts before it knows what the freed block will hold, so a ghost may be asked for only after the
+    eviction that pushed it over the limit. `trim` is therefore called when a block is published, after
+    `take`: the same as a cache that asks first.
     """
 
     __slots__ = ("_keys",)

@@ -12,12 +12,13 @@ from .queues import Ghosts, Queue
 
 @dataclass
 class S3FIFO(Eviction):
-    """A small FIFO filters blocks used once, the main FIFO gives used ones another round, ghosts come back to main (Yang et al., SOSP'23).
+    """A small FIFO filters blocks used once, the main FIFO gives used ones another round, ghosts come back to
+    main (Yang et al., SOSP'23).
 
-    Agrees with libCacheSim's S3FIFO hit for hit on flat streams; as there, what the small queue has no room for goes to main until the pool
-    overflows for the first time. Blocks in use are passed over: they keep their place and their count. So
-    are, on chains of prefixes, those that others hang under: there it is leaf-S3-FIFO, unless
-    `cache.subtree=true` lets a head take its tails along.
+    Agrees with libCacheSim's S3FIFO hit for hit on flat streams; as there, what the small queue has no room
+    for goes to main until the pool overflows for the first time. Blocks in use are passed over: they keep
+    their place and their count. So are, on chains of prefixes, those that others hang under: there it is
+    leaf-S3-FIFO, unless `cache.subtree=true` lets a head take its tails along.
     """
 
     small_size_ratio: float = param(0.1, min=0, max=1)
@@ -65,13 +66,19 @@ class S3FIFO(Eviction):
         self._filling = False
         while True:
             crowded = len(self._main) > self._main_size or not self._small.num_ready
-            block = (self._from_main() or self._from_small()) if crowded else (self._from_small() or self._from_main())
+            block = (
+                (self._from_main() or self._from_small())
+                if crowded
+                else (self._from_small() or self._from_main())
+            )
             if block is None:
                 return
             yield block
 
     def _from_small(self) -> Block | None:
-        while (block := self._small.take()) is not None and self._freq[block.id] >= self.move_to_main_threshold:
+        while (block := self._small.take()) is not None and self._freq[
+            block.id
+        ] >= self.move_to_main_threshold:
             self._small.leave(block)
             self._freq[block.id] = 0
             self._enter(self._main, block)
@@ -80,7 +87,8 @@ class S3FIFO(Eviction):
 
     def _from_main(self) -> Block | None:
         while (block := self._main.take()) is not None and self._freq[block.id]:
-            self._freq[block.id] = min(self._freq[block.id], 3) - 1  # a clock of two bits: at most three rounds without a hit
+            # a clock of two bits: at most three rounds without a hit
+            self._freq[block.id] = min(self._freq[block.id], 3) - 1
             self._enter(self._main, block)
             self._main.ready(block)
         return block

@@ -12,7 +12,8 @@ from .queues import Queue
 
 @dataclass
 class Sieve(Eviction):
-    """A hand walks from old to new over a FIFO, spares each visited block once and evicts the first that is not (Zhang et al., NSDI'24).
+    """A hand walks from old to new over a FIFO, spares each visited block once and evicts the first that is
+    not (Zhang et al., NSDI'24).
 
     Agrees with libCacheSim's Sieve hit for hit on flat streams. On chains of prefixes it is leaf-SIEVE: the
     hand sees only blocks that nothing hangs under, so a head is not judged before its tails are gone; with

@@ -12,10 +12,11 @@ from .queues import Queue
 
 @dataclass
 class SegmentedLRU(Eviction):
-    """A hit moves a block from the probationary to the protected LRU segment (SLRU; Karedla, Love and Wherry, IEEE Computer 1994).
+    """A hit moves a block from the probationary to the protected LRU segment (SLRU; Karedla, Love and Wherry,
+    IEEE Computer 1994).
 
-    The protected segment holds `protected_ratio` of the pool; its least recent block that is not in use goes back to the recent end
-    of the probationary one. SGLang's "slru" is protected_ratio=1: it never goes back.
+    The protected segment holds `protected_ratio` of the pool; its least recent block that is not in use goes
+    back to the recent end of the probationary one. SGLang's "slru" is protected_ratio=1: it never goes back.
     """
 
     protected_ratio: float = param(0.8, min=0, max=1)
@@ -39,7 +40,8 @@ class SegmentedLRU(Eviction):
         queue.ready(block)
         while len(self._protected) > self._limit and (old := self._protected.take()) is not None:
             self._protected.leave(old)
-            # Its place is after all that was touched so far, `block` included. It keeps it until it is touched again.
+            # Its place is after all that was touched so far, `block` included. It keeps it until it is
+            # touched again.
             self._probation.join(old, block.last_access + 0.5)
             self._probation.ready(old)
 

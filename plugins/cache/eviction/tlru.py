@@ -10,7 +10,8 @@ from headway import ROOT, Block, Context, KeyEviction, Registry, hookimpl, param
 
 @dataclass
 class TailOptimizedLRU(KeyEviction):
-    """Of a conversation's L tokens, those beyond L + Q_hat - xi go first, then LRU (T-LRU; Zhang et al., NeurIPS'25, arXiv 2510.15152).
+    """Of a conversation's L tokens, those beyond L + Q_hat - xi go first, then LRU (T-LRU; Zhang et al.,
+    NeurIPS'25, arXiv 2510.15152).
 
     Also SGLang #34012. The next turn computes what is not cached, so a tail of xi - Q_hat tokens can be
     missing

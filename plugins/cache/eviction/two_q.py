@@ -12,7 +12,8 @@ from .queues import Ghosts, Queue
 
 @dataclass
 class TwoQueues(Eviction):
-    """New blocks go through the FIFO A1in; only those asked for again from its ghosts A1out enter the LRU Am (2Q; Johnson and Shasha, VLDB'94).
+    """New blocks go through the FIFO A1in; only those asked for again from its ghosts A1out enter the LRU Am
+    (2Q; Johnson and Shasha, VLDB'94).
 
     `kin` and `kout` are the paper's Kin and Kout as shares of the pool. Agrees with libCacheSim's TwoQ hit
     for hit on flat streams. On chains of prefixes it is leaf-2Q: of each queue the first that nothing hangs

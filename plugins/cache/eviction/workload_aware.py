@@ -13,24 +13,29 @@ Category = tuple[str, int]
 
 
 class Reuse:
-    """Reuse times of one category: exponential (the paper's fit), with the share of uses that is ever followed by another."""
+    """Reuse times of one category: exponential (the paper's fit), with the share of uses that is ever
+    followed by another."""
 
     __slots__ = ("uses", "reuses", "seconds", "rate", "scale", "blocks")
 
     def __init__(self) -> None:
         self.uses = self.reuses = 0
         self.seconds = 0.0
-        self.rate = self.scale = 0.0  # log probability of a use within `life` of a block idle for t: scale - rate * t
-        self.blocks = BlockHeap()  # evictable blocks last used by this category: longest ago first, of one request the deepest first
+        # log probability of a use within `life` of a block idle for t: scale - rate * t
+        self.rate = self.scale = 0.0
+        # evictable blocks last used by this category: longest ago first, of one request the deepest first
+        self.blocks = BlockHeap()
 
 
 @dataclass
 class WorkloadAware(Eviction):
-    """Workload-aware eviction ("KVCache Cache in the Wild", Wang et al., ATC'25, section 5): least likely to be used within the cache's life time.
+    """Workload-aware eviction ("KVCache Cache in the Wild", Wang et al., ATC'25, section 5): least likely to
+    be used within the cache's life time.
 
-    A category is the request's `tags.category` and turn. Its reuse times are fitted online; reuses after an eviction count too, remembered
-    by content. `life` is the mean idle time of evicted blocks. Within a category the probability falls with idle time, so an eviction
-    compares one block a category; ties go to the deeper block.
+    A category is the request's `tags.category` and turn. Its reuse times are fitted online; reuses after an
+    eviction count too, remembered by content. `life` is the mean idle time of evicted blocks. Within a
+    category the probability falls with idle time, so an eviction compares one block a category; ties go to
+    the deeper block.
     """
 
     max_turns: int = param(4, min=1, max=1_000_000, doc="later turns are one category")
@@ -40,8 +45,10 @@ class WorkloadAware(Eviction):
         super().setup(ctx)
         self._capacity = ctx.num_blocks
         self._categories: dict[Category, Reuse] = {}
-        self._used: dict[int, tuple[float, Category]] = {}  # block id -> when and by which category it was used last
-        self._ghosts: OrderedDict[int, tuple[float, Category]] = OrderedDict()  # key of an evicted block -> the same
+        # block id -> when and by which category it was used last
+        self._used: dict[int, tuple[float, Category]] = {}
+        # key of an evicted block -> the same
+        self._ghosts: OrderedDict[int, tuple[float, Category]] = OrderedDict()
         self._now = 0.0
         self._life = 0.0  # seconds
         self._fitted = -1.0  # when the categories were fitted last
@@ -84,7 +91,8 @@ class WorkloadAware(Eviction):
         self._fitted = self._now
         life = max(self._life, 1e-9)
         for reuse in self._categories.values():
-            reuse.rate = (reuse.reuses + 1) / (reuse.seconds + life)  # one made-up reuse after `life`, until there are real ones
+            # one made-up reuse after `life`, until there are real ones
+            reuse.rate = (reuse.reuses + 1) / (reuse.seconds + life)
             reuse.scale = log((reuse.reuses + 1) / (reuse.uses + 2)) + log(-expm1(-reuse.rate * life))
 
     def candidates(self, n: int) -> Iterator[Block]:

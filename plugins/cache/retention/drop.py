@@ -9,7 +9,8 @@ from headway import KVControl, Registry, Request, Retention, hookimpl
 
 @dataclass
 class Drop(Retention):
-    """Blocks of a finished request are forgotten at once, where nobody else holds them: the baseline without reuse over time."""
+    """Blocks of a finished request are forgotten at once, where nobody else holds them: the baseline without
+    reuse over time."""
 
     def retain(self, request: Request, kv: KVControl, now: float) -> None:
         kv.drop(request)

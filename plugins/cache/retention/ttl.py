@@ -78,10 +78,13 @@ class TimeToLive(Retention):
         super().setup(ctx)
         self._cost_model, self._size = ctx.cost_model, ctx.block_size
         self._durations: dict[str, deque[float]] = {}  # tool -> seconds of its last calls; "" for all tools
-        self._calls: dict[str, tuple[str, float, int]] = {}  # session -> its tool, since when, tokens it had cached
+        # session -> its tool, since when, tokens it had cached
+        self._calls: dict[str, tuple[str, float, int]] = {}
         self._made: dict[str, int] = {}  # session -> calls of its program so far
-        self._returns: dict[int, int] = {}  # request index -> tokens of its session that were cached before its tool call
-        self._queueing: deque[float] = deque(maxlen=self.history)  # seconds, of turns whose blocks were evicted
+        # request index -> tokens of its session that were cached before its tool call
+        self._returns: dict[int, int] = {}
+        # seconds, of turns whose blocks were evicted
+        self._queueing: deque[float] = deque(maxlen=self.history)
         self.memory = Memory()
 
     def on_arrival(self, request: Request, now: float) -> None:

@@ -54,8 +54,8 @@ class TorchExecutor(Executor):
     host_blocks: KV blocks in host memory, the tier behind the pool (KVCopy).
     profile: each step reports where its time went.
 
-    `build`, or `prepare` where a run is composed by hand, reads the model's config, loads the weights and sets `caps`. `clock` may
-    be replaced before that as well, for a replay.
+    `build`, or `prepare` where a run is composed by hand, reads the model's config, loads the weights and
+    sets `caps`. `clock` may be replaced before that as well, for a replay.
     """
 
     device: str = "auto"
@@ -98,11 +98,12 @@ class TorchExecutor(Executor):
     ) -> None:
         """Loads the model; `caps` and `kv_capacity` are known afterwards.
 
-        kernels: the `kernels` role (None: plain torch). backends: name -> kernels role with its defaults, for a composition of several.
-        engine: its limits size the profiling pass. parallel: starts the other ranks, or turns this process into one of them.
-        hardware: the card of the GPU (None: that of an H200), from which the default token budget is derived, and the times of steps
-        that policies ask for, until there are measured ones; on a CPU the latter alone.
-        Raises ConfigError and ModelError before weights are read, and RankError when another rank fails.
+        kernels: the `kernels` role (None: plain torch). backends: name -> kernels role with its defaults, for
+        a composition of several. engine: its limits size the profiling pass. parallel: starts the other
+        ranks, or turns this process into one of them. hardware: the card of the GPU (None: that of an H200),
+        from which the default token budget is derived, and the times of steps that policies ask for, until
+        there are measured ones; on a CPU the latter alone. Raises ConfigError and ModelError before weights
+        are read, and RankError when another rank fails.
         """
         check_installed()
         parallel, card = parallel or ParallelConfig(), hardware or Hardware()
@@ -110,14 +111,20 @@ class TorchExecutor(Executor):
         if parallel.world_size > 1:
             from ...parallel.execution import Job, drive
 
-            self._execution = drive(Job(self.config, model, kernels, engine or EngineConfig(), seed, parallel), backends)
+            self._execution = drive(
+                Job(self.config, model, kernels, engine or EngineConfig(), seed, parallel), backends
+            )
         else:
             from .execution import Execution
 
-            self._execution = Execution(self.config, model, kernels, engine or EngineConfig(), backends, seed)
+            self._execution = Execution(
+                self.config, model, kernels, engine or EngineConfig(), backends=backends, seed=seed
+            )
         spec, on_gpu = self._execution.spec, self._execution.device.type == "cuda"
         self._foretell(spec.shape, card, parallel)
-        self.caps = _caps(spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None, host_blocks=self.host_blocks)
+        self.caps = _caps(
+            spec.shape, spec.eos_token_ids, parallel, card if on_gpu else None, host_blocks=self.host_blocks
+        )
 
     def check(self, context: BuildContext) -> ExecutorCaps | None:
         """Raises ConfigError and ModelError for what can be known without weights, ranks or a download."""
@@ -136,7 +143,8 @@ class TorchExecutor(Executor):
         if shape is None:
             return None
         self._foretell(shape, context.hardware, parallel)
-        self.caps = _caps(shape, frozenset(), parallel, None, host_blocks=self.host_blocks)  # until `build` has read the checkpoint
+        # until `build` has read the checkpoint
+        self.caps = _caps(shape, frozenset(), parallel, None, host_blocks=self.host_blocks)
         return self.caps
 
     @property
@@ -168,7 +176,9 @@ class TorchExecutor(Executor):
     @property
     def execution(self) -> Execution:
         if self._execution is None:
-            raise ConfigError("executor=torch has no model: call prepare(model, kernels) before the engine is built")
+            raise ConfigError(
+                "executor=torch has no model: call prepare(model, kernels) before the engine is built"
+            )
         return self._execution
 
     @property
@@ -185,9 +195,19 @@ class TorchExecutor(Executor):
     def kv_capacity(self, block_size: int) -> int:
         return self.execution.kv_capacity(block_size)
 
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int
+    ) -> None:
         longest = self._max_model_len or self.caps.max_model_len
-        self.execution.start(num_blocks, block_size, max_num_seqs, max_num_batched_tokens, longest, self.caps.max_inflight, seed)
+        self.execution.start(
+            num_blocks,
+            block_size,
+            max_num_seqs,
+            max_num_batched_tokens,
+            longest,
+            self.caps.max_inflight,
+            seed,
+        )
 
     def launch(self, plan: StepPlan) -> Any:
         return self.execution.launch(plan, self.clock.now())
@@ -216,8 +236,16 @@ class TorchExecutor(Executor):
             self._execution.close()
 
 
-def _caps(shape: ModelShape, eos_token_ids: frozenset[int], parallel: ParallelConfig, card: Hardware | None, *, host_blocks: int) -> ExecutorCaps:
-    """card: of the GPU; None on a CPU, which has no time to hide behind a device's and is best at short steps."""
+def _caps(
+    shape: ModelShape,
+    eos_token_ids: frozenset[int],
+    parallel: ParallelConfig,
+    card: Hardware | None,
+    *,
+    host_blocks: int,
+) -> ExecutorCaps:
+    """card: of the GPU; None on a CPU, which has no time to hide behind a device's and is best at short
+    steps."""
     default = {} if card is None else {"default_token_budget": default_token_budget(shape, card, parallel.tp)}
     pp = parallel.pp
     # A token that a later stage still samples is unknown to the first, so a pipeline cannot plan it.

@@ -1,9 +1,9 @@
 """From a StepPlan to one buffer of integers: what has to be sent to the device, and nothing else.
 
-Each running request has a row of device state (block table, last token, length, sampling parameters) from its admission until it
-leaves. A step of decodes sends new block ids only, and the rows when the batch is another than before; any other step
-sends its tokens, positions and rows too. Everything goes in one int32 buffer, so a step costs one copy; on several ranks the same
-buffer is what the driver broadcasts.
+Each running request has a row of device state (block table, last token, length, sampling parameters) from its
+admission until it leaves. A step of decodes sends new block ids only, and the rows when the batch is another
+than before; any other step sends its tokens, positions and rows too. Everything goes in one int32 buffer, so
+a step costs one copy; on several ranks the same buffer is what the driver broadcasts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from headway import Request, StepPlan
 
 GREEDY, RANDOM, FILTERED = 0, 1, 2  # how much of sampling a batch needs: the largest of its rows
-PARAMETERS = 6  # int32 words a row: temperature, top_p, min_p (float32 bits), top_k, seed (int64: low word, high word)
+# int32 words a row: temperature, top_p, min_p (float32 bits), top_k, seed (int64: low word, high word)
+PARAMETERS = 6
 NO_LOGPROBS = -1
 
 
@@ -29,7 +30,8 @@ class StepInput:
     updates      [2, num_updates]         place in the block tables of all rows, one after the other; block id
     admissions   [num_admitted, 1 + 6]    row, sampling parameters
     samples      [num_samples]            which chunks sample; absent from a decode
-    rows         [num_seqs]               of a decode padded to all rows, and absent when they are the `same_rows`
+    rows         [num_seqs]               of a decode padded to all rows, and absent when they are the
+                 `same_rows`
     and unless decode:
     starts       [num_seqs]               first position of each chunk
     bounds       [num_seqs + 1]           token offsets of chunks
@@ -50,7 +52,8 @@ class StepInput:
     sampling: int  # GREEDY, RANDOM or FILTERED
     logprobs: int  # most alternatives that a row wants; NO_LOGPROBS: no row wants any
     sampled: list[int] | None  # plan indices of the chunks that sample; None: all
-    num_copies: int = 0  # of KV blocks, before the step; four numbers each (core.plan.KVCopy) at the end of `data`
+    # of KV blocks, before the step; four numbers each (core.plan.KVCopy) at the end of `data`
+    num_copies: int = 0
 
     def without_copies(self) -> tuple[StepInput, list[list[int]]]:
         """The step itself, and the copies that come before it."""
@@ -63,10 +66,11 @@ class StepInput:
         return 2 * self.num_updates + (1 + PARAMETERS) * self.num_admitted
 
     def padded(self, num_seqs: int, num_tokens: int, padding_row: int) -> np.ndarray:
-        """`data` of a step that is no decode, filled up to so many sequences and tokens, and to `padding_row` samples.
+        """`data` of a step that is no decode, filled up to so many sequences and tokens, and to `padding_row`
+        samples.
 
-        Sequences of padding have no token and a row that belongs to no request, the last one at least; tokens of padding
-        lie past its end, and samples of padding are its."""
+        Sequences of padding have no token and a row that belongs to no request, the last one at least; tokens
+        of padding lie past its end, and samples of padding are its."""
         n, total, samples = self.num_seqs, self.num_tokens, self.num_samples
         front = self.num_told + samples
         data = np.empty(front + padding_row - samples + 3 * num_seqs + 1 + 2 * num_tokens, dtype=np.int32)
@@ -104,7 +108,8 @@ class Batcher:
         self._padding = [max_num_seqs] * (max_num_seqs + 1)
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._row_of: dict[int, int] = {}  # request index -> row
-        # By row: its last chunk sampled, so the device knows its next token and position; what its sampling needs.
+        # By row: its last chunk sampled, so the device knows its next token and position; what its sampling
+        # needs.
         self._ready = np.zeros(max_num_seqs, dtype=bool)
         self._sampling = np.zeros(max_num_seqs, dtype=np.int8)
         self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int32)
@@ -139,10 +144,14 @@ class Batcher:
             last = self._last
             if last is not None and last.requests == plan.requests:
                 return self._decode(plan, last, updates, same_rows=True)
-            rows = np.array([row_of[r.index] for r in plan.requests] + self._padding[num_seqs:], dtype=np.int32)
+            rows = np.array(
+                [row_of[r.index] for r in plan.requests] + self._padding[num_seqs:], dtype=np.int32
+            )
             own = rows[:num_seqs]
             if self._ready[own].all():
-                self._last = _Rows(plan.requests, rows, int(self._sampling[own].max()), int(self._logprobs[own].max()))
+                self._last = _Rows(
+                    plan.requests, rows, int(self._sampling[own].max()), int(self._logprobs[own].max())
+                )
                 return self._decode(plan, self._last, updates, same_rows=False)
         self._last = None
         return self._mixed(plan, admissions, updates)
@@ -153,8 +162,20 @@ class Batcher:
             data = np.concatenate((data, last.rows))
         n = len(plan.requests)
         return StepInput(
-            data, True, same_rows, n, n, n, len(updates) // 2, 0, 1, max(plan.starts) + 1, last.sampling, last.logprobs, None
-        )  # fmt: skip
+            data=data,
+            decode=True,
+            same_rows=same_rows,
+            num_seqs=n,
+            num_tokens=n,
+            num_samples=n,
+            num_updates=len(updates) // 2,
+            num_admitted=0,
+            max_query=1,
+            max_context=max(plan.starts) + 1,
+            sampling=last.sampling,
+            logprobs=last.logprobs,
+            sampled=None,
+        )
 
     def _mixed(self, plan: StepPlan, admissions: list[int], updates: list[int]) -> StepInput:
         requests, starts, lengths = plan.requests, plan.starts, plan.lengths
@@ -174,14 +195,31 @@ class Batcher:
         sampled = np.flatnonzero(samples)
         first = np.array(starts, dtype=np.int32)
         small = np.array(updates + admissions, dtype=np.int32)
-        parts = (small, sampled, rows, first, bounds, np.array(tokens, dtype=np.int32), np.repeat(np.arange(len(requests)), counts))
+        parts = (
+            small,
+            sampled,
+            rows,
+            first,
+            bounds,
+            np.array(tokens, dtype=np.int32),
+            np.repeat(np.arange(len(requests)), counts),
+        )
         drawing = rows[sampled]
         return StepInput(
-            np.concatenate(parts, dtype=np.int32, casting="same_kind"), False, False, len(requests), plan.num_tokens, len(sampled),
-            len(updates) // 2, len(plan.admitted), int(counts.max()), int((first + counts).max()),
-            int(self._sampling[drawing].max(initial=GREEDY)), int(self._logprobs[drawing].max(initial=NO_LOGPROBS)),
-            None if samples.all() else sampled.tolist(),
-        )  # fmt: skip
+            data=np.concatenate(parts, dtype=np.int32, casting="same_kind"),
+            decode=False,
+            same_rows=False,
+            num_seqs=len(requests),
+            num_tokens=plan.num_tokens,
+            num_samples=len(sampled),
+            num_updates=len(updates) // 2,
+            num_admitted=len(plan.admitted),
+            max_query=int(counts.max()),
+            max_context=int((first + counts).max()),
+            sampling=int(self._sampling[drawing].max(initial=GREEDY)),
+            logprobs=int(self._logprobs[drawing].max(initial=NO_LOGPROBS)),
+            sampled=None if samples.all() else sampled.tolist(),
+        )
 
     def _parameters(self, request: Request, row: int) -> list[int]:
         sampling = request.sampling
@@ -189,7 +227,9 @@ class Batcher:
         self._sampling[row] = GREEDY if sampling.temperature == 0 else FILTERED if filtered else RANDOM
         self._logprobs[row] = NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
         self._ready[row] = False
-        numbers = np.array((sampling.temperature, sampling.top_p, sampling.min_p), dtype=np.float32).view(np.int32)
+        numbers = np.array((sampling.temperature, sampling.top_p, sampling.min_p), dtype=np.float32).view(
+            np.int32
+        )
         key = np.array((request_seed(request, self._seed),), dtype=np.int64).view(np.int32)
         return [*numbers.tolist(), min(max(sampling.top_k, 0), 2**31 - 1), *key.tolist()]
 

@@ -1,4 +1,5 @@
-"""What TorchExecutor does once torch is imported: builds and loads the model, sizes the KV cache, launches and collects steps."""
+"""What TorchExecutor does once torch is imported: builds and loads the model, sizes the KV cache, launches
+and collects steps."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headway import ConfigError, EngineConfig, ModelConfig, ModelShape, StepPlan, StepResult, Tokens, check_fits
+from headway import (
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    ModelShape,
+    StepPlan,
+    StepResult,
+    Tokens,
+    check_fits,
+)
 
 from ...kernels.compose import KernelChoice, Kernels, compose, lookup
 from ...kernels.torch import TorchKernels
@@ -32,7 +42,9 @@ if TYPE_CHECKING:
 
 
 NO_MEMORY = "no memory is left to capture CUDA graphs"
-MEMORY_REMEDY = "lower executor.gpu_memory_utilization or engine.max_num_seqs, or set kernels.cuda_graphs=false"
+MEMORY_REMEDY = (
+    "lower executor.gpu_memory_utilization or engine.max_num_seqs, or set kernels.cuda_graphs=false"
+)
 
 
 class TokenLogprobs(NamedTuple):
@@ -53,7 +65,8 @@ class Ticket:
     launched: float
     slot: int  # of the result ring
     logprobs: tuple[Any, ...] | None = None  # as in Sampled, on the host
-    wanted: list[int | None] = field(default_factory=list)  # alternatives each sampled request asked for; filled when any does
+    # alternatives each sampled request asked for; filled when any does
+    wanted: list[int | None] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     flight: Flight = field(init=False)  # once it is launched
     began: Any = None  # CUDA events around the step's work, when profiling
@@ -61,22 +74,30 @@ class Ticket:
 
 
 class Execution:
-    """On one rank. A parallel run overrides the hooks: which part of the weights is ours, what runs a step, how to wait for it."""
+    """On one rank. A parallel run overrides the hooks: which part of the weights is ours, what runs a step,
+    how to wait for it."""
 
     batcher_class = Batcher
     runner_class = ModelRunner
 
     def __init__(
-        self, config: TorchConfig, model: ModelConfig, kernels: KernelChoice | None, engine: EngineConfig,
-        backends: Callable[[str], KernelChoice] | None, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        config: TorchConfig,
+        model: ModelConfig,
+        kernels: KernelChoice | None,
+        engine: EngineConfig,
+        backends: Callable[[str], KernelChoice] | None,
+        seed: int,
+    ) -> None:
         self.config, self.engine = config, engine
         limit_threads()
         self.device = device_of(config.device)
         self.spec = read_model(model)
         shape = self.spec.shape
         check_weights(self.device, model, shape)
-        self.kernels = kernels_for(self.device.type, shape, kernels, backends=backends, block_size=engine.block_size)
+        self.kernels = kernels_for(
+            self.device.type, shape, kernels, backends=backends, block_size=engine.block_size
+        )
         if self.device.type == "cuda":
             self._say(f"kernels: {self.kernels}")
         self.model = build(self.spec, self.kernels)
@@ -96,7 +117,7 @@ class Execution:
         """Our part of the weights; may make the model smaller."""
         return Whole()
 
-    # ---- memory --------------------------------------------------------------------------------------------------
+    # ---- memory -------------------------------------------------------------------------------------------
 
     def kv_capacity(self, block_size: int) -> int:
         """Blocks that fit beside the weights and what a step needs; one more is reserved for padding."""
@@ -105,18 +126,35 @@ class Execution:
             if self.device.type == "cpu":
                 check_fits(free, f"executor.kv_cache_gb={asked}: a KV cache of that size", "lower it")
         elif self.device.type == "cuda":
-            free = kv_bytes_free(self.model, self.kernels, self.device, self.engine, self.config.gpu_memory_utilization)
+            free = kv_bytes_free(
+                self.model,
+                self.kernels,
+                self.device,
+                self.engine,
+                utilization=self.config.gpu_memory_utilization,
+            )
         else:
             free = 2**30
         blocks = max(0, free // (bytes_per_token(self.model) * block_size) - 1)
         if asked is not None and not blocks:
-            raise ConfigError(f"executor.kv_cache_gb={asked}: holds no KV block of {block_size} tokens; raise it")
+            raise ConfigError(
+                f"executor.kv_cache_gb={asked}: holds no KV block of {block_size} tokens; raise it"
+            )
         if self.device.type == "cuda":
-            self._say(f"KV cache: {blocks:,} blocks of {block_size} tokens, {free / 2**30:.2f} GiB of {self.device}")
+            self._say(
+                f"KV cache: {blocks:,} blocks of {block_size} tokens, {free / 2**30:.2f} GiB of {self.device}"
+            )
         return blocks
 
     def start(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int, seed: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_plans: int,
+        seed: int,
     ) -> None:
         check_fits(
             4 * (max_num_seqs + 1) * -(-max_model_len // block_size),
@@ -127,12 +165,24 @@ class Execution:
         host_caches = host_cache(self.model, self.config.host_blocks, block_size, self.device)
         self.batcher = self.batcher_class(max_num_seqs, -(-max_model_len // block_size), seed)
         self.runner = self.runner_class(
-            self.model, self.kernels, self.device, caches, num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len, max_plans=max_plans, host_caches=host_caches,
-        )  # fmt: skip
+            self.model,
+            self.kernels,
+            self.device,
+            caches,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_plans=max_plans,
+            host_caches=host_caches,
+        )
         pinned = self.device.type == "cuda"
-        # One result buffer for each step in flight: it is read before the engine launches the step that reuses it.
-        self._results = [torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(max_plans + 1)]
+        # One result buffer for each step in flight: it is read before the engine launches the step that
+        # reuses it.
+        self._results = [
+            torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(max_plans + 1)
+        ]
         self._read = [buffer.numpy() for buffer in self._results]
         self._arrived = [torch.cuda.Event() for _ in self._results] if pinned else []
         self._stream = torch.cuda.current_stream(self.device) if pinned else None
@@ -145,24 +195,32 @@ class Execution:
         runner.decode_step, runner.mixed_graphs = runner.decode, None
         if self.device.type == "cuda":
             PREPARATIONS.listen()
-            longest = self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
+            longest = (
+                self._longest_mixed(runner.max_num_batched_tokens) if self.kernels.caps.mixed_graphs else 0
+            )
             covered = f"prompts of up to {longest:,} tokens and decodes" if longest else "decodes"
             done = f"CUDA graphs of {covered}" if self._capture(longest) else "no CUDA graphs"
             if longest:  # else prompts are read on the host row by row
                 sizes = token_sizes(runner.max_num_batched_tokens)
                 captured = runner.mixed_graphs is not None
-                warm_up(runner, [] if captured else batch_sizes(runner.max_num_seqs), sizes[-1:] if captured else sizes)
+                warm_up(
+                    runner,
+                    [] if captured else batch_sizes(runner.max_num_seqs),
+                    sizes[-1:] if captured else sizes,
+                )
             self.warmup_seconds = perf_counter() - began
             self._say(f"warm-up: {self.warmup_seconds:.1f} s, {done}")
         self._prepared = PREPARATIONS.count
 
     @property
     def late_preparations(self) -> int:
-        """Kernels compiled and graphs captured in this process since the warm-up: time that was charged to requests."""
+        """Kernels compiled and graphs captured in this process since the warm-up: time that was charged to
+        requests."""
         return PREPARATIONS.count - self._prepared
 
     def _capture(self, longest: int) -> bool:
-        """Steps as CUDA graphs, those with prompts up to `longest` tokens. False where they are not asked for or find no memory."""
+        """Steps as CUDA graphs, those with prompts up to `longest` tokens. False where they are not asked for
+        or find no memory."""
         runner = self.runner
         if not self.kernels.cuda_graphs:
             return False
@@ -182,7 +240,8 @@ class Execution:
         self._say(f"warning: {NO_MEMORY}, so steps run without them: {MEMORY_REMEDY}")
 
     def _longest_mixed(self, at_most: int) -> int:
-        """Tokens of the largest step with prompts that gets a graph: the same on every rank, or some would wait for others."""
+        """Tokens of the largest step with prompts that gets a graph: the same on every rank, or some would
+        wait for others."""
         layer = next(iter(self.model.model.layers))
         return longest_mixed(sum(p.numel() for p in layer.parameters()), at_most)
 
@@ -194,7 +253,7 @@ class Execution:
             gc.collect()  # runner and graphs know each other
             torch.cuda.empty_cache()
 
-    # ---- steps ---------------------------------------------------------------------------------------------------
+    # ---- steps --------------------------------------------------------------------------------------------
 
     def launch(self, plan: StepPlan, now: float) -> Ticket:
         began = perf_counter()
@@ -204,7 +263,9 @@ class Execution:
         self._slots.rotate(-1)
         ticket = Ticket(step, plan, now, slot)
         if step.logprobs != NO_LOGPROBS:
-            ticket.wanted = [r.sampling.logprobs for r, sample in zip(plan.requests, plan.samples, strict=True) if sample]
+            ticket.wanted = [
+                r.sampling.logprobs for r, sample in zip(plan.requests, plan.samples, strict=True) if sample
+            ]
         if self.config.profile:
             ticket.began = self._mark()
         launching = perf_counter()
@@ -218,8 +279,8 @@ class Execution:
         return ticket
 
     def linger(self) -> None:
-        """Until the next step has to be planned if the device is not to wait for it; on a CPU, which computes a step while it
-        is launched, that is at once."""
+        """Until the next step has to be planned if the device is not to wait for it; on a CPU, which computes
+        a step while it is launched, that is at once."""
         if self._arrived:
             sleep(max(0.0, self._forecast.next_plan() - perf_counter()))
             self._forecast.turn_begins(perf_counter())
@@ -264,14 +325,14 @@ class Execution:
                 self._gpu_times(ticket)
             ticket.timings["profile"] += perf_counter() - collected
         if step.sampled is None:
-            return StepResult(Tokens(drawn), start, end, logprobs, ticket.timings)
+            return StepResult(Tokens(drawn), start, end, logprobs, timings=ticket.timings)
         tokens = [-1] * step.num_seqs
         spread: list[Any] | None = None if logprobs is None else [[]] * step.num_seqs
         for i, at in enumerate(step.sampled):
             tokens[at] = drawn[i]
             if spread is not None and logprobs is not None:
                 spread[at] = logprobs[i]
-        return StepResult(Tokens(tokens), start, end, spread, ticket.timings)
+        return StepResult(Tokens(tokens), start, end, spread, timings=ticket.timings)
 
     def _wait(self, ticket: Ticket) -> None:
         """Until the step's tokens are in its result buffer."""
@@ -298,15 +359,22 @@ def _logprobs(tokens: list[int], ticket: Ticket) -> list[list[TokenLogprobs | No
     """A list of one for each sampled token; None for requests that asked for none."""
     own, rank, best, ids = (part.tolist() for part in ticket.logprobs or ())
     return [
-        [None if wanted is None else TokenLogprobs(token, p, r, dict(zip(i[:wanted], b[:wanted], strict=True)))]
+        [
+            None
+            if wanted is None
+            else TokenLogprobs(token, p, r, dict(zip(i[:wanted], b[:wanted], strict=True)))
+        ]
         for token, p, r, b, i, wanted in zip(tokens, own, rank, best, ids, ticket.wanted, strict=True)
     ]
 
 
 def check_weights(device: torch.device, model: ModelConfig, shape: ModelShape) -> None:
-    """Raises ConfigError for weights that cannot fit into this machine; a GPU's memory is asked when they are loaded."""
+    """Raises ConfigError for weights that cannot fit into this machine; a GPU's memory is asked when they are
+    loaded."""
     if device.type == "cpu":
-        weights = f"model.name_or_path={model.name_or_path}: {shape.num_parameters:,} weights in {shape.dtype}"
+        weights = (
+            f"model.name_or_path={model.name_or_path}: {shape.num_parameters:,} weights in {shape.dtype}"
+        )
         check_fits(shape.weight_bytes, weights, "choose a smaller model, or model.dtype=bfloat16")
 
 
@@ -322,7 +390,9 @@ def kernels_for(
     backends = backends or lookup({"torch": TorchKernels})
     composed = compose(kernels or TorchKernels(), backends, device, shape.dtype, shape.head_dim, block_size)
     if composed.cuda_graphs and device != "cuda":
-        raise ConfigError(f"kernels.cuda_graphs=true needs a GPU, the model runs on {device}: set kernels.cuda_graphs=false")
+        raise ConfigError(
+            f"kernels.cuda_graphs=true needs a GPU, the model runs on {device}: set kernels.cuda_graphs=false"
+        )
     return composed
 
 
@@ -336,6 +406,11 @@ def device_of(name: str) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"executor.device={name!r}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"executor.device={name}: torch sees {torch.cuda.device_count()} GPUs here. Set executor.device=cpu, or executor=sim")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"executor.device={name}: torch sees {torch.cuda.device_count()} GPUs here. Set "
+            "executor.device=cpu, or executor=sim"
+        )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

@@ -1,4 +1,5 @@
-"""When the device will have done what was launched: a plan made just before that knows of the most arrivals, and costs no idle time."""
+"""When the device will have done what was launched: a plan made just before that knows of the most arrivals,
+and costs no idle time."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Flight:
 
 
 class Forecast:
-    """Steps in flight, and how long the last step of each kind took. Seconds on any one clock, which the caller reads."""
+    """Steps in flight, and how long the last step of each kind took. Seconds on any one clock, which the
+    caller reads."""
 
     def __init__(self) -> None:
         self._durations: dict[Kind, float] = {}
@@ -41,8 +43,8 @@ class Forecast:
         self._turn_began = now
 
     def launched(self, kind: Kind, began: float, now: float) -> Flight:
-        """A step of that kind has been launched; `began`: when its launch did, which is all that is known of a turn that
-        was not announced."""
+        """A step of that kind has been launched; `began`: when its launch did, which is all that is known of
+        a turn that was not announced."""
         turn = now - (began if self._turn_began is None else self._turn_began)
         self._longest_turn, self._turn_began = max(FADING * self._longest_turn, turn), None
         flight = Flight(kind, now)
@@ -57,9 +59,11 @@ class Forecast:
         self._free = now
 
     def next_plan(self) -> float:
-        """When to plan the step behind those in flight. In the past where that cannot be told: nothing is in flight, or a
-        step of a kind that was never seen."""
+        """When to plan the step behind those in flight. In the past where that cannot be told: nothing is in
+        flight, or a step of a kind that was never seen."""
         if not self._flying or any(flight.kind not in self._durations for flight in self._flying):
             return self._free
-        end = max(self._free, self._flying[0].at) + sum((1 - DOUBT) * self._durations[f.kind] for f in self._flying)
+        end = max(self._free, self._flying[0].at) + sum(
+            (1 - DOUBT) * self._durations[f.kind] for f in self._flying
+        )
         return end - EARLY - 1.5 * self._longest_turn

@@ -28,7 +28,8 @@ def foresee(
 ) -> ModelShape | None:
     """The shape that the model will have; None where only a download would tell.
 
-    Raises ConfigError for a device, kernels or a split that cannot be, ModelError for a model that is not there.
+    Raises ConfigError for a device, kernels or a split that cannot be, ModelError for a model that is not
+    there.
     """
     device = device_of(config.device)
     shape = known_shape(model)
@@ -49,21 +50,24 @@ def foresee(
 
 
 def known_shape(model: ModelConfig) -> ModelShape | None:
-    """From the checkpoint where it is here, else from the `model` node; nothing is written, converted or downloaded."""
+    """From the checkpoint where it is here, else from the `model` node; nothing is written, converted or
+    downloaded."""
     if _is_here(model):
         return read_model(model).shape
     return model.shape() if model.has_shape else None
 
 
 def _is_here(model: ModelConfig) -> bool:
-    """Whether looking the model up takes neither a conversion nor the network; so it is for a name that can only be wrong."""
+    """Whether looking the model up takes neither a conversion nor the network; so it is for a name that can
+    only be wrong."""
     if model.load_format == "dummy" and model.has_shape:
         return True
     name = model.name_or_path
     if Path(name).expanduser().exists():
         return True
     if "/" not in name and not name.startswith((".", "~")):
-        return not model.has_shape  # built in: its shape is in conf/model, its checkpoint is written by the run that needs it
+        # built in: its shape is in conf/model, its checkpoint is written by the run that needs it
+        return not model.has_shape
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "~", "/"))
     return not is_hub_id or _is_offline()
 

@@ -1,4 +1,5 @@
-"""Steps as CUDA graphs, replayed with one call: the host launches a step in the time of a few kernels, whatever it holds.
+"""Steps as CUDA graphs, replayed with one call: the host launches a step in the time of a few kernels,
+whatever it holds.
 
 Graphs share one memory pool: the largest is captured first, so that smaller ones fit into what it took.
 """
@@ -28,18 +29,32 @@ Size = tuple[int, int]  # sequences, one of padding among them; tokens
 
 LAUNCH_PER_LAYER = 0.5e-3  # seconds that a host takes to launch one layer, kernel by kernel
 FLOPS = 6e14  # per second, of a GPU that computes long steps
-SHORT, FEW_SEQS = 512, 64  # up to so many tokens, a step of so few sequences has a graph that pads to no more of them
-HIDDEN = 3  # a step that keeps the GPU busy for so many times its launch needs no graph: its launch hides behind the step before
+# up to so many tokens, a step of so few sequences has a graph that pads to no more of them
+SHORT, FEW_SEQS = 512, 64
+# a step that keeps the GPU busy for so many times its launch needs no graph: its launch hides behind the step
+# before
+HIDDEN = 3
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """Sizes that cover every batch up to `largest`, largest first, at most an eighth of padding from 32 on."""
-    sizes = [1, 2, 4, *range(8, 33, 4), *range(40, 129, 8), *range(144, 257, 16), *range(288, 513, 32), *range(576, largest + 64, 64)]
+    """Sizes that cover every batch up to `largest`, largest first, at most an eighth of padding from 32
+    on."""
+    sizes = [
+        1,
+        2,
+        4,
+        *range(8, 33, 4),
+        *range(40, 129, 8),
+        *range(144, 257, 16),
+        *range(288, 513, 32),
+        *range(576, largest + 64, 64),
+    ]
     return sorted({min(size, largest) for size in sizes}, reverse=True)
 
 
 def token_sizes(largest: int) -> list[int]:
-    """Numbers of tokens that cover every mixed step up to `largest`, smallest first, at most an eighth of padding from 64 on."""
+    """Numbers of tokens that cover every mixed step up to `largest`, smallest first, at most an eighth of
+    padding from 64 on."""
     sizes, step = list(range(16, 65, 16)), 8
     while sizes[-1] < largest:
         step = 2 * step if sizes[-1] >= 16 * step else step
@@ -56,7 +71,8 @@ def capture(function: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph,
     """The function as a graph, and the tensors that each replay fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up: lazy initialisation and compilation must not happen inside the capture
+    # warm-up: lazy initialisation and compilation must not happen inside the capture
+    with torch.cuda.stream(stream):
         function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -76,7 +92,8 @@ class DecodeGraphs:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._sizes = sorted(batch_sizes(runner.max_num_seqs))
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Sampled]] = {}  # by batch size and kind of sampling
+        # by batch size and kind of sampling
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Sampled]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         with _no_garbage():
             for sampling in (GREEDY, RANDOM, FILTERED):
@@ -102,8 +119,9 @@ class DecodeGraphs:
 
 
 class MixedGraphs:
-    """Graphs of a step with prompts, two per step: of `runner.mixed_hidden`, one per number of tokens and of sequences, and of
-    `runner.draw`, one per number of sequences that sample and kind of sampling. Logprobs run outside of graphs.
+    """Graphs of a step with prompts, two per step: of `runner.mixed_hidden`, one per number of tokens and of
+    sequences, and of `runner.draw`, one per number of sequences that sample and kind of sampling. Logprobs
+    run outside of graphs.
 
     Between the two stand `_hidden`, `_rows` and `_ends`, of every sequence.
     """
@@ -116,7 +134,8 @@ class MixedGraphs:
         self._few, self._most = min(FEW_SEQS, most) + 1, most + 1
         self._samples = sorted(batch_sizes(most))
         self._models: dict[Size, torch.cuda.CUDAGraph] = {}
-        self._draws: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by samples, kind of sampling
+        # by samples, kind of sampling
+        self._draws: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         integers: dict[str, Any] = {"dtype": torch.int64, "device": runner.device}
         # The sequences that sample, then the batch, as `StepInput.padded` lays it out.
         self._inputs = torch.zeros(most + 3 * (most + 1) + 1 + 2 * longest, **integers)
@@ -124,7 +143,9 @@ class MixedGraphs:
         self._rows = torch.full((most + 1,), most, **integers)
         self._ends = torch.zeros(most + 1, **integers)
         shape = runner.model.spec.shape
-        self._hidden = torch.zeros((most + 1, shape.hidden_size), dtype=getattr(torch, shape.dtype), device=runner.device)
+        self._hidden = torch.zeros(
+            (most + 1, shape.hidden_size), dtype=getattr(torch, shape.dtype), device=runner.device
+        )
         self._pool = torch.cuda.graph_pool_handle()
         with _no_garbage(), torch.inference_mode():
             for tokens in reversed(self.tokens):
@@ -151,7 +172,9 @@ class MixedGraphs:
 
     def _draw(self, count: int, sampling: int, logprobs: int) -> Sampled:
         chosen = self._chosen[:count]
-        return self._runner.draw(self._hidden[chosen], self._rows[chosen], self._ends[chosen], sampling, logprobs)
+        return self._runner.draw(
+            self._hidden[chosen], self._rows[chosen], self._ends[chosen], sampling, logprobs
+        )
 
     def size_of(self, step: StepInput) -> Size | None:
         """Of the graph that the step fits into; None where there is none."""
@@ -175,7 +198,8 @@ class MixedGraphs:
 
 @contextmanager
 def _no_garbage() -> Iterator[None]:
-    """The collector does not run: were it to free another engine's graphs in the middle of a capture, the capture would fail."""
+    """The collector does not run: were it to free another engine's graphs in the middle of a capture, the
+    capture would fail."""
     gc.collect()
     was_on = gc.isenabled()
     gc.disable()

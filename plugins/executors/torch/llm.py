@@ -54,8 +54,8 @@ class Logprob:
 class CompletionOutput:
     """finish_reason: "stop", "length", "rejected" or "aborted".
 
-    stop_reason: the stop string, or the token of `stop_token_ids`, that ended the answer; None for every other
-    ending. The text ends before either; the token is the last of token_ids.
+    stop_reason: the stop string, or the token of `stop_token_ids`, that ended the answer; None for every
+    other ending. The text ends before either; the token is the last of token_ids.
     """
 
     index: int
@@ -67,7 +67,11 @@ class CompletionOutput:
 
     @property
     def cumulative_logprob(self) -> float | None:
-        return None if self.logprobs is None else sum(at[token].logprob for at, token in zip(self.logprobs, self.token_ids, strict=True))
+        return (
+            None
+            if self.logprobs is None
+            else sum(at[token].logprob for at, token in zip(self.logprobs, self.token_ids, strict=True))
+        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,10 @@ class LLM:
     """A model and an engine in this process.
 
     model: tiny, smollm2, a checkpoint directory or a hub id. options, by name:
-      a role's choice      scheduler="fcfs", cache="radix", order=dict(name="sjf", ...), ...; the defaults are chunked and hash
-      engine limits        block_size, num_blocks, max_num_seqs, max_num_batched_tokens, max_inflight, max_model_len
+      a role's choice      scheduler="fcfs", cache="radix", order=dict(name="sjf", ...), ...; the defaults are
+                           chunked and hash
+      engine limits        block_size, num_blocks, max_num_seqs, max_num_batched_tokens, max_inflight,
+                           max_model_len
       the executor's       device, gpu_memory_utilization, kv_cache_gb, profile
       the model's          dtype, load_format and the shape for load_format="dummy"
       seed, tensor_parallel_size, pipeline_parallel_size
@@ -115,12 +121,14 @@ class LLM:
         self._ids = count()  # of requests, over all calls
         self._closed = False
 
-    def generate(self, prompts: Prompt | Iterable[Prompt], sampling_params: Sampling = None) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Prompt | Iterable[Prompt], sampling_params: Sampling = None
+    ) -> list[RequestOutput]:
         """Answers in the order of the prompts: texts, lists or arrays of token ids, or dicts with `prompt` or
         `prompt_token_ids`.
 
-        sampling_params: one for all, or one for each prompt. A bad request is rejected, with the reason in its
-        `error`; the rest finish. After Ctrl-C the requests that have not ended are `aborted`.
+        sampling_params: one for all, or one for each prompt. A bad request is rejected, with the reason in
+        its `error`; the rest finish. After Ctrl-C the requests that have not ended are `aborted`.
         """
         asked = _as_list(prompts)
         if self.tokenizer is None and any(isinstance(prompt, str) for prompt in asked):
@@ -143,7 +151,9 @@ class LLM:
         The rest is for the template; `chat_template` is one, or the name of one of several.
         """
         if self.tokenizer is None or not (chat_template or self.tokenizer.has_chat_template):
-            raise ModelError("chat needs a tokenizer with a chat template, and this model has none: use generate")
+            raise ModelError(
+                "chat needs a tokenizer with a chat template, and this model has none: use generate"
+            )
         options = dict(chat_template_kwargs or {}) | {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
@@ -151,7 +161,9 @@ class LLM:
             "documents": documents,
         }
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        asked: list[Callable[[], _Question]] = [partial(self._read_chat, conversation, options) for conversation in conversations]
+        asked: list[Callable[[], _Question]] = [
+            partial(self._read_chat, conversation, options) for conversation in conversations
+        ]
         return self._answer(asked, sampling_params)
 
     def close(self) -> None:
@@ -180,7 +192,7 @@ class LLM:
             for id, question in zip(ids, questions, strict=True)
         ]
 
-    # ---- what is asked -------------------------------------------------------------------------------------
+    # ---- what is asked ------------------------------------------------------------------------------------
 
     def _read(self, prompt: Any) -> _Question:
         """Raises ValueError, or ModelError, that says what is wrong with it."""
@@ -207,7 +219,7 @@ class LLM:
         assert self.tokenizer is not None  # since `chat` asked
         return _Question(token_ids=self.tokenizer.encode_chat(conversation, **options))
 
-    # ---- what is answered ----------------------------------------------------------------------------------
+    # ---- what is answered ---------------------------------------------------------------------------------
 
     def _output(
         self,
@@ -226,8 +238,10 @@ class LLM:
             "" if self.tokenizer is None else self.tokenizer.answer(question.token_ids, output),
             output.output_token_ids,
             output.finish_reason if output.state == "finished" else output.state,
-            [self._logprobs(at) for at in output.logprobs] if sampling.logprobs is not None else None,
-            None if by_eos else output.stop_reason,  # as in vLLM
+            logprobs=[self._logprobs(at) for at in output.logprobs]
+            if sampling.logprobs is not None
+            else None,
+            stop_reason=None if by_eos else output.stop_reason,  # as in vLLM
         )
         return RequestOutput(id, question.prompt, question.token_ids, [completion], output.num_cached_tokens)
 
@@ -270,7 +284,9 @@ def _choice(role: str, choice: Any) -> tuple[str, dict[str, Any]]:
     parameters = dict(choice) if isinstance(choice, Mapping) else {"name": choice}
     name = parameters.pop("name", default_names().get(role))
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"{role}={choice!r}: expected a plugin's name, or a dict of its name and parameters")
+        raise ConfigError(
+            f"{role}={choice!r}: expected a plugin's name, or a dict of its name and parameters"
+        )
     return name, parameters
 
 

@@ -1,4 +1,5 @@
-"""The KV cache: how much fits, and where it lives. Sizes are read off the model's layers, which a parallel plan may have cut."""
+"""The KV cache: how much fits, and where it lives. Sizes are read off the model's layers, which a parallel
+plan may have cut."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def check_blocks(
     if engine.num_blocks is None:
         return
     need = engine.num_blocks * engine.block_size * shape.kv_bytes_per_token
-    asked = f"engine.num_blocks={engine.num_blocks}: a KV cache of so many blocks of {engine.block_size} tokens"
+    asked = (
+        f"engine.num_blocks={engine.num_blocks}: a KV cache of so many blocks of {engine.block_size} tokens"
+    )
     if device.type == "cpu":  # ranks share its memory
         check_fits(need, asked, "lower it, or leave it unset to take what fits")
         return
@@ -45,7 +48,8 @@ def bytes_per_token(model: CausalLM) -> int:
 
 
 def allocate_cache(model: CausalLM, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
-    """Keys and values of each layer, [num_blocks, block_size, K, D] in the model's dtype. `num_blocks` includes the reserved one."""
+    """Keys and values of each layer, [num_blocks, block_size, K, D] in the model's dtype. `num_blocks`
+    includes the reserved one."""
     if device.type == "cpu":
         check_fits(
             num_blocks * block_size * bytes_per_token(model),
@@ -53,22 +57,33 @@ def allocate_cache(model: CausalLM, num_blocks: int, block_size: int, device: to
             "lower engine.num_blocks or executor.kv_cache_gb",
         )
     try:
-        return [_layer_cache(layer.self_attn, num_blocks, block_size, device) for layer in model.model.decoder_layers]
+        return [
+            _layer_cache(layer.self_attn, num_blocks, block_size, device)
+            for layer in model.model.decoder_layers
+        ]
     except (torch.OutOfMemoryError, MemoryError):
         raise ConfigError(
-            f"{num_blocks} KV blocks of {block_size} tokens take {num_blocks * block_size * bytes_per_token(model) / 2**30:.1f} GiB, "
+            f"{num_blocks} KV blocks of {block_size} tokens take "
+            f"{num_blocks * block_size * bytes_per_token(model) / 2**30:.1f} GiB, "
             f"more than {device} has left: lower engine.num_blocks, or leave it unset to take what fits"
         ) from None
 
 
 def host_cache(model: CausalLM, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
-    """A tier of KV blocks in this machine's memory, laid out like the device's; without blocks there is none."""
+    """A tier of KV blocks in this machine's memory, laid out like the device's; without blocks there is
+    none."""
     if not num_blocks:
         return []
     need = num_blocks * block_size * bytes_per_token(model)
-    check_fits(need, f"executor.host_blocks={num_blocks}: a tier of so many KV blocks of {block_size} tokens", "lower it")
+    check_fits(
+        need,
+        f"executor.host_blocks={num_blocks}: a tier of so many KV blocks of {block_size} tokens",
+        "lower it",
+    )
     host = torch.device("cpu")
-    caches = [_layer_cache(layer.self_attn, num_blocks, block_size, host) for layer in model.model.decoder_layers]
+    caches = [
+        _layer_cache(layer.self_attn, num_blocks, block_size, host) for layer in model.model.decoder_layers
+    ]
     if device.type == "cuda":  # page-locked, so that nobody waits for a copy
         return [(keys.pin_memory(), values.pin_memory()) for keys, values in caches]
     return caches
@@ -81,15 +96,19 @@ def _layer_cache(attention: Attention, num_blocks: int, block_size: int, device:
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU the system hands out zeroed pages as they are touched, so that a small run does not pay for a large cache."""
+    """On a CPU the system hands out zeroed pages as they are touched, so that a small run does not pay for a
+    large cache."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(size)
 
 
 @torch.inference_mode()
-def kv_bytes_free(model: CausalLM, kernels: Kernels, device: torch.device, engine: EngineConfig, utilization: float) -> int:
-    """Bytes left of `utilization` of the GPU after the weights and the largest step, which is run once to measure it.
+def kv_bytes_free(
+    model: CausalLM, kernels: Kernels, device: torch.device, engine: EngineConfig, utilization: float
+) -> int:
+    """Bytes left of `utilization` of the GPU after the weights and the largest step, which is run once to
+    measure it.
 
     Raises ConfigError when that step alone does not fit."""
     torch.cuda.empty_cache()
@@ -101,7 +120,8 @@ def kv_bytes_free(model: CausalLM, kernels: Kernels, device: torch.device, engin
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
         raise ConfigError(
-            f"out of memory in a step of {engine.max_num_batched_tokens} tokens and {engine.max_num_seqs} requests on {device}: "
+            f"out of memory in a step of {engine.max_num_batched_tokens} tokens and {engine.max_num_seqs} "
+            f"requests on {device}: "
             "lower engine.max_num_batched_tokens or engine.max_num_seqs, or use a smaller model"
         ) from None
     peak = torch.cuda.max_memory_reserved(device) - before
@@ -110,20 +130,24 @@ def kv_bytes_free(model: CausalLM, kernels: Kernels, device: torch.device, engin
     left = int(total * utilization) - used - peak
     if left < engine.block_size * bytes_per_token(model):
         raise ConfigError(
-            f"no memory for KV blocks on {device}: {total / 2**30:.1f} GiB x {utilization} less {used / 2**30:.1f} GiB in use and "
-            f"{peak / 2**30:.1f} GiB for a step. Raise executor.gpu_memory_utilization, lower engine.max_num_batched_tokens, or use a smaller model"
+            f"no memory for KV blocks on {device}: {total / 2**30:.1f} GiB x {utilization} less "
+            f"{used / 2**30:.1f} GiB in use and "
+            f"{peak / 2**30:.1f} GiB for a step. Raise executor.gpu_memory_utilization, lower "
+            "engine.max_num_batched_tokens, or use a smaller model"
         )
     return left
 
 
 def _largest_step(model: CausalLM, kernels: Kernels, device: torch.device, engine: EngineConfig) -> None:
-    """Prompts that fill the step's budget, and a token sampled with every filter for as many requests as may run."""
+    """Prompts that fill the step's budget, and a token sampled with every filter for as many requests as may
+    run."""
     shape, size = model.spec.shape, engine.block_size
     longest = min(engine.max_model_len or shape.max_position_embeddings, shape.max_position_embeddings)
     total = engine.max_num_batched_tokens
     lengths = [longest] * (total // longest) + ([total % longest] if total % longest else [])
     width = -(-max(lengths) // size)
-    cache = _layer_cache(model.model.decoder_layers[0].self_attn, width, size, device)  # one for all layers: its contents do not matter
+    # one for all layers: its contents do not matter
+    cache = _layer_cache(model.model.decoder_layers[0].self_attn, width, size, device)
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])
     batch = BatchMetadata(

@@ -12,5 +12,11 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "jinja2")  # of the extra [tor
 def check_installed() -> None:
     """Raises ConfigError for what is missing, before anything imports it."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        lacks = f"executor=torch needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
-        raise ConfigError(f'{lacks}: `pip install -e ".[torch]"` in the checkout, or set executor=sim, which computes no tokens')
+        lacks = (
+            f"executor=torch needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            "installed"
+        )
+        raise ConfigError(
+            f'{lacks}: `pip install -e ".[torch]"` in the checkout, or set executor=sim, which computes no '
+            "tokens"
+        )

@@ -1,4 +1,5 @@
-"""The device side of a step: persistent rows, the model, sampling. Every rank of a parallel run has one and is sent the same StepInputs."""
+"""The device side of a step: persistent rows, the model, sampling. Every rank of a parallel run has one and
+is sent the same StepInputs."""
 
 from __future__ import annotations
 
@@ -22,12 +23,14 @@ class Sampled(NamedTuple):
     """What a step leaves on the device. S: chunks that sample."""
 
     tokens: Tensor  # int64 [S]
-    logprobs: tuple[Tensor, ...] | None  # of the sampled token [S], its rank [S]; of the best n [S, n], their ids [S, n]
+    # of the sampled token [S], its rank [S]; of the best n [S, n], their ids [S, n]
+    logprobs: tuple[Tensor, ...] | None
 
 
 class Staging:
-    """Page-locked host buffers for StepInput.data, one for each step in flight and one more: a buffer is written again when the
-    step that was sent from it has come back, so nobody waits for its copy. int64, because that is what indexes are on a device."""
+    """Page-locked host buffers for StepInput.data, one for each step in flight and one more: a buffer is
+    written again when the step that was sent from it has come back, so nobody waits for its copy. int64,
+    because that is what indexes are on a device."""
 
     def __init__(self, device: torch.device, slots: int, size: int) -> None:
         self._device, self._slots, self._next = device, slots, 0
@@ -52,13 +55,24 @@ class Staging:
 
 
 class ModelRunner:
-    """Rows: one for each request that may run, and a last one that padding points to, whose blocks are the reserved block."""
+    """Rows: one for each request that may run, and a last one that padding points to, whose blocks are the
+    reserved block."""
 
     def __init__(
-        self, model: CausalLM, kernels: Kernels, device: torch.device, caches: list[KVCache], *,
-        num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_plans: int,
+        self,
+        model: CausalLM,
+        kernels: Kernels,
+        device: torch.device,
+        caches: list[KVCache],
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_plans: int,
         host_caches: list[KVCache] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """host_caches: the tier behind `caches`, in host memory (page-locked beside a GPU)."""
         self.model, self.kernels, self.device, self.caches = model, kernels, device, caches
         self.tiers = [caches, host_caches or []]
@@ -67,16 +81,21 @@ class ModelRunner:
         rows = max_num_seqs + 1
         max_blocks = -(-max_model_len // block_size)
         self.block_tables = torch.full((rows, max_blocks), num_blocks, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens whose KV is written or being written
+        # tokens whose KV is written or being written
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.last_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         # Sampling parameters; a parameter's rows lie together, as kernels read them.
         self.numbers = torch.zeros((3, rows), dtype=torch.float32, device=device)  # temperature, top_p, min_p
         self.top_k = torch.zeros(rows, dtype=torch.int32, device=device)
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.batch_rows = torch.zeros(rows, dtype=torch.int64, device=device)  # of the running decode batch, padded
-        self.ordinals = torch.arange(max(rows, max_num_batched_tokens) + 1, device=device)  # int64 0, 1, 2 ...
-        self.bounds = torch.arange(rows + 1, dtype=torch.int32, device=device)  # cu_seqlens_q of a decode batch
-        self.decode_step: Callable[[int, int, int, int], Sampled] = self.decode  # or a replay of it as a CUDA graph
+        # of the running decode batch, padded
+        self.batch_rows = torch.zeros(rows, dtype=torch.int64, device=device)
+        # int64 0, 1, 2 ...
+        self.ordinals = torch.arange(max(rows, max_num_batched_tokens) + 1, device=device)
+        # cu_seqlens_q of a decode batch
+        self.bounds = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        # or a replay of it as a CUDA graph
+        self.decode_step: Callable[[int, int, int, int], Sampled] = self.decode
         self.mixed_graphs: MixedGraphs | None = None  # of steps that are no decodes
         self.staging = Staging(device, max_plans + 1, 16 * rows + 3 * max_num_batched_tokens)
 
@@ -95,7 +114,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def copy_blocks(self, copies: list[list[int]]) -> None:
-        """Each a source tier and block and a target tier and block (core.plan.KVCopy): one after the other, in all layers."""
+        """Each a source tier and block and a target tier and block (core.plan.KVCopy): one after the other,
+        in all layers."""
         for source_tier, source, target_tier, target in copies:
             for here, there in zip(self.tiers[source_tier], self.tiers[target_tier], strict=True):
                 for part in (0, 1):  # keys, values
@@ -122,7 +142,8 @@ class ModelRunner:
             self.batch_rows.copy_(data)
 
     def tell_nothing_new(self) -> None:
-        """Says of the row that belongs to nobody what holds already: for the warm-up, as every step launches this."""
+        """Says of the row that belongs to nobody what holds already: for the warm-up, as every step launches
+        this."""
         last = self.max_num_seqs
         block = int(self.block_tables[last, 0])
         said = [last * self.block_tables.shape[1], block, last, 0, 0, 0, 0, 0, 0]
@@ -130,7 +151,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def decode(self, num_seqs: int, max_context: int, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
-        """One token for each of the first `num_seqs` of `batch_rows`. Reads and writes device state only, at fixed addresses."""
+        """One token for each of the first `num_seqs` of `batch_rows`. Reads and writes device state only, at
+        fixed addresses."""
         rows = self.batch_rows[:num_seqs]
         tokens, positions, ends, slots, contexts, tables = self.kernels.decode_inputs(
             rows, self.lengths, self.last_tokens, self.block_tables, self.block_size
@@ -160,11 +182,16 @@ class ModelRunner:
         if graphs is not None and size is not None:
             return graphs.replay(size, data[told:], step)
         chosen, batch = data[told : told + samples], data[told + samples :]
-        hidden, rows, ends, last = self.mixed_hidden(step.num_seqs, step.num_tokens, batch, step.max_query, step.max_context)
+        hidden, rows, ends, last = self.mixed_hidden(
+            step.num_seqs, step.num_tokens, batch, step.max_query, step.max_context
+        )
         return self.draw(hidden[last[chosen]], rows[chosen], ends[chosen], step.sampling, step.logprobs)
 
-    def draw(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int = NO_LOGPROBS) -> Sampled:
-        """The next tokens of these rows, from the hidden states [S, N] of their last ones; positions: where they will stand."""
+    def draw(
+        self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int = NO_LOGPROBS
+    ) -> Sampled:
+        """The next tokens of these rows, from the hidden states [S, N] of their last ones; positions: where
+        they will stand."""
         if not len(rows):
             return Sampled(hidden.new_empty(0, dtype=torch.int64), None)
         sampled = self._sample(hidden, rows, positions, sampling, logprobs)
@@ -172,9 +199,12 @@ class ModelRunner:
         return sampled
 
     @torch.inference_mode()
-    def mixed_hidden(self, seqs: int, tokens: int, inputs: Tensor, max_query: int, max_context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """inputs: the sections rows to owners of a StepInput, int64 on the device. Answers hidden states [tokens, N] after the final norm; of
-        each sequence its row, the position after its last token, and its last token's place in the batch, int64 [seqs]."""
+    def mixed_hidden(
+        self, seqs: int, tokens: int, inputs: Tensor, max_query: int, max_context: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """inputs: the sections rows to owners of a StepInput, int64 on the device. Answers hidden states
+        [tokens, N] after the final norm; of each sequence its row, the position after its last token, and its
+        last token's place in the batch, int64 [seqs]."""
         rows, starts, bounds, ids, owners = inputs.split((seqs, seqs, seqs + 1, tokens, tokens))
         size, first, past = self.block_size, bounds[:-1], bounds[1:]
         place = self.ordinals[:tokens]
@@ -197,8 +227,11 @@ class ModelRunner:
         self.lengths[rows] = ends
         return hidden, rows, ends, past - 1
 
-    def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int) -> Sampled:
-        """hidden [S, N] of the last known tokens; positions int64 [S]: where the sampled tokens will stand."""
+    def _sample(
+        self, hidden: Tensor, rows: Tensor, positions: Tensor, sampling: int, logprobs: int
+    ) -> Sampled:
+        """hidden [S, N] of the last known tokens; positions int64 [S]: where the sampled tokens will
+        stand."""
         logits = self.model.compute_logits(hidden)
         if sampling == GREEDY:
             tokens = self.kernels.sample(logits, None, None, None, None, rows, positions)

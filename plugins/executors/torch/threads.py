@@ -1,4 +1,5 @@
-"""torch's threads on a CPU that others use too: they sleep while they wait, and are no more than the cores we are given."""
+"""torch's threads on a CPU that others use too: they sleep while they wait, and are no more than the cores we
+are given."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of this container: microseconds a peri
 
 
 def wait_asleep() -> None:
-    """OpenMP's threads spin for milliseconds after every operation; where cores are shared, they spin in each other's way.
+    """OpenMP's threads spin for milliseconds after every operation; where cores are shared, they spin in each
+    other's way.
 
     Read when torch is loaded, so this comes before. What the user has set stays; ranks inherit it.
     """

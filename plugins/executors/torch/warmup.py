@@ -1,5 +1,5 @@
-"""What must not happen while the clock runs: kernels are compiled and graphs captured before the first request, and what comes later
-is counted."""
+"""What must not happen while the clock runs: kernels are compiled and graphs captured before the first
+request, and what comes later is counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Preparations:
-    """Counts this process's compilations by Triton, those read from its cache on disk too, and captures of CUDA graphs."""
+    """Counts this process's compilations by Triton, those read from its cache on disk too, and captures of
+    CUDA graphs."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -39,8 +40,9 @@ PREPARATIONS = Preparations()
 
 @torch.inference_mode()
 def warm_up(runner: ModelRunner, seqs: list[int], tokens: list[int]) -> None:
-    """Runs an empty step of each size: decodes of `seqs`, then prompts of `tokens`, with every kind of sampling. What is compiled at a
-    first launch is compiled here. Changes no request's state: its rows all belong to no request."""
+    """Runs an empty step of each size: decodes of `seqs`, then prompts of `tokens`, with every kind of
+    sampling. What is compiled at a first launch is compiled here. Changes no request's state: its rows all
+    belong to no request."""
     runner.tell_nothing_new()
     runner.batch_rows.fill_(runner.max_num_seqs)
     for count in seqs:

@@ -1,7 +1,8 @@
-"""FlashAttention's paged attention (Dao et al., 2022; FlashAttention-3, Shah et al., 2024), from the packages its authors publish.
+"""FlashAttention's paged attention (Dao et al., 2022; FlashAttention-3, Shah et al., 2024), from the packages
+its authors publish.
 
-The values behind a row's end, in its last block, are multiplied by probabilities of 0: they must be finite, so a KV cache that these
-kernels read starts as zeros.
+The values behind a row's end, in its last block, are multiplied by probabilities of 0: they must be finite,
+so a KV cache that these kernels read starts as zeros.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ..ops import KernelCaps
 
 @dataclass
 class FlashAttnKernels(GpuChoice):
-    """FlashAttention for attention, Triton for the other operations; needs a GPU and the package flash_attn_interface or flash_attn."""
+    """FlashAttention for attention, Triton for the other operations; needs a GPU and the package
+    flash_attn_interface or flash_attn."""
 
     attention: str = "flash_attn"
 
@@ -34,15 +36,23 @@ class FlashAttnKernels(GpuChoice):
     )
 
     def operations(self, device: str) -> Any:
-        """FlashAttention-3 where it is installed and the GPU is a Hopper; else FlashAttention-2, whose blocks are multiples of 256."""
-        found = [name for name in ("flash_attn_interface", "flash_attn") if importlib.util.find_spec(name) is not None]
+        """FlashAttention-3 where it is installed and the GPU is a Hopper; else FlashAttention-2, whose blocks
+        are multiples of 256."""
+        found = [
+            name
+            for name in ("flash_attn_interface", "flash_attn")
+            if importlib.util.find_spec(name) is not None
+        ]
         if not found:
             raise ConfigError(
-                "kernels.attention=flash_attn: neither flash_attn_interface (FlashAttention-3) nor flash_attn is installed. "
+                "kernels.attention=flash_attn: neither flash_attn_interface (FlashAttention-3) nor "
+                "flash_attn is installed. "
                 "`pip install flash-attn --no-build-isolation`, or set kernels.attention=triton."
             )
         if device != "cuda":
-            raise ConfigError(f"kernels.attention=flash_attn runs on cuda, not on {device}. Set kernels=torch.")
+            raise ConfigError(
+                f"kernels.attention=flash_attn runs on cuda, not on {device}. Set kernels=torch."
+            )
         import torch
 
         major, minor = torch.cuda.get_device_capability()
@@ -56,7 +66,8 @@ class FlashAttnKernels(GpuChoice):
             self.caps = replace(type(self).caps, block_size_multiple=256)
             return fa2
         raise ConfigError(
-            f"kernels.attention=flash_attn: {' and '.join(found)} cannot run on a GPU of compute capability {major}.{minor} "
+            f"kernels.attention=flash_attn: {' and '.join(found)} cannot run on a GPU of compute capability "
+            f"{major}.{minor} "
             "(FlashAttention-3 needs 9.x, FlashAttention-2 at least 8.0). Set kernels.attention=triton."
         )
 

@@ -10,8 +10,9 @@ from ..ops import BatchMetadata
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata, scale: float) -> Tensor:
-    """The first layer of a step has the schedule computed and keeps it in `batch.extra`. One made before a graph's capture is made
-    again inside, so that each replay schedules its own lengths; its size follows from shapes, never from lengths."""
+    """The first layer of a step has the schedule computed and keeps it in `batch.extra`. One made before a
+    graph's capture is made again inside, so that each replay schedules its own lengths; its size follows from
+    shapes, never from lengths."""
     capturing = torch.cuda.is_current_stream_capturing()
     block_size, kv_heads, size = k_cache.shape[1:]
     key = ("flash_attn_interface", q.shape[1], kv_heads, size, capturing)

@@ -1,4 +1,5 @@
-"""Every operation in plain torch; shapes and contracts as in `plugins/kernels/ops.py`. What other backends are checked against.
+"""Every operation in plain torch; shapes and contracts as in `plugins/kernels/ops.py`. What other backends
+are checked against.
 
 Half-precision inputs are computed in float32; float32 and float64 inputs in their own precision.
 """
@@ -21,11 +22,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def decode_inputs(rows: Tensor, lengths: Tensor, last_tokens: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tensor, ...]:
+def decode_inputs(
+    rows: Tensor, lengths: Tensor, last_tokens: Tensor, block_tables: Tensor, block_size: int
+) -> tuple[Tensor, ...]:
     positions, tables = lengths[rows], block_tables[rows]
     blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
     ends = positions + 1
-    return last_tokens[rows], positions, ends, blocks * block_size + positions % block_size, ends.int(), tables
+    return (
+        last_tokens[rows],
+        positions,
+        ends,
+        blocks * block_size + positions % block_size,
+        ends.int(),
+        tables,
+    )
 
 
 def advance(rows: Tensor, tokens: Tensor, lengths: Tensor, last_tokens: Tensor) -> None:
@@ -97,39 +107,60 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata,
         rows = torch.tensor(single, device=q.device)  # int64
         tokens = batch.cu_seqlens_q[rows].long()
         longest = max(contexts[i] for i in single)
-        out[tokens] = _decode(q[tokens], k_cache, v_cache, batch.block_tables[rows], batch.context_lens[rows], longest, scale)
+        out[tokens] = _decode(
+            q[tokens], k_cache, v_cache, batch.block_tables[rows], batch.context_lens[rows], longest, scale
+        )
     for i, context in enumerate(contexts):
         begin, end = starts[i], starts[i + 1]
         if end - begin > 1:
             blocks = batch.block_tables[i, : -(-context // batch.block_size)]
-            k, v = (cache[blocks].flatten(0, 1)[:context].unsqueeze(0) for cache in (k_cache, v_cache))  # [1, L, K, D]
+            # [1, L, K, D]
+            k, v = (cache[blocks].flatten(0, 1)[:context].unsqueeze(0) for cache in (k_cache, v_cache))
             at = torch.arange(context, device=q.device)
-            out[begin:end] = _attend(q[begin:end].unsqueeze(0), k, v, at <= at[begin - end :].unsqueeze(1), scale)[0]
+            out[begin:end] = _attend(
+                q[begin:end].unsqueeze(0), k, v, at <= at[begin - end :].unsqueeze(1), scale
+            )[0]
     return out
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float) -> Tensor:
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, contexts: Tensor, longest: int, scale: float
+) -> Tensor:
     """q [B, H, D]: one query a row, against the first `contexts` positions of its blocks."""
     block_size, kv_heads, size = k_cache.shape[1:]
     tables = tables[:, : -(-longest // block_size)].long()
     at = torch.arange(tables.shape[1] * block_size, device=q.device)
     visible = at < contexts.unsqueeze(1)  # bool [B, L]
     slots = (tables * block_size).repeat_interleave(block_size, dim=1) + at % block_size
-    # What stands after a row's context may be anything, NaN included, and a weight of 0 does not silence that: its first
-    # position is read instead.
+    # What stands after a row's context may be anything, NaN included, and a weight of 0 does not silence
+    # that: its first position is read instead.
     slots = torch.where(visible, slots, slots[:, :1]).flatten()
-    k, v = (cache.flatten(0, 1).index_select(0, slots).view(*visible.shape, kv_heads, size) for cache in (k_cache, v_cache))
+    k, v = (
+        cache.flatten(0, 1).index_select(0, slots).view(*visible.shape, kv_heads, size)
+        for cache in (k_cache, v_cache)
+    )
     return _attend(q.unsqueeze(1), k, v, visible[:, None, None, :], scale).squeeze(1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """q [B, Q, H, D], k and v [B, L, K, D], mask bool, true where a query sees a key, broadcast to [B, H, Q, L] -> [B, Q, H, D]."""
+    """q [B, Q, H, D], k and v [B, L, K, D], mask bool, true where a query sees a key, broadcast to [B, H, Q,
+    L] -> [B, Q, H, D]."""
     queries, keys, values = (_wide(x).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2).to(q.dtype)
+    return (
+        F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+        .transpose(1, 2)
+        .to(q.dtype)
+    )
 
 
 def sample(
-    logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, seeds: Tensor, positions: Tensor
+    logits: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
 ) -> Tensor:
     if temperature is None:
         return logits.argmax(-1)
@@ -139,7 +170,9 @@ def sample(
     return (scaled + _noise(scaled, temperature, seeds, positions)).argmax(-1)
 
 
-def sample_part(logits: Tensor, temperature: Tensor | None, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def sample_part(
+    logits: Tensor, temperature: Tensor | None, seeds: Tensor, positions: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
     scores = logits.float()
     if temperature is not None:
         scores = _scaled(logits, temperature)
@@ -155,11 +188,14 @@ def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
 
 def _noise(scaled: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int = 0) -> Tensor:
     """Of the tokens from `first` on; none in greedy rows."""
-    return _gumbel(seeds, positions, scaled.shape[-1], first).masked_fill((temperature == 0).unsqueeze(1), 0.0)
+    return _gumbel(seeds, positions, scaled.shape[-1], first).masked_fill(
+        (temperature == 0).unsqueeze(1), 0.0
+    )
 
 
 def _filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Logits [B, V] with -inf wherever a row's filters exclude a token; ties at the edge of top-k all stay."""
+    """Logits [B, V] with -inf wherever a row's filters exclude a token; ties at the edge of top-k all
+    stay."""
     vocab = scaled.shape[-1]
     ordered = scaled.sort(-1, descending=True).values
     last = torch.where((top_k > 0) & (top_k < vocab), top_k, vocab).long() - 1
@@ -205,7 +241,8 @@ def _signed(x: int) -> int:
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """lowbias32 on int32: the product wraps, and `>>` carries the sign, so what it brings in is masked away."""
+    """lowbias32 on int32: the product wraps, and `>>` carries the sign, so what it brings in is masked
+    away."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * _signed(0x7FEB352D)
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
     return x ^ ((x >> 16) & 0xFFFF)

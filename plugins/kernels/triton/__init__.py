@@ -28,7 +28,10 @@ class TritonKernels(GpuChoice):
 
     def operations(self, device: str) -> Any:
         if importlib.util.find_spec("triton") is None:
-            raise ConfigError("kernels=triton: the package triton is not installed. `pip install triton` (Linux), or set kernels=torch.")
+            raise ConfigError(
+                "kernels=triton: the package triton is not installed. `pip install triton` (Linux), or set "
+                "kernels=torch."
+            )
         from . import ops
 
         return ops

@@ -1,4 +1,5 @@
-"""A step's own bookkeeping: what it is told about rows, what decodes read from theirs and what they leave there. One kernel each."""
+"""A step's own bookkeeping: what it is told about rows, what decodes read from theirs and what they leave
+there. One kernel each."""
 
 from __future__ import annotations
 
@@ -10,8 +11,20 @@ from torch import Tensor
 
 @triton.jit
 def _decode_inputs_kernel(
-    row_ptr, length_ptr, last_ptr, table_ptr, token_ptr, position_ptr, end_ptr, slot_ptr, context_ptr, out_ptr, width, block_size, BLOCK: tl.constexpr
-):  # fmt: skip
+    row_ptr,
+    length_ptr,
+    last_ptr,
+    table_ptr,
+    token_ptr,
+    position_ptr,
+    end_ptr,
+    slot_ptr,
+    context_ptr,
+    out_ptr,
+    width,
+    block_size,
+    BLOCK: tl.constexpr,
+):
     """One row of the batch a program."""
     i = tl.program_id(0)
     row = tl.load(row_ptr + i)
@@ -28,15 +41,29 @@ def _decode_inputs_kernel(
         tl.store(out_ptr + i.to(tl.int64) * width + at, tl.load(table + at, mask=at < width), mask=at < width)
 
 
-def decode_inputs(rows: Tensor, lengths: Tensor, last_tokens: Tensor, block_tables: Tensor, block_size: int) -> tuple[Tensor, ...]:
+def decode_inputs(
+    rows: Tensor, lengths: Tensor, last_tokens: Tensor, block_tables: Tensor, block_size: int
+) -> tuple[Tensor, ...]:
     count, width = rows.shape[0], block_tables.shape[1]
     tokens, positions, ends, slots = torch.empty((4, count), dtype=torch.int64, device=rows.device)
     contexts = torch.empty(count, dtype=torch.int32, device=rows.device)
     tables = torch.empty((count, width), dtype=torch.int32, device=rows.device)
     _decode_inputs_kernel[(count,)](
-        rows, lengths, last_tokens, block_tables, tokens, positions, ends, slots, contexts, tables, width, block_size,
-        BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=4,
-    )  # fmt: skip
+        rows,
+        lengths,
+        last_tokens,
+        block_tables,
+        tokens,
+        positions,
+        ends,
+        slots,
+        contexts,
+        tables,
+        width,
+        block_size,
+        BLOCK=min(1024, triton.next_power_of_2(width)),
+        num_warps=4,
+    )
     return tokens, positions, ends, slots, contexts, tables
 
 
@@ -52,17 +79,23 @@ def _advance_kernel(row_ptr, token_ptr, length_ptr, last_ptr, count, padding, BL
 
 def advance(rows: Tensor, tokens: Tensor, lengths: Tensor, last_tokens: Tensor) -> None:
     count, padding = rows.shape[0], lengths.shape[0] - 1
-    _advance_kernel[(triton.cdiv(count, 128),)](rows, tokens, lengths, last_tokens, count, padding, BLOCK=128, num_warps=4)
+    _advance_kernel[(triton.cdiv(count, 128),)](
+        rows, tokens, lengths, last_tokens, count, padding, BLOCK=128, num_warps=4
+    )
 
 
 @triton.jit(do_not_specialize=["num_updates", "num_admitted"])
 def _update_rows_kernel(
     data_ptr, table_ptr, number_ptr, top_k_ptr, seed_ptr, num_updates, num_admitted, rows, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     updated = i < num_updates
     place = tl.load(data_ptr + i, mask=updated, other=0)
-    tl.store(table_ptr + place, tl.load(data_ptr + num_updates + i, mask=updated, other=0).to(tl.int32), mask=updated)
+    tl.store(
+        table_ptr + place,
+        tl.load(data_ptr + num_updates + i, mask=updated, other=0).to(tl.int32),
+        mask=updated,
+    )
     admitted = i < num_admitted
     entry = data_ptr + 2 * num_updates + 7 * i
     row = tl.load(entry, mask=admitted, other=0)
@@ -87,5 +120,14 @@ def update_rows(
 ) -> None:
     if most := max(num_updates, num_admitted):
         _update_rows_kernel[(triton.cdiv(most, 128),)](
-            data, block_tables, numbers, top_k, seeds, num_updates, num_admitted, len(seeds), BLOCK=128, num_warps=4
+            data,
+            block_tables,
+            numbers,
+            top_k,
+            seeds,
+            num_updates,
+            num_admitted,
+            len(seeds),
+            BLOCK=128,
+            num_warps=4,
         )

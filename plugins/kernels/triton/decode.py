@@ -1,9 +1,11 @@
-"""Split-KV decode attention for grouped queries over paged KV (flash-decoding), balanced whatever the lengths are.
+"""Split-KV decode attention for grouped queries over paged KV (flash-decoding), balanced whatever the lengths
+are.
 
-The KV tiles of all rows form one line that is cut into equal shares; a program walks one share for one KV head, row by row (the
-stream-K idea applied to split KV). A row inside one share is written directly; a row cut by a border leaves partial results, and the
-last program to arrive at it combines them, in a fixed order. The query heads of a group fill the rows of one `tl.dot`, so a K or V
-tile is read once. Neighbouring programs walk the same tokens of neighbouring heads, which lie side by side in memory.
+The KV tiles of all rows form one line that is cut into equal shares; a program walks one share for one KV
+head, row by row (the stream-K idea applied to split KV). A row inside one share is written directly; a row
+cut by a border leaves partial results, and the last program to arrive at it combines them, in a fixed order.
+The query heads of a group fill the rows of one `tl.dot`, so a K or V tile is read once. Neighbouring programs
+walk the same tokens of neighbouring heads, which lie side by side in memory.
 """
 
 from __future__ import annotations
@@ -18,13 +20,37 @@ from .plan import share_of
 
 @triton.jit(do_not_specialize=["rows"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, len_ptr, cu_q_ptr, first_ptr, row_ptr, arrived_ptr, partial_ptr, stats_ptr,
-    rows, scale, q_stride, table_stride, block_stride, slot_stride,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    M: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    table_ptr,
+    len_ptr,
+    cu_q_ptr,
+    first_ptr,
+    row_ptr,
+    arrived_ptr,
+    partial_ptr,
+    stats_ptr,
+    rows,
+    scale,
+    q_stride,
+    table_stride,
+    block_stride,
+    slot_stride,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    M: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    G_PAD: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
-    """q [T, K * G, D], out the same; caches [blocks, BLOCK_SIZE, K, D]. scale includes log2(e). M >= G: rows of the products."""
+):
+    """q [T, K * G, D], out the same; caches [blocks, BLOCK_SIZE, K, D]. scale includes log2(e). M >= G: rows
+    of the products."""
     release(PDL)
     head, number, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     total = tl.load(first_ptr + rows)
@@ -35,7 +61,9 @@ def decode_kernel(
     head_of_group = tl.arange(0, M)
     dim = tl.arange(0, D_PAD)
     q_mask = (head_of_group[:, None] < G) & (dim[None, :] < D)
-    if PDL:  # plan, lengths and tables are older than the kernel before this one; only q and the newest K and V are its work
+    # plan, lengths and tables are older than the kernel before this one; only q and the newest K and V are
+    # its work
+    if PDL:
         if tile < end:
             context = tl.load(len_ptr + row)
             table = table_ptr + row.to(tl.int64) * table_stride
@@ -62,8 +90,8 @@ def decode_kernel(
         norm = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D_PAD], tl.float32)
         table = table_ptr + row.to(tl.int64) * table_stride
-        # The next tile's block is looked up one step ahead: then the copies of K and V depend on no load of their own step, and
-        # the compiler keeps several tiles in flight.
+        # The next tile's block is looked up one step ahead: then the copies of K and V depend on no load of
+        # their own step, and the compiler keeps several tiles in flight.
         start = (tile - begin) * TILE
         block = block_of(table, start, context, BLOCK_SIZE, TILE)
         for _ in range(tile - begin, stop - begin):
@@ -101,9 +129,18 @@ def decode_kernel(
                 tl.store(arrived_ptr + row * K + head, 0)
                 skipped = head * shares * 2
                 _combine(
-                    partial_ptr + skipped * G * D, stats_ptr + skipped * 2 * G, out + head * G * D,
-                    first_share, last_share, (begin > first_share * share).to(tl.int32), G, D, D_PAD, PARTS, G_PAD,
-                )  # fmt: skip
+                    partial_ptr + skipped * G * D,
+                    stats_ptr + skipped * 2 * G,
+                    out + head * G * D,
+                    first_share,
+                    last_share,
+                    (begin > first_share * share).to(tl.int32),
+                    G,
+                    D,
+                    D_PAD,
+                    PARTS,
+                    G_PAD,
+                )
         tile = stop
         while (tile >= tl.load(first_ptr + row + 1)) & (tile < end):
             row += 1
@@ -111,10 +148,20 @@ def decode_kernel(
 
 @triton.jit
 def _combine(
-    partial_ptr, stats_ptr, out_ptr, first, last, late,
-    G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PARTS: tl.constexpr, G_PAD: tl.constexpr,
-):  # fmt: skip
-    """One row's parts of one KV head, in the order of their shares. late: 1 where the row begins inside its first share."""
+    partial_ptr,
+    stats_ptr,
+    out_ptr,
+    first,
+    last,
+    late,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    G_PAD: tl.constexpr,
+):
+    """One row's parts of one KV head, in the order of their shares. late: 1 where the row begins inside its
+    first share."""
     head = tl.arange(0, G_PAD)
     dim = tl.arange(0, D_PAD)
     mask = (head[:, None] < G) & (dim[None, :] < D)
@@ -131,8 +178,10 @@ def _combine(
         part_norm = tl.load(at + G, mask=there, other=0.0, cache_modifier=".cg")
         part = tl.load(
             partial_ptr + slot[:, None, None] * G * D + head[None, :, None] * D + dim[None, None, :],
-            mask=there[:, :, None] & (dim < D)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
+            mask=there[:, :, None] & (dim < D)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
         higher = tl.maximum(highest, tl.max(part_highest, axis=0))
         shrink = tl.exp2(highest - higher)
         scale = tl.exp2(part_highest - higher[None, :])
@@ -140,4 +189,8 @@ def _combine(
         acc = acc * shrink[:, None] + tl.sum(part * scale[:, :, None], axis=0)
         highest = higher
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + head[:, None] * D + dim[None, :], (acc / tl.maximum(norm, 1.0e-30)[:, None]).to(dtype), mask=mask)
+    tl.store(
+        out_ptr + head[:, None] * D + dim[None, :],
+        (acc / tl.maximum(norm, 1.0e-30)[:, None]).to(dtype),
+        mask=mask,
+    )

@@ -9,7 +9,8 @@ import torch
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4  # 4: Triton's interpreter
+    # 4: Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @cache

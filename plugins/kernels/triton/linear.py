@@ -1,13 +1,14 @@
-"""x @ weight.T for few rows and small matrices, where cuBLAS pays more for its start than for its bytes. Measured on one H200; cuBLAS
-keeps the rest.
+"""x @ weight.T for few rows and small matrices, where cuBLAS pays more for its start than for its bytes.
+Measured on one H200; cuBLAS keeps the rest.
 
 1-2 rows      a program takes whole weight rows and sums over their columns, without matrix units
 3-256 rows    a program takes 64 rows of x and a tile of weight rows, as many tiles as run at once
 
-Around a product: `gated_linear` applies SiLU and the gate where the product is still in registers; `linear_parts` cuts a long sum
-over columns in parts for several programs, which the norm after it adds up.
+Around a product: `gated_linear` applies SiLU and the gate where the product is still in registers;
+`linear_parts` cuts a long sum over columns in parts for several programs, which the norm after it adds up.
 
-A program asks for its weights before it waits for x, so that they travel while the kernel before it still runs.
+A program asks for its weights before it waits for x, so that they travel while the kernel before it still
+runs.
 """
 
 from __future__ import annotations
@@ -42,9 +43,19 @@ class TileShape(NamedTuple):
 
 @triton.jit(do_not_specialize=["M"])
 def _row_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, M, N, K,
-    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     release(PDL)
     of_x = tl.arange(0, ROWS)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -58,20 +69,38 @@ def _row_kernel(
     acc = tl.zeros([ROWS, TILE, DEPTH], tl.float32)
     for k in range(0, K, DEPTH):
         w = tl.load(weight + (k + lane)[None, :], eviction_policy="evict_first").to(tl.float32)
-        x = tl.load(x_ptr + of_x[:, None] * K + (k + lane)[None, :], mask=of_x[:, None] < M, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + of_x[:, None] * K + (k + lane)[None, :], mask=of_x[:, None] < M, other=0.0).to(
+            tl.float32
+        )
         acc += w[None, :, :] * x[:, None, :]
     out = tl.sum(acc, axis=2)
     if BIAS:
         out += tl.load(bias_ptr + row).to(tl.float32)[None, :]
-    tl.store(out_ptr + of_x[:, None] * N + row[None, :], out.to(out_ptr.dtype.element_ty), mask=of_x[:, None] < M)
+    tl.store(
+        out_ptr + of_x[:, None] * N + row[None, :], out.to(out_ptr.dtype.element_ty), mask=of_x[:, None] < M
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
 def _tile_kernel(
-    x_desc, weight_desc, weight_ptr, bias_ptr, out_ptr, M, N, K,
-    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out [PARTS, M, N]. GATED: weight has 2 * N rows, gate before up. The descriptors give zeros past x's last row."""
+    x_desc,
+    weight_desc,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out [PARTS, M, N]. GATED: weight has 2 * N rows, gate before up. The descriptors give zeros past x's
+    last row."""
     release(PDL)
     first_row, first_col, part = tl.program_id(0) * ROWS, tl.program_id(1) * TILE, tl.program_id(2)
     columns = K // PARTS
@@ -102,7 +131,8 @@ def _tile_kernel(
 
 
 def tile_shape(rows: int, n: int, k: int, most: int, parts: int = 1) -> TileShape | None:
-    """For x [rows, k] and n output columns, in no more than `most` programs and `parts` parts. None: cuBLAS."""
+    """For x [rows, k] and n output columns, in no more than `most` programs and `parts` parts. None:
+    cuBLAS."""
     bands = triton.cdiv(rows, ROWS)
     for tile in (32, 64, 128):
         programs = bands * n // tile
@@ -126,7 +156,8 @@ def _takes_rows(x: Tensor, weight: Tensor) -> bool:
 
 
 def _shape(x: Tensor, weight: Tensor, n: int, parts: int = 1) -> TileShape | None:
-    """`tile_shape` where the kernel can run and may be the fastest: Hopper's matrix units multiply what its tiles are made for."""
+    """`tile_shape` where the kernel can run and may be the fastest: Hopper's matrix units multiply what its
+    tiles are made for."""
     if not 2 < len(x) <= 256 or weight.numel() > SMALL or not _readable(x) or not is_hopper(x.device):
         return None
     return tile_shape(len(x), n, x.shape[1], multiprocessors(x.device), parts)
@@ -173,8 +204,20 @@ def _rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, (n, k) = len(x), weight.shape
     out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     _row_kernel[(n // ROW_TILE,)](
-        x, weight, bias, out, rows, n, k, ROWS=rows, TILE=ROW_TILE, DEPTH=ROW_DEPTH, BIAS=bias is not None, num_warps=4, **overlap(x.device),
-    )  # fmt: skip
+        x,
+        weight,
+        bias,
+        out,
+        rows,
+        n,
+        k,
+        ROWS=rows,
+        TILE=ROW_TILE,
+        DEPTH=ROW_DEPTH,
+        BIAS=bias is not None,
+        num_warps=4,
+        **overlap(x.device),
+    )
     return out
 
 
@@ -183,7 +226,21 @@ def _tiles(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shape: T
     n = out.shape[-1]
     step = (ROWS + shape.tile * (1 + gate)) * DEPTH * x.element_size()  # bytes
     _tile_kernel[(triton.cdiv(rows, ROWS), n // shape.tile, shape.parts)](
-        TensorDescriptor.from_tensor(x, [ROWS, DEPTH]), TensorDescriptor.from_tensor(weight, [shape.tile, DEPTH]), weight, bias, out,
-        rows, n, k, ROWS=ROWS, TILE=shape.tile, DEPTH=DEPTH, PARTS=shape.parts, GATED=gate, BIAS=bias is not None,
-        num_warps=4, num_stages=min(6, SHARED // step), **overlap(x.device),
-    )  # fmt: skip
+        TensorDescriptor.from_tensor(x, [ROWS, DEPTH]),
+        TensorDescriptor.from_tensor(weight, [shape.tile, DEPTH]),
+        weight,
+        bias,
+        out,
+        rows,
+        n,
+        k,
+        ROWS=ROWS,
+        TILE=shape.tile,
+        DEPTH=DEPTH,
+        PARTS=shape.parts,
+        GATED=gate,
+        BIAS=bias is not None,
+        num_warps=4,
+        num_stages=min(6, SHARED // step),
+        **overlap(x.device),
+    )

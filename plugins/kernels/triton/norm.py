@@ -1,5 +1,6 @@
-"""RMSNorm with and without residual, and SiLU-and-mul: one pass over memory each. Arithmetic in float32, one rounding a stored value
-(the normed value is rounded before the weight multiplies it, as the reference and transformers do)."""
+"""RMSNorm with and without residual, and SiLU-and-mul: one pass over memory each. Arithmetic in float32, one
+rounding a stored value (the normed value is rounded before the weight multiplies it, as the reference and
+transformers do)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,18 @@ def normed(x, weight, eps, N: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, eps, stride, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    eps,
+    stride,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     mask = (row[:, None] < rows) & (col[None, :] < N)
@@ -33,9 +45,18 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, rows, eps, stride, N: tl.conste
 
 @triton.jit(do_not_specialize=["rows"])
 def _add_rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, rows, eps,
-    N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    eps,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """x [PARTS, rows, N]: residual += sum of x, in place; out = norm(residual)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
@@ -68,13 +89,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     block, rows, warps = row_shape(n)
     if flat.shape[0]:
         _rms_norm_kernel[(triton.cdiv(flat.shape[0], rows),)](
-            flat, weight, out, flat.shape[0], eps, flat.stride(0), N=n, BLOCK=block, ROWS=rows, num_warps=warps, **overlap(x.device)
+            flat,
+            weight,
+            out,
+            flat.shape[0],
+            eps,
+            flat.stride(0),
+            N=n,
+            BLOCK=block,
+            ROWS=rows,
+            num_warps=warps,
+            **overlap(x.device),
         )
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [..., N] or what `linear_parts` returned, contiguous. In place: the residual becomes the sum, and x [..., N] the norm."""
+    """x [..., N] or what `linear_parts` returned, contiguous. In place: the residual becomes the sum, and x
+    [..., N] the norm."""
     n = residual.shape[-1]
     block, rows, warps = row_shape(n)
     count = residual.numel() // n
@@ -82,14 +114,26 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     out = x if x.dtype == residual.dtype else torch.empty_like(residual)
     if count:
         _add_rms_norm_kernel[(triton.cdiv(count, rows),)](
-            x, residual, weight, out, count, eps, N=n, BLOCK=block, ROWS=rows, PARTS=parts, num_warps=warps, **overlap(residual.device)
+            x,
+            residual,
+            weight,
+            out,
+            count,
+            eps,
+            N=n,
+            BLOCK=block,
+            ROWS=rows,
+            PARTS=parts,
+            num_warps=warps,
+            **overlap(residual.device),
         )
     return out, residual
 
 
 @triton.jit
 def gated(gate, up):
-    """silu(gate) * up in float32, rounded between the two as separate operations would. gate, up: of the model's type."""
+    """silu(gate) * up in float32, rounded between the two as separate operations would. gate, up: of the
+    model's type."""
     g = gate.to(tl.float32)
     return (g / (1.0 + tl.exp(-g))).to(gate.dtype).to(tl.float32) * up.to(tl.float32)
 
@@ -112,5 +156,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     if tokens:
         block = min(1024, triton.next_power_of_2(n))
-        _silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](x, out, n, BLOCK=block, num_warps=4, **overlap(x.device))
+        _silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](
+            x, out, n, BLOCK=block, num_warps=4, **overlap(x.device)
+        )
     return out

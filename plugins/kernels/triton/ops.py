@@ -8,6 +8,19 @@ from .rope import qk_norm_rope_store, rotary, store_kv
 from .sampling import sample, sample_part
 
 __all__ = [
-    "add_rms_norm", "advance", "attention", "decode_inputs", "gated_linear", "linear", "linear_parts", "qk_norm_rope_store", "rms_norm", "rotary",
-    "sample", "sample_part", "silu_and_mul", "store_kv", "update_rows",
-]  # fmt: skip
+    "add_rms_norm",
+    "advance",
+    "attention",
+    "decode_inputs",
+    "gated_linear",
+    "linear",
+    "linear_parts",
+    "qk_norm_rope_store",
+    "rms_norm",
+    "rotary",
+    "sample",
+    "sample_part",
+    "silu_and_mul",
+    "store_kv",
+    "update_rows",
+]

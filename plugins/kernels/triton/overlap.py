@@ -1,7 +1,9 @@
-"""Programmatic dependent launch (Hopper and newer): a kernel's programs start while the kernel before them still runs, and wait
-where they first touch what it wrote. What hides in the meantime is the launch itself, and reads that depend on nobody, such as weights.
+"""Programmatic dependent launch (Hopper and newer): a kernel's programs start while the kernel before them
+still runs, and wait where they first touch what it wrote. What hides in the meantime is the launch itself,
+and reads that depend on nobody, such as weights.
 
-Every kernel that is launched this way waits before it ends, so a kernel's end implies the end of all before it.
+Every kernel that is launched this way waits before it ends, so a kernel's end implies the end of all before
+it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,13 @@ def wait(PDL: tl.constexpr):
 
 @triton.jit
 def fetch(pointers):
-    """Asks for the cache lines at these addresses without waiting for them. Harmless where the kernel before still writes there:
-    they come into the second-level cache, which all see."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    """Asks for the cache lines at these addresses without waiting for them. Harmless where the kernel before
+    still writes there: they come into the second-level cache, which all see."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -1,7 +1,8 @@
 """Work plans for attention, computed on the device: which row each program starts with.
 
-Lengths never come to the host, so one captured graph serves every length. A row's work is a number of tiles; `first` is its
-running sum, and a program finds its row by counting the rows that end at or before its own first tile.
+Lengths never come to the host, so one captured graph serves every length. A row's work is a number of tiles;
+`first` is its running sum, and a program finds its row by counting the rows that end at or before its own
+first tile.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class DecodePlan:
     tile: int  # KV tokens
     first: Tensor  # int32 [B + 1]: tiles in the rows before
     row: Tensor  # int32 [shares]: the row that a share begins in
-    arrived: Tensor  # int32 [B * K]: programs that have written their part of a (row, KV head); zero between steps
+    # int32 [B * K]: programs that have written their part of a (row, KV head); zero between steps
+    arrived: Tensor
     partial: Tensor  # float32 [K, shares, 2, G, D]: unnormalised output of a share's first and last row
     stats: Tensor  # float32 [K, shares, 2, 2, G]: their maximum (log2) and sum
 
@@ -46,7 +48,8 @@ def share_of(total, programs):
 
 @triton.jit
 def decode_tiles(cu_q_ptr, len_ptr, row, rows, TILE: tl.constexpr):
-    """KV tiles of rows with one query; at least one, so that an empty row's output is written too. Other rows have none."""
+    """KV tiles of rows with one query; at least one, so that an empty row's output is written too. Other rows
+    have none."""
     mask = row < rows
     queries = tl.load(cu_q_ptr + row + 1, mask=mask, other=0) - tl.load(cu_q_ptr + row, mask=mask, other=0)
     tiles = (tl.load(len_ptr + row, mask=mask, other=0) + TILE - 1) // TILE
@@ -63,12 +66,23 @@ def prompt_tiles(cu_q_ptr, len_ptr, row, rows, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "programs", "arrivals"])  # one compilation for every batch
 def _plan_kernel(
-    cu_q_ptr, len_ptr, first_ptr, row_ptr, arrived_ptr, rows, programs, arrivals,
-    SHARED: tl.constexpr, TILE: tl.constexpr, tiles_of: tl.constexpr,
-    ROWS: tl.constexpr, PROGRAMS: tl.constexpr, ARRIVALS: tl.constexpr,
-):  # fmt: skip
-    """Each program of this kernel plans PROGRAMS programs of the attention kernel. SHARED: they cut the line of tiles
-    evenly; else each has one tile."""
+    cu_q_ptr,
+    len_ptr,
+    first_ptr,
+    row_ptr,
+    arrived_ptr,
+    rows,
+    programs,
+    arrivals,
+    SHARED: tl.constexpr,
+    TILE: tl.constexpr,
+    tiles_of: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    ARRIVALS: tl.constexpr,
+):
+    """Each program of this kernel plans PROGRAMS programs of the attention kernel. SHARED: they cut the line
+    of tiles evenly; else each has one tile."""
     lane = tl.arange(0, ROWS)
     total = 0
     for start in range(0, rows, ROWS):
@@ -96,15 +110,39 @@ def _plan_kernel(
         tl.store(arrived_ptr + at, 0, mask=at < arrivals)
 
 
-def _run(batch: BatchMetadata, programs: int, first: Tensor, row: Tensor, arrived: Tensor, shared: bool, tile: int, tiles_of: object) -> None:
+def _run(
+    batch: BatchMetadata,
+    programs: int,
+    first: Tensor,
+    row: Tensor,
+    arrived: Tensor,
+    shared: bool,
+    tile: int,
+    tiles_of: object,
+) -> None:
     rows = batch.context_lens.shape[0]
     _plan_kernel[(triton.cdiv(programs, 16),)](
-        batch.cu_seqlens_q, batch.context_lens, first, row, arrived, rows, programs, arrived.shape[0],
-        SHARED=shared, TILE=tile, tiles_of=tiles_of, ROWS=256, PROGRAMS=16, ARRIVALS=256, num_warps=4,
-    )  # fmt: skip
+        batch.cu_seqlens_q,
+        batch.context_lens,
+        first,
+        row,
+        arrived,
+        rows,
+        programs,
+        arrived.shape[0],
+        SHARED=shared,
+        TILE=tile,
+        tiles_of=tiles_of,
+        ROWS=256,
+        PROGRAMS=16,
+        ARRIVALS=256,
+        num_warps=4,
+    )
 
 
-def decode_plan(batch: BatchMetadata, shares: int, tile: int, kv_heads: int, group: int, size: int) -> DecodePlan:
+def decode_plan(
+    batch: BatchMetadata, shares: int, tile: int, kv_heads: int, group: int, size: int
+) -> DecodePlan:
     """shares: how many to cut; tile: KV tokens; group: query heads a KV head; size: head size."""
     rows, device = batch.context_lens.shape[0], batch.context_lens.device
     plan = DecodePlan(

@@ -1,7 +1,8 @@
-"""What happens between the fused QKV projection and attention: QK norm, rotary embedding (NeoX halves), KV store by slot.
+"""What happens between the fused QKV projection and attention: QK norm, rotary embedding (NeoX halves), KV
+store by slot.
 
-`qk_norm_rope_store` does all of it in one kernel, so q, k and v cross memory once. Slots are int64: a cache may hold more than
-2^31 elements.
+`qk_norm_rope_store` does all of it in one kernel, so q, k and v cross memory once. Slots are int64: a cache
+may hold more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from .overlap import overlap, release, wait
 
 
 @triton.jit
-def _store_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_stride, v_stride, N: tl.constexpr, BLOCK: tl.constexpr):
+def _store_kernel(
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_stride, v_stride, N: tl.constexpr, BLOCK: tl.constexpr
+):
     """One token a program; N = K * D elements of k and of v."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token)
@@ -28,13 +31,23 @@ def _store_kernel(k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_stride, v_
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """k and v may be cut out of a fused projection: only the token's stride is free. The caches are contiguous."""
+    """k and v may be cut out of a fused projection: only the token's stride is free. The caches are
+    contiguous."""
     tokens, n = k.shape[0], k.shape[1] * k.shape[2]
     k, v = _heads_together(k), _heads_together(v)
     block = triton.next_power_of_2(n)
     if tokens:
         _store_kernel[(tokens,)](
-            k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), N=n, BLOCK=block, num_warps=min(8, max(1, block // 256))
+            k,
+            v,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            k.stride(0),
+            v.stride(0),
+            N=n,
+            BLOCK=block,
+            num_warps=min(8, max(1, block // 256)),
         )
 
 
@@ -44,17 +57,38 @@ def _heads_together(x: Tensor) -> Tensor:
 
 @triton.jit
 def _rotary_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, position_ptr, cos_sin_ptr, q_stride, k_stride,
-    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    position_ptr,
+    cos_sin_ptr,
+    q_stride,
+    k_stride,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One token and HEADS of its H + K heads a program; heads past H are keys."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     is_q = head < H
     mask = (head < H + K) & (col < HALF)
-    source = tl.where(is_q, q_ptr + token * q_stride + head * 2 * HALF, k_ptr + token * k_stride + (head - H) * 2 * HALF) + col
-    target = tl.where(is_q, q_out_ptr + (token * H + head) * 2 * HALF, k_out_ptr + (token * K + head - H) * 2 * HALF) + col
+    source = (
+        tl.where(
+            is_q, q_ptr + token * q_stride + head * 2 * HALF, k_ptr + token * k_stride + (head - H) * 2 * HALF
+        )
+        + col
+    )
+    target = (
+        tl.where(
+            is_q, q_out_ptr + (token * H + head) * 2 * HALF, k_out_ptr + (token * K + head - H) * 2 * HALF
+        )
+        + col
+    )
     angle = cos_sin_ptr + tl.load(position_ptr + token) * 2 * HALF + col
     cos = tl.load(angle, mask=col < HALF, other=0.0).to(tl.float32)
     sin = tl.load(angle + HALF, mask=col < HALF, other=0.0).to(tl.float32)
@@ -69,12 +103,27 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Te
     """New contiguous q and k; the inputs may be cut out of a fused projection."""
     q, k = _heads_together(q), _heads_together(k)
     tokens, heads, size = q.shape
-    q_out, k_out = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out, k_out = (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(k.shape, dtype=k.dtype, device=k.device),
+    )
     if tokens:
         _rotary_kernel[(tokens, triton.cdiv(heads + k.shape[1], 8))](
-            q, k, q_out, k_out, positions, cos_sin, q.stride(0), k.stride(0),
-            H=heads, K=k.shape[1], HALF=size // 2, HEADS=8, BLOCK=triton.next_power_of_2(size // 2), num_warps=2,
-        )  # fmt: skip
+            q,
+            k,
+            q_out,
+            k_out,
+            positions,
+            cos_sin,
+            q.stride(0),
+            k.stride(0),
+            H=heads,
+            K=k.shape[1],
+            HALF=size // 2,
+            HEADS=8,
+            BLOCK=triton.next_power_of_2(size // 2),
+            num_warps=2,
+        )
     return q_out, k_out
 
 
@@ -87,9 +136,24 @@ def _norm_weight(weight_ptr, col, HALF: tl.constexpr):
 
 @triton.jit
 def _qk_norm_rope_store_kernel(
-    qkv_ptr, q_weight_ptr, k_weight_ptr, position_ptr, cos_sin_ptr, slot_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, eps,
-    H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    position_ptr,
+    cos_sin_ptr,
+    slot_ptr,
+    q_out_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One token and HEADS of its H + 2K heads a program. A value head passes through unchanged."""
     D: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
@@ -126,10 +190,20 @@ def _qk_norm_rope_store_kernel(
 
 
 def qk_norm_rope_store(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor,
-    k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, num_heads: int, num_kv_heads: int,
-) -> Tensor:  # fmt: skip
-    """qkv contiguous [T, (H + 2K) * D]; the caches are contiguous and of qkv's dtype. The weights are both given or both None."""
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """qkv contiguous [T, (H + 2K) * D]; the caches are contiguous and of qkv's dtype. The weights are both
+    given or both None."""
     tokens, heads = qkv.shape[0], num_heads + 2 * num_kv_heads
     size = qkv.shape[1] // heads
     q = torch.empty((tokens, num_heads, size), dtype=qkv.dtype, device=qkv.device)
@@ -137,7 +211,23 @@ def qk_norm_rope_store(
         block = triton.next_power_of_2(size // 2)
         rows = max(2, 512 // block)  # heads a program
         _qk_norm_rope_store_kernel[(tokens, triton.cdiv(heads, rows))](
-            qkv, q_weight, k_weight, positions, cos_sin, slot_mapping, q, k_cache, v_cache, eps,
-            H=num_heads, K=num_kv_heads, HALF=size // 2, HEADS=rows, BLOCK=block, NORM=q_weight is not None, num_warps=4, **overlap(qkv.device),
-        )  # fmt: skip
+            qkv,
+            q_weight,
+            k_weight,
+            positions,
+            cos_sin,
+            slot_mapping,
+            q,
+            k_cache,
+            v_cache,
+            eps,
+            H=num_heads,
+            K=num_kv_heads,
+            HALF=size // 2,
+            HEADS=rows,
+            BLOCK=block,
+            NORM=q_weight is not None,
+            num_warps=4,
+            **overlap(qkv.device),
+        )
     return q

@@ -1,7 +1,8 @@
-"""Sampling: argmax, or Gumbel-max with the counter-based noise of `plugins/kernels/ops.py`; top-k, top-p and min-p by threshold.
+"""Sampling: argmax, or Gumbel-max with the counter-based noise of `plugins/kernels/ops.py`; top-k, top-p and
+min-p by threshold.
 
-No sort: every filter keeps the tokens at or above some logit, and that logit is found by bisection over float32 bit patterns, which
-is exact. Without filters the logits are read once.
+No sort: every filter keeps the tokens at or above some logit, and that logit is found by bisection over
+float32 bit patterns, which is exact. Without filters the logits are read once.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def _fold(x, by: tl.constexpr):
 
 @triton.jit
 def _noise(x, key1, minus_log2: tl.constexpr):
-    """x uint32: token ^ key0. `plugins.kernels.ops.gumbel` in units of ln 2, and a constant more, to 3e-6: the hardware's logarithm is
-    2^-22 off."""
+    """x uint32: token ^ key0. `plugins.kernels.ops.gumbel` in units of ln 2, and a constant more, to 3e-6:
+    the hardware's logarithm is 2^-22 off."""
     bits = _fold(_fold(x, 0xD6E8FEB9) ^ key1, 0x9E3779B1)
     u = tl.fma(bits.to(tl.float32), 2.3283062977608182e-10, 1.1641532182693481e-10)
     # -log2(1 - u): a polynomial, 2e-6 off, where 1 - u would lose u's low bits
@@ -50,8 +51,11 @@ def _minus_log2(x):
 
 @triton.jit
 def _fast_minus_log2(x):
-    """One instruction: the sign becomes part of what reads it. What is below 2^-126 counts as 0, which no argument here is."""
-    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1; neg.f32 $0, $0;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    """One instruction: the sign becomes part of what reads it. What is below 2^-126 counts as 0, which no
+    argument here is."""
+    return tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1; neg.f32 $0, $0;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -61,8 +65,11 @@ def _scaled(logits_ptr, token, V, inverse):
 
 
 @triton.jit
-def _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr):
-    """What a row's scores depend on besides its logits: its temperature, the keys of its noise and its floor."""
+def _chance(
+    row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr
+):
+    """What a row's scores depend on besides its logits: its temperature, the keys of its noise and its
+    floor."""
     temperature, key0, key1, floor = 0.0, 0, 0, float("-inf")
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
@@ -77,11 +84,21 @@ def _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED: tl
 
 @triton.jit
 def _scores(
-    logits_ptr, start, V, temperature, key0, key1, floor,
-    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, FIRST: tl.constexpr, minus_log2: tl.constexpr,
-):  # fmt: skip
-    """The scores of BLOCK logits from `start`, a multiple of BLOCK, which belong to the tokens from FIRST + start: a greedy row's
-    logits; another's logits over temperature, with noise, in units of ln 2."""
+    logits_ptr,
+    start,
+    V,
+    temperature,
+    key0,
+    key1,
+    floor,
+    BLOCK: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    FILTERED: tl.constexpr,
+    FIRST: tl.constexpr,
+    minus_log2: tl.constexpr,
+):
+    """The scores of BLOCK logits from `start`, a multiple of BLOCK, which belong to the tokens from FIRST +
+    start: a greedy row's logits; another's logits over temperature, with noise, in units of ln 2."""
     lane = tl.arange(0, BLOCK)
     score = _scaled(logits_ptr, start + lane, V, 1.0)
     if SAMPLED:
@@ -90,7 +107,8 @@ def _scores(
             if FILTERED:
                 score = tl.where(score * inverse < floor, float("-inf"), score)
             if FIRST % BLOCK == 0:
-                x = lane.to(tl.uint32) ^ ((FIRST + start).to(tl.uint32) ^ key0)  # token ^ key0, with what all lanes share in one
+                # token ^ key0, with what all lanes share in one
+                x = lane.to(tl.uint32) ^ ((FIRST + start).to(tl.uint32) ^ key0)
             else:
                 x = (FIRST + start + lane).to(tl.uint32) ^ key0
             score = tl.fma(score, inverse * 1.4426950408889634, _noise(x, key1, minus_log2))
@@ -99,20 +117,48 @@ def _scores(
 
 @triton.jit
 def _best_of_chunk_kernel(
-    logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, V, stride, chunks,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, FIRST: tl.constexpr,
-    minus_log2: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    temperature_ptr,
+    seed_ptr,
+    position_ptr,
+    floor_ptr,
+    best_ptr,
+    V,
+    stride,
+    chunks,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    FILTERED: tl.constexpr,
+    FIRST: tl.constexpr,
+    minus_log2: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """The best score of TILES * BLOCK vocabulary entries of one row."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     start = chunk * TILES * BLOCK
     release(PDL)
     wait(PDL)
-    temperature, key0, key1, floor = _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED)
+    temperature, key0, key1, floor = _chance(
+        row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED
+    )
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     for _ in range(TILES):
-        score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, BLOCK, SAMPLED, FILTERED, FIRST, minus_log2)
+        score = _scores(
+            logits_ptr + row * stride,
+            start,
+            V,
+            temperature,
+            key0,
+            key1,
+            floor,
+            BLOCK,
+            SAMPLED,
+            FILTERED,
+            FIRST,
+            minus_log2,
+        )
         best = tl.maximum(best, score)
         start += BLOCK
     tl.store(best_ptr + row * chunks + chunk, tl.max(best))
@@ -120,20 +166,50 @@ def _best_of_chunk_kernel(
 
 @triton.jit
 def _best_of_row_kernel(
-    logits_ptr, temperature_ptr, seed_ptr, position_ptr, floor_ptr, best_ptr, out_ptr, score_ptr, V, stride, chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SAMPLED: tl.constexpr, FILTERED: tl.constexpr, FIRST: tl.constexpr,
-    minus_log2: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The best token: the scores of the best chunk once more, which is cheaper than to carry an index beside every score. Its score as
-    well where score_ptr is given."""
+    logits_ptr,
+    temperature_ptr,
+    seed_ptr,
+    position_ptr,
+    floor_ptr,
+    best_ptr,
+    out_ptr,
+    score_ptr,
+    V,
+    stride,
+    chunks,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    FILTERED: tl.constexpr,
+    FIRST: tl.constexpr,
+    minus_log2: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The best token: the scores of the best chunk once more, which is cheaper than to carry an index beside
+    every score. Its score as well where score_ptr is given."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, CHUNKS)
     release(PDL)
     wait(PDL)
-    temperature, key0, key1, floor = _chance(row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED)
+    temperature, key0, key1, floor = _chance(
+        row, temperature_ptr, seed_ptr, position_ptr, floor_ptr, SAMPLED, FILTERED
+    )
     best = tl.load(best_ptr + row * chunks + at, mask=at < chunks, other=float("-inf"))
     start = tl.argmax(best, axis=0) * CHUNK  # ties: the first
-    score = _scores(logits_ptr + row * stride, start, V, temperature, key0, key1, floor, CHUNK, SAMPLED, FILTERED, FIRST, minus_log2)
+    score = _scores(
+        logits_ptr + row * stride,
+        start,
+        V,
+        temperature,
+        key0,
+        key1,
+        floor,
+        CHUNK,
+        SAMPLED,
+        FILTERED,
+        FIRST,
+        minus_log2,
+    )
     tl.store(out_ptr + row, (FIRST + start + tl.argmax(score, axis=0)).to(tl.int64))
     if score_ptr is not None:
         tl.store(score_ptr + row, tl.max(score))
@@ -175,8 +251,8 @@ def _mass(x_ptr, length, inverse, highest, key, BLOCK: tl.constexpr):
 
 @triton.jit
 def _floor_of(x_ptr, length, inverse, highest, bottom, total, top_k, top_p, V, BLOCK: tl.constexpr):
-    """Key of the lowest scaled logit that top-k and then top-p keep, out of `length` logits that hold it; bottom: a key below it;
-    total: the mass of all of the row's tokens."""
+    """Key of the lowest scaled logit that top-k and then top-p keep, out of `length` logits that hold it;
+    bottom: a key below it; total: the mass of all of the row's tokens."""
     top = _key(highest)
     if (top_k > 0) & (top_k < V):  # the largest key that at least top_k tokens reach
         lo, hi = bottom, top
@@ -202,11 +278,22 @@ def _floor_of(x_ptr, length, inverse, highest, bottom, total, top_k, top_p, V, B
 
 @triton.jit
 def _floor_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, floor_ptr, near_ptr, V, stride,
-    BLOCK: tl.constexpr, NEAR: tl.constexpr, REACH: tl.constexpr,
-):  # fmt: skip
-    """One row a program: the lowest scaled logit that the row's filters keep. The bisection runs over the logits within REACH of the
-    highest, copied together, wherever they hold the answer and are at most NEAR; else over the row."""
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    floor_ptr,
+    near_ptr,
+    V,
+    stride,
+    BLOCK: tl.constexpr,
+    NEAR: tl.constexpr,
+    REACH: tl.constexpr,
+):
+    """One row a program: the lowest scaled logit that the row's filters keep. The bisection runs over the
+    logits within REACH of the highest, copied together, wherever they hold the answer and are at most NEAR;
+    else over the row."""
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * stride
     near = near_ptr + row * NEAR
@@ -236,9 +323,15 @@ def _floor_kernel(
                 found += tl.sum(close.to(tl.int32))
             tl.debug_barrier()  # the copies are read by other threads
             total = tl.sum(mass)
-            enough = (found <= NEAR) & (found >= tl.where(by_count, top_k, 0)) & (by_count | (tl.sum(near_mass) >= top_p * total))
+            enough = (
+                (found <= NEAR)
+                & (found >= tl.where(by_count, top_k, 0))
+                & (by_count | (tl.sum(near_mass) >= top_p * total))
+            )
             if enough:
-                key = _floor_of(near, found, 1.0, highest, _key(highest - REACH), total, top_k, top_p, V, BLOCK)
+                key = _floor_of(
+                    near, found, 1.0, highest, _key(highest - REACH), total, top_k, top_p, V, BLOCK
+                )
             else:
                 key = _floor_of(logits, V, inverse, highest, _key(floor), total, top_k, top_p, V, BLOCK)
             floor = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
@@ -248,13 +341,20 @@ def _floor_kernel(
 
 
 def _shape(rows: int, vocab: int) -> tuple[int, int, int]:
-    """(BLOCK, TILES, warps): BLOCK * TILES vocabulary entries a program, short where there are few programs. No token depends on it."""
+    """(BLOCK, TILES, warps): BLOCK * TILES vocabulary entries a program, short where there are few programs.
+    No token depends on it."""
     block, tiles, warps = (1024, 1, 4) if rows <= 16 else (2048, 4, 4)
     return min(block, max(16, triton.next_power_of_2(vocab))), tiles, warps
 
 
 def sample(
-    logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, seeds: Tensor, positions: Tensor
+    logits: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
 ) -> Tensor:
     logits = _rows(logits)
     if temperature is None or top_k is None or not len(logits):
@@ -263,13 +363,26 @@ def sample(
     floor = torch.empty(rows, dtype=torch.float32, device=logits.device)
     near = torch.empty((rows, NEAR), dtype=torch.float32, device=logits.device)
     _floor_kernel[(rows,)](
-        logits, temperature, top_k, top_p, min_p, floor, near, vocab, logits.stride(0),
-        BLOCK=min(8192, max(32, triton.next_power_of_2(vocab))), NEAR=NEAR, REACH=REACH, num_warps=16,
-    )  # fmt: skip
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        floor,
+        near,
+        vocab,
+        logits.stride(0),
+        BLOCK=min(8192, max(32, triton.next_power_of_2(vocab))),
+        NEAR=NEAR,
+        REACH=REACH,
+        num_warps=16,
+    )
     return _best(logits, temperature, seeds, positions, floor=floor)[0]
 
 
-def sample_part(logits: Tensor, temperature: Tensor | None, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def sample_part(
+    logits: Tensor, temperature: Tensor | None, seeds: Tensor, positions: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
     scores = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     return _best(_rows(logits), temperature, seeds, positions, first=first, scores=scores)
 
@@ -306,9 +419,19 @@ def _best(
         "minus_log2": _fast_minus_log2 if logits.is_cuda else _minus_log2,
         **overlap(device),
     }
-    _best_of_chunk_kernel[(rows, chunks)](*chance, vocab, logits.stride(0), chunks, BLOCK=block, TILES=tiles, num_warps=warps, **options)
+    _best_of_chunk_kernel[(rows, chunks)](
+        *chance, vocab, logits.stride(0), chunks, BLOCK=block, TILES=tiles, num_warps=warps, **options
+    )
     _best_of_row_kernel[(rows,)](
-        *chance, out, scores, vocab, logits.stride(0), chunks,
-        CHUNK=chunk, CHUNKS=max(2, triton.next_power_of_2(chunks)), num_warps=max(1, min(8, chunk // 256)), **options,
-    )  # fmt: skip
+        *chance,
+        out,
+        scores,
+        vocab,
+        logits.stride(0),
+        chunks,
+        CHUNK=chunk,
+        CHUNKS=max(2, triton.next_power_of_2(chunks)),
+        num_warps=max(1, min(8, chunk // 256)),
+        **options,
+    )
     return out, scores

@@ -10,16 +10,18 @@ from headway import Admission, Admit, Context, Registry, Reject, Request, View, 
 
 @dataclass
 class EarlyReject(Admission):
-    """Early rejection (Mooncake, Qin et al., arXiv 2407.00079, section 7): refuse a request whose predicted TTFT or TBT is beyond its SLO.
+    """Early rejection (Mooncake, Qin et al., arXiv 2407.00079, section 7): refuse a request whose predicted
+    TTFT or TBT is beyond its SLO.
 
-    ttft, tbt: targets in seconds for requests without slo.ttft, slo.tpot; None: no target, never refused for it.
-    chunk_size: prompt tokens that a step takes, for the prediction.
+    ttft, tbt: targets in seconds for requests without slo.ttft, slo.tpot; None: no target, never refused for
+    it. chunk_size: prompt tokens that a step takes, for the prediction.
 
     Without targets, neither here nor on the requests, it would admit everybody, so such a run is refused.
 
-    TTFT: all prompt tokens before this request and its own, in chunks, each in a step with everything that decodes now; asked again when it
-    is about to start, with what is still before it then. TBT: one decode step of what runs now and this request. Step times are
-    the executor's cost model. Not here: the paper's forecast of the decode load at the end of the prefill.
+    TTFT: all prompt tokens before this request and its own, in chunks, each in a step with everything that
+    decodes now; asked again when it is about to start, with what is still before it then. TBT: one decode
+    step of what runs now and this request. Step times are the executor's cost model. Not here: the paper's
+    forecast of the decode load at the end of the prefill.
     """
 
     ttft: float | None = param(None, min=0, max=1e9, unit="seconds")
@@ -43,7 +45,10 @@ class EarlyReject(Admission):
         tbt = self.tbt if request.slo.tpot is None else request.slo.tpot
         contexts = [r.num_tokens for r in view.running if r.num_new_tokens <= 1]
         ones = [1] * len(contexts)
-        if tbt is not None and (predicted := view.step_time([*contexts, request.num_tokens], [*ones, 1])) > tbt:
+        if (
+            tbt is not None
+            and (predicted := view.step_time([*contexts, request.num_tokens], [*ones, 1])) > tbt
+        ):
             return Reject(f"predicted TBT of {predicted:.4f} s is beyond {tbt} s")
         if ttft is not None:
             ahead = sum(r.num_new_tokens for r in view.running if r.num_new_tokens > 1)
@@ -51,7 +56,9 @@ class EarlyReject(Admission):
             tokens = ahead + own + (self._queued - request.num_tokens if new else 0)
             chunk = min(tokens, self.chunk_size)
             steps = -(-tokens // chunk)
-            predicted = view.now - request.arrival_time + steps * view.step_time([*contexts, 0], [*ones, chunk])
+            predicted = (
+                view.now - request.arrival_time + steps * view.step_time([*contexts, 0], [*ones, chunk])
+            )
             if predicted > ttft:
                 return Reject(f"predicted TTFT of {predicted:.4f} s is beyond {ttft} s")
         return Admit()

@@ -9,14 +9,16 @@ from headway import Admission, Admit, Context, Defer, Registry, Request, StepRec
 
 @dataclass
 class NewTokenRatio(Admission):
-    """SGLang's admission (managers/schedule_policy.py): who runs is thought to use a share of its max_tokens, which decays until memory runs out.
+    """SGLang's admission (managers/schedule_policy.py): who runs is thought to use a share of its max_tokens,
+    which decays until memory runs out.
 
-    A request starts if its prompt and all of its max_tokens fit beside what runs, of whose remaining max_tokens `ratio`
-    counts. The ratio begins at init, falls in `decay_steps` decode steps to init * min_factor, and after a preemption is
-    what those that still run have used, and `retract_steps` tokens each, of their max_tokens.
-    clip: more than so many tokens are never counted for one request.
+    A request starts if its prompt and all of its max_tokens fit beside what runs, of whose remaining
+    max_tokens `ratio` counts. The ratio begins at init, falls in `decay_steps` decode steps to init *
+    min_factor, and after a preemption is what those that still run have used, and `retract_steps` tokens
+    each, of their max_tokens. clip: more than so many tokens are never counted for one request.
 
-    The defaults are SGLang's. A prompt that is split counts by its chunks. Preempted requests are asked for again.
+    The defaults are SGLang's. A prompt that is split counts by its chunks. Preempted requests are asked for
+    again.
     """
 
     init: float = param(0.7, above=0, max=1)

@@ -12,7 +12,8 @@ from .peak import PeakAdmission
 
 @dataclass
 class PastFuture(PeakAdmission):
-    """Past-Future (LightLLM, Gong et al., ASPLOS'25, section 3): admit only while the predicted peak of KV memory fits.
+    """Past-Future (LightLLM, Gong et al., ASPLOS'25, section 3): admit only while the predicted peak of KV
+    memory fits.
 
     reserved: share of the pool that is kept free, for predictions that fall short.
 

@@ -1,4 +1,5 @@
-"""What admissions by memory share: the peak of KV blocks that running requests and a new one will come to hold."""
+"""What admissions by memory share: the peak of KV blocks that running requests and a new one will come to
+hold."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ Entry = tuple[int, int]  # (-tokens left, known tokens): sorts the one with most
 class PeakAdmission(Admission):
     """Base: admits while the peak fits. A subclass says how many tokens a request has left.
 
-    Sort the running requests and the new one by tokens left, most first. When the i-th ends, those before it are
-    still there and each has grown by what the i-th had left, so the peak is the largest sum of the first i
-    sizes, over i, in whole blocks. A cached prefix counts in full, as it may be evicted. The queue is taken in its
-    order: behind a request that does not fit nobody starts in that step.
+    Sort the running requests and the new one by tokens left, most first. When the i-th ends, those before it
+    are still there and each has grown by what the i-th had left, so the peak is the largest sum of the first
+    i sizes, over i, in whole blocks. A cached prefix counts in full, as it may be evicted. The queue is taken
+    in its order: behind a request that does not fit nobody starts in that step.
     """
 
     reserved: float = param(0.0, min=0, below=1)
@@ -60,8 +61,8 @@ class PeakAdmission(Admission):
             blocks += full
             rests[rest] += 1
             grown, more = divmod(-left, size)
-            # Who has r tokens in its last block needs one more block for r + more > 0 tokens, and two for more
-            # than a block.
+            # Who has r tokens in its last block needs one more block for r + more > 0 tokens, and two for
+            # more than a block.
             begun = i - (rests[0] if not more else 0)
             over = sum(rests[size - more + 1 :]) if more else 0
             most = max(most, blocks + i * grown + begun + over)

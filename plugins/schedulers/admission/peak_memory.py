@@ -11,7 +11,8 @@ from .peak import PeakAdmission
 
 @dataclass
 class PeakMemory(PeakAdmission):
-    """S-LoRA's and VTC's admission (Sheng et al., MLSys'24 and OSDI'24; from LightLLM): the peak of KV memory must fit if all use up max_tokens.
+    """S-LoRA's and VTC's admission (Sheng et al., MLSys'24 and OSDI'24; from LightLLM): the peak of KV memory
+    must fit if all use up max_tokens.
 
     reserved: share of the pool that is kept free.
 

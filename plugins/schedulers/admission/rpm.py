@@ -12,13 +12,14 @@ OVER = ("reject", "defer")
 
 @dataclass
 class RequestsPerMinute(Admission):
-    """Rate limits as of public APIs, the RPM baseline of VTC (Sheng et al., OSDI'24, section 5.1): `limit` requests of a client per window.
+    """Rate limits as of public APIs, the RPM baseline of VTC (Sheng et al., OSDI'24, section 5.1): `limit`
+    requests of a client per window.
 
     limit, window: of a client's requests that arrive within so many seconds, the first so many are taken.
     over: what is beyond is rejected ("reject"), or waits until the window has moved on ("defer").
 
-    The window slides. Fair only to who asks little: it knows neither lengths nor load, so it also refuses what an idle
-    server could do.
+    The window slides. Fair only to who asks little: it knows neither lengths nor load, so it also refuses
+    what an idle server could do.
     """
 
     limit: int = param(20, min=1, max=2**31 - 1, unit="requests")
@@ -42,7 +43,10 @@ class RequestsPerMinute(Admission):
             return Admit()
         if self.over == "defer":
             return Defer(taken[0] + self.window)
-        return Reject(f"client {request.tags.client!r} has {self.limit} requests per {self.window:g} s, and this is one more")
+        return Reject(
+            f"client {request.tags.client!r} has {self.limit} requests per {self.window:g} s, and this is "
+            "one more"
+        )
 
     def on_finish(self, request: Request, now: float) -> None:
         self._may.discard(request.index)

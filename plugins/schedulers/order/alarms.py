@@ -9,7 +9,8 @@ from headway import Request
 
 
 class Alarms:
-    """One alarm a waiting request, at the moment (in any unit that grows) at which it has waited too long. O(log n) a change."""
+    """One alarm a waiting request, at the moment (in any unit that grows) at which it has waited too long.
+    O(log n) a change."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, int, Request]] = []

@@ -11,17 +11,19 @@ from .plas import Call, ProgramService
 
 @dataclass
 class CriticalPath(ProgramService):
-    """Autellix (Luo et al., arXiv 2502.13965, section 4): ATLAS, the call with the shortest chain of calls before it goes first.
+    """Autellix (Luo et al., arXiv 2502.13965, section 4): ATLAS, the call with the shortest chain of calls
+    before it goes first.
 
-    Order plas for programs whose calls run in parallel: a call stands where the longest chain of calls before it
-    ends, by the service that they had, instead of where all of its program's do. The chain follows `tags.parents`; a
-    call that names none, but is not its program's first turn, waited for all that have ended.
-    Parameters are those of order=plas.
+    Order plas for programs whose calls run in parallel: a call stands where the longest chain of calls before
+    it ends, by the service that they had, instead of where all of its program's do. The chain follows
+    `tags.parents`; a call that names none, but is not its program's first turn, waited for all that have
+    ended. Parameters are those of order=plas.
     """
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        self._paths: dict[str, dict[str, float]] = {}  # session -> id of a completed call -> seconds up to its end
+        # session -> id of a completed call -> seconds up to its end
+        self._paths: dict[str, dict[str, float]] = {}
 
     def standing(self, request: Request) -> float:
         paths = self._paths.get(request.tags.session, {})

@@ -13,21 +13,26 @@ Path = tuple[Sequence[int], int, Request]  # cached blocks of the prefix, place 
 
 @dataclass
 class DepthFirstWeight(Order):
-    """SGLang's dfs-weight (Zheng et al., NeurIPS'24, section 3): walk the cache tree depth first, heaviest subtree first.
+    """SGLang's dfs-weight (Zheng et al., NeurIPS'24, section 3): walk the cache tree depth first, heaviest
+    subtree first.
 
-    The weight of a subtree is the number of waiting requests that would hit it, so requests that share a prefix run one after the
-    other while it is hot. A node's own requests come after those below it, as in SGLang.
-    window: oldest waiting requests that are looked at in a step.
+    The weight of a subtree is the number of waiting requests that would hit it, so requests that share a
+    prefix run one after the other while it is hot. A node's own requests come after those below it, as in
+    SGLang. window: oldest waiting requests that are looked at in a step.
     """
 
     may_starve = "requests that share a hot prefix may keep coming"
     window: int = param(256, min=1, max=1_000_000, unit="requests")
 
     def order(self, view: View) -> Iterable[Request]:
-        paths = [(view.match(request).blocks, i, request) for i, request in enumerate(islice(view.waiting, self.window))]
+        paths = [
+            (view.match(request).blocks, i, request)
+            for i, request in enumerate(islice(view.waiting, self.window))
+        ]
         paths.sort(key=lambda path: list(path[0]))  # neighbours share the longest prefixes
         found: list[Request] = []
-        pending: list[tuple[int, list[Path]]] = [(0, paths)]  # (depth that all of these share, in blocks; the paths)
+        # (depth that all of these share, in blocks; the paths)
+        pending: list[tuple[int, list[Path]]] = [(0, paths)]
         while pending:
             depth, group = pending.pop()
             if len(group) > 1:
@@ -42,9 +47,14 @@ class DepthFirstWeight(Order):
                     children.setdefault(path[0][depth], []).append(path)
             if own:
                 pending.append((depth, own))
-            # Last in, first out: the heaviest child is pushed last; among equals, the one that holds the oldest request.
-            heaviest = sorted(children.values(), key=lambda child: (-len(child), min(path[1] for path in child)))
-            pending += [(depth + 1 if len(child) > 1 else len(child[0][0]), child) for child in reversed(heaviest)]
+            # Last in, first out: the heaviest child is pushed last; among equals, the one that holds the
+            # oldest request.
+            heaviest = sorted(
+                children.values(), key=lambda child: (-len(child), min(path[1] for path in child))
+            )
+            pending += [
+                (depth + 1 if len(child) > 1 else len(child[0][0]), child) for child in reversed(heaviest)
+            ]
         return found
 
 

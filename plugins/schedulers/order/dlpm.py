@@ -12,13 +12,16 @@ from .clients import ClientOrder
 
 @dataclass
 class DeficitLongestPrefix(ClientOrder):
-    """DLPM (Cao et al., arXiv 2501.14312, section 4): longest cached prefix first, among clients whose deficit is not used up.
+    """DLPM (Cao et al., arXiv 2501.14312, section 4): longest cached prefix first, among clients whose
+    deficit is not used up.
 
-    quantum: service that every waiting client is given when all of them have used theirs up; larger is more local and less fair.
-    wp, wq: service of a prompt token that was not cached, charged at admission, and of a generated token.
-    window: waiting requests that are looked at in a step, an equal number of each client's oldest.
+    quantum: service that every waiting client is given when all of them have used theirs up; larger is more
+    local and less fair. wp, wq: service of a prompt token that was not cached, charged at admission, and of a
+    generated token. window: waiting requests that are looked at in a step, an equal number of each client's
+    oldest.
 
-    A client that leaves the queue keeps its debt and loses what it has left. Preempted requests are not charged a second time.
+    A client that leaves the queue keeps its debt and loses what it has left. Preempted requests are not
+    charged a second time.
     """
 
     may_starve = "fair among clients; within one, requests with longer cached prefixes may keep coming"
@@ -77,7 +80,9 @@ class DeficitLongestPrefix(ClientOrder):
     def on_admit(self, request: Request, now: float) -> None:
         super().on_admit(request, now)
         if request.num_admissions == 1:
-            self.deficits[request.tags.client] -= self.wp * (request.num_prompt_tokens - request.num_cached_tokens)
+            self.deficits[request.tags.client] -= self.wp * (
+                request.num_prompt_tokens - request.num_cached_tokens
+            )
 
     def on_step_end(self, record: StepRecord) -> None:
         for request, new in zip(record.plan.requests, record.tokens, strict=True):

@@ -11,11 +11,13 @@ from .prefix import PrefixOrder
 
 @dataclass
 class HighestResponseRatio(PrefixOrder):
-    """Highest 1 + waited / needed first (Brinch Hansen, 1971), in prefill tokens as in SGLang: short prompts first, but waiting counts.
+    """Highest 1 + waited / needed first (Brinch Hansen, 1971), in prefill tokens as in SGLang: short prompts
+    first, but waiting counts.
 
-    needed: prompt tokens that are not cached. waited: prompt tokens that the engine has computed for others since the request began to wait,
-    which equals waiting time where throughput is constant. First come first served above `fcfs_above` waiting requests; requests that
-    share an uncached prefix with an earlier one go last (as SGLang does for both).
+    needed: prompt tokens that are not cached. waited: prompt tokens that the engine has computed for others
+    since the request began to wait, which equals waiting time where throughput is constant. First come first
+    served above `fcfs_above` waiting requests; requests that share an uncached prefix with an earlier one go
+    last (as SGLang does for both).
     """
 
     def setup(self, ctx: Context) -> None:

@@ -11,14 +11,15 @@ from headway import Context, Order, Registry, Request, View, hookimpl, param
 
 @dataclass
 class KLongestPrefix(Order):
-    """k-LPM (Dexter et al., NeurIPS'25, arXiv 2502.04677): the oldest request, then k - 1 with the longest cached prefix, and so on.
+    """k-LPM (Dexter et al., NeurIPS'25, arXiv 2502.04677): the oldest request, then k - 1 with the longest
+    cached prefix, and so on.
 
-    k: 1 is first come first served, and very large is longest prefix match. Every request starts after at most k
-    times as many others as were before it.
-    window: oldest waiting requests that are looked at in a step.
+    k: 1 is first come first served, and very large is longest prefix match. Every request starts after at
+    most k times as many others as were before it. window: oldest waiting requests that are looked at in a
+    step.
 
-    Differs: the paper's server takes one query at a time, and the next match is with the one before it; here matches are
-    with all that is cached when the step begins. Ties go to the older one.
+    Differs: the paper's server takes one query at a time, and the next match is with the one before it; here
+    matches are with all that is cached when the step begins. Ties go to the older one.
     """
 
     k: int = param(4, min=1, max=2**31 - 1, unit="requests")

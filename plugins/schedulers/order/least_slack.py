@@ -14,9 +14,9 @@ from .sjf import ShortestFirst
 class LeastSlack(ShortestFirst):
     """Least slack first: deadline - now - predicted work left (least laxity first; Mok, MIT 1983).
 
-    Deadlines are those of order=edf. Work left is the prefill, and for an e2el target one decode step a predicted output token, each
-    alone in its step by the executor's cost model: a lower bound, since a batch shares its steps. `now` is the same for all and cancels;
-    while requests wait, nothing else changes.
+    Deadlines are those of order=edf. Work left is the prefill, and for an e2el target one decode step a
+    predicted output token, each alone in its step by the executor's cost model: a lower bound, since a batch
+    shares its steps. `now` is the same for all and cancels; while requests wait, nothing else changes.
     """
 
     may_starve = "a request without a target waits for all that have one"
@@ -26,7 +26,8 @@ class LeastSlack(ShortestFirst):
         super().setup(ctx)
         assert ctx.cost_model is not None  # since it requires step_time
         self._cost = ctx.cost_model
-        self._seconds: dict[int, tuple[float, float]] = {}  # request index -> (prefill, a decode), as of when it began to wait
+        # request index -> (prefill, a decode), as of when it began to wait
+        self._seconds: dict[int, tuple[float, float]] = {}
 
     def key(self, request: Request) -> float:
         due = deadline(request)
@@ -51,7 +52,10 @@ class LeastSlack(ShortestFirst):
         self._seconds.pop(request.index, None)
 
     def _estimate(self, request: Request) -> None:
-        prefill, decode = self._cost.step_time([0], [request.num_tokens]), self._cost.step_time([request.num_tokens], [1])
+        prefill, decode = (
+            self._cost.step_time([0], [request.num_tokens]),
+            self._cost.step_time([request.num_tokens], [1]),
+        )
         self._seconds[request.index] = prefill, decode
 
 

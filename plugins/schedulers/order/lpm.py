@@ -13,8 +13,9 @@ from .prefix import PrefixOrder
 class LongestPrefix(PrefixOrder):
     """RadixAttention (SGLang, Zheng et al., NeurIPS'24, section 3): longest cached prefix first.
 
-    As in SGLang's schedule_policy.py: ties by arrival, first come first served above `fcfs_above` waiting requests, and of requests that share
-    a prefix which is not cached yet all but the first are put last (in-batch prefix caching).
+    As in SGLang's schedule_policy.py: ties by arrival, first come first served above `fcfs_above` waiting
+    requests, and of requests that share a prefix which is not cached yet all but the first are put last
+    (in-batch prefix caching).
     """
 
     may_starve = "requests with longer cached prefixes may keep coming"

@@ -12,7 +12,8 @@ from .alarms import Alarms
 
 @dataclass
 class LearningToRank(KeyOrder):
-    """vLLM-LTR (Fu et al., NeurIPS'24, Algorithm 1): shortest predicted rank first, and whoever starves is promoted.
+    """vLLM-LTR (Fu et al., NeurIPS'24, Algorithm 1): shortest predicted rank first, and whoever starves is
+    promoted.
 
     starvation_threshold: steps without service after which a request is promoted before all others.
     priority_quantum: steps of service for which it stays promoted. 200 and 10 are the authors'

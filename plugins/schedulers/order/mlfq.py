@@ -24,14 +24,15 @@ class SkipJoinMLFQ(KeyOrder):
     """FastServe (Wu et al., arXiv 2305.05920, section 4): skip-join MLFQ, for lengths that nobody knows.
 
     num_queues: levels; None is without end, as in the authors' code. Of a given number the last one holds a
-    request for good.
-    quantum, ratio: level i holds a request for quantum * ratio**i seconds of service; 10 ms and 2 are theirs.
-    starve_limit: seconds without service after which a request is promoted to the first level (alpha in the paper).
-    seconds_per_token: prefill time of a prompt token, where the executor has no cost model; 0 lets everybody join the first level.
+    request for good. quantum, ratio: level i holds a request for quantum * ratio**i seconds of service; 10 ms
+    and 2 are theirs. starve_limit: seconds without service after which a request is promoted to the first
+    level (alpha in the paper). seconds_per_token: prefill time of a prompt token, where the executor has no
+    cost model; 0 lets everybody join the first level.
 
-    A request skips to the first level whose quantum covers its prefill, and is demoted when its service in a level exceeds the quantum.
-    Service is the duration of the steps that held it. Use scheduler=preemptive for the paper's preemption at every iteration.
-    Not here: proactive swapping. A preempted request recomputes its KV, and that time counts as service.
+    A request skips to the first level whose quantum covers its prefill, and is demoted when its service in a
+    level exceeds the quantum. Service is the duration of the steps that held it. Use scheduler=preemptive for
+    the paper's preemption at every iteration. Not here: proactive swapping. A preempted request recomputes
+    its KV, and that time counts as service.
     """
 
     num_queues: int | None = param(None, min=1, max=64)

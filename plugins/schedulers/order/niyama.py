@@ -14,15 +14,18 @@ DECAY = 0.995  # of the measured prefill throughput, a step; the authors' value
 
 @dataclass
 class Niyama(KeyOrder):
-    """Niyama, later QoServe (Goel et al., arXiv 2503.22562, section 3): arrival + SLO + alpha * prefill tokens left, smallest first.
+    """Niyama, later QoServe (Goel et al., arXiv 2503.22562, section 3): arrival + SLO + alpha * prefill
+    tokens left, smallest first.
 
-    alpha: seconds per token. 0 is EDF, much is shortest remaining prefill first; 8 ms is the authors' default.
-    output_len: tokens that are expected of an answer; an e2el target, where there is no ttft, leaves the time of that many decodes.
+    alpha: seconds per token. 0 is EDF, much is shortest remaining prefill first; 8 ms is the authors'
+    default. output_len: tokens that are expected of an answer; an e2el target, where there is no ttft, leaves
+    the time of that many decodes.
 
-    Eager relegation: a request that has not started, and whose prefill would end after its deadline at the throughput that prefills have
-    had lately, goes behind all that can still make it; once, and for good. Requests without a target come last.
-    The paper's selective preemption, by which a better request overtakes a prompt that is half done, is scheduler=selective, its dynamic chunks are
-    budget=dynamic_chunk. Differs: the time of a decode is the cost model's for one alone, and relegation knows no tiers of users.
+    Eager relegation: a request that has not started, and whose prefill would end after its deadline at the
+    throughput that prefills have had lately, goes behind all that can still make it; once, and for good.
+    Requests without a target come last. The paper's selective preemption, by which a better request overtakes
+    a prompt that is half done, is scheduler=selective, its dynamic chunks are budget=dynamic_chunk. Differs:
+    the time of a decode is the cost model's for one alone, and relegation knows no tiers of users.
     """
 
     alpha: float = param(0.008, min=0, max=1e6, unit="seconds")

@@ -1,4 +1,5 @@
-"""What the cache-aware orders of SGLang share: the prefix that a request would hit, and who should wait for another's prefix."""
+"""What the cache-aware orders of SGLang share: the prefix that a request would hit, and who should wait for
+another's prefix."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ HEAD = 32  # tokens; SGLang's IN_BATCH_PREFIX_CACHING_CHECK_THRESHOLD and _DEPRI
 
 @dataclass
 class PrefixOrder(Order):
-    """Base of orders that look at the prefix match of every waiting request; first come first served above `fcfs_above` of them."""
+    """Base of orders that look at the prefix match of every waiting request; first come first served above
+    `fcfs_above` of them."""
 
     fcfs_above: int = param(
         128,
@@ -26,7 +28,8 @@ class PrefixOrder(Order):
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        self._heads: dict[int, bytes] = {}  # waiting request index -> its first HEAD tokens, "" where it is shorter
+        # waiting request index -> its first HEAD tokens, "" where it is shorter
+        self._heads: dict[int, bytes] = {}
 
     def order(self, view: View) -> Iterable[Request]:
         if view.num_waiting > self.fcfs_above:
@@ -34,12 +37,13 @@ class PrefixOrder(Order):
         return [request for _, _, request in sorted(self._matches(view), key=lambda match: self.rank(*match))]
 
     def rank(self, later: bool, cached: int, request: Request) -> Any:
-        """Smallest first, among equals the oldest. later: it should wait for another one's prefix; cached: tokens."""
+        """Smallest first, among equals the oldest. later: it should wait for another one's prefix; cached:
+        tokens."""
         raise NotImplementedError
 
     def _matches(self, view: View) -> list[tuple[bool, int, Request]]:
-        """If several requests share a prefix of HEAD tokens that is not cached, only the first should go now: when it is done, the
-        others hit."""
+        """If several requests share a prefix of HEAD tokens that is not cached, only the first should go now:
+        when it is done, the others hit."""
         matches, seen = [], set()
         for request in view.waiting:
             cached, later = view.match(request).num_tokens, False
@@ -51,7 +55,9 @@ class PrefixOrder(Order):
 
     def on_arrival(self, request: Request, now: float) -> None:
         short = request.num_tokens < HEAD
-        self._heads[request.index] = b"" if short else request.cache_salt.encode() + array("q", request.token_ids[:HEAD]).tobytes()
+        self._heads[request.index] = (
+            b"" if short else request.cache_salt.encode() + array("q", request.token_ids[:HEAD]).tobytes()
+        )
 
     on_preempt = on_arrival
 

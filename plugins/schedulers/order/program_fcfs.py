@@ -9,10 +9,11 @@ from headway import Context, KeyOrder, Registry, Request, hookimpl
 
 @dataclass
 class ProgramFirstCome(KeyOrder):
-    """Continuum's program-level FCFS (Li et al., arXiv 2511.02230, section 4): the request whose program came first goes first.
+    """Continuum's program-level FCFS (Li et al., arXiv 2511.02230, section 4): the request whose program came
+    first goes first.
 
-    A program is a session (tags.session), and came when its first request did; a request without a session is a
-    program of its own. So the next turn of an agent does not queue behind agents that came after it.
+    A program is a session (tags.session), and came when its first request did; a request without a session is
+    a program of its own. So the next turn of an agent does not queue behind agents that came after it.
     Programs are never forgotten: a few words a session.
     """
 

@@ -9,7 +9,8 @@ from headway import Context, KeyOrder, Registry, Request, hookimpl
 
 @dataclass
 class RandomOrder(KeyOrder):
-    """Uniformly random, a baseline: each request draws one number when it arrives and keeps it, also through preemptions."""
+    """Uniformly random, a baseline: each request draws one number when it arrives and keeps it, also through
+    preemptions."""
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)

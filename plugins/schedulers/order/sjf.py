@@ -12,8 +12,9 @@ from headway import Context, KeyOrder, Registry, Request, hookimpl
 class ShortestFirst(KeyOrder):
     """Fewest predicted output tokens first; a job's length does not shrink while it is served.
 
-    The classic order that minimises mean completion time of a batch on one server without preemption (Smith, 1956). Its size is the
-    output length alone, as in the SJF baselines of LLM-serving papers. The predictor is asked when a request begins to wait.
+    The classic order that minimises mean completion time of a batch on one server without preemption (Smith,
+    1956). Its size is the output length alone, as in the SJF baselines of LLM-serving papers. The predictor
+    is asked when a request begins to wait.
     """
 
     may_starve = "short jobs may keep coming before a long one"

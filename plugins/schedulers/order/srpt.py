@@ -13,9 +13,9 @@ from .sjf import ShortestFirst
 class ShortestRemaining(ShortestFirst):
     """Fewest predicted output tokens left first (Schrage and Miller, 1966).
 
-    Tokens that are generated already are not counted, so a preempted request comes back with what is left of it. The preemption
-    itself is scheduler=preemptive: there a waiting request displaces a running one with more left.
-    A request that outlives its prediction has nothing left and so ranks first.
+    Tokens that are generated already are not counted, so a preempted request comes back with what is left of
+    it. The preemption itself is scheduler=preemptive: there a waiting request displaces a running one with
+    more left. A request that outlives its prediction has nothing left and so ranks first.
     """
 
     def key(self, request: Request) -> float:

@@ -13,15 +13,17 @@ from .clients import ClientOrder
 
 @dataclass
 class VirtualTokenCounter(ClientOrder):
-    """VTC (Sheng et al., OSDI'24, Algorithm 2; weighted clients of section 4.3): the client with the least service goes first.
+    """VTC (Sheng et al., OSDI'24, Algorithm 2; weighted clients of section 4.3): the client with the least
+    service goes first.
 
-    wp, wq: service of a prompt token, charged when its request is admitted, and of a generated token, charged when it comes.
-    weights: client -> share, 1 where it is not named; a client's charges are divided by it.
+    wp, wq: service of a prompt token, charged when its request is admitted, and of a generated token, charged
+    when it comes. weights: client -> share, 1 where it is not named; a client's charges are divided by it.
 
-    A client that comes back after a pause is lifted to the least counter among those that wait, so it cannot save up service.
-    The service of two backlogged clients differs by at most 2 max(wp * longest prompt, wq * KV tokens of the pool).
-    Differs: the authors' code never preempts, since it admits by the peak of memory (policy=vtc has it); here
-    a preempted request waits again in its client's queue and is not charged a second time.
+    A client that comes back after a pause is lifted to the least counter among those that wait, so it cannot
+    save up service. The service of two backlogged clients differs by at most 2 max(wp * longest prompt, wq *
+    KV tokens of the pool). Differs: the authors' code never preempts, since it admits by the peak of memory
+    (policy=vtc has it); here a preempted request waits again in its client's queue and is not charged a
+    second time.
     """
 
     wp: float = param(1.0, min=0, max=1e6)
@@ -35,7 +37,8 @@ class VirtualTokenCounter(ClientOrder):
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
         self.counters: dict[str, float] = {}
-        self._heap: list[tuple[float, str]] = []  # counters only grow, so a stale entry is a lower bound and is renewed at the top
+        # counters only grow, so a stale entry is a lower bound and is renewed at the top
+        self._heap: list[tuple[float, str]] = []
         self._listed: set[str] = set()  # clients that have an entry in _heap, or that are aside
         self._aside: list[str] = []  # clients that are passed over in this step
         self._last = ""  # the client that was last to leave the queue
@@ -45,7 +48,8 @@ class VirtualTokenCounter(ClientOrder):
         while (client := self._least()) is not None:
             request = self.queues[client][0]
             yield request
-            # If it was admitted, it has been charged and another client may be first now. If not, its client waits for the next step.
+            # If it was admitted, it has been charged and another client may be first now. If not, its client
+            # waits for the next step.
             if self.queues.get(client, [None])[0] is request and self._least() == client:
                 heapq.heappop(self._heap)
                 self._aside.append(client)
@@ -55,7 +59,9 @@ class VirtualTokenCounter(ClientOrder):
         if client not in self.queues:
             self._relist()
             least = self._least() if self.queues else self._last
-            self.counters[client] = max(self.counters.get(client, 0.0), self.counters.get(least, 0.0) if least is not None else 0.0)
+            self.counters[client] = max(
+                self.counters.get(client, 0.0), self.counters.get(least, 0.0) if least is not None else 0.0
+            )
         super().on_arrival(request, now)
         self._list(client)
 

@@ -15,10 +15,10 @@ class PredictedTokenCounter(VirtualTokenCounter):
     """VTC with length prediction (Sheng et al., OSDI'24; its section on length prediction, and the artifact's
     vtc_oracle and vtc_len_predict): the answer that is expected is charged when its request starts.
 
-    Parameters are those of order=vtc. Tokens beyond the prediction are charged as they come; what was charged for tokens that did
-    not come is given back at the end. With `predictor=oracle` the counters are right at once, and clients drift apart less.
-    Differs: the artifact predicts a moving average of five answers of the client; the nearest here is `predictor=history
-    predictor.by=client predictor.window=5`.
+    Parameters are those of order=vtc. Tokens beyond the prediction are charged as they come; what was charged
+    for tokens that did not come is given back at the end. With `predictor=oracle` the counters are right at
+    once, and clients drift apart less. Differs: the artifact predicts a moving average of five answers of the
+    client; the nearest here is `predictor=history predictor.by=client predictor.window=5`.
     """
 
     requires = ("predictor",)
@@ -54,7 +54,8 @@ class PredictedTokenCounter(VirtualTokenCounter):
         self._ended.append(request.index)
 
     def _move_up(self, client: str) -> None:
-        """Its counter has become smaller, which the heap of VTC, where counters only grow, does not expect."""
+        """Its counter has become smaller, which the heap of VTC, where counters only grow, does not
+        expect."""
         others = [entry for entry in self._heap if entry[1] != client]
         if len(others) < len(self._heap):
             self._heap = [*others, (self.counters[client], client)]

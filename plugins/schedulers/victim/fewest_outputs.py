@@ -10,7 +10,8 @@ from headway import PREEMPTION_MODES, Need, Registry, Request, Victim, View, hoo
 
 @dataclass
 class FewestOutputs(Victim):
-    """SGLang's retraction (managers/schedule_batch.py): the running request with the fewest generated tokens goes first.
+    """SGLang's retraction (managers/schedule_batch.py): the running request with the fewest generated tokens
+    goes first.
 
     Among equals the one with the longest prompt.
     """

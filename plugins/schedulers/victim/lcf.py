@@ -10,7 +10,8 @@ from headway import PREEMPTION_MODES, Need, Registry, Request, Victim, View, hoo
 
 @dataclass
 class LeastComputed(Victim):
-    """LCF (vLLM issue #54644): the running request with the fewest computed tokens goes first, since it has the least to recompute.
+    """LCF (vLLM issue #54644): the running request with the fewest computed tokens goes first, since it has
+    the least to recompute.
 
     Among equals the newest. Tokens in flight count as computed.
     """
@@ -18,7 +19,10 @@ class LeastComputed(Victim):
     mode: str = param("recompute", choices=PREEMPTION_MODES)
 
     def victims(self, need: Need, view: View) -> Iterable[Request]:
-        return sorted(view.running, key=lambda request: (request.num_computed_tokens + request.num_scheduled_tokens, -request.index))
+        return sorted(
+            view.running,
+            key=lambda request: (request.num_computed_tokens + request.num_scheduled_tokens, -request.index),
+        )
 
 
 @hookimpl

@@ -10,7 +10,8 @@ from headway import PREEMPTION_MODES, Need, Registry, Request, Victim, View, hoo
 
 @dataclass
 class LowestPriority(Victim):
-    """The running request with the largest `tags.priority` goes first, among equals the newest (vLLM's priority scheduling)."""
+    """The running request with the largest `tags.priority` goes first, among equals the newest (vLLM's
+    priority scheduling)."""
 
     mode: str = param("recompute", choices=PREEMPTION_MODES)
 

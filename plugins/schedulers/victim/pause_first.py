@@ -25,10 +25,10 @@ class PauseFirst(Victim):
     """The request that the order would serve last goes first, of the paused ones and then of those that run
     (FastServe, arXiv 2305.05920, its proactive management of the KV cache).
 
-    For scheduler=preemptive, which pauses. An order without a key (fcfs, lpm, vtc) ranks nobody who runs: then the
-    last to arrive goes first. Differs: FastServe estimates when each job is served next, from its queue and when it
-    will be promoted, and moves KV to the host before memory is short; here the order's ranking now decides, and
-    memory pressure.
+    For scheduler=preemptive, which pauses. An order without a key (fcfs, lpm, vtc) ranks nobody who runs:
+    then the last to arrive goes first. Differs: FastServe estimates when each job is served next, from its
+    queue and when it will be promoted, and moves KV to the host before memory is short; here the order's
+    ranking now decides, and memory pressure.
     """
 
     mode: str = param("recompute", choices=PREEMPTION_MODES)
