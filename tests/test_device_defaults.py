@@ -110,7 +110,7 @@ def gpu_executor(
     from plugins.models.spec import read_model
 
     class OnGpu(execution.Execution):
-        def __init__(self, config, model, *_):
+        def __init__(self, config, model, *_, **__):
             self.device, self.spec = SimpleNamespace(type="cuda"), read_model(model)
 
     from plugins.parallel import execution as parallel_execution  # before its base class is another

@@ -100,10 +100,8 @@ class RadixTree(PrefixCache):
         """Cuts the run before blocks[offset]; the tail becomes a child and keeps the children."""
         size = self._size
         tail = Node(node.tokens[offset * size :], node.blocks[offset:], node.first + offset, node)
-        tail.children, node.children = (
-            node.children,
-            {tuple(node.tokens[offset * size : (offset + 1) * size]): tail},
-        )
+        first = tuple(node.tokens[offset * size : (offset + 1) * size])
+        tail.children, node.children = node.children, {first: tail}
         for child in tail.children.values():
             child.parent = tail
         del node.tokens[offset * size :], node.blocks[offset:]

@@ -43,11 +43,11 @@ def _meet(flags_ptr, stopped_ptr, place, row, RANKS: tl.constexpr):
     for peer in tl.static_range(RANKS):
         if peer != place:
             theirs = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int32))
-            _turn(theirs + row * RANKS + place, 0, 1, "release", stopped_ptr=stopped_ptr)
+            _turn(theirs + row * RANKS + place, 0, 1, "release", stopped_ptr)
     ours = tl.load(flags_ptr + place).to(tl.pointer_type(tl.int32)) + row * RANKS
     for peer in tl.static_range(RANKS):
         if peer != place:
-            _turn(ours + peer, 1, 0, "acquire", stopped_ptr=stopped_ptr)
+            _turn(ours + peer, 1, 0, "acquire", stopped_ptr)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _sum_of(parts_ptr, at, mask, dtype: tl.constexpr, BLOCK: tl.constexpr, RANKS
 def _barrier_kernel(flags_ptr, stopped_ptr, place, RANKS: tl.constexpr, PDL: tl.constexpr):
     release(PDL)
     wait(PDL)
-    _meet(flags_ptr, stopped_ptr, place, 0, RANKS=RANKS)
+    _meet(flags_ptr, stopped_ptr, place, 0, RANKS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -96,10 +96,10 @@ def _sum_rows_kernel(
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     release(PDL)
     wait(PDL)
-    _meet(flags_ptr, stopped_ptr, place, program, RANKS=RANKS)
+    _meet(flags_ptr, stopped_ptr, place, program, RANKS)
     tl.store(
         sums_ptr + row * N + col,
-        _sum_of(parts_ptr, row * N + col, mask, dtype, BLOCK=BLOCK, RANKS=RANKS),
+        _sum_of(parts_ptr, row * N + col, mask, dtype, BLOCK, RANKS),
         mask=mask,
     )
 
@@ -130,11 +130,11 @@ def _sum_add_rms_norm_kernel(
     weight = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)[None, :]
     wait(PDL)
     residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    _meet(flags_ptr, stopped_ptr, place, row, RANKS=RANKS)
+    _meet(flags_ptr, stopped_ptr, place, row, RANKS)
     if SUMMED:
         total = tl.load(_part(parts_ptr, row % RANKS, dtype) + at, mask=mask, other=0.0, cache_modifier=".cg")
     else:
-        total = _sum_of(parts_ptr, at, mask, dtype, BLOCK=BLOCK, RANKS=RANKS)
+        total = _sum_of(parts_ptr, at, mask, dtype, BLOCK, RANKS)
     added = (total.to(tl.float32) + residual).to(dtype)
     tl.store(residual_ptr + at, added, mask=mask)
     out = normed(added.to(tl.float32)[None, :], weight, eps, N, dtype).to(dtype)

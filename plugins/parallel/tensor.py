@@ -103,7 +103,7 @@ class ShardRunner(ModelRunner):
         ):
             return super()._sample(hidden, rows, positions, sampling, logprobs)
         temperature = None if sampling == GREEDY else self.numbers[0, rows]
-        best = sample(head.part(hidden), temperature, self.seeds[rows], positions, min_p=head.first)
+        best = sample(head.part(hidden), temperature, self.seeds[rows], positions, first=head.first)
         return Sampled(self.mesh.best(*best), None)
 
 
