@@ -38,6 +38,7 @@ TESTS = {
             "selective": (
                 "test_niyama.py::test_a_better_prompt_overtakes_one_that_is_half_done_and_nothing_is_recomputed"
             ),
+            "slai": "test_slai.py::test_a_decode_that_is_not_due_leaves_its_place_to_prompts",
             "preemptive": "test_pause.py::test_where_memory_suffices_preemption_recomputes_nothing",
         },
     ),
@@ -56,6 +57,7 @@ TESTS = {
             "least_slack": "test_least_slack_puts_the_longest_work_first_when_deadlines_are_equal",
             "random": "test_a_random_order_keeps_a_requests_place_and_depends_on_the_seed_alone",
             "niyama": "test_niyama.py::test_alpha_is_what_a_token_of_prefill_weighs",
+            "spf": "test_slai.py::test_spf_serves_the_shortest_prompt_of_the_strictest_tier_first",
             "lpm": "test_orders_prefix.py::test_lpm_offers_the_longest_cached_prefix_first",
             "k_lpm": (
                 "test_orders_prefix.py::test_k_lpm_takes_the_oldest_and_then_k_minus_one_with_the_longest_prefix"
