@@ -70,6 +70,11 @@ class Executor(Role):
         plans: itself, or an executor that wraps it or another one."""
         return self
 
+    def limits(self, context: BuildContext) -> EngineConfig:
+        """The engine's limits of a run on it: those that are given, unless it knows better. Raises
+        HeadwayError."""
+        return context.engine
+
     @property
     def stop_text(self) -> StopText | None:
         """Decides stop strings, for which it takes a tokenizer; None where nobody can."""

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..compose.hooks import load_registry
-from ..errors import HeadwayError
-from ..measure.metrics import percentile
+from ..compose.hooks import Plugin, load_registry
+from ..errors import ConfigError, HeadwayError, near
+from ..measure.traces import Measured, Row, told
 
-
-class Row(Protocol):
-    """What a line of a trace says."""
-
-    @property
-    def time(self) -> float: ...  # seconds, from any origin
-    @property
-    def input_len(self) -> int: ...  # tokens
-    @property
-    def output_len(self) -> int: ...  # tokens
+#: Parameters of the workload that say how a file is read; the others say how it is replayed.
+READING = (
+    "format", "limit", "time", "unit", "input", "output", "blocks", "block_size", "client", "session",
+    "lengths", "start", "duration", "characters_per_token",
+)  # fmt: skip
+USAGE = """\
+FILE is read in the format that its first line says, or in format=NAME. A table of your own, CSV with a header
+or JSON lines:
+  python -m headway trace FILE time=COLUMN input=COLUMN output=COLUMN [unit=s|ms|us|ns]
+                               [blocks=COLUMN block_size=TOKENS] [client=COLUMN] [session=COLUMN]
+"""
 
 
 class Readable(Protocol):
@@ -32,77 +31,61 @@ class Readable(Protocol):
     def read(self) -> Iterator[Row]:
         """The rows of the file, in its own order."""
 
+    def format_found(self) -> str:
+        """The format of the file."""
 
-@dataclass
-class Measured:
-    """Three numbers a request: a million requests are 24 MB."""
-
-    times: array[float] = field(default_factory=lambda: array("d"))
-    inputs: array[int] = field(default_factory=lambda: array("q"))
-    outputs: array[int] = field(default_factory=lambda: array("q"))
-
-    @classmethod
-    def of(cls, rows: Iterator[Row]) -> Measured:
-        found = cls()
-        for row in rows:
-            found.times.append(row.time)
-            found.inputs.append(row.input_len)
-            found.outputs.append(row.output_len)
-        return found
-
-    def in_order_of_time(self) -> Iterator[tuple[float, int, int]]:
-        """(seconds since the first request, input, output) of each; equal times stay in the file's order."""
-        import numpy as np
-
-        order = np.argsort(np.frombuffer(self.times, np.float64), kind="stable")
-        origin = self.times[order[0]] if len(order) else 0.0
-        for i in order.tolist():
-            yield self.times[i] - origin, self.inputs[i], self.outputs[i]
-
-    def __str__(self) -> str:
-        import numpy as np
-
-        times = np.sort(np.frombuffer(self.times, np.float64))
-        gaps = np.diff(times)
-        span = float(times[-1] - times[0])
-        mean, spread = (float(gaps.mean()), float(gaps.std())) if len(gaps) else (0.0, 0.0)
-        rate = f", {len(times) / span:,.2f} a second" if span else ""
-        variation = spread / mean if mean else 0.0
-        lines = (
-            f"requests       {len(times):,} over {span:,.1f} s{rate}",
-            f"between them   mean {mean:.4f} s, coefficient of variation {variation:.2f} (1 is Poisson)",
-            _lengths("input tokens", self.inputs),
-            _lengths("output tokens", self.outputs),
-        )
-        return "\n".join(lines)
-
-
-def _lengths(name: str, values: array[int]) -> str:
-    import numpy as np
-
-    ordered: Any = np.sort(np.frombuffer(values, np.int64))
-    total = sum(values)  # Python's integers do not overflow
-    shown = ", ".join(f"P{p} {percentile(ordered, p):,.0f}" for p in (50, 90, 99))
-    return f"{name:<14} {total:,} in all, mean {total / len(values):,.1f}, {shown}, most {int(ordered[-1]):,}"
+    @property
+    def timed(self) -> bool: ...  # whether the file says when its requests came
 
 
 def trace(argv: list[str]) -> int:
-    about = "Requests, lengths and arrivals of a trace file."
-    parser = argparse.ArgumentParser(prog="python -m headway trace", description=about)
-    parser.add_argument("path")
-    parser.add_argument("--format", default="mooncake", help="azure, mooncake, burstgpt")
+    about = "Requests, lengths, arrivals and prefix reuse of a trace file."
+    kept = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m headway trace", None, about, USAGE, formatter_class=kept)
+    parser.add_argument("path", metavar="FILE")
+    parser.add_argument(
+        "words", nargs="*", metavar="parameter=VALUE", help=f"how it is read: {', '.join(READING)}"
+    )
+    parser.add_argument("--format", help="as format=NAME")
     parser.add_argument("--limit", type=int, help="only the first so many requests")
     parser.add_argument("--out", type=Path, help="also write JSON lines: time, input_len, output_len")
-    options = parser.parse_args(argv)
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    options = parser.parse_intermixed_args(argv)
     plugin = load_registry().get("workload", "trace")
-    workload: Readable = plugin.build(path=options.path, format=options.format, limit=options.limit)
-    measured = Measured.of(workload.read())
+    given = {name: value for name in ("format", "limit") if (value := getattr(options, name)) is not None}
+    given |= _parameters(plugin, options.words)
+    workload: Readable = plugin.build(path=options.path, **given)
+    measured = Measured.of(workload.read(), workload.timed)
     if not measured.times:
         raise HeadwayError(f"{options.path}: holds no request")
-    print(measured)
+    format, summary = workload.format_found(), measured.summary()
+    if options.json:
+        print(json.dumps({"format": format} | summary, indent=2))
+    else:
+        guessed = "" if "format" in given else ", guessed"
+        print(f"format         {format}{guessed}\n{told(summary)}")
     if options.out:
         _write(measured, options.out, Path(options.path))
     return 0
+
+
+def _parameters(plugin: Plugin, words: Sequence[str]) -> dict[str, Any]:
+    """name=VALUE as the parameters' types have them. Raises ConfigError for a word that is none."""
+    kinds: dict[str, type] = {f.name: _kind(str(f.type)) for f in plugin.parameters()}
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in READING:
+            raise ConfigError(f"{word}: expected parameter=VALUE.{near(name, READING)}")
+        try:
+            found[name] = kinds[name](value)
+        except ValueError:
+            raise ConfigError(f"{word}: expected a {'whole ' if kinds[name] is int else ''}number") from None
+    return found
+
+
+def _kind(annotation: str) -> type:
+    return next((kind for kind in (int, float) if annotation.startswith(kind.__name__)), str)
 
 
 def _write(measured: Measured, out: Path, source: Path) -> None:

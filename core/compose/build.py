@@ -253,7 +253,7 @@ def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role]
     executor: Executor = roles["executor"]  # type: ignore[assignment]
     _check_ranks(executor, composition)
     if (caps := executor.check(_context(registry, composition, roles))) is not None:
-        _check_limits(executor, caps, composition, roles)
+        _check_limits(executor, caps, _limited(registry, composition, roles), roles)
     return roles, plugins
 
 
@@ -283,6 +283,12 @@ def _check_limits(
             )
 
 
+def _limited(registry: Registry, composition: Composition, roles: dict[str, Role]) -> Composition:
+    """The composition with the limits that its executor takes from elsewhere."""
+    executor: Executor = roles["executor"]  # type: ignore[assignment]
+    return replace(composition, engine=executor.limits(_context(registry, composition, roles)))
+
+
 def _limits(composition: Composition) -> EngineConfig:
     """A stage without a plan of its own idles, so a pipeline has at least as many in flight as it has stages.
     Where none is given, the executor says so."""
@@ -300,6 +306,7 @@ def build(
     Errors come in the order of their cost: names and parameters first, the checkpoint last.
     """
     roles, plugins = check(registry, composition)
+    composition = _limited(registry, composition, roles)
     tracking = roles.pop("tracking", None)
     executor = prepare_executor(registry, roles["executor"], composition, roles)  # type: ignore[arg-type]
     roles["executor"] = executor

@@ -185,15 +185,16 @@ class Record:
         return [end - start for start, end in self.steps.values()]
 
     @classmethod
-    def load(cls, path: str | Path) -> Record:
-        """`path` is a record or the run directory that holds one. Raises ReplayError for what is none."""
+    def load(cls, path: str | Path, named: str = "executor.path") -> Record:
+        """`path` is a record or the run directory that holds one; `named` is the parameter that gave it.
+        Raises ReplayError for what is none."""
         import numpy as np
 
         file = Path(path)
         file = file / FILE if file.is_dir() else file
         if not str(path) or not file.is_file():
             expected = f"expected a run directory with {FILE}, or such a file"
-            raise ReplayError(f"executor.path={str(path)!r}: {expected}")
+            raise ReplayError(f"{named}={str(path)!r}: {expected}")
         try:
             with np.load(file, allow_pickle=False) as data:
                 meta = json.loads(str(data["meta"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from zlib import crc32
 from headway import (
     BuildContext,
     ConfigError,
+    EngineConfig,
     Executor,
     ExecutorCaps,
     Hardware,
     ModelShape,
     Registry,
     Request,
+    Run,
     StepPlan,
     StepResult,
     Tokens,
@@ -28,6 +30,7 @@ from headway import (
 )
 
 from .cost import Roofline, default_token_budget
+from .likeness import Likeness
 from .profile import Profile, matching, read
 
 PROFILES = Path(__file__).resolve().parents[2] / "conf" / "hardware" / "profiles"
@@ -64,6 +67,15 @@ class SimExecutor(Executor):
         "roofline",
     )
 
+    like: str = param(
+        "",
+        doc="directory of a recorded run whose limits are taken: KV blocks, their size, budgets, plans in "
+        "flight, context",
+    )
+
+    # what was taken from there, for the reader of the run's output
+    told: str = field(default="", init=False, repr=False)
+
     def prepare(
         self,
         shape: ModelShape,
@@ -96,7 +108,15 @@ class SimExecutor(Executor):
 
     def build(self, context: BuildContext) -> SimExecutor:
         self.prepare(context.shape, context.hardware, context.parallel.tp, context.parallel.pp)
+        if self.like:
+            likeness = Likeness.read(self.like)
+            likeness.check(context)
+            self.caps = likeness.caps(self.caps)
+            self.told = likeness.told(context.facts())
         return self
+
+    def limits(self, context: BuildContext) -> EngineConfig:
+        return Likeness.read(self.like).limits(context.engine) if self.like else context.engine
 
     def _profile(self, shape: ModelShape, hardware: str, tp: int, pp: int) -> Profile | None:
         """Measured step times, where there are any; a pipeline's stages are not measured one by one."""
@@ -187,6 +207,13 @@ class SimExecutor(Executor):
         stream = (low, size, crc32(key), crc32(key, 1) | 1)
         self._streams[request.index] = stream
         return stream
+
+
+@hookimpl
+def headway_run_start(run: Run) -> None:
+    executor = run.roles["executor"]
+    if run.directory and isinstance(executor, SimExecutor) and executor.told:
+        print(executor.told, flush=True)
 
 
 @hookimpl

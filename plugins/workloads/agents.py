@@ -64,7 +64,7 @@ class Agents(TimedWorkload):
 
     def sessions(self) -> Iterator[Session]:
         """Those of the file, one a line. Raises WorkloadError with file and line for what cannot be read."""
-        yield from islice(parsed(self.path, EXPECTED, _sessions), self.limit)
+        yield from islice(parsed(self.path, EXPECTED, sessions), self.limit)
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
         self._content, self._max_model_len = Content(seed, vocab_size), max_model_len
@@ -112,7 +112,7 @@ class Agents(TimedWorkload):
         return super().on_result(request, now)
 
 
-def _sessions(lines: Lines) -> Iterator[Session]:
+def sessions(lines: Lines) -> Iterator[Session]:
     seen: dict[str, int] = {}
     number = Numbering()
     for line, text in lines:
@@ -129,7 +129,7 @@ def _sessions(lines: Lines) -> Iterator[Session]:
         seen[id] = line
         block_size = count(line, "block_size", session["block_size"])
         number = Numbering(number.end)  # ids mean nothing in another session
-        calls = [_call(line, entry, number) for entry in _entries(line, session["requests"])]
+        calls = [_call(line, entry, block_size, number) for entry in _entries(line, session["requests"])]
         yield Session(id, block_size, calls)
 
 
@@ -138,26 +138,37 @@ def _entries(line: int, requests: Any) -> Iterator[dict[str, Any]]:
     if not isinstance(requests, list) or not all(isinstance(entry, dict) for entry in requests):
         shown = repr(str(requests)[:60])
         raise Malformed(line, f"no agent session: requests are {shown}: expected a list of objects")
+    last = 0.0  # of a sub-agent's calls, counted from its own start
     for entry in requests:
+        time = seconds(line, "t", entry.get("t", last))
+        if time < last:
+            raise Malformed(line, f"t {time} runs backwards: the call before it began at {last} s")
+        last = time
         if entry.get("type") == "subagent":
             yield from _entries(line, entry.get("requests"))
         else:
             yield entry
 
 
-def _call(line: int, entry: dict[str, Any], number: Numbering) -> Call:
+def _call(line: int, entry: dict[str, Any], block_size: int, number: Numbering) -> Call:
     if missing := [key for key in ("in", "out", "hash_ids") if key not in entry]:
         raise Malformed(line, f"no agent session: a request lacks {', '.join(map(repr, missing))}")
     ids = entry["hash_ids"]
     if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids):
         raise Malformed(line, f"hash_ids {str(ids)[:60]}: expected a list of whole numbers from 0")
+    length = count(line, "in", entry["in"])
+    if len(ids) * block_size > length:  # fewer are well: what no block covers is the call's own
+        fit = f"expected at most {length // max(1, block_size)}, its whole blocks"
+        raise Malformed(
+            line, f"{len(ids)} hash_ids of {block_size} tokens contradict {length} input tokens: {fit}"
+        )
     think = seconds(line, "think_time", entry.get("think_time", 0.0))
     if think < 0:
         raise Malformed(line, f"think_time {think}: a negative time")
     blocks = array("q", (number(id) for id in ids))
     tail = number(object())  # shared with nobody
     tool = "tool" if entry.get("stop") == "tool_use" else ""
-    return Call(count(line, "in", entry["in"]), count(line, "out", entry["out"]), blocks, tail, think, tool)
+    return Call(length, count(line, "out", entry["out"]), blocks, tail, think, tool)
 
 
 @hookimpl

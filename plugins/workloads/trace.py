@@ -1,31 +1,35 @@
-"""Recorded workloads: the public traces, replayed in their own time, at another speed, or with another
-arrival process."""
+"""Recorded workloads: traces replayed in their own time, at another speed, or with another arrival
+process."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
-from headway import Arrival, Registry, Tags, WorkloadError, hookimpl, param
+from headway import Arrival, Registry, Request, Run, Tags, WorkloadError, hookimpl, param
 
 from .content import Content, Numbering, only_its_length
-from .lines import parsed, regular_file
+from .known_formats import FORMATS, LONGEST_GROUP, guessed
+from .lines import Lines, parsed, regular_file
 from .pace import LONGEST, PROCESSES, TimedWorkload
-from .trace_formats import FORMATS, Row
+from .table import UNITS, check_columns
+from .trace_rows import Row, Source
 
 LONGEST_ROW = 4 << 20  # bytes; the block ids of a million tokens are 20 thousand
+COLUMN = "the name of a table's column (format=table); "
 
 
 @dataclass
 class Trace(TimedWorkload):
-    """A trace file (`path`, gzip or not) in one of the public formats: azure, mooncake, burstgpt.
+    """A trace file (`path`, gzip or not) in one of the public formats, or a table with columns that you name.
 
     Block ids become tokens, so that shared prefixes are real; where a format has none, every prompt is unlike
-    all others. Requests that do not fit the context are left for the engine to reject, unless `max_input_len`
-    cuts them.
+    all others. Where it knows turns, a turn comes as long after the one before it as recorded, and not before
+    that one's answer. Requests that do not fit the context are left for the engine to reject, unless
+    `max_input_len` cuts them.
     """
 
     arrival: str = param(
@@ -34,7 +38,12 @@ class Trace(TimedWorkload):
         doc="replay the trace's own times, or another process with its lengths",
     )
     path: str = ""
-    format: str = param("mooncake", choices=tuple(FORMATS))
+    format: str = param("auto", choices=("auto", *FORMATS), doc="auto: what its first line says")
+    follow: str = param(
+        "answers",
+        choices=("answers", "times"),
+        doc="what a turn follows: the answer before it, or its own time, answered or not",
+    )
     time_scale: float = param(1.0, min=1e-9, max=1e6, doc="times are multiplied by it: 0.5 doubles the load")
     limit: int | None = param(None, min=1, max=2**31 - 1, doc="first so many requests")
     max_input_len: int | None = param(
@@ -51,22 +60,72 @@ class Trace(TimedWorkload):
         unit="tokens",
         doc="longer answers end there; None: they stay as they are",
     )
+    time: str = param("", doc=COLUMN + "when a request came")
+    unit: str = param(
+        "s", choices=tuple(UNITS), doc="of that column's numbers; dates with a time of day are read too"
+    )
+    input: str = param("", doc=COLUMN + "tokens of the prompt")
+    output: str = param("", doc=COLUMN + "tokens of the answer")
+    blocks: str = param("", doc=COLUMN + "ids of the prompt's blocks: equal id, equal whole prefix")
+    block_size: int | None = param(None, min=1, max=2**20, unit="tokens", doc="of the blocks of a table")
+    client: str = param("", doc=COLUMN + "who asks")
+    session: str = param("", doc=COLUMN + "the conversation")
+    lengths: str = param("", doc="ServeGen's file of lengths")
+    start: float = param(
+        0.0, min=0, max=1e9, unit="seconds", doc="from which requests are drawn of ServeGen's mix"
+    )
+    duration: float = param(3600.0, above=0, max=1e9, unit="seconds", doc="for which they are drawn")
+    characters_per_token: float = param(4.0, min=0.1, max=100, doc="of ShareGPT's texts")
 
     lookahead: ClassVar[int] = 32  # prompts are long and cheap to make
 
     def check(self) -> None:
         regular_file(self.path, self._expected)
+        format = self.format_found()
+        if format == "table":
+            check_columns(self._source(0))
+        if format == "agents":
+            raise WorkloadError(f"{self.path}: agent sessions are a closed loop: use workload=agents")
+        if self.arrival == "replay" and not FORMATS[format].timed:
+            raise WorkloadError(
+                f"{self.path}: {format} has no times: set workload.arrival (poisson, ...) and workload.rate"
+            )
 
     @property
     def _expected(self) -> str:
-        return f"a file in the format {self.format}"
+        return "a trace file" if self.format == "auto" else f"a file in the format {self.format}"
 
-    def read(self) -> Iterator[Row]:
+    def format_found(self) -> str:
+        """The format that is given, or that the first line says; a table where its columns are named."""
+        if self.format != "auto":
+            return self.format
+        return "table" if self.time or self.input or self.output else guessed(self.path)
+
+    @property
+    def timed(self) -> bool:
+        """Whether the file says when its requests came."""
+        return FORMATS[self.format_found()].timed
+
+    def _source(self, seed: int) -> Source:
+        columns = {
+            name: getattr(self, name) for name in ("time", "input", "output", "blocks", "client", "session")
+        }
+        about = {name: getattr(self, name) for name in ("unit", "block_size", "lengths", "start", "duration")}
+        return Source(self.path, columns, characters_per_token=self.characters_per_token, seed=seed, **about)
+
+    def read(self, seed: int = 0) -> Iterator[Row]:
         """The rows in the file's order. Raises WorkloadError with file and line for what cannot be read."""
-        rows = parsed(self.path, self._expected, FORMATS[self.format], LONGEST_ROW)
-        yield from islice(rows, self.limit)
+        regular_file(self.path, self._expected)
+        format = FORMATS[self.format_found()]
+        longest = LONGEST_GROUP if format.groups else LONGEST_ROW
+        source = self._source(seed)
 
-    def rows(self) -> list[Row]:
+        def rows(lines: Lines) -> Iterator[Row]:
+            return format.read(lines, source)
+
+        yield from islice(parsed(self.path, self._expected, rows, longest), self.limit)
+
+    def rows(self, seed: int = 0) -> list[Row]:
         """The whole file in order of time, block ids as numbers from 0."""
         number = Numbering()
 
@@ -74,31 +133,64 @@ class Trace(TimedWorkload):
             ids = row.block_ids
             return row if ids is None else row._replace(block_ids=array("q", map(number, ids)))
 
-        rows = [numbered(row) for row in self.read()]
+        rows = [numbered(row) for row in self.read(seed)]
         if not rows:
             raise WorkloadError(f"{self.path}: holds no request")
+        self._tails = number.end  # ids from here on name what no block covers
         return sorted(rows, key=lambda row: row.time)
 
     def requests(self, seed: int, vocab_size: int, max_model_len: int) -> Iterator[Arrival]:
-        rows, content, sampling = self.rows(), Content(seed, vocab_size), self.sampling()
-        origin = rows[0].time
-        for i, row in enumerate(rows):
-            length = min(row.input_len, self.max_input_len or row.input_len)
-            output = min(row.output_len, self.max_output_len or row.output_len)
-            prompt = _prompt(row, i, length, content) if length < max_model_len else only_its_length(length)
-            time = (row.time - origin) * self.time_scale
-            yield Arrival(time, prompt, sampling, output, tags=Tags(category=self.format))
+        self.check()
+        self._category = self.format_found()
+        self._rows, self._content, self._fits = self.rows(seed), Content(seed, vocab_size), max_model_len
+        turns = _turns(self._rows) if self.follow == "answers" else {}
+        self._following: dict[int, list[int]] = {}
+        for after, before in turns.items():
+            self._following.setdefault(before, []).append(after)
+        for i in range(len(self._rows)):
+            if i not in turns:
+                yield self._arrival(i, (self._rows[i].time - self._rows[0].time) * self.time_scale)
+
+    def _arrival(self, i: int, time: float) -> Arrival:
+        row = self._rows[i]
+        length = min(row.input_len, self.max_input_len or row.input_len)
+        output = min(row.output_len, self.max_output_len or row.output_len)
+        prompt = self._prompt(row, i, length) if length < self._fits else only_its_length(length)
+        tags = Tags(client=row.client, session=row.session, category=row.category or self._category)
+        return Arrival(time, prompt, self.sampling(), output, tags=tags, id=f"r{i}")
+
+    def _prompt(self, row: Row, serial: int, length: int) -> Sequence[int]:
+        """Tokens of the row's blocks, and behind them, or where it names none, of a sequence that no other
+        row has."""
+        if row.block_ids is None:
+            return self._content.tokens(serial, length)
+        prompt: list[int] = []
+        for id in row.block_ids[: -(-length // row.block_size)]:
+            prompt += self._content.tokens(id, row.block_size)
+        del prompt[length:]
+        return prompt + self._content.tokens(self._tails + serial, length - len(prompt))
+
+    def on_result(self, request: Request, now: float) -> Iterable[Arrival]:
+        i = int(request.id.removeprefix("r"))
+        if i not in self._following:
+            return super().on_result(request, now)
+        began, scale = self._rows[i].time, self.time_scale
+        due = [(j, request.arrival_time + (self._rows[j].time - began) * scale) for j in self._following[i]]
+        return [self.dealt(self._arrival(j, max(now, time))) for j, time in due]
 
 
-def _prompt(row: Row, serial: int, length: int, content: Content) -> Sequence[int]:
-    """Tokens of the row's blocks, or, where it names none, of a sequence that no other row has."""
-    if row.block_ids is None:
-        return content.tokens(serial, length)
-    prompt: list[int] = []
-    for id in row.block_ids[: -(-length // row.block_size)]:
-        prompt += content.tokens(id, row.block_size)
-    del prompt[length:]
-    return prompt
+def _turns(rows: Sequence[Row]) -> dict[int, int]:
+    """Place of a request -> place of the one whose answer it waits for: its parent where the trace names one,
+    else the turn before it in its conversation."""
+    last: dict[Hashable, int] = {}
+    places: dict[str, int] = {}
+    found: dict[int, int] = {}
+    for i, row in enumerate(rows):
+        before = places.get(row.parent) if row.id else last.get(row.session)
+        if before is not None and row.session:
+            found[i] = before
+        places[row.id], last[row.session] = i, i
+    return found
 
 
 @dataclass
@@ -123,6 +215,16 @@ class BurstGPT(Trace):
     prefixes."""
 
     format: str = param("burstgpt", choices=tuple(FORMATS))
+
+
+@hookimpl
+def headway_run_start(run: Run) -> None:
+    workload = run.roles.get("workload")
+    if run.directory and isinstance(workload, Trace) and workload.format == "auto":
+        print(
+            f"trace: {workload.path} is in the format {workload.format_found()}, by its first line",
+            flush=True,
+        )
 
 
 @hookimpl
