@@ -38,7 +38,7 @@ from core.errors import (
     WorkloadError,
     near,
 )
-from core.execution import ExecutorCaps, Preparation, StepResult, Tokens
+from core.execution import ExecutorCaps, Preparation, StepResult, TimeModel, Tokens
 from core.executor import BuildContext, Executor
 from core.grants import Granted, NeedBlocks, NoBudget, NotReady
 from core.handoff import Handoff
@@ -154,6 +154,7 @@ __all__ = [
     "StopText",
     "Tags",
     "TextStop",
+    "TimeModel",
     "TokenBudget",
     "Tokens",
     "Victim",

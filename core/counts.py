@@ -93,5 +93,6 @@ class Counts:
             warmup_seconds=prepared.seconds,
             late_preparations=prepared.late - self._prepared,
             step_time_basis=self._roles.executor.step_time_basis,
+            time_model=self._roles.executor.time_model,
             **about,
         )

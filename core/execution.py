@@ -33,6 +33,14 @@ class ExecutorCaps:
     tier_blocks: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class TimeModel:
+    """Where simulated step times come from."""
+
+    name: str
+    error: float | None = None  # stated relative error of a step's time, 0.1 for 10%; None: never measured
+
+
 class Tokens(Sequence[list[int]]):
     """What a step sampled: a list of token ids per planned request, empty where nothing was.
 

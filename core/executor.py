@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .compose.config import EngineConfig, Hardware, ModelConfig, ModelShape, ParallelConfig
 from .context import CostModel
 from .errors import ConfigError
-from .execution import ExecutorCaps, Preparation, StepResult
+from .execution import ExecutorCaps, Preparation, StepResult, TimeModel
 from .outputs import StopText
 from .policy import Role
 
@@ -84,6 +84,11 @@ class Executor(Role):
     def step_time_basis(self) -> str:
         """What `cost_model` predicts from, for the reader of results; empty without one."""
         return ""
+
+    @property
+    def time_model(self) -> TimeModel | None:
+        """Where the times of its steps come from, if they are simulated."""
+        return None
 
     def kv_capacity(self, block_size: int) -> int:
         """Blocks that fit into the memory left after the weights."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from .execution import TimeModel
 from .inputs import SLO, Tags
 
 if TYPE_CHECKING:
@@ -98,5 +99,7 @@ class RunResult:
     warmup_seconds: float = 0.0
     late_preparations: int = 0  # kernels compiled and graphs captured since, in this run
     step_time_basis: str = ""  # what predicted the step times that policies ask for; "" without a cost model
+    # where simulated step times come from; None where they were measured
+    time_model: TimeModel | None = None
     # parameters that were left None -> what became of them
     derived: dict[str, Any] = field(default_factory=dict)

@@ -118,6 +118,7 @@ def test_the_simulator_takes_its_step_times_from_a_profile_and_says_so(tmp_path)
 
 def test_a_shipped_profile_is_found_by_itself_and_none_means_the_roofline(tmp_path, monkeypatch):
     monkeypatch.setattr("plugins.executors.sim.PROFILES", tmp_path)
+    assert simulator("auto").time_model.error is None, "nobody measured that of this card's roofline"
     assert "roofline" in simulator("auto").step_time_basis
     profiles.write(profile(tp=2), tmp_path / "two.yaml")
     assert "roofline" in simulator("auto").step_time_basis

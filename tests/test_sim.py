@@ -14,6 +14,8 @@ from core.compose.config import GIB, EngineConfig, Hardware, ModelConfig, ModelS
 from core.engine import Engine
 from core.errors import ConfigError
 from core.inputs import Arrival, SamplingParams
+from core.measure.metrics import summarize
+from core.testing import kit
 from experiments import sim_error
 from headway import Scheduler
 from plugins.executors.cost import Roofline
@@ -339,3 +341,15 @@ def test_the_simulated_executor_and_its_clock_are_public():
     executor = headway.SimExecutor()
     executor.prepare(SHAPE, Hardware())
     assert isinstance(executor, SimExecutor) and isinstance(executor.clock, headway.VirtualClock)
+
+
+def test_a_simulated_run_names_its_time_model_and_the_error_that_it_states():
+    def told(hardware: Hardware) -> tuple[str, float | None]:
+        executor = SimExecutor()
+        executor.prepare(kit.SHAPE.shape(), hardware)
+        engine = Engine(default_roles(executor=executor), EngineConfig(num_blocks=20))
+        summary = summarize(engine.run([Arrival(0.0, [1, 2, 3], output_len=2)]))
+        return summary["time_model"], summary["time_model_error"]
+
+    assert told(Hardware(name="made", step_error=0.25)) == ("roofline of made, tp=1 pp=1", 0.25)
+    assert told(Hardware(name="made")) == ("roofline of made, tp=1 pp=1", None)

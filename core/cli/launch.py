@@ -302,13 +302,13 @@ def _said(error: BaseException, registry: Registry) -> int:
 def compare(sweep: Path, found: list[dict[str, Any]]) -> str:
     """Writes comparison.csv, .json and .md beside the runs; answers the table."""
     cells = report.comparison_rows(found)
-    notes = report.notes(found)
+    notes = [*report.doubts(found), *report.notes(found)]
     marked = [report.table(cells, markdown=True), *(f"\n{note}" for note in notes), ""]
     errors = [f"  job {Path(r['directory']).name}: {r['error'].splitlines()[0]}" for r in found if r["error"]]
     try:
         results.write_text(sweep / "comparison.csv", report.comparison_csv(found))
         results.write_text(sweep / "comparison.md", "\n".join(marked))
-        results.write_json(sweep / "comparison.json", results.comparison(found))
+        results.write_json(sweep / "comparison.json", report.with_ties(found))
         written = f"comparison: {sweep / 'comparison.md'}"
     except OSError as error:
         written = f"the comparison cannot be written: {error}"

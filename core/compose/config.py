@@ -232,6 +232,12 @@ class Hardware:
         unit="seconds",
         doc="of a layer that they do not explain: kernels that wait for each other",
     )
+    step_error: float | None = param(
+        None,
+        min=0,
+        max=10,
+        doc="relative error of predicted step times, as measured: 0.1 is 10%; None: never measured",
+    )
 
     def __post_init__(self) -> None:
         check(self, "hardware")

@@ -112,6 +112,8 @@ def summarize(result: RunResult) -> dict[str, Any]:
         "step_time_basis": result.step_time_basis,
         "decision_hash": result.decision_hash,
     }
+    if result.time_model is not None:
+        summary |= {"time_model": result.time_model.name, "time_model_error": result.time_model.error}
     verdicts = [v for v in map(meets_slo, outputs) if v is not None]
     if verdicts:
         summary |= {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compose.build import Run
+from .doubt import TIE, Marks, legend, stated
 from .metrics import LATENCIES, PERCENTILES
 from .results import comparison, same_decisions, varied
 
@@ -144,6 +145,8 @@ def run_table(s: dict[str, Any]) -> str:
                 f"{s['service_difference']:,.0f}",
             )
         )
+    if "time_model" in s:
+        facts.append(("simulated", f"{s['time_model']}; {stated(s['time_model_error'])}"))
     if "oracles" in s:
         facts.append(("oracle", f"{s['oracles']} saw what no deployed policy can see"))
     latencies = [["", "mean", *(f"P{p}" for p in PERCENTILES)]]
@@ -162,13 +165,39 @@ def comparison_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     ]
     keys = ["job", *varied(results)]
     heading = [*keys, *(h for _, h, _ in metrics), "status"]
-    return [heading] + [
-        [str(r[k]) for k in keys] + [number(r.get(k), f) for k, _, f in metrics] + [r["status"]] for r in rows
-    ]
+    marks = Marks.of(results, varied(results))
+    marked = {key: marks.marked(key) for key, _, _ in metrics}
+    cells = [heading]
+    for result, row in zip(results, rows, strict=True):
+        known = [_marked(number(row.get(k), f), result["directory"], marked[k]) for k, _, f in metrics]
+        cells.append([*(str(row[k]) for k in keys), *known, row["status"]])
+    return cells
+
+
+def _marked(cell: str, directory: str, marked: set[str]) -> str:
+    """With a mark, or with room for one in a column that has marks."""
+    return cell + (TIE if directory in marked else " ") if marked else cell
+
+
+def with_ties(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The comparison's rows, each with the jobs that it ties with: {"ties": {metric: [job]}}."""
+    tied = Marks.of(results, varied(results)).tied(key for key, _, _ in COMPARED)
+    rows = comparison(results)
+    for result, row in zip(results, rows, strict=True):
+        if own := tied.get(result["directory"]):
+            row["ties"] = {
+                metric: [Path(directory).name for directory in there] for metric, there in own.items()
+            }
+    return rows
 
 
 def _known(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def doubts(results: list[dict[str, Any]]) -> list[str]:
+    """What the comparison's marks mean, and what nobody can know from it."""
+    return legend(Marks.of(results, varied(results)).found)
 
 
 def notes(results: list[dict[str, Any]]) -> list[str]:

@@ -121,6 +121,11 @@ class Roofline:
         stage, send = self.stage_time(starts, lengths)
         return self.hardware.step_overhead + self.pp * stage + (self.pp - 1) * send
 
+    @property
+    def stated_error(self) -> float | None:
+        """Relative error of a step's time, where it was measured on this card."""
+        return self.hardware.step_error
+
     def __str__(self) -> str:
         return f"roofline of {self.hardware.name}, tp={self.tp} pp={self.pp}"
 

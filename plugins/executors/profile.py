@@ -99,6 +99,11 @@ class Profile:
         terms = self.decode if sum(lengths) == len(lengths) else self.mixed
         return terms.seconds(starts, lengths)
 
+    @property
+    def stated_error(self) -> float | None:
+        """What nine of ten steps that the fit has not seen stay within, of the kind of steps that is further off."""
+        return max((found["p90"] for found in self.error.values()), default=None)
+
     def __str__(self) -> str:
         off = ", ".join(
             f"{kind} steps {found['p50']:.1%} (P90 {found['p90']:.1%})" for kind, found in self.error.items()

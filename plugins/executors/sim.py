@@ -22,6 +22,7 @@ from headway import (
     Run,
     StepPlan,
     StepResult,
+    TimeModel,
     Tokens,
     VirtualClock,
     VirtualServer,
@@ -137,6 +138,11 @@ class SimExecutor(Executor):
     @property
     def step_time_basis(self) -> str:
         return str(self.cost_model)
+
+    @property
+    def time_model(self) -> TimeModel:
+        used = self.measured or self.roofline
+        return TimeModel(str(used), used.stated_error)
 
     def kv_capacity(self, block_size: int) -> int:
         return self.roofline.kv_capacity(block_size, self.memory_utilization, self.activation_gb)
