@@ -181,12 +181,14 @@ def legend(found: Sequence[Competitor]) -> list[str]:
     alone = all(len(competitor.runs) == 1 for competitor in found)
     seeds = "One seed each: the spread over seeds is not known." if alone else ""
     lines = [
-        f"{TIE} ties with the best of its column, among runs that differ in policies alone: the difference is within the time "
+        f"{TIE} ties with the best of its column, among runs that differ in policies alone: the difference "
+        "is within the time "
         f"model's stated error plus the spread over seeds. Times are {times}. {seeds}".rstrip()
     ]
     if any(competitor.error is None for competitor in found):
         lines.append(
-            "warning: a time model states no error, so nobody knows which differences between its times mean something"
+            "warning: a time model states no error, so nobody knows which differences between its times mean "
+            "something"
         )
     return lines
 

@@ -101,7 +101,8 @@ class Profile:
 
     @property
     def stated_error(self) -> float | None:
-        """What nine of ten steps that the fit has not seen stay within, of the kind of steps that is further off."""
+        """What nine of ten steps that the fit has not seen stay within, of the kind of steps that is further
+        off."""
         return max((found["p90"] for found in self.error.values()), default=None)
 
     def __str__(self) -> str:
