@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.faulty_kernels import FaultyKernels
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig, load_registry
@@ -177,11 +177,13 @@ def test_a_message_with_another_value_anywhere_is_a_message_or_refused(message, 
 
 
 @settings(max_examples=100, deadline=None)
+@example(at=0, cut=44, byte=0)  # less than its numbers
+@example(at=0, cut=48, byte=0)  # they alone
 @given(at=st.integers(0, 1243), cut=st.integers(0, 1244), byte=st.integers(0, 255))
 def test_a_damaged_step_or_result_is_refused_or_has_its_shape(at, cut, byte):
     step = bytearray(messages.pack_step(STEP))
     step[at] = byte
-    assert reads("step", bytes(step[:cut])) == (cut >= 44 and cut % 4 == 0)
+    assert reads("step", bytes(step[:cut])) == (cut >= 48 and cut % 4 == 0)
     result = bytearray(messages.pack_result(np.arange(20), None))
     result[at % 8] = byte
     reads("result", bytes(result[:cut]))
@@ -201,8 +203,8 @@ def test_a_damaged_step_or_result_is_refused_or_has_its_shape(at, cut, byte):
         ("Answer", b'{"value": "text"}'),
         ("Answer", b'{"value": true}'),
         ("Raised", b'{"reason": 1, "secondary": true}'),
-        ("step", b"x" * 43),
-        ("step", b"x" * 45),
+        ("step", b"x" * 47),
+        ("step", b"x" * 49),
         ("beat", b"x" * 15),
         ("result", struct.pack("<Ii", 2**32 - 1, 2**31 - 1)),
         ("result", struct.pack("<Ii", 0, -2)),

@@ -68,7 +68,7 @@ def test_what_is_wrong_is_listed_for_all_jobs_together_a_line_for_each_reason(hy
         "  jobs 0, 2, 4: engine.block_size=0: expected at least 1 and at most 65536",
         "  job 3: order=sjf needs a predictor, and none is chosen: set predictor=constant, history, noisy "
         "or oracle",
-        "  job 5: order=sfj: there is no such order. Did you mean sjf?",
+        "  job 5: order=sfj: there is no such order. Did you mean spf, sjf?",
     ]
 
 
