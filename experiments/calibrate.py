@@ -20,10 +20,8 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import hydra
-import numpy as np
 from hydra import initialize_config_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,13 +31,10 @@ from core.cli import schema  # noqa: E402
 from core.compose.build import Composition, Run, build  # noqa: E402
 from core.compose.hooks import load_registry  # noqa: E402
 from headway import Arrival, HeadwayError, Observer, SamplingParams, StepRecord  # noqa: E402
-from plugins.executors.profile import Profile, Terms, features, padded, write  # noqa: E402
+from plugins.executors.profile import Profile, write  # noqa: E402
+from plugins.executors.step_fit import Sample, fitted, kind_of  # noqa: E402
 
 FOLDER = ROOT / "conf" / "hardware" / "profiles"
-KNOTS = (0, 64, 128, 256, 512, 1024, 2048, 4096)
-FOLDS = 5
-OUTLIER = 5.0  # median absolute deviations of the relative error beyond which a step was disturbed
-Sample = tuple[Sequence[int], Sequence[int], float]  # starts and lengths of a step's chunks, its seconds
 
 
 class Steps(Observer):
@@ -125,79 +120,13 @@ def measured(run: Run, repeats: int) -> list[Sample]:
     return samples
 
 
-# ---- the fit ---------------------------------------------------------------------------------------------
-
-
-def fitted(samples: Sequence[Sample], sizes: Sequence[int]) -> tuple[Terms, dict[str, float]]:
-    """The terms of one kind of step, and their relative error on steps that each fit has not seen."""
-    knots = knots_of(samples)
-    table, seconds = rows(samples, sizes, knots), np.array([s for _, _, s in samples])
-    kept = undisturbed(table, seconds)
-    table, seconds = table[kept], seconds[kept]
-    fold = np.random.default_rng(0).permutation(len(seconds)) % FOLDS
-    off = np.empty(len(seconds))
-    for number in range(FOLDS):
-        unseen = fold == number
-        coefficients = nonnegative(table[~unseen], seconds[~unseen])
-        off[unseen] = table[unseen] @ coefficients / seconds[unseen] - 1
-    floor, *rest = nonnegative(table, seconds).tolist()
-    slopes, others = rest[: len(knots)], rest[len(knots) :]
-    terms = Terms(floor, knots, slopes, *others, sizes=list(sizes))
-    error = {
-        "mean": float(off.mean()),
-        "p50": float(np.median(np.abs(off))),
-        "p90": float(np.quantile(np.abs(off), 0.9)),
-        "steps": len(off),
-        "disturbed": int((~kept).sum()),
-    }
-    return terms, {name: round(value, 5) for name, value in error.items()}
-
-
-def knots_of(samples: Sequence[Sample]) -> list[int]:
-    """Knots with at least a few steps above them."""
-    tokens = sorted(sum(lengths) for _, lengths, _ in samples)
-    return [knot for knot in KNOTS if not knot or len(tokens) > 8 and knot < tokens[-8]]
-
-
-def rows(samples: Sequence[Sample], sizes: Sequence[int], knots: Sequence[int]) -> np.ndarray[Any, Any]:
-    """A row per step: 1, tokens above each knot, and the units of TERMS."""
-    table = []
-    for starts, lengths, _ in samples:
-        tokens, *units = features(starts, lengths)
-        size = padded(int(tokens), sizes)
-        table.append([1.0, *(max(0.0, size - knot) for knot in knots), *units])
-    return np.array(table)
-
-
-def nonnegative(table: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Least squares of the relative error with no coefficient below 0, by coordinate descent, which
-    converges: the problem is convex."""
-    scale = np.abs(table).max(axis=0)
-    scale[scale == 0] = 1.0
-    weighted = table / scale / seconds[:, None]
-    gram, aim = weighted.T @ weighted, weighted.sum(axis=0)
-    found = np.zeros(len(aim))
-    for _ in range(20_000):
-        before = found.copy()
-        for i in np.flatnonzero(gram.diagonal()):
-            found[i] = max(0.0, found[i] + (aim[i] - gram[i] @ found) / gram[i, i])
-        if np.abs(found - before).max() <= 1e-12 * max(1e-30, np.abs(found).max()):
-            break
-    return found / scale
-
-
-def undisturbed(table: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Which steps nothing else on the machine stretched, by a first fit."""
-    off = table @ nonnegative(table, seconds) / seconds - 1
-    middle = np.median(off)
-    spread = max(float(np.median(np.abs(off - middle))), 0.01)
-    return np.abs(off - middle) <= OUTLIER * spread
+# ---- the profile ---------------------------------------------------------------------------------------
 
 
 def profile_of(run: Run, samples: Sequence[Sample]) -> Profile:
     composition = run.composition
-    decodes = [sample for sample in samples if sum(sample[1]) == len(sample[1])]
-    mixed = [sample for sample in samples if sum(sample[1]) != len(sample[1])]
+    decodes = [sample for sample in samples if kind_of(sample) == "decode"]
+    mixed = [sample for sample in samples if kind_of(sample) == "mixed"]
     decode_sizes, mixed_sizes = graph_sizes(run)
     fits = {"decode": fitted(decodes, decode_sizes), "mixed": fitted(mixed, mixed_sizes)}
     return Profile(

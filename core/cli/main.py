@@ -1,5 +1,5 @@
-"""`python -m headway plugins|check|new|trace`: what is there, does it keep the rules, start a package, look
-into a trace."""
+"""`python -m headway plugins|check|new|trace|whatif`: what is there, does it keep the rules, start a package,
+look into a trace, a recorded run with other policies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,12 @@ VERBS = {
         "run the conformance kit on a composition: check policy=vtc, check order=mypaper",
     ),
     "new": ("core.cli.scaffold", "main", "write an installable plugin package: new order mypaper"),
-    "trace": ("core.cli.tracing", "trace", "count and measure a trace file, or convert it to JSON lines"),
+    "trace": ("core.cli.tracing", "trace", "measure a trace file: rates, lengths, prefix reuse"),
+    "whatif": (
+        "core.cli.whatif",
+        "whatif",
+        "a recorded run again with other policies: whatif RUN order=srpt,vtc",
+    ),
 }
 
 

@@ -179,11 +179,10 @@ def legend(found: Sequence[Competitor]) -> list[str]:
     )
     times = f"simulated by {'; '.join(models)}" if models else "measured"
     alone = all(len(competitor.runs) == 1 for competitor in found)
-    seeds = "One seed each: the spread over seeds is not known." if alone else ""
+    seeds = " One seed each: the spread over seeds is not known." if alone else ""
     lines = [
         f"{TIE} ties with the best of its column, among runs that differ in policies alone: the difference "
-        "is within the time "
-        f"model's stated error plus the spread over seeds. Times are {times}. {seeds}".rstrip()
+        f"is within the time model's stated error plus the spread over seeds. Times are {times}.{seeds}"
     ]
     if any(competitor.error is None for competitor in found):
         lines.append(

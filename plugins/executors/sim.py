@@ -33,6 +33,7 @@ from headway import (
 from .cost import Roofline, default_token_budget
 from .likeness import Likeness
 from .profile import Profile, matching, read
+from .step_fit import profile_of_run
 
 PROFILES = Path(__file__).resolve().parents[2] / "conf" / "hardware" / "profiles"
 
@@ -64,10 +65,9 @@ class SimExecutor(Executor):
     max_plans: int = param(8, min=1, max=1024, doc="most plans in flight")
     profile: str = param(
         "auto",
-        doc="measured step times: a file; auto: the shipped one of this run, where there is one; none: the "
-        "roofline",
+        doc="measured step times: a file; the directory of a recorded run, to fit them to its steps; auto: "
+        "the shipped one of this run, where there is one; none: the roofline",
     )
-
     like: str = param(
         "",
         doc="directory of a recorded run whose limits are taken: KV blocks, their size, budgets, plans in "
@@ -126,7 +126,7 @@ class SimExecutor(Executor):
         if self.profile == "auto":
             return matching(PROFILES, shape, hardware, tp, pp=pp)
         path = Path(self.profile).expanduser()
-        found = read(path)
+        found = profile_of_run(path) if path.is_dir() else read(path)
         found.check(path, shape, hardware, tp, pp)
         if pp > 1:
             raise ConfigError(
