@@ -11,7 +11,8 @@ second kind, are repeats.
 
 Errors are of the means over repeats, against the second kind, beside the spread of its repeats (largest minus
 smallest over mean). Of each pair of compositions in one setting (workload, engine), each side says better,
-worse or tie (core/measure/doubt.py); Kendall's tau-b compares the rankings by value and by these verdicts.
+worse or tie (core/measure/doubt.py); Kendall's tau-b compares the rankings by value and by these verdicts. An
+error that a time model does not state counts as 0 here, and the report says that it is unknown.
 """
 
 from __future__ import annotations
