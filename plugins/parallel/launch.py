@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .execution import Job
 
 GRACE = 2.0  # seconds in which a failing rank may still say why
+ABORTING = 20.0  # seconds that communicators may take to let go of a dead rank: NCCL was seen to take 4.4
 TICK = 0.5  # seconds between two looks at who has said nothing
 QUIET = 2.0  # seconds of silence, four beats, of a rank that others wait for: it is stopped
 #: Seconds on top of parallel.timeout in which a rank may say nothing: imports, and on a GPU contexts and
@@ -417,10 +418,11 @@ class Ranks:
         until = perf_counter() + (0 if failed else GRACE)
         torch.set_num_threads(self._threads)
         if hasattr(self, "mesh"):
-            # A communicator that waits for a dead rank must not hold up the end of the run.
+            # A communicator that waits for a dead rank must not hold up the end of the run for ever. Nor may
+            # the interpreter end while a thread is inside it: C++ would end the process with SIGABRT.
             closing = threading.Thread(target=self.mesh.close, args=(failed,), daemon=True)
             closing.start()
-            closing.join(2 * GRACE)
+            closing.join(ABORTING)
         for process in self._processes.values():
             try:
                 process.wait(max(0.0, until - perf_counter()))
