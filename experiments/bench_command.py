@@ -2,6 +2,7 @@
 defaults cost.
 
     python experiments/bench_command.py [default] [budgets] [repeats] [tp] [--repeats 3] [--model qwen3_8b]
+    [--gpu 0]
 
 default  no kernel flag at all, against the best flags found by hand
 budgets  scheduler=chunked with 512 and 2,048 tokens per step, and without a number, against scheduler=fcfs
@@ -43,7 +44,7 @@ OPEN = [
 ]
 
 
-def run(model: str, options: list[str], devices: str = "0") -> dict[str, Any]:
+def run(model: str, options: list[str], devices: str) -> dict[str, Any]:
     """The summary of one run. devices: numbers of GPUs."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -77,7 +78,7 @@ def throughputs(
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(args.repeats):
         for name, options in variants.items():
-            summary = run(args.model, options, (devices or {}).get(name, "0"))
+            summary = run(args.model, options, (devices or {}).get(name, args.gpu))
             found[name].append(summary["output_throughput"])
             print(f"   {name}: {summary['output_throughput']:,.0f} output tok/s, {late(summary)}", flush=True)
     for name, values in found.items():
@@ -122,7 +123,7 @@ def budgets(args: argparse.Namespace) -> None:
 
 
 def repeats(args: argparse.Namespace) -> None:
-    summaries = [run(args.model, [*USUAL, *OPEN]) for _ in range(3)]
+    summaries = [run(args.model, [*USUAL, *OPEN], args.gpu) for _ in range(3)]
     for name, most in (("mean_ttft_ms", 0.10), ("mean_tpot_ms", 0.05)):
         values = [summary[name] for summary in summaries]
         apart = max(values) / min(values) - 1
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("figures", nargs="*", default=["default"], metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default="qwen3_8b")
+    parser.add_argument("--gpu", default="0", help="number of the GPU that runs on one GPU use")
     args = parser.parse_args()
     if unknown := set(args.figures) - set(FIGURES):
         parser.error(
