@@ -57,17 +57,13 @@ def mooncake(trace: str) -> list[str]:
 
 def one(directory: Path | None, overrides: list[str]) -> dict[str, Any]:
     """Runs it in this process."""
-    import hydra
-    from hydra import initialize_config_dir
-
     from core.cli import schema
     from core.compose.build import build
     from core.compose.hooks import load_registry
 
     registry = load_registry()
     schema.register(registry)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composition = schema.composition(hydra.compose("config", [*overrides, "tracking=none"]))
+    composition = schema.composition(schema.composed([*overrides, "tracking=none"]))
     run = build(registry, composition, directory=directory)
     spent = collector()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,9 +21,6 @@ from datetime import date
 from pathlib import Path
 from random import Random
 
-import hydra
-from hydra import initialize_config_dir
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -175,8 +172,7 @@ def made(run: Run) -> dict[str, str]:
 
 
 def composed(words: Sequence[str]) -> Composition:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composition = schema.composition(hydra.compose("config", list(words)))
+    composition = schema.composition(schema.composed(words))
     for role in ("tracking", "workload"):
         composition.choices.pop(role, None)
     return composition

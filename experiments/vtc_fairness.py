@@ -4,12 +4,9 @@
 
 Setup of Sheng et al., OSDI'24, section 5.2 (overload), simulated: conf/experiment/vtc_fairness.yaml, so that
 `python run.py experiment=vtc_fairness order=vtc` prints the same figure. What is measured is
-`service_difference` of
-docs/metrics.md, which the theorem bounds by 2 max(wp L_in, wq M) for two backlogged clients. Writes OUT.csv,
-the difference
-since both were backlogged over time, and OUT.svg and OUT.png where `pip install altair vl-convert-python` was
-done (extra
-`report`).
+`service_difference` of docs/metrics.md, which the theorem bounds by 2 max(wp L_in, wq M) for two backlogged
+clients. Writes OUT.csv, the difference since both were backlogged over time, and OUT.svg and OUT.png where
+`pip install altair vl-convert-python` was done (extra `report`).
 """
 
 from __future__ import annotations
@@ -18,9 +15,7 @@ import argparse
 import csv
 from pathlib import Path
 
-import hydra
 import numpy as np
-from hydra import initialize_config_dir
 
 from core.cli import schema
 from core.compose.build import Composition, build
@@ -32,9 +27,8 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 def compose(order: str, seconds: float) -> Composition:
     """What `python run.py experiment=vtc_fairness order=ORDER workload.duration=SECONDS` composes."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = ["experiment=vtc_fairness", f"order={order}", f"workload.duration={seconds}"]
-        return schema.composition(hydra.compose("config", overrides))
+    overrides = ["experiment=vtc_fairness", f"order={order}", f"workload.duration={seconds}"]
+    return schema.composition(schema.composed(overrides))
 
 
 def served(order: str, seconds: float) -> tuple[list[ClientService], float]:

@@ -16,12 +16,9 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations, count
-from pathlib import Path
 from random import Random
 
-import hydra
 import numpy as np
-from hydra import initialize_config_dir
 
 from core.cli import schema
 from core.compose.build import build
@@ -30,8 +27,6 @@ from core.inputs import Arrival, SamplingParams, Tags
 from core.measure.fairness import ClientService, by_client, service_difference
 from core.outputs import RunResult
 from core.outside import Observer, StepRecord
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 def ask(client: int, number: int, time: float, prompt: int, output: int) -> Arrival:
@@ -117,8 +112,7 @@ def served(suite: Suite, seconds: float, *overrides: str) -> tuple[list[ClientSe
         given.append(
             f"order.weights={{{','.join(f'{name}:{weight}' for name, weight in suite.weights.items())}}}"
         )
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composition = schema.composition(hydra.compose("config", given))
+    composition = schema.composition(schema.composed(given))
     engine = build(registry, composition, observers=[Until(seconds)]).engine
     result = engine.run(sorted(suite.arrivals(seconds), key=lambda arrival: arrival.time))
     return [service for _, service in sorted(by_client(result.outputs).items())], result

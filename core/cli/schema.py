@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any
 
+import hydra
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -124,6 +126,12 @@ def options(group: str) -> list[str]:
     files = {p.stem for p in (CONF / group).glob("*.yaml")}
     stored = ConfigStore.instance().repo.get(group, {})
     return sorted(files | {name.removesuffix(".yaml") for name in stored})
+
+
+def composed(words: Iterable[str]) -> DictConfig:
+    """What `python run.py WORDS` composes, in any process; after `register`. Raises HydraException."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", list(words))
 
 
 def composition(cfg: DictConfig) -> Composition:

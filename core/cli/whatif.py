@@ -18,14 +18,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ..compose.build import build, check
-from ..compose.defaults import CONF
 from ..compose.hooks import Registry, load_registry
 from ..errors import ConfigError, HeadwayError
 from ..measure import results
@@ -239,8 +236,7 @@ class Simulations:
 
     def composed(self, words: Sequence[str]) -> DictConfig:
         try:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                return hydra.compose("config", [*words, *self._own])
+            return schema.composed([*words, *self._own])
         except HydraException as error:
             raise ConfigError(explain(error, self.registry)) from error
 
