@@ -24,6 +24,10 @@ class RequestState(Enum):
     DETACHED = "detached"  # goes on in another engine
 
 
+#: States in which a request waits for its next step.
+WANT_TO_START = (RequestState.WAITING, RequestState.PREEMPTED, RequestState.PAUSED)
+
+
 class Request:
     """The core's record of one request, written by `Roster` alone. Policies may read all of it.
 

@@ -19,7 +19,7 @@ from .grants import Grant, Granted, NeedBlocks, NoBudget, NotReady
 from .matching import Matches
 from .plan import Allocation, StepPlan
 from .policy import PREEMPTION_MODES, Admit, Reject, Role
-from .request import Request, RequestState
+from .request import WANT_TO_START, Request, RequestState
 from .roles import Roles
 from .room import Room
 from .roster import Roster
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .view import View
 
 _RUNNING, _WAITING, _PAUSED = RequestState.RUNNING, RequestState.WAITING, RequestState.PAUSED
-_WANT_TO_START = (_WAITING, RequestState.PREEMPTED, _PAUSED)
 
 _ONE = Granted(1)
 _NO_BUDGET = NoBudget()
@@ -146,7 +145,7 @@ class StepBuilder:
         state = request.state
         if state is _RUNNING:
             return self._add_running(request, num_tokens, drafts or ())
-        if state in _WANT_TO_START:
+        if state in WANT_TO_START:
             return self._add_waiting(request, num_tokens)
         raise self._error(f"add() of a request that is {state.value}: forget it in on_finish", request)
 

@@ -11,7 +11,7 @@ from .errors import PolicyError
 from .kv_view import KVView
 from .matching import Match, Matches
 from .policy import SERVICES, LengthPrediction, Order
-from .request import Request, RequestState
+from .request import WANT_TO_START, Request, RequestState
 from .roles import Roles
 from .roster import Roster
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Match", "View"]
 
 _PREEMPTED = RequestState.PREEMPTED
-_WANTS_TO_START = (RequestState.WAITING, RequestState.PREEMPTED, RequestState.PAUSED)
 
 
 class Budget(NamedTuple):
@@ -103,7 +102,7 @@ class View:
         named: set[int] = set()
         for request in ranked:
             known = isinstance(request, Request)
-            if not known or not (request.state in _WANTS_TO_START or request in self.waiting):
+            if not known or not (request.state in WANT_TO_START or request in self.waiting):
                 message = f"order() named {request!r}, which does not wait: name requests of view.waiting"
                 raise calls.refusal(order, message)
             if request.index in named:

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from random import Random
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,7 +30,7 @@ from core.compose.build import Composition, Run, build  # noqa: E402
 from core.compose.hooks import load_registry  # noqa: E402
 from headway import Arrival, HeadwayError, Observer, SamplingParams, StepRecord  # noqa: E402
 from plugins.executors.profile import Profile, write  # noqa: E402
-from plugins.executors.step_fit import Sample, fitted, kind_of  # noqa: E402
+from plugins.executors.step_fit import Sample, by_kind, fitted, profile_of_fits  # noqa: E402
 
 FOLDER = ROOT / "conf" / "hardware" / "profiles"
 
@@ -122,29 +123,31 @@ def measured(run: Run, repeats: int) -> list[Sample]:
 
 def profile_of(run: Run, samples: Sequence[Sample]) -> Profile:
     composition = run.composition
-    decodes = [sample for sample in samples if kind_of(sample) == "decode"]
-    mixed = [sample for sample in samples if kind_of(sample) == "mixed"]
-    decode_sizes, mixed_sizes = graph_sizes(run)
-    fits = {"decode": fitted(decodes, decode_sizes), "mixed": fitted(mixed, mixed_sizes)}
-    return Profile(
+    sizes = graph_sizes(run)
+    return profile_of_fits(
+        {kind: fitted(own, sizes[kind]) for kind, own in by_kind(samples).items()},
         hardware=composition.hardware.name,
         shape=asdict(run.engine.executor.caps.model),
         tp=composition.parallel.tp,
         pp=composition.parallel.pp,
-        error={kind: error for kind, (_, error) in fits.items()},
         made=made(run),
-        **{kind: terms for kind, (terms, _) in fits.items()},
     )
 
 
-def graph_sizes(run: Run) -> tuple[list[int], list[int]]:
-    """Tokens of the decode graphs and of the mixed ones, smallest first; none where steps are not padded."""
-    runner = getattr(getattr(run.engine.executor, "execution", None), "runner", None)
-    if runner is None or getattr(runner, "mixed_graphs", None) is None:
-        return [], []
+def graph_sizes(run: Run) -> dict[str, list[int]]:
+    """Tokens of the graphs of each kind of steps, smallest first; none where steps are not padded."""
+    execution = execution_of(run)
+    if execution is None or execution.runner.mixed_graphs is None:
+        return {"decode": [], "mixed": []}
     from plugins.executors.torch.graphs import batch_sizes
 
-    return sorted(batch_sizes(runner.max_num_seqs)), list(runner.mixed_graphs.tokens)
+    runner = execution.runner
+    return {"decode": sorted(batch_sizes(runner.max_num_seqs)), "mixed": list(runner.mixed_graphs.tokens)}
+
+
+def execution_of(run: Run) -> Any:
+    """The real engine's; None for an executor that computes nothing."""
+    return getattr(run.engine.executor, "execution", None)
 
 
 def made(run: Run) -> dict[str, str]:
@@ -161,11 +164,7 @@ def made(run: Run) -> dict[str, str]:
     found["torch"] = str(torch.__version__)
     if torch.cuda.is_available():
         found |= {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
-    return found | {
-        "kernels": str(
-            getattr(getattr(run.engine.executor, "execution", None), "kernels", "none")
-        ).splitlines()[0]
-    }
+    return found | {"kernels": str(getattr(execution_of(run), "kernels", "none")).splitlines()[0]}
 
 
 # ---- the command -----------------------------------------------------------------------------------------

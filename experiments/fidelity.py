@@ -1,8 +1,7 @@
 """How well one set of runs stands for another, as a simulation does for a GPU: errors of every metric, and of
 the rankings.
 
-    python -m experiments.fidelity compare SIMULATED MEASURED [MEASURED ...] [--out FILE.md] [--json
-    FILE.json]
+    python -m experiments.fidelity compare SIMULATED MEASURED [MEASURED ...] [--out FILE.md] [--json FILE]
 
 Each folder is a sweep's (`python run.py -m ...`), of this or another machine; only result.json of each run is
 read. Compositions are matched by what is varied in a sweep and decides something: who runs the plans,
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import HeadwayError
 from core.measure import results
-from core.measure.doubt import Competitor, competitors, verdict
+from core.measure.doubt import Competitor, competitors, verdict, within
 from core.measure.metrics import LATENCIES, PERCENTILES
 from core.measure.report import table
 
@@ -97,12 +96,12 @@ def matched(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[list[Matc
     """Compositions that both sides ran, and words on those that only one did. Raises HeadwayError where there
     are none."""
     for side in (a, b):
-        if several := [key for key in results.varied(side) if _beside(key) and key not in REPEATED]:
+        if several := [key for key in results.varied(side) if within(key, BESIDE) and key not in REPEATED]:
             mixed = f"{', '.join(several)} is not the same in all runs of a side"
             raise HeadwayError(
                 f"{mixed}, and runs that differ in it are no repeats: compare one value at a time"
             )
-    keys = [key for key in dict.fromkeys([*results.varied(a), *results.varied(b)]) if not _beside(key)]
+    keys = [key for key in dict.fromkeys([*results.varied(a), *results.varied(b)]) if not within(key, BESIDE)]
     sides = [{(c.setting, c.policies): c for c in competitors(side, keys)} for side in (a, b)]
     found = [Matched(sides[0][name], sides[1][name]) for name in sides[0] if name in sides[1]]
     alone = []
@@ -113,11 +112,6 @@ def matched(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[list[Matc
     if not found:
         raise HeadwayError("no composition is on both sides:" + "".join(f"\n  {line}" for line in alone))
     return found, alone
-
-
-def _beside(key: str) -> bool:
-    key = key.lstrip("+~")
-    return any(key == name or key.startswith(f"{name}.") for name in BESIDE)
 
 
 def pairs(found: Sequence[Matched], metric: str) -> Iterator[Pair]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..compose.hooks import Plugin, load_registry
 from ..errors import ConfigError, HeadwayError, near
+from ..measure import results
 from ..measure.traces import Measured, Row, told
 
 #: Parameters of the workload that say how a file is read; the others say how it is replayed.
@@ -92,12 +93,10 @@ def _write(measured: Measured, out: Path, source: Path) -> None:
     """Whole or not at all, and never over the trace itself."""
     if out.exists() and source.expanduser().exists() and out.samefile(source.expanduser()):
         raise HeadwayError(f"--out {out}: is the trace itself; name another file")
-    scratch = out.with_name(f"{out.name}.part")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
+        with results.whole(out) as scratch, scratch.open("w", encoding="utf-8") as file:
             for time, input_len, output_len in measured.in_order_of_time():
                 row = {"time": time, "input_len": input_len, "output_len": output_len}
                 file.write(json.dumps(row) + "\n")
-        scratch.replace(out)
-    except OSError as error:
-        raise HeadwayError(f"--out {out}: cannot be written ({error})") from error
+    except results.Unwritable as error:
+        raise HeadwayError(f"--out {error}") from error

@@ -26,7 +26,7 @@ from ..compose.build import build, check
 from ..compose.hooks import Registry, load_registry
 from ..errors import ConfigError, HeadwayError
 from ..measure import results
-from ..measure.doubt import LESS_IS_BETTER, MORE_IS_BETTER, POLICIES, TIMES, is_policy, verdict
+from ..measure.doubt import LESS_IS_BETTER, MORE_IS_BETTER, POLICIES, TIMES, is_policy, verdict, within
 from ..measure.metrics import summarize
 from ..measure.report import table
 from ..outputs import RunResult
@@ -122,7 +122,7 @@ class Recorded:
     @property
     def words(self) -> list[str]:
         """Its overrides, without what a simulation chooses itself."""
-        return [word for word in self.overrides if not _begins(word, OWN)]
+        return [word for word in self.overrides if not within(word, OWN)]
 
     def check_composition(self, cfg: DictConfig) -> None:
         """Raises HeadwayError where its overrides compose another run today: defaults or presets have changed
@@ -173,11 +173,6 @@ def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _begins(word: str, names: Sequence[str]) -> bool:
-    key = word.partition("=")[0].lstrip("+~")
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
 # ---- the changes -------------------------------------------------------------------------------------------
 
 
@@ -213,7 +208,7 @@ def changed(words: Sequence[str], change: Sequence[str]) -> list[str]:
         key, _, name = word.partition("=")
         if key == "policy":
             replaced |= {chosen.partition("=")[0].partition(".")[0] for chosen in presets.words(name)}
-    gone = [word for word in words if not _begins(word, [*replaced])]
+    gone = [word for word in words if not within(word, replaced)]
     return [*gone, *change]
 
 

@@ -95,14 +95,25 @@ def competitors(results: Sequence[dict[str, Any]], varied: Iterable[str]) -> lis
     """The compositions of a sweep, in the order of their first runs. `varied`: the override keys that are not
     the same in all."""
     found: dict[Any, Competitor] = {}
-    keys = [key.lstrip("+~") for key in varied]
+    keys = list(map(key_of, varied))
     for run in results:
-        own = {key.lstrip("+~"): value for key, _, value in (o.partition("=") for o in run["overrides"])}
+        own = {key_of(override): override.partition("=")[2] for override in run["overrides"]}
         chosen = [(key, own.get(key, "")) for key in keys if key != "seed"]
         policies = tuple(pair for pair in chosen if is_policy(pair[0]))
         setting = tuple(pair for pair in chosen if not is_policy(pair[0]))
         found.setdefault((setting, policies), Competitor(setting, policies)).runs.append(run)
     return list(found.values())
+
+
+def key_of(override: str) -> str:
+    """What an override sets: order.weights of +order.weights={a:1}."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def within(override: str, nodes: Iterable[str]) -> bool:
+    """Whether an override sets one of these nodes, or something in one of them."""
+    key = key_of(override)
+    return any(key == node or key.startswith(f"{node}.") for node in nodes)
 
 
 def is_policy(key: str) -> bool:

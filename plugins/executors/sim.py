@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,19 @@ class SimExecutor(Executor):
 
     def build(self, context: BuildContext) -> SimExecutor:
         self.prepare(context.shape, context.hardware, context.parallel.tp, context.parallel.pp)
-        if self.like:
-            likeness = Likeness.read(self.like)
+        if likeness := self._likeness:
             likeness.check(context)
             self.caps = likeness.caps(self.caps)
             self.told = likeness.told(context.facts())
         return self
 
     def limits(self, context: BuildContext) -> EngineConfig:
-        return Likeness.read(self.like).limits(context.engine) if self.like else context.engine
+        return self._likeness.limits(context.engine) if self._likeness else context.engine
+
+    @cached_property
+    def _likeness(self) -> Likeness | None:
+        """The run whose limits are taken, read once."""
+        return Likeness.read(self.like) if self.like else None
 
     def _profile(self, shape: ModelShape, hardware: str, tp: int, pp: int) -> Profile | None:
         """Measured step times, where there are any; a pipeline's stages are not measured one by one."""

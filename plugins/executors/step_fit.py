@@ -48,30 +48,36 @@ def _fitted_once(directory: Path, changed: int) -> Profile:
             f"executor.profile={directory}: does not say the shape of its model, or its composition"
         )
     samples = samples_of(directory)
-    kinds = {kind: [sample for sample in samples if kind_of(sample) == kind] for kind in KINDS}
     if len(samples) < FEWEST:
         raise ConfigError(
             f"executor.profile={directory}: {len(samples)} steps are too few to fit a clock to: expected at "
             f"least {FEWEST}"
         )
-    fits = {
-        kind: fitted(own if len(own) >= FEWEST else samples, [], as_long_in_all)
-        for kind, own in kinds.items()
-    }
-    return Profile(
+    return profile_of_fits(
+        {
+            kind: fitted(own if len(own) >= FEWEST else samples, [], as_long_in_all)
+            for kind, own in by_kind(samples).items()
+        },
         hardware=meta["facts"]["hardware.name"],
         shape=meta["model"],
         tp=meta["facts"]["parallel.tp"],
         pp=meta["facts"]["parallel.pp"],
-        error={kind: error for kind, (_, error) in fits.items()},
         made={"device": f"the run {directory}"},
-        **{kind: terms for kind, (terms, _) in fits.items()},
     )
 
 
-def kind_of(sample: Sample) -> str:
-    """decode for a step of decodes alone, mixed for one with prompts."""
-    return "decode" if sum(sample[1]) == len(sample[1]) else "mixed"
+def by_kind(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """decode: steps of decodes alone; mixed: steps with prompts."""
+    found: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
+    for sample in samples:
+        found["decode" if sum(sample[1]) == len(sample[1]) else "mixed"].append(sample)
+    return found
+
+
+def profile_of_fits(fits: dict[str, tuple[Terms, dict[str, float]]], **about: Any) -> Profile:
+    """`about`: the fields of Profile that no fit gives."""
+    terms: dict[str, Any] = {kind: terms for kind, (terms, _) in fits.items()}
+    return Profile(**terms, error={kind: error for kind, (_, error) in fits.items()}, **about)
 
 
 def samples_of(directory: Path) -> list[Sample]:
@@ -102,56 +108,6 @@ def samples_of(directory: Path) -> list[Sample]:
 
 
 # ---- the fit ---------------------------------------------------------------------------------------------
-
-
-def fitted(
-    samples: Sequence[Sample], sizes: Sequence[int], solve: Callable[[Any, Any], Any] | None = None
-) -> tuple[Terms, dict[str, float]]:
-    """The terms of one kind of step, and their relative error on steps that each fit has not seen. `solve`
-    answers the coefficients of a table of units and its seconds: `nonnegative`, where none is given."""
-    import numpy as np
-
-    solve = solve or nonnegative
-
-    knots = knots_of(samples)
-    table, seconds = rows(samples, sizes, knots), np.array([s for _, _, s in samples])
-    kept = undisturbed(table, seconds)
-    table, seconds = table[kept], seconds[kept]
-    fold = np.random.default_rng(0).permutation(len(seconds)) % FOLDS
-    off = np.empty(len(seconds))
-    for number in range(FOLDS):
-        unseen = fold == number
-        coefficients = solve(table[~unseen], seconds[~unseen])
-        off[unseen] = table[unseen] @ coefficients / seconds[unseen] - 1
-    floor, *rest = solve(table, seconds).tolist()
-    slopes, others = rest[: len(knots)], rest[len(knots) :]
-    terms = Terms(floor, knots, slopes, **dict(zip(TERMS, others, strict=True)), sizes=list(sizes))
-    error = {
-        "mean": float(off.mean()),
-        "p50": float(np.median(np.abs(off))),
-        "p90": float(np.quantile(np.abs(off), 0.9)),
-        "steps": len(off),
-        "disturbed": int((~kept).sum()),
-    }
-    return terms, {name: round(value, 5) for name, value in error.items()}
-
-
-def knots_of(samples: Sequence[Sample]) -> list[int]:
-    """Knots with at least a few steps above them."""
-    tokens = sorted(sum(lengths) for _, lengths, _ in samples)
-    return [knot for knot in KNOTS if not knot or len(tokens) > 8 and knot < tokens[-8]]
-
-
-def rows(samples: Sequence[Sample], sizes: Sequence[int], knots: Sequence[int]) -> Any:
-    """A row per step: 1, tokens above each knot, and the units of TERMS."""
-    import numpy as np
-
-    table = []
-    for starts, lengths, _ in samples:
-        tokens, *units = features(starts, lengths)
-        size = padded(int(tokens), sizes)
-        table.append([1.0, *(max(0.0, size - knot) for knot in knots), *units])
-    return np.array(table)
 
 
 def nonnegative(table: Any, seconds: Any) -> Any:
@@ -192,6 +148,54 @@ def as_long_in_all(table: Any, seconds: Any) -> Any:
     found = nonnegative(table, seconds)
     predicted = float((table @ found).sum())
     return found * (float(seconds.sum()) / predicted) if predicted > 0 else found
+
+
+def fitted(
+    samples: Sequence[Sample], sizes: Sequence[int], solve: Callable[[Any, Any], Any] = nonnegative
+) -> tuple[Terms, dict[str, float]]:
+    """The terms of one kind of step, and their relative error on steps that each fit has not seen. `solve`
+    answers the coefficients of a table of units and its seconds."""
+    import numpy as np
+
+    knots = knots_of(samples)
+    table, seconds = rows(samples, sizes, knots), np.array([s for _, _, s in samples])
+    kept = undisturbed(table, seconds)
+    table, seconds = table[kept], seconds[kept]
+    fold = np.random.default_rng(0).permutation(len(seconds)) % FOLDS
+    off = np.empty(len(seconds))
+    for number in range(FOLDS):
+        unseen = fold == number
+        coefficients = solve(table[~unseen], seconds[~unseen])
+        off[unseen] = table[unseen] @ coefficients / seconds[unseen] - 1
+    floor, *rest = solve(table, seconds).tolist()
+    slopes, others = rest[: len(knots)], rest[len(knots) :]
+    terms = Terms(floor, knots, slopes, **dict(zip(TERMS, others, strict=True)), sizes=list(sizes))
+    error = {
+        "mean": float(off.mean()),
+        "p50": float(np.median(np.abs(off))),
+        "p90": float(np.quantile(np.abs(off), 0.9)),
+        "steps": len(off),
+        "disturbed": int((~kept).sum()),
+    }
+    return terms, {name: round(value, 5) for name, value in error.items()}
+
+
+def knots_of(samples: Sequence[Sample]) -> list[int]:
+    """Knots with at least a few steps above them."""
+    tokens = sorted(sum(lengths) for _, lengths, _ in samples)
+    return [knot for knot in KNOTS if not knot or len(tokens) > 8 and knot < tokens[-8]]
+
+
+def rows(samples: Sequence[Sample], sizes: Sequence[int], knots: Sequence[int]) -> Any:
+    """A row per step: 1, tokens above each knot, and the units of TERMS."""
+    import numpy as np
+
+    table = []
+    for starts, lengths, _ in samples:
+        tokens, *units = features(starts, lengths)
+        size = padded(int(tokens), sizes)
+        table.append([1.0, *(max(0.0, size - knot) for knot in knots), *units])
+    return np.array(table)
 
 
 def undisturbed(table: Any, seconds: Any) -> Any:

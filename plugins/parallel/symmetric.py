@@ -1,9 +1,9 @@
 """Products and sums over memory that the GPUs of a host map into each other (torch's symmetric memory),
 instead of NCCL's.
 
-Short steps: the product before an all-reduce is written straight into such memory and summed there in two
-shots: each rank adds up its part of every peer's buffer, then fetches the other parts. At the sizes of a
-decode step NCCL is bound by latency and this is not.
+Short steps: the product before an all-reduce is written straight into such memory, where the kernel of the
+norm behind it reads and sums all ranks' parts (`peers.py`). At the sizes of a decode step NCCL is bound by
+latency and this is not.
 
 Long steps: the sum's two halves are taken apart (sequence parallelism: Korthikanti et al. 2022, section
 4.2.2), and each runs beside the product next to it, a part of the rows for each rank (Wang et al. 2023,
