@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -151,6 +152,7 @@ class DriverExecution(RankExecution):
             f"ranks: tp={job.parallel.tp} pp={job.parallel.pp}, parallel.all_reduce={job.parallel.all_reduce}"
         )
         ranks.answers()  # every rank has loaded its part
+        atexit.register(self.close)
 
     def kv_capacity(self, block_size: int) -> int:
         self.ranks.call("kv_capacity", block_size)
@@ -197,5 +199,6 @@ class DriverExecution(RankExecution):
                 sleep(0)
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         super().close()  # before the communicators that its graphs hold
         self.ranks.close()

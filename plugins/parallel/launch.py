@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .execution import Job
 
 GRACE = 2.0  # seconds in which a failing rank may still say why
-ABORTING = 20.0  # seconds that communicators may take to let go of a dead rank: NCCL was seen to take 4.4
+LEAVING = 20.0  # seconds that communicators may take to let go of ranks that may be gone
 TICK = 0.5  # seconds between two looks at who has said nothing
 QUIET = 2.0  # seconds of silence, four beats, of a rank that others wait for: it is stopped
 #: Seconds on top of parallel.timeout in which a rank may say nothing: imports, and on a GPU contexts and
@@ -167,6 +167,7 @@ class Ranks:
         self._failed = threading.Event()
         self._closing = False
         self._closed = threading.Event()
+        self._leaving: threading.Thread | None = None  # closes the mesh
         self.steps = 0
         self._threads = torch.get_num_threads()
         if kind == "cpu":  # the ranks share the cores
@@ -386,7 +387,7 @@ class Ranks:
         while not (own := [f for f in self._failures if not f.secondary]) and perf_counter() < until:
             threading.Event().wait(0.05)
         error = RankError(f"rank {own[0].rank} {own[0].reason}" if own else self._waited_for())
-        self.close(failed=True)
+        self._end(failed=True)
         return error
 
     def _waited_for(self) -> str:
@@ -402,8 +403,17 @@ class Ranks:
         return f"{_hanging(behind)}: {at}; {gave_up}"
 
     def close(self, failed: bool = False) -> None:
-        """Ends every rank: asks first, kills after `GRACE` seconds. No process that was started here is
-        left."""
+        """Ends every rank, and waits for the communicators to let go. NCCL's wait in their turn for the CUDA
+        graphs that captured them, so those are given back before."""
+        self._end(failed)
+        # Nor may the interpreter end while a thread is inside them: C++ would end the process with SIGABRT.
+        if self._leaving is not None:
+            self._leaving.join(LEAVING)
+
+    def _end(self, failed: bool = False) -> None:
+        """Ends every rank: asks first, kills after `GRACE` seconds, at once if the run has failed. No process
+        that was started here is left. Communicators begin to let go, in a thread: one that waits for a dead
+        rank must not hold up the word of it."""
         if self._closing:
             return
         self._closing = True
@@ -418,11 +428,10 @@ class Ranks:
         until = perf_counter() + (0 if failed else GRACE)
         torch.set_num_threads(self._threads)
         if hasattr(self, "mesh"):
-            # A communicator that waits for a dead rank must not hold up the end of the run for ever. Nor may
-            # the interpreter end while a thread is inside it: C++ would end the process with SIGABRT.
-            closing = threading.Thread(target=self.mesh.close, args=(failed,), daemon=True)
-            closing.start()
-            closing.join(ABORTING)
+            self._leaving = threading.Thread(target=self.mesh.close, args=(failed,), daemon=True)
+            self._leaving.start()
+            if not failed:
+                self._leaving.join(2 * GRACE)  # the ranks take part in it
         for process in self._processes.values():
             try:
                 process.wait(max(0.0, until - perf_counter()))
