@@ -181,7 +181,7 @@ def by_batch(decode: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def profiled(llm: Any, call: Any) -> list[dict[str, Any]]:
-    """One more repeat with executor.profile on: every step's breakdown, seconds."""
+    """One more repeat that is profiled: every step's breakdown, seconds."""
     steps: list[dict[str, Any]] = []
 
     class Collector:
@@ -211,11 +211,11 @@ def profiled(llm: Any, call: Any) -> list[dict[str, Any]]:
         def on_requests(self, finished: Any) -> None: ...
         def close(self, result: Any) -> None: ...
 
-    llm.engine.executor.profile = True
+    llm.engine.executor.execution.profile = True
     llm.engine.observers.append(Collector())
     call()
     llm.engine.observers.pop()
-    llm.engine.executor.profile = False
+    llm.engine.executor.execution.profile = False
     return steps
 
 

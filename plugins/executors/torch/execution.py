@@ -90,6 +90,7 @@ class Execution:
         seed: int,
     ) -> None:
         self.config, self.engine = config, engine
+        self.profile = config.profile  # may change between two runs
         limit_threads()
         self.device = device_of(config.device)
         self.spec = read_model(model)
@@ -266,13 +267,13 @@ class Execution:
             ticket.wanted = [
                 r.sampling.logprobs for r, sample in zip(plan.requests, plan.samples, strict=True) if sample
             ]
-        if self.config.profile:
+        if self.profile:
             ticket.began = self._mark()
         launching = perf_counter()
         self._send_back(ticket, self._execute(step))
         launched = perf_counter()
         ticket.flight = self._forecast.launched(kind_of(step.decode, step.num_tokens), began, launched)
-        if self.config.profile:
+        if self.profile:
             ticket.ended = self._mark()
             measuring = perf_counter() - launched + launching - packed
             ticket.timings = {"prepare": packed - began, "launch": launched - launching, "profile": measuring}
