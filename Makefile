@@ -30,6 +30,7 @@ $(READY): pyproject.toml $(wildcard requirements*.lock)
 	$(LOCKED) -r requirements-torch-cpu.lock 2>/dev/null || $(LOCKED) -r requirements-torch.lock
 	$(LOCKED) -r requirements.lock
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/python -m plugins.native.build
 	touch $@
 
 clean:

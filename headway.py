@@ -32,6 +32,7 @@ from core.errors import (
     HeadwayError,
     InvariantError,
     ModelError,
+    NothingPlanned,
     PluginError,
     PolicyError,
     RankError,
@@ -71,7 +72,7 @@ from core.policy import (
     TokenBudget,
     Victim,
 )
-from core.prompts import token_ids
+from core.prompts import readable, token_ids
 from core.request import Request, RequestState
 from core.step import StepBuilder
 from core.testing.oracle import OracleExecutor
@@ -122,6 +123,7 @@ __all__ = [
     "NeedBlocks",
     "NoBudget",
     "NotReady",
+    "NothingPlanned",
     "Observer",
     "Oracle",
     "OracleExecutor",
@@ -181,6 +183,7 @@ __all__ = [
     "near",
     "param",
     "prefix_keys",
+    "readable",
     "root_key",
     "token_ids",
     "whole",

@@ -20,7 +20,6 @@ from .arrivals import ArrivalQueue, OnResult, checked, in_order
 from .blocks import BlockPool
 from .calls import Calls
 from .clock import RecordingClock
-from .collecting import rare_collections
 from .compose.config import EngineConfig
 from .context import Oracle
 from .counts import Counts
@@ -31,8 +30,8 @@ from .handoff import Handoff, attach, detach
 from .inbox import Inbox
 from .inputs import Arrival
 from .intake import Intake
-from .interrupts import interrupts
 from .ledger import Ledger
+from .loop import run as whole_run
 from .matching import Matches
 from .outputs import RunResult, StopText
 from .outside import Observer
@@ -48,6 +47,8 @@ from .view import View
 class Engine:
     """Composes one object per role into a running system. roles: config node -> object, see
     `policy.ROLES`."""
+
+    name = "python"  # among the loops of a run
 
     def __init__(
         self,
@@ -242,22 +243,10 @@ class Engine:
         What `on_result` answers is at times on the clock, as is all that comes out. The outputs are the
         result's: the engine forgets them when the next run begins.
         """
-        status, problem = "finished", None
-        try:
-            with rare_collections(), interrupts.stepping():
-                self._begin(arrivals, on_result)
-                while self.step():
-                    interrupts.check()
-        except BaseException as error:
-            status, problem = ("interrupted", None) if interrupts.caused(error) else ("failed", error)
-        result = self.result(status, str(problem) if problem else "")
-        unclosed = observing.close(self.observers, self.calls, self.roster.take_ended(), result)
-        if (problem := problem or unclosed) is not None:
-            problem.partial = result  # type: ignore[attr-defined]
-            raise problem
-        return result
+        return whole_run(self, arrivals, on_result)
 
-    def _begin(self, arrivals: Iterable[Arrival], on_result: OnResult | None) -> None:
+    def begin(self, arrivals: Iterable[Arrival], on_result: OnResult | None) -> None:
+        """The next run begins, with the loop where it stands. For `run`."""
         goes_on = bool(self.roster.present or self.flights)  # somebody turned the loop by hand
         if not goes_on:
             self.counts.begin(self.clock.inner.now() if self.counts.num_runs else 0.0)
@@ -272,6 +261,9 @@ class Engine:
         self.coming.on_result = on_result
         self.coming.stream(arrivals, self.counts.began)
         observing.tell(self.observers, self.calls, "on_start", self)
+
+    def take_ended(self) -> list[Request]:
+        return self.roster.take_ended()
 
     def result(self, status: str = "finished", error: str = "") -> RunResult:
         """What there is so far. Requests still in the system count as aborted, and the engine starts over."""

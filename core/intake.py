@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from .arrivals import ArrivalQueue
 from .blocks import BlockPool
@@ -13,6 +14,8 @@ from .ledger import Ledger
 from .prompts import readable
 from .request import Request
 from .roster import Roster
+
+R = TypeVar("R", bound=Request)
 
 
 class Intake:
@@ -80,12 +83,17 @@ class Intake:
     def end_aborted(self, now: float) -> int:
         """Ends who was aborted; returns how many. Ids that have ended already are forgotten."""
         count = 0
-        for id in self._aborted & self.ids if self._aborted else ():
-            self._aborted.discard(id)
+        for id in self.take_aborted() if self._aborted else ():
             if (request := self._roster.present.get(id)) is not None:
                 self._roster.abort(request, now)
                 count += 1
         return count
+
+    def take_aborted(self) -> set[str]:
+        """Ids of requests that have been met and are to end now."""
+        met = self._aborted & self.ids
+        self._aborted -= met
+        return met
 
     def end_run(self) -> None:
         """Nobody whom an abort was meant for comes any more."""
@@ -94,8 +102,15 @@ class Intake:
     def _request(self, arrival: Arrival) -> tuple[Request, str, int | None]:
         """The request, why it can never run ("" if it can), and the length of its emulated answer."""
         arrival, unreadable = readable(arrival)
+        request = self.numbered(arrival, Request)
+        refusal = unreadable or self.refusal(request, arrival.output_len, _ends(request.token_ids))
+        self.ids.add(request.id)
+        return request, refusal, arrival.output_len
+
+    def numbered(self, arrival: Arrival, kind: type[R]) -> R:
+        """The next request: with the next index, and an id."""
         eos = self._executor.caps.eos_token_ids
-        request = Request(
+        request = kind(
             arrival,
             self.num_requests,
             max_model_len=self._max_model_len,
@@ -103,9 +118,7 @@ class Intake:
             id=self._automatic_id() if arrival.id is None else None,
         )
         self.num_requests += 1
-        refusal = unreadable or self._refusal(request, arrival.output_len)
-        self.ids.add(request.id)
-        return request, refusal, arrival.output_len
+        return request
 
     def _automatic_id(self) -> str:
         """r and the request's index, or the next number that no other request has or is known to bring."""
@@ -114,8 +127,9 @@ class Intake:
             number += 1
         return id
 
-    def _refusal(self, request: Request, output_len: int | None) -> str:
-        """Why a request can never run; "" if it can."""
+    def refusal(self, request: Request, output_len: int | None, ends: tuple[int, int]) -> str:
+        """Why a request can never run; "" if it can. `ends`: the lowest and the highest token of a prompt
+        that fits the context."""
         prompt, vocab = request.num_prompt_tokens, self._executor.caps.vocab_size
         if request.id in self.ids:
             return f"id {request.id!r} is taken: ids must be unique in a run"
@@ -129,7 +143,7 @@ class Intake:
         if request.sampling.stop and not self._roster.decides_stop_strings:
             has_none = f"{self._executor.plugin_name} has none for this model"
             return f"stop strings need a tokenizer, and {has_none}: use stop_token_ids"
-        low, high = min(request.token_ids), max(request.token_ids)
+        low, high = ends
         if low < 0 or high >= vocab:
             return f"token id {low if low < 0 else high} is outside the vocabulary of {vocab}"
         if (wanted := request.sampling.logprobs) is not None and wanted > vocab:
@@ -140,3 +154,7 @@ class Intake:
             has = f"the pool has {self._pool.num_blocks}"
             return f"needs up to {need} KV blocks, {has}: lower max_tokens or raise engine.num_blocks"
         return ""
+
+
+def _ends(tokens: Sequence[int]) -> tuple[int, int]:
+    return (min(tokens), max(tokens)) if tokens else (0, 0)

@@ -103,3 +103,4 @@ class RunResult:
     time_model: TimeModel | None = None
     # parameters that were left None -> what became of them
     derived: dict[str, Any] = field(default_factory=dict)
+    loop: str = ""  # what went through the run: "python", or the name of what stood in for the engine

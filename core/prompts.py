@@ -37,6 +37,8 @@ def token_ids(prompt: Any) -> Sequence[int]:
     instead."""
     if hasattr(prompt, "tolist") and not isinstance(prompt, memoryview):  # NumPy, torch
         prompt = prompt.tolist()
+        if type(prompt) is list and set(map(type, prompt)) <= _INT:
+            return prompt
     # A range holds ints alone, and may stand for a prompt that is longer than any context: it is not read.
     if isinstance(prompt, range) and _is_countable(prompt):
         return prompt

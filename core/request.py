@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from enum import Enum
 from operator import attrgetter
+from struct import pack
 from typing import Any
 
 from .inputs import Arrival
@@ -112,6 +113,11 @@ class Request:
     @property
     def prompt_token_ids(self) -> list[int]:
         return self.token_ids[: self.num_prompt_tokens]
+
+    def prompt_words(self) -> bytes:
+        """Its prompt's tokens, 64 bits each; none of a prompt that was rejected unread."""
+        prompt = self.prompt_token_ids
+        return pack(f"{len(prompt)}q", *prompt)
 
     @property
     def num_new_tokens(self) -> int:

@@ -84,6 +84,10 @@ class Job:
             self.directory = self.sweep / self.wanted
         self.files: Sequence[str] = results.FILES
         self.result: RunResult | None = None
+        self._summed: tuple[RunResult | None, dict[str, Any]] = (
+            None,
+            {},
+        )  # a result and its summary, which takes a while
         self._written: dict[str, Any] = {}  # what result.json holds
         self._room: results.Room | None = None
 
@@ -128,7 +132,9 @@ class Job:
             return self._failed(error)
         status, problem = verdict(result)
         self._end(status, problem)
-        say(f"\n{report.run_table(summarize(result))}\n{_answers(run, result)}\nresults: {self.directory}")
+        say(
+            f"\n{report.run_table(self._summary(result))}\n{_answers(run, result)}\nresults: {self.directory}"
+        )
         if problem:
             say(f"error: {problem}", error=True)
         if status == "interrupted":
@@ -174,7 +180,7 @@ class Job:
             told["status"], told["error"] = "failed", told["error"] or str(problem)
 
     def _write(self, status: str, error: str, trace: str = "") -> None:
-        summary = summarize(self.result) if self.result else {}
+        summary = self._summary(self.result) if self.result else {}
         data: dict[str, Any] = {"status": status, "error": hide(error), "overrides": self.overrides}
         data |= {"seed": self.cfg.seed, "config": self.identity, "summary": summary}
         data |= {"traceback": hide(trace)} if trace else {}
@@ -184,6 +190,11 @@ class Job:
         self._write_result(data)
         if summary and results.SUMMARY in self.files:
             results.write_json(self.directory / results.SUMMARY, summary)
+
+    def _summary(self, result: RunResult) -> dict[str, Any]:
+        if self._summed[0] is not result:
+            self._summed = result, summarize(result)
+        return self._summed[1]
 
     def _write_result(self, data: dict[str, Any]) -> None:
         """Where there is no room for all of it, how the job ended matters more than the traceback."""

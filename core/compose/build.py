@@ -13,6 +13,8 @@ from ..errors import ConfigError, HeadwayError, PluginError, WorkloadError, near
 from ..execution import ExecutorCaps
 from ..executor import BuildContext, Executor
 from ..inputs import SLO, Arrival
+from ..loop import Loop
+from ..loop import run as whole_run
 from ..measure.step_log import StepLog
 from ..outputs import RunResult
 from ..outside import Observer, Workload
@@ -81,6 +83,7 @@ class Run:
         engine, slo = self.engine, self.composition.slo
         workload: Any = self.roles["workload"]
         try:
+            loop = self.loop()
             seed, vocab_size = self.composition.seed, engine.executor.caps.vocab_size
             arrivals = engine.calls.call(workload, workload.arrivals, seed, vocab_size, engine.max_model_len)
             if not hasattr(arrivals, "__iter__"):
@@ -89,8 +92,10 @@ class Run:
                     "Arrivals"
                 )
             self.registry.call("headway_run_start", run=self)
-            result = engine.run(
-                with_slo(arrivals, slo), lambda request, now: with_slo(workload.on_result(request, now), slo)
+            result = whole_run(
+                loop,
+                with_slo(arrivals, slo),
+                lambda request, now: with_slo(workload.on_result(request, now), slo),
             )
         except BaseException as error:
             if (partial := getattr(error, "partial", None)) is not None:
@@ -100,6 +105,20 @@ class Run:
             engine.executor.close()
         self._tell_end(result)
         return result
+
+    def loop(self) -> Loop:
+        """What goes through the run: the engine, or what stands in for it with the same outcome. Raises
+        ConfigError for engine.native=always where nothing can."""
+        native = self.composition.engine.native
+        if native == "never":
+            return self.engine
+        answers = [answer for _, answer in self.registry.call("headway_stand_in", run=self)]
+        reasons = [answer for answer in answers if isinstance(answer, str)]
+        loops = [answer for answer in answers if not isinstance(answer, str)]
+        if native == "always" and not loops:
+            why = "; ".join(reasons) or "nothing stands in for the engine"
+            raise ConfigError(f"engine.native=always: {why}. Set engine.native=auto")
+        return loops[0] if loops else self.engine
 
     def _tell_end(self, result: RunResult, error: BaseException | None = None) -> None:
         """The hooks at the end. What one of them raises carries the result, and never takes the place of the
@@ -322,6 +341,12 @@ def build(
     if isinstance(tracking, Observer):
         tracking.on_build(run)
         engine.observers.append(tracking)
+    if composition.engine.native == "always":
+        try:
+            run.loop()
+        except BaseException:
+            executor.close()
+            raise
     return run
 
 

@@ -328,6 +328,11 @@ class EngineConfig:
         doc="None: the model's own context",
     )
     check: bool = False  # verify the whole pool after every step (slow)
+    native: str = param(
+        "auto",
+        choices=("auto", "never", "always"),
+        doc="auto: compiled, where that is built and all roles of the run have a twin; always: or not at all",
+    )
 
     def __post_init__(self) -> None:
         check(self, "engine")

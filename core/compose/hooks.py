@@ -29,6 +29,7 @@ from ..policy import API_VERSION, ROLES, Role
 from .params import checked
 
 if TYPE_CHECKING:
+    from ..loop import Loop
     from ..outputs import RunResult
     from .build import Run
 
@@ -60,6 +61,10 @@ class HeadwaySpec:
     def headway_observers(self, run: Run) -> Sequence[Observer]:  # type: ignore[empty-body]
         """Observers that watch every run while the package is installed. Called once a run, after its roles
         are built."""
+
+    @hookspec
+    def headway_stand_in(self, run: Run) -> Loop | str:  # type: ignore[empty-body]
+        """What can go through this very run in its engine's place, to the same outcome; or why it cannot."""
 
     @hookspec
     def headway_run_start(self, run: Run) -> None:

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from ..outputs import RequestOutput, RunResult
@@ -126,7 +127,7 @@ def summarize(result: RunResult) -> dict[str, Any]:
         summary["derived"] = result.derived
     if result.oracles:
         summary["oracles"] = ", ".join(result.oracles)
-    return summary | fairness(outputs)
+    return summary | {"loop": result.loop} | fairness(outputs)
 
 
 _PARTICULARS = re.compile(r"'[^']*'|\d+")  # what tells two refusals of one kind apart: names and numbers
@@ -145,14 +146,30 @@ def _latencies(done: Sequence[RequestOutput]) -> dict[str, list[float]]:
     return {
         "ttft": [v for v in map(ttft, done) if v is not None],
         "tpot": [v for v in map(tpot, done) if v is not None],
-        "itl": [gap for o in done for gap in itl(o)],
+        "itl": _gaps(done),
         "e2el": [v for v in map(e2el, done) if v is not None],
     }
 
 
+def _gaps(done: Sequence[RequestOutput]) -> list[float]:
+    """`itl` of each, one after the other: there are millions of them."""
+    import numpy as np
+
+    times = np.fromiter(chain.from_iterable(o.token_times for o in done), np.float64)
+    ends = np.cumsum([len(o.token_times) for o in done], dtype=np.int64)
+    within = np.ones(max(0, len(times) - 1), bool)
+    within[ends[(ends > 0) & (ends < len(times))] - 1] = (
+        False  # from one request's last token to the next one's first
+    )
+    gaps: list[float] = np.diff(times)[within].tolist()
+    return gaps
+
+
 def _distribution(name: str, seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
-    mean = math.fsum(ordered) / len(ordered) if ordered else math.nan
+    import numpy as np
+
+    ordered: list[float] = np.sort(np.array(seconds, np.float64)).tolist()
+    mean = math.fsum(seconds) / len(seconds) if seconds else math.nan
     return {f"mean_{name}_ms": mean * 1e3} | {
         f"p{p}_{name}_ms": percentile(ordered, p) * 1e3 for p in PERCENTILES
     }

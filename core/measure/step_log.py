@@ -9,7 +9,7 @@ allocation: about 50 MB at most before a piece is handed over, and as much again
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +61,39 @@ class StepColumns:
     allocation_sizes: Lists  # per step: how many blocks each allocation has
     timing_names: list[str]  # of the executor's own timings, step after step
     timings: Lists  # seconds, at the places of their names
+
+    @classmethod
+    def of(
+        cls,
+        counts: np.ndarray[Any, Any],
+        times: np.ndarray[Any, Any],
+        *,
+        requests: Any,
+        chunks: Any,
+        preempted: Any,
+        allocations: Any,
+        sizes: Any,
+        more: Any = (),
+        timing_names: Sequence[str] = (),
+        seconds: Any = (),
+    ) -> StepColumns:
+        """From a row of whole numbers per step (COUNTS, then extents), a row of TIMES, and what the lists
+        hold, one behind the other."""
+        numbers = dict(zip((*COUNTS, *_EXTENTS), counts.T, strict=True)) | dict(
+            zip(TIMES, times.T, strict=True)
+        )
+        num_allocations, values, timings, num_more = (numbers.pop(name) for name in _EXTENTS)
+        return cls(
+            numbers=numbers,
+            requests=_lists(requests, numbers["num_seqs"]),
+            chunks=_lists(chunks, 2 * numbers["num_seqs"]),
+            more=_lists(more, num_more),
+            preempted=_lists(preempted, numbers["num_preempted"]),
+            allocations=_lists(allocations, values),
+            allocation_sizes=_lists(sizes, num_allocations),
+            timing_names=list(timing_names[: int(timings.sum())]),
+            timings=_lists(seconds, timings),
+        )
 
 
 class StepLog(Observer):
@@ -124,13 +157,21 @@ class StepLog(Observer):
         ):
             self._flush()
 
+    @property
+    def piece(self) -> tuple[int, int]:
+        """Steps, and planned requests and allocated blocks, after which readers get what there is."""
+        return MOST_STEPS, MOST_NUMBERS
+
     def close(self, result: Any) -> None:
         self._flush()
 
     def _flush(self) -> None:
-        """Hands everything to every reader, also when another one fails."""
         columns = self._columns()
         self._begin()
+        self.hand(columns)
+
+    def hand(self, columns: StepColumns) -> None:
+        """To every reader, also when another one fails. For whoever fills columns in this log's place."""
         problem: Exception | None = None
         for read in self.readers:
             try:
@@ -144,24 +185,22 @@ class StepLog(Observer):
         """A step's counts are written last, so one that was cut off while it was logged is left out."""
         import numpy as np
 
-        counts = np.array(self._counts, np.int64).reshape(-1, _WIDTH).T
-        times = np.array(self._times, np.float64).reshape(-1, len(TIMES)).T[:, : counts.shape[1]]
-        numbers = dict(zip((*COUNTS, *_EXTENTS), counts, strict=True)) | dict(zip(TIMES, times, strict=True))
-        allocations, values, timings, more = (numbers.pop(name) for name in _EXTENTS)
-        return StepColumns(
-            numbers=numbers,
-            requests=_lists(self._requests, numbers["num_seqs"]),
-            chunks=_lists(self._chunks, 2 * numbers["num_seqs"]),
-            more=_lists(self._more, more),
-            preempted=_lists(self._preempted, numbers["num_preempted"]),
-            allocations=_lists(self._allocations, values),
-            allocation_sizes=_lists(self._sizes, allocations),
-            timing_names=self._names[: int(timings.sum())],
-            timings=_lists(self._seconds, timings),
+        counts = np.array(self._counts, np.int64).reshape(-1, _WIDTH)
+        return StepColumns.of(
+            counts,
+            np.array(self._times, np.float64).reshape(-1, len(TIMES))[: len(counts)],
+            requests=self._requests,
+            chunks=self._chunks,
+            more=self._more,
+            preempted=self._preempted,
+            allocations=self._allocations,
+            sizes=self._sizes,
+            timing_names=self._names,
+            seconds=self._seconds,
         )
 
 
-def _lists(values: array[int] | array[float], sizes: np.ndarray[Any, Any]) -> Lists:
+def _lists(values: Any, sizes: np.ndarray[Any, Any]) -> Lists:
     import numpy as np
 
     offsets = np.zeros(len(sizes) + 1, np.int64)

@@ -103,6 +103,13 @@ class Roofline:
         self._send_latency = hardware.link_latency if pp > 1 else 0.0
         self._send = row / link if pp > 1 else 0.0  # a token
 
+    def coefficients(self) -> tuple[float, ...]:
+        """What `stage_time` multiplies with, for an engine that works it out itself."""
+        return (
+            self._weights, self._linear, self._head, self._kv, self._pair, self._layers,
+            self._reduce_latency, self._reduce, self._send_latency, self._send,
+        )  # fmt: skip
+
     def stage_time(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[float, float]:
         """Seconds of one pipeline stage, and of the send that follows it. The per-step overhead is not in
         it."""

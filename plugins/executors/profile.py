@@ -53,13 +53,14 @@ class Terms:
     def seconds(self, starts: Sequence[int], lengths: Sequence[int]) -> float:
         units = features(starts, lengths)
         tokens = padded(int(units[0]), self.sizes)
-        total = self.floor + sum(
-            slope * (tokens - knot)
-            for slope, knot in zip(self.slopes, self.knots, strict=True)
-            if tokens > knot
-        )
-        rest: float = sum(getattr(self, name) * unit for name, unit in zip(TERMS, units[1:], strict=True))
-        return total + rest
+        # One by one: since Python 3.12, `sum` of floats answers another last bit than before.
+        products = rest = 0.0
+        for slope, knot in zip(self.slopes, self.knots, strict=True):
+            if tokens > knot:
+                products += slope * (tokens - knot)
+        for name, unit in zip(TERMS, units[1:], strict=True):
+            rest += getattr(self, name) * unit
+        return self.floor + products + rest
 
 
 def features(starts: Sequence[int], lengths: Sequence[int]) -> tuple[float, ...]:

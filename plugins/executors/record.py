@@ -26,7 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from struct import pack
 from types import NoneType
@@ -139,7 +139,7 @@ class Prompt(NamedTuple):
 
     @classmethod
     def of(cls, request: Request) -> Prompt:
-        return cls(request.num_prompt_tokens, checksum(request.prompt_token_ids))
+        return cls(request.num_prompt_tokens, zlib.crc32(request.prompt_words()))
 
 
 class Said(NamedTuple):
@@ -303,7 +303,7 @@ class Recorder(Observer):
         tokenizer = self._engine.executor.tokenizer
         said = [Said.of(o, tokenizer) for o in outputs if o.prompt is not None and tokenizer is not None]
         offsets = np.cumsum([0, *(len(o.output_token_ids) for o in outputs)], dtype=np.int64)
-        tokens = (token for o in outputs for token in o.output_token_ids)
+        tokens = chain.from_iterable(o.output_token_ids for o in outputs)
         data = {
             "readings": np.array(self._engine.clock.readings, np.float64),
             **dict(

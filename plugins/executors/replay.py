@@ -40,7 +40,7 @@ __all__ = ["Record", "RecordedTimes", "Recorder", "Replay", "ReplayError"]
 
 OWN_WORKLOAD = "replay the record's own workload and seed"
 #: Facts that decide nothing: who runs the plans, who watches, and what is checked or waited for meanwhile.
-NO_MATTER = ("executor", "tracking", "engine.check", "parallel.timeout", "parallel.port")
+NO_MATTER = ("executor", "tracking", "engine.check", "engine.native", "parallel.timeout", "parallel.port")
 
 
 class RecordedClock(ReplayClock):

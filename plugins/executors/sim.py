@@ -156,7 +156,7 @@ class SimExecutor(Executor):
         self, num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, seed: int
     ) -> None:
         self._seed = seed
-        # request index -> its token sequence, see _stream
+        # request index -> its token sequence, see stream
         self._streams: dict[int, tuple[int, int, int, int]] = {}
         self._host = VirtualServer(self.clock)
         self._stage_free = [0.0] * self.roofline.pp
@@ -203,6 +203,10 @@ class SimExecutor(Executor):
         pass
 
     def _stream(self, request: Request) -> tuple[int, int, int, int]:
+        stream = self._streams[request.index] = self.stream(request)
+        return stream
+
+    def stream(self, request: Request) -> tuple[int, int, int, int]:
         """A request's tokens: (low, size, base, stride), token at position p = low + (base + p * stride) mod
         size.
 
@@ -215,9 +219,7 @@ class SimExecutor(Executor):
         if size < 1:
             size, low = self.caps.vocab_size, 0  # every id ends the request
         key = f"{self._seed}/{request.id}".encode()
-        stream = (low, size, crc32(key), crc32(key, 1) | 1)
-        self._streams[request.index] = stream
-        return stream
+        return low, size, crc32(key), crc32(key, 1) | 1
 
 
 @hookimpl

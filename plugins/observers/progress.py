@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from headway import Engine, Observer, Request, Run, RunResult, StepRecord, hookimpl
+from headway import Engine, Observer, Request, Run, RunResult, StepColumns, StepRecord, hookimpl
 
 
 class Progress(Observer):
@@ -39,14 +40,26 @@ class Progress(Observer):
         self._drawn = self._began = time.monotonic()
 
     def on_step(self, record: StepRecord) -> None:
-        self._tokens += record.emitted
+        self._stepped(record.emitted, record)
+
+    def on_steps(self, steps: StepColumns) -> None:
+        """Many steps at once, of a compiled run."""
+        numbers = steps.numbers
+        if len(numbers["step"]):
+            last = {
+                name: numbers[name][-1].item() for name in ("num_running", "num_waiting", "kv_used", "end")
+            }
+            self._stepped(int(numbers["emitted"].sum()), SimpleNamespace(**last))
+
+    def _stepped(self, emitted: int, last: Any) -> None:
+        self._tokens += emitted
         if time.monotonic() - self._drawn >= self.interval:
-            self._draw(record)
+            self._draw(last)
 
     def on_requests(self, finished: Sequence[Request]) -> None:
         self._done += len(finished)
 
-    def _draw(self, record: StepRecord) -> None:
+    def _draw(self, record: Any) -> None:
         now = time.monotonic()
         rate = (self._tokens - self._seen) / max(now - self._drawn, 1e-9)
         self._drawn, self._seen = now, self._tokens

@@ -19,7 +19,17 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
-from headway import Engine, Observer, Registry, RunResult, StepRecord, hookimpl, metrics, param
+from headway import (
+    Engine,
+    Observer,
+    Registry,
+    RunResult,
+    StepColumns,
+    StepRecord,
+    hookimpl,
+    metrics,
+    param,
+)
 
 # seconds that wandb's own process may take to start on a busy machine, beside what a server takes
 STARTING = 20.0
@@ -35,6 +45,17 @@ SERIES: dict[str, Callable[[StepRecord], float]] = {
     "engine/policy_us": lambda r: r.policy_time * 1e6,
     "engine/preempted": lambda r: r.num_preempted,
 }
+#: The same of columns.
+COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "engine/num_running": lambda c: c["num_running"],
+    "engine/num_waiting": lambda c: c["num_waiting"],
+    "engine/kv_used": lambda c: c["kv_used"],
+    "engine/kv_cached": lambda c: c["kv_cached"],
+    "engine/tokens_a_step": lambda c: c["num_tokens"],
+    "engine/step_ms": lambda c: (c["end"] - c["start"]) * 1e3,
+    "engine/policy_us": lambda c: c["policy_time"] * 1e6,
+    "engine/preempted": lambda c: c["num_preempted"],
+}
 
 
 class Buckets:
@@ -47,7 +68,15 @@ class Buckets:
         self._open: list[float] = []
 
     def add(self, record: StepRecord) -> None:
-        values = [1.0, record.end, *(read(record) for read in SERIES.values())]
+        self._add([1.0, record.end, *(read(record) for read in SERIES.values())])
+
+    def add_all(self, numbers: dict[str, Any]) -> None:
+        """Many steps, as columns by name."""
+        series = [read(numbers).tolist() for read in COLUMNS.values()]
+        for end, *values in zip(numbers["end"].tolist(), *series, strict=True):
+            self._add([1.0, end, *values])
+
+    def _add(self, values: list[float]) -> None:
         self._open = _merged(self._open, values) if self._open else values
         if self._open[0] >= self.size:
             self.rows.append(self._open)
@@ -190,6 +219,11 @@ class Wandb(Observer):
     def on_step(self, record: StepRecord) -> None:
         if self._wandb is not None:
             self._buckets.add(record)
+
+    def on_steps(self, steps: StepColumns) -> None:
+        """Many steps at once, of a compiled run."""
+        if self._wandb is not None:
+            self._buckets.add_all(steps.numbers)
 
     def close(self, result: RunResult) -> None:
         """Numbers first, which W&B writes to a log on disk; then what may need the server, for so many

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from headway import Arrival, Registry, Request, Run, Tags, WorkloadError, hookimpl, param
 
-from .content import Content, Numbering, only_its_length
+from .content import Content, Numbering, Prompt, only_its_length
 from .known_formats import FORMATS, LONGEST_GROUP, guessed
 from .lines import Lines, parsed, regular_file
 from .pace import LONGEST, PROCESSES, TimedWorkload
@@ -163,12 +163,8 @@ class Trace(TimedWorkload):
         """Tokens of the row's blocks, and behind them, or where it names none, of a sequence that no other
         row has."""
         if row.block_ids is None:
-            return self._content.tokens(serial, length)
-        prompt: list[int] = []
-        for id in row.block_ids[: -(-length // row.block_size)]:
-            prompt += self._content.tokens(id, row.block_size)
-        del prompt[length:]
-        return prompt + self._content.tokens(self._tails + serial, length - len(prompt))
+            return Prompt(self._content, (), 1, length, tail=serial)
+        return Prompt(self._content, row.block_ids, row.block_size, length, tail=self._tails + serial)
 
     def on_result(self, request: Request, now: float) -> Iterable[Arrival]:
         i = int(request.id.removeprefix("r"))
