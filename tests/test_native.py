@@ -262,6 +262,14 @@ def test_without_the_library_runs_stay_in_python(found, monkeypatch, tmp_path) -
         small(found, [ask("a")], "always")
 
 
+def test_a_damaged_library_keeps_runs_in_python(found, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv(library.FOLDER, str(tmp_path))
+    library.path().write_text("no library")
+    assert small(found, [ask("a")], "auto").execute().loop == "python"
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        small(found, [ask("a")], "always")
+
+
 def test_without_a_compiler_the_build_says_so_and_with_a_broken_one_too(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv(library.FOLDER, str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

@@ -110,7 +110,13 @@ def _digest() -> str:
 
 def missing() -> str:
     """Why there is no library; "" where there is one."""
-    return "" if path().is_file() else "the compiled engine is not built: python -m plugins.native.build"
+    if not path().is_file():
+        return "the compiled engine is not built: python -m plugins.native.build"
+    try:
+        load()
+    except OSError as error:  # damaged, or of another machine that shares the folder
+        return f"the compiled engine cannot be loaded ({error}): delete it and build it again"
+    return ""
 
 
 def build() -> str:
