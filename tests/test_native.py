@@ -40,7 +40,7 @@ from core.inputs import Arrival, SamplingParams
 from core.measure import step_log
 from core.measure.metrics import summarize
 from headway import Observer, hookimpl
-from plugins.native import library, twins
+from plugins.native import followed, library, twins
 from plugins.workloads.content import Content, Prompt
 
 SEEDS = 300
@@ -223,6 +223,27 @@ def test_auto_takes_the_twin_and_the_summary_says_so(found) -> None:
 def test_every_twin_is_a_plugin_of_the_box(found) -> None:
     factories = {plugin.factory for plugin in found.plugins.values()}
     assert {kind for kinds in twins.TWINS.values() for kind in kinds if kind} <= factories
+
+
+def test_every_file_that_a_twin_follows_is_as_noted() -> None:
+    """One that changed keeps runs in Python until this suite has compared both again."""
+    followed.changed.cache_clear()
+    assert not followed.changed(), "python -m plugins.native.followed, then this file's tests"
+    classes = {kind for kinds in twins.TWINS.values() for kind in kinds if kind}
+    assert {f"{kind.__module__.replace('.', '/')}.py" for kind in classes} <= set(followed.digests())
+
+
+@pytest.mark.parametrize("edited", ["core/step.py", "plugins/schedulers/chunked.py"])
+def test_an_edited_policy_runs_in_python(found, monkeypatch, edited: str) -> None:
+    noted = followed.digests()
+    monkeypatch.setattr(followed, "digests", lambda: noted | {edited: "another"})
+    followed.changed.cache_clear()
+    try:
+        assert small(found, [ask("a")], "auto").execute().loop == "python"
+        with pytest.raises(ConfigError, match=f"{edited} was edited"):
+            small(found, [ask("a")], "always")
+    finally:
+        followed.changed.cache_clear()
 
 
 def test_a_subclass_of_a_twin_has_none(found) -> None:

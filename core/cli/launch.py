@@ -84,10 +84,8 @@ class Job:
             self.directory = self.sweep / self.wanted
         self.files: Sequence[str] = results.FILES
         self.result: RunResult | None = None
-        self._summed: tuple[RunResult | None, dict[str, Any]] = (
-            None,
-            {},
-        )  # a result and its summary, which takes a while
+        # a result and its summary, which takes a while
+        self._summed: tuple[RunResult | None, dict[str, Any]] = (None, {})
         self._written: dict[str, Any] = {}  # what result.json holds
         self._room: results.Room | None = None
 

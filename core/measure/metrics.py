@@ -158,9 +158,8 @@ def _gaps(done: Sequence[RequestOutput]) -> list[float]:
     times = np.fromiter(chain.from_iterable(o.token_times for o in done), np.float64)
     ends = np.cumsum([len(o.token_times) for o in done], dtype=np.int64)
     within = np.ones(max(0, len(times) - 1), bool)
-    within[ends[(ends > 0) & (ends < len(times))] - 1] = (
-        False  # from one request's last token to the next one's first
-    )
+    # from one request's last token to the next one's first
+    within[ends[(ends > 0) & (ends < len(times))] - 1] = False
     gaps: list[float] = np.diff(times)[within].tolist()
     return gaps
 

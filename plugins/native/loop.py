@@ -50,9 +50,8 @@ class NativeLoop:
         self.observers: list[Observer] = [
             self._columns if o is run.step_log else o for o in run.engine.observers
         ]
-        if (
-            self._columns not in self.observers
-        ):  # no file is written of the steps, and somebody may watch them
+        # where no file is written of the steps, somebody may watch them
+        if self._columns not in self.observers:
             self.observers.insert(0, self._columns)
         self._handle: Any = None
         self._alive: list[Any] = []

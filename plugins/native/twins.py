@@ -21,6 +21,8 @@ from plugins.schedulers.victim.newest import Newest
 from plugins.workloads.pace import TimedWorkload
 from plugins.workloads.trace import Azure, BurstGPT, Mooncake, Trace
 
+from . import followed
+
 
 def _every(role: Any) -> str:
     """All parameters have a twin."""
@@ -78,7 +80,10 @@ def missing(run: Run) -> str:
         return "engine.inbox is open: others may post requests"
     if engine.config.check:
         return "engine.check=true: the pool is verified after every step"
-    return "" if not engine.counts.num_runs else "the engine has run before"
+    if engine.counts.num_runs:
+        return "the engine has run before"
+    edited = followed.changed()
+    return edited and f"{edited} was edited, and the compiled engine follows what it was before"
 
 
 #: Formats of traces that know of no turns.
