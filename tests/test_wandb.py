@@ -270,7 +270,17 @@ def wandb_processes() -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds wandb's process in /proc")
-def test_the_numbers_outlive_wandbs_own_process(tmp_path, capsys):
+@pytest.mark.parametrize("taken", [False, True])
+def test_the_numbers_outlive_wandbs_own_process(tmp_path, capsys, monkeypatch, taken):
+    """Also when they went into a socket that nobody read any more."""
+    send, sent = Wandb._numbers, []
+
+    def numbers(self, run, result):
+        sent.append(run)
+        if len(sent) > taken:
+            send(self, run, result)
+
+    monkeypatch.setattr(Wandb, "_numbers", numbers)
     tracker = Wandb(mode="offline")
     tracker.run = SimpleNamespace(
         directory=tmp_path, config={}, name="x", group="", composition=SimpleNamespace(choices={})

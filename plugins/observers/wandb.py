@@ -242,6 +242,8 @@ class Wandb(Observer):
             _bounded(lambda: tracker.log({"requests": self._table(result)}), deadline - time.monotonic())
             left = max(1.0, deadline - time.monotonic()) + 1  # wandb's own limit comes first
             _bounded(lambda: tracker.finish(exit_code=exit_code), left)
+        except ConnectionError as error:  # its process is gone, and the numbers that it took perhaps as well
+            self._send_again(result, error)
         except Exception as error:
             _warn(
                 f"W&B did not take everything ({_line(error)}); `wandb sync {self._folder()}/*run-*` sends "
