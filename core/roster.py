@@ -13,7 +13,7 @@ when the last of these steps has come back. Who pauses leaves like one that is p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from . import spans
@@ -140,27 +140,36 @@ class Roster:
         request.state = _RUNNING
         self._calls.notify("on_admit", request, now)
 
-    def schedule_decode(self, request: Request, step: int) -> int:
-        """Plans the next token of a running request that has room for it in its last block: the common case.
+    def schedule_decodes(
+        self, requests: Iterable[Request], step: int, most: int, planned: list[Request], starts: list[int]
+    ) -> Request | None:
+        """Plans the next token of running requests that have room for it in their last block, the common
+        case: appends them to `planned` and its position to `starts`.
 
-        Returns the token's position, or -1 if it is not that simple and nothing was done.
+        Returns the first request that is not that simple, or after `most` the next one, with nothing done;
+        None if there is none.
         """
-        known, scheduled = request.num_tokens, request.num_scheduled_tokens
-        start = request.num_computed_tokens + scheduled
-        if (
-            known - start != 1
-            or request.state is not _RUNNING
-            or request.planned_step == step
-            or known >= request.max_num_tokens
-            or start >= len(request.block_table) * self._block_size
-            or (scheduled and (request.waits_for_token or not self.placeholders))
-        ):
-            return -1
-        request.planned_step = step
-        request.num_scheduled_tokens = scheduled + 1
-        request.num_tokens = known + 1
-        request.num_steps_in_flight += 1
-        return start
+        size, placeholders, end = self._block_size, self.placeholders, len(planned) + most
+        for request in requests:
+            known, scheduled = request.num_tokens, request.num_scheduled_tokens
+            start = request.num_computed_tokens + scheduled
+            if (
+                known - start != 1
+                or request.state is not _RUNNING
+                or request.planned_step == step
+                or known >= request.max_num_tokens
+                or start >= len(request.block_table) * size
+                or (scheduled and (request.waits_for_token or not placeholders))
+                or len(planned) >= end
+            ):
+                return request
+            request.planned_step = step
+            request.num_scheduled_tokens = scheduled + 1
+            request.num_tokens = known + 1
+            request.num_steps_in_flight += 1
+            planned.append(request)
+            starts.append(start)
+        return None
 
     def schedule(
         self, request: Request, step: int, start: int, n: int, blocks: Sequence[int], drafts: int = 0

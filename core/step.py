@@ -7,7 +7,7 @@ policy can neither over-allocate nor forget to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .blocks import BlockPool
@@ -128,17 +128,9 @@ class StepBuilder:
         A waiting request is admitted only into free or evictable blocks.
         Raises PolicyError for a request planned twice, preempted by this policy in this step, or ended.
         """
-        if drafts is None and self.tokens_left > 0 and self.seqs_left > 0:
-            # A running request decodes and has room in its last block: nearly every call, so it comes first.
-            start = self._roster.schedule_decode(request, self.step)
-            if start >= 0:
-                self.tokens_left -= 1
-                self.seqs_left -= 1
-                self.requests.append(request)
-                self.starts.append(start)
-                self.lengths.append(1)
-                self.samples.append(True)
-                return _ONE
+        # A running request decodes and has room in its last block: nearly every call, so it comes first.
+        if drafts is None and self._add_simple((request,)) is None:
+            return _ONE
         if num_tokens is not None and not num_tokens >= 1:  # NaN too
             expected = "expected at least 1, or None for as many as fit"
             raise self._error(f"add(num_tokens={num_tokens}): {expected}", request)
@@ -148,6 +140,18 @@ class StepBuilder:
         if state in WANT_TO_START:
             return self._add_waiting(request, num_tokens)
         raise self._error(f"add() of a request that is {state.value}: forget it in on_finish", request)
+
+    def add_decodes(self, requests: Iterable[Request]) -> list[Request]:
+        """Adds each of these that has one token to compute, in order, as `add` does; returns the others:
+        prompts that are not done, and what was preempted meanwhile. One call costs less than one per
+        request."""
+        prompts, rest = [], iter(requests)
+        while (request := self._add_simple(rest)) is not None:
+            if request.num_new_tokens > 1:
+                prompts.append(request)
+            else:
+                self.add(request)
+        return prompts
 
     def preempt(self, request: Request, mode: str = "recompute") -> None:
         """Takes a running request, not yet in this step, off the device. Its generated tokens are kept.
@@ -186,6 +190,19 @@ class StepBuilder:
         self._wake_at(t, self._roles.scheduler, "wake_at")
 
     # ---- how the verbs work -------------------------------------------------------------------------------
+
+    def _add_simple(self, requests: Iterable[Request]) -> Request | None:
+        """Plans decodes that need no block, up to the first request that is none: that one, None at the
+        end."""
+        before = len(self.requests)
+        most = min(self.tokens_left, self.seqs_left)
+        other = self._roster.schedule_decodes(requests, self.step, most, self.requests, self.starts)
+        if added := len(self.requests) - before:
+            self.tokens_left -= added
+            self.seqs_left -= added
+            self.lengths += [1] * added
+            self.samples += [True] * added
+        return other
 
     def _check_leaving(self, request: Request, verb: str) -> None:
         if request.state is not _RUNNING:

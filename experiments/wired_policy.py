@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from headway import Allocation, Engine, StepPlan
+from headway import Allocation, Engine, Request, StepPlan
 
 
 def wire(engine: Engine) -> Callable[[], None]:
@@ -25,15 +25,16 @@ def wire(engine: Engine) -> Callable[[], None]:
         ):
             return original(now)
         step = engine.counts.num_steps
-        requests, starts, allocated = [], [], []
-        for request in running:
-            start = roster.schedule_decode(request, step)
-            if start < 0:
-                if request.num_tokens >= request.max_num_tokens:
-                    continue  # its last token is being sampled
-                start, blocks = request.num_computed_tokens + request.num_scheduled_tokens, pool.allocate(1)
-                allocated.append(Allocation(request, len(request.block_table), blocks))
-                roster.schedule(request, step, start, 1, blocks)
+        requests: list[Request] = []
+        starts: list[int] = []
+        allocated = []
+        rest = iter(running)
+        while request := roster.schedule_decodes(rest, step, len(running), requests, starts):
+            if request.num_tokens >= request.max_num_tokens:
+                continue  # its last token is being sampled
+            start, blocks = request.num_computed_tokens + request.num_scheduled_tokens, pool.allocate(1)
+            allocated.append(Allocation(request, len(request.block_table), blocks))
+            roster.schedule(request, step, start, 1, blocks)
             requests.append(request)
             starts.append(start)
         if not requests:

@@ -3,6 +3,8 @@ that teaches."""
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from helpers.scripted import ask, engine, everybody
 
@@ -11,7 +13,7 @@ from core.inputs import Tags
 from core.plan import Chunk
 from core.policy import Admission, Admit, Defer, Order, Reject, TokenBudget, Victim
 from core.request import RequestList, RequestState
-from core.step import Granted, NeedBlocks, NoBudget, NotReady
+from core.step import Granted, NeedBlocks, NoBudget, NotReady, StepBuilder
 from core.testing.oracle import OracleExecutor
 from plugins.cache.none import NoCache
 from plugins.schedulers.victim.newest import Newest
@@ -44,6 +46,37 @@ def test_add_grants_a_whole_prompt_then_one_token_a_step() -> None:
     engine(script).run([ask(6, 3)])
     assert grants == [Granted(6), Granted(1), Granted(1)]
     assert all(grants)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_add_decodes_is_add_of_each_that_decodes(seed) -> None:
+    """With preemptions, tokens in flight and a budget that ends among the decodes."""
+    rng = Random(seed)
+    tokens, blocks, depth = rng.randint(2, 8), rng.randint(7, 14), rng.randint(1, 3)
+    arrivals = [ask(rng.randint(1, 9), rng.randint(1, 12), id=f"r{i}") for i in range(8)]
+
+    def one_by_one(step, requests):
+        prompts = []
+        for request in requests:
+            if request.num_new_tokens > 1:
+                prompts.append(request)
+            else:
+                step.add(request)
+        return prompts
+
+    def decided(add_decodes):
+        def script(step, view):
+            step.limit(tokens=tokens)
+            for request in add_decodes(step, view.running):
+                step.add(request, 3)
+            for request in view.waiting:
+                if isinstance(step.add(request, 3), NoBudget | NeedBlocks):
+                    break
+
+        run = engine(script, num_blocks=blocks, max_inflight=depth).run(arrivals)
+        return run.decision_hash, run.num_preemptions
+
+    assert decided(StepBuilder.add_decodes) == decided(one_by_one)
 
 
 def test_add_cuts_a_prompt_into_chunks_and_samples_only_at_its_end() -> None:

@@ -22,7 +22,7 @@ COPIED_FIELDS = ("token_ids", "block_table", "token_times", "canonical_blocks")
 #: logprobs are no policy's business.
 PLAIN_FIELDS = tuple(name for name in Request.__slots__ if name not in (*COPIED_FIELDS, "logprobs"))
 _FIELDS, _BLOCK = attrgetter(*PLAIN_FIELDS), attrgetter(*Block.__slots__)
-VERBS = ("add", "admits", "preempt", "pause", "reject", "wake_at", "limit")
+VERBS = ("add", "add_decodes", "admits", "preempt", "pause", "reject", "wake_at", "limit")
 
 
 class Watch:

@@ -52,12 +52,7 @@ class ChunkedPrefill(Scheduler):
         self, step: StepBuilder, view: View, running: Iterable[Request], waiting: Iterable[Request]
     ) -> None:
         step.limit(tokens=self.token_budget)
-        prefills = []
-        for request in running:
-            if request.num_new_tokens > 1:
-                prefills.append(request)
-            else:
-                step.add(request)
+        prefills = step.add_decodes(running)
         for request in prefills:
             step.add(request, self.chunk_size)
         promised = sum(self.lacks(request, view) for request in prefills)

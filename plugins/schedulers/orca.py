@@ -29,9 +29,7 @@ class Orca(Scheduler):
 
     def plan(self, step: StepBuilder, view: View) -> None:
         prefills = 0
-        for request in view.running:
-            if request.num_new_tokens == 1:
-                step.add(request)
+        step.add_decodes(view.running)
         for request in view.prefilling:
             prefills += bool(step.add(request))
         for request in self.order(view):

@@ -43,12 +43,7 @@ class Selective(ChunkedPrefill):
     def plan(self, step: StepBuilder, view: View) -> None:
         step.limit(tokens=self.token_budget)
         rank = self._rank
-        prefills = []
-        for request in view.running:
-            if request.num_new_tokens > 1:
-                prefills.append(request)
-            else:
-                step.add(request)
+        prefills = step.add_decodes(view.running)
         begun = sorted(prefills, key=rank, reverse=True)  # the best is the last
         waiting = self.order(view)
         candidate = next(waiting, None)
