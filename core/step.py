@@ -42,7 +42,6 @@ class StepBuilder:
         self._roles, self._roster, self._pool, self._matches = roles, roster, pool, matches
         self.copies = Copies(pool, roles.executor.caps.tier_blocks)
         self._room = Room(roles, roster, pool)
-        self._by_policy: set[int] = set()
         self.begin(-1, 0.0, 0, 0)
 
     def begin(self, step: int, now: float, tokens: int, seqs: int) -> None:
@@ -59,8 +58,7 @@ class StepBuilder:
         self.num_turned_away = 0  # times that admission deferred or rejected a request in this step so far
         self.wake: float | None = None  # when the engine asks again at the latest, if nothing is planned
         self.waker: Role | None = None  # who asked for that
-        if self._by_policy:
-            self._by_policy = set()
+        self._by_policy: set[int] = set()
 
     def build(self, left: list[Request]) -> StepPlan:
         """What the executor runs. For the engine."""
@@ -143,8 +141,7 @@ class StepBuilder:
 
     def add_decodes(self, requests: Iterable[Request]) -> list[Request]:
         """Adds each of these that has one token to compute, in order, as `add` does; returns the others:
-        prompts that are not done, and what was preempted meanwhile. One call costs less than one per
-        request."""
+        prompts that are not done, and what was preempted meanwhile. Cheaper than a call per request."""
         prompts, rest = [], iter(requests)
         while (request := self._add_simple(rest)) is not None:
             if request.num_new_tokens > 1:
@@ -192,10 +189,8 @@ class StepBuilder:
     # ---- how the verbs work -------------------------------------------------------------------------------
 
     def _add_simple(self, requests: Iterable[Request]) -> Request | None:
-        """Plans decodes that need no block, up to the first request that is none: that one, None at the
-        end."""
-        before = len(self.requests)
-        most = min(self.tokens_left, self.seqs_left)
+        """Plans decodes that need no block, up to the first request that is none: that one, else None."""
+        before, most = len(self.requests), min(self.tokens_left, self.seqs_left)
         other = self._roster.schedule_decodes(requests, self.step, most, self.requests, self.starts)
         if added := len(self.requests) - before:
             self.tokens_left -= added
