@@ -146,6 +146,8 @@ class StepBuilder:
         while (request := self._add_simple(rest)) is not None:
             if request.num_new_tokens > 1:
                 prompts.append(request)
+            elif request.state is _RUNNING:
+                self._add_running(request, None, ())
             else:
                 self.add(request)
         return prompts
@@ -242,7 +244,7 @@ class StepBuilder:
                 self._roster.reserve(request, need)  # what it waits for is not for those who wait to start
             return NeedBlocks(missing)
         self._append(request, start, n, need, drafts)
-        return Granted(n)
+        return _ONE if n == 1 else Granted(n)
 
     def _add_waiting(self, request: Request, at_most: int | None) -> Grant:
         roster = self._roster

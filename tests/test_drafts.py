@@ -42,8 +42,15 @@ def drafting(scheduler: Scheduler, guess: Guess) -> None:
     plan = scheduler.plan
 
     def with_drafts(step, view) -> None:
+        def one_by_one(requests):
+            prompts = []
+            for request in requests:
+                prompts.append(request) if request.num_new_tokens > 1 else step.add(request)
+            return prompts
+
         add = type(step).add
         step.add = lambda request, num_tokens=None: add(step, request, num_tokens, guess(request))
+        step.add_decodes = one_by_one
         plan(step, view)
 
     scheduler.plan = with_drafts  # type: ignore[method-assign]

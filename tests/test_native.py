@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from native_runs import (
+from helpers.native_runs import (
     MEASURED,
     SHAPE,
     SLOW,
@@ -30,6 +28,8 @@ from native_runs import (
     registry,
     run_case,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from core.chains import chain_key
 from core.compose.build import Composition, build
