@@ -2,7 +2,7 @@
 order.
 
     python experiments/bench_engine.py A B C D decode seam [--peer vllm=PYTHONPATH] [--peer nano=PYTHONPATH]
-    [--repeats 3] [--json FILE]
+    [--repeats 3] [--gpus 0,1] [--json FILE]
 
 A      nano-vLLM's benchmark: 256 requests at once, prompts and answers of 100 to 1,024 tokens, T=0.6; shape
        of Qwen3-0.6B, bf16
@@ -29,7 +29,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from random import Random
 from typing import Any
 
@@ -457,7 +460,7 @@ WORKERS = {"headway": work_headway, "vllm": work_vllm, "nano": work_nano, "sglan
 
 
 def run_worker(
-    engine: str, workload: str, args: argparse.Namespace, path: str | None = None, **extra: Any
+    engine: str, workload: str, args: argparse.Namespace, path: str | None = None, gpu: str = "", **extra: Any
 ) -> list[dict[str, Any]]:
     command = [
         sys.executable,
@@ -476,17 +479,43 @@ def run_worker(
     environment = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_USE_FLASHINFER_SAMPLER="0", PYTHONUNBUFFERED="1")
     if path is not None:
         environment["PYTHONPATH"] = path  # its own and nothing of ours
+    if gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     began = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.timeout)
     results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     print(
-        f"-- {engine} {workload}: {len(results)} results, {time.perf_counter() - began:.0f} s, exit "
-        f"{done.returncode}",
+        f"-- {engine} {workload}{f' on GPU {gpu}' if gpu else ''}: {len(results)} results, "
+        f"{time.perf_counter() - began:.0f} s, exit {done.returncode}",
         flush=True,
     )
     if done.returncode or not results:
         print((done.stdout + done.stderr)[:4000], "\n...\n", (done.stdout + done.stderr)[-1500:], flush=True)
     return results
+
+
+def engines_of(
+    workload: str, args: argparse.Namespace, peers: Sequence[str]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Results of Headway and of these peers, one engine after the other, or as many at once as `--gpus`
+    names, each on a card of its own."""
+    gpus = args.gpus.split(",")
+    free: SimpleQueue[str] = SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+
+    def on_a_free_gpu(engine: str, path: str | None) -> list[dict[str, Any]]:
+        gpu = free.get()
+        try:
+            return run_worker(engine, workload, args, path, gpu)
+        finally:
+            free.put(gpu)
+
+    engines = {"headway": None, **dict(peer.split("=", 1) for peer in peers)}
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        started = {name: pool.submit(on_a_free_gpu, name, path) for name, path in engines.items()}
+        for name, future in started.items():
+            yield name, future.result()
 
 
 def spread(values: list[float]) -> str:
@@ -504,10 +533,9 @@ def compare(workload: str, args: argparse.Namespace, rates: dict[str, float], fo
         f"\n{workload}: Qwen3-{MODEL[workload]} shape, {tokens:,} output tokens; roofline floor {least:.2f} "
         f"s = {tokens / least:,.0f} tok/s"
     )
-    engines = {"headway": None, **dict(peer.split("=", 1) for peer in args.peer)}
     speeds: dict[str, float] = {}
-    for engine, path in engines.items():
-        results = found[f"{workload} {engine}"] = run_worker(engine, workload, args, path)
+    for engine, results in engines_of(workload, args, args.peer):
+        found[f"{workload} {engine}"] = results
         values = throughputs(results)
         if not values:
             continue
@@ -631,11 +659,9 @@ def online_load(args: argparse.Namespace, found: dict[str, Any]) -> None:
     medians: dict[tuple[str, int, str], float] = {}
     names = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms")
     print("\nonline: Qwen3-8B shape, chunked + hash, 2,048 tokens per step, 6,000 KV blocks of 16")
-    for engine, path in {
-        "headway": None,
-        **dict(peer.split("=", 1) for peer in args.peer if peer.startswith("vllm=")),
-    }.items():
-        results = found[f"online {engine}"] = run_worker(engine, "online", args, path)
+    peers = [peer for peer in args.peer if peer.startswith("vllm=")]
+    for engine, results in engines_of("online", args, peers):
+        found[f"online {engine}"] = results
         for r in results:
             if times := r.get("first_ttft_ms"):
                 ratio = times[0] / times[9]
@@ -685,6 +711,7 @@ def main() -> None:
     parser.add_argument("--scheduler", default="", help="of C")
     parser.add_argument("--output-len", type=int, default=16, help="of D")
     parser.add_argument("--timeout", type=int, default=600, help="seconds a worker may take")
+    parser.add_argument("--gpus", default="", help="numbers, as 0,1: engines that are compared run at once")
     parser.add_argument("--json", default="")
     parser.add_argument("--worker", default="")
     parser.add_argument("--workload", default="")
