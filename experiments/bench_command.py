@@ -2,7 +2,7 @@
 defaults cost.
 
     python experiments/bench_command.py [default] [budgets] [repeats] [tp] [--repeats 3] [--model qwen3_8b]
-    [--gpu 0]
+    [--gpus 0,1]
 
 default  no kernel flag at all, against the best flags found by hand
 budgets  scheduler=chunked with 512 and 2,048 tokens per step, and without a number, against scheduler=fcfs
@@ -10,7 +10,8 @@ repeats  an open load at 80% of what the GPU can do, the same command in three p
 tp       one GPU against two with parallel.tp=2
 
 Random weights, nano-vLLM's 256 requests at once unless said otherwise. Variants of a figure take turns in
-every repeat, each in a process of its own, so the machine's moods meet all of them.
+every repeat, each in a process of its own, so the machine's moods meet all of them; with several GPUs they
+also change cards.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import online
+from cards import on_cards
 
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = ["scheduler=chunked", "cache=radix"]
@@ -70,17 +73,22 @@ def run(model: str, options: list[str], devices: str) -> dict[str, Any]:
 
 
 def throughputs(
-    args: argparse.Namespace,
-    variants: dict[str, list[str]],
-    devices: dict[str, str] | None = None,
+    args: argparse.Namespace, variants: dict[str, list[str]], both: str | None = None
 ) -> dict[str, float]:
-    """Medians of output tokens/s per variant, printed with their spread."""
+    """Medians of output tokens/s per variant, printed with their spread. `both`: the variant that takes two
+    cards."""
     found: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
     for _ in range(args.repeats):
-        for name, options in variants.items():
-            summary = run(args.model, options, (devices or {}).get(name, args.gpu))
+        jobs = {name: partial(run, args.model, variants[name]) for name in names}
+        if both:
+            summaries = [(name, job("0,1" if name == both else "0")) for name, job in jobs.items()]
+        else:
+            summaries = list(on_cards(jobs, args.gpus))
+        for name, summary in summaries:
             found[name].append(summary["output_throughput"])
             print(f"   {name}: {summary['output_throughput']:,.0f} output tok/s, {late(summary)}", flush=True)
+        names = names[1:] + names[:1]  # on another card the next time
     for name, values in found.items():
         print(
             f"   {name:<12} {statistics.median(values):>9,.0f} tok/s ({min(values):,.0f} to "
@@ -123,7 +131,8 @@ def budgets(args: argparse.Namespace) -> None:
 
 
 def repeats(args: argparse.Namespace) -> None:
-    summaries = [run(args.model, [*USUAL, *OPEN], args.gpu) for _ in range(3)]
+    jobs = {f"process {number}": partial(run, args.model, [*USUAL, *OPEN]) for number in range(3)}
+    summaries = [summary for _, summary in on_cards(jobs, args.gpus.partition(",")[0])]
     for name, most in (("mean_ttft_ms", 0.10), ("mean_tpot_ms", 0.05)):
         values = [summary[name] for summary in summaries]
         apart = max(values) / min(values) - 1
@@ -133,7 +142,7 @@ def repeats(args: argparse.Namespace) -> None:
 
 def tp(args: argparse.Namespace) -> None:
     variants = {"one GPU": [*USUAL, *NANO], "two GPUs": [*USUAL, *NANO, "parallel.tp=2"]}
-    speeds = throughputs(args, variants, devices={"two GPUs": "0,1"})
+    speeds = throughputs(args, variants, both="two GPUs")
     ratio = speeds["two GPUs"] / speeds["one GPU"]
     goal("two GPUs over one", ratio, ratio >= 1.7, "at least 1.7")
 
@@ -148,7 +157,9 @@ def main() -> None:
     parser.add_argument("figures", nargs="*", default=["default"], metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default="qwen3_8b")
-    parser.add_argument("--gpu", default="0", help="number of the GPU that runs on one GPU use")
+    parser.add_argument(
+        "--gpus", default="0", help="numbers, as 0,1: runs of a figure that take one GPU run at once"
+    )
     args = parser.parse_args()
     if unknown := set(args.figures) - set(FIGURES):
         parser.error(

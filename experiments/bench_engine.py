@@ -30,9 +30,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from random import Random
 from typing import Any
 
@@ -41,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import online  # noqa: E402
+from cards import on_cards  # noqa: E402
 from roofline import SHAPES, floor  # noqa: E402
 
 from plugins.workloads.nano_bench import requests  # noqa: E402
@@ -499,23 +499,9 @@ def engines_of(
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Results of Headway and of these peers, one engine after the other, or as many at once as `--gpus`
     names, each on a card of its own."""
-    gpus = args.gpus.split(",")
-    free: SimpleQueue[str] = SimpleQueue()
-    for gpu in gpus:
-        free.put(gpu)
-
-    def on_a_free_gpu(engine: str, path: str | None) -> list[dict[str, Any]]:
-        gpu = free.get()
-        try:
-            return run_worker(engine, workload, args, path, gpu)
-        finally:
-            free.put(gpu)
-
     engines = {"headway": None, **dict(peer.split("=", 1) for peer in peers)}
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        started = {name: pool.submit(on_a_free_gpu, name, path) for name, path in engines.items()}
-        for name, future in started.items():
-            yield name, future.result()
+    jobs = {name: partial(run_worker, name, workload, args, path) for name, path in engines.items()}
+    return on_cards(jobs, args.gpus)
 
 
 def spread(values: list[float]) -> str:
