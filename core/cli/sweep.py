@@ -83,6 +83,10 @@ class Parts:
     def composition(self, job: Sequence[str]) -> Composition:
         """Raises ConfigError in plain words for what Hydra or a config node refuses."""
         keys = {part: self._key(part, job) for part in PARTS}
+        for own in keys["seed"][1:]:  # often a new one in every job, and nobody need ask what 7 is
+            number = own.removeprefix("seed=")
+            if number.isdecimal():
+                self._known[keys["seed"]] = int(number)
         self._raise_known(keys)
         if not all(key in self._known for key in keys.values()):
             self._ask(job, keys)
