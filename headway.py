@@ -48,6 +48,7 @@ from core.inputs import SLO, Arrival, SamplingParams, Tags
 from core.keyed import BlockHeap, KeyEviction, KeyOrder, MovingOrder
 from core.measure import metrics
 from core.measure.results import whole
+from core.measure.served import read_served, served_requests, served_steps
 from core.measure.step_log import Lists, StepColumns, StepLog
 from core.outputs import RequestOutput, RunResult, StopText, TextStop
 from core.outside import Observer, StepRecord, Workload
@@ -183,8 +184,11 @@ __all__ = [
     "near",
     "param",
     "prefix_keys",
+    "read_served",
     "readable",
     "root_key",
+    "served_requests",
+    "served_steps",
     "token_ids",
     "whole",
 ]

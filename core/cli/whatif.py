@@ -3,7 +3,8 @@ policies.
 
 The run's own composition is simulated again, with its limits and with a clock that is fitted to its steps,
 once as it was and once for each change. How far the first is from the record, and how far the clock is from
-steps that its fit has not seen, is what a difference has to exceed.
+steps that its fit has not seen, is what a difference has to exceed. Of another server's run, which its
+clients recorded (`vllm bench serve`), the composition is what `--server` says.
 """
 
 from __future__ import annotations
@@ -20,24 +21,19 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..compose.build import build, check
 from ..compose.hooks import Registry, load_registry
 from ..errors import ConfigError, HeadwayError
-from ..measure import results
 from ..measure.doubt import LESS_IS_BETTER, MORE_IS_BETTER, POLICIES, TIMES, is_policy, verdict, within
 from ..measure.metrics import summarize
 from ..measure.report import table
-from ..outputs import RunResult
 from ..outside import Observer, StepRecord
 from . import presets, schema
 from .explain import explain
-from .stored import stored
+from .recorded import OfClients, Recorded
 
-#: What a simulation chooses for itself, and what keeps nothing. Everything else of the recorded run is as it
-#: was.
-OWN = ("executor", "kernels", "tracking", "results", "hydra", "model.load_format")
 METRICS = (
     ("mean_ttft_ms", "TTFT mean ms"),
     ("p99_ttft_ms", "TTFT P99 ms"),
@@ -81,96 +77,6 @@ class Sizes(Observer):
     @property
     def share(self) -> float:
         return self._outside / self._steps if self._steps else 0.0
-
-
-# ---- the recorded run --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What whatif asks of a run's directory."""
-
-    directory: Path
-    overrides: list[str]
-    summary: dict[str, Any]
-    config: dict[str, Any]
-    requests: dict[str, tuple[int, int]]  # id -> tokens of prompt and answer
-    most_tokens: int  # of one of its steps
-    most_requests: int
-
-    @classmethod
-    def read(cls, directory: Path) -> Recorded:
-        """Raises HeadwayError for what is no finished run with its tables."""
-        result = results.read_result(directory) if directory.is_dir() else None
-        if result is None:
-            raise HeadwayError(f"{directory}: is no run's directory: expected one with {results.RESULT}")
-        if result["status"] != "finished":
-            raise HeadwayError(f"{directory}: its run {result['status']}: expected one that finished")
-        requests = _columns(directory / "requests.parquet", "id", "num_prompt_tokens", "num_output_tokens")
-        steps = _columns(directory / "steps.parquet", "num_tokens", "num_seqs")
-        config: Any = OmegaConf.to_container(OmegaConf.load(directory / results.CONFIG), resolve=False)
-        return cls(
-            directory=directory,
-            overrides=result["overrides"],
-            summary=result["summary"],
-            config=config,
-            requests={id: (prompt, answer) for id, prompt, answer in zip(*requests, strict=True)},
-            most_tokens=max(steps[0], default=0),
-            most_requests=max(steps[1], default=0),
-        )
-
-    @property
-    def words(self) -> list[str]:
-        """Its overrides, without what a simulation chooses itself."""
-        return [word for word in self.overrides if not within(word, OWN)]
-
-    def check_composition(self, cfg: DictConfig) -> None:
-        """Raises HeadwayError where its overrides compose another run today: defaults or presets have changed
-        since."""
-        now = _flat({name: node for name, node in stored(cfg).items() if name not in OWN})
-        then = _flat({name: node for name, node in self.config.items() if name not in OWN})
-        skipped = ("engine.check", "model.load_format")
-        differing = [name for name in sorted({*now, *then} - {*skipped}) if now.get(name) != then.get(name)]
-        if differing:
-            lines = "".join(
-                f"\n  {name}={now.get(name)}, recorded with {then.get(name)}" for name in differing
-            )
-            raise HeadwayError(
-                f"{self.directory}: its overrides compose another run today:{lines}\nrecord it again"
-            )
-
-    def check_requests(self, result: RunResult) -> str:
-        """What a reader should know of the requests. Raises HeadwayError where the workload gives others than
-        were recorded."""
-        now = {output.id: (output.num_prompt_tokens, len(output.token_times)) for output in result.outputs}
-        others = sorted(
-            id for id in {*now, *self.requests} if now.get(id, (-1,))[0] != self.requests.get(id, (-2,))[0]
-        )
-        if others:
-            how = f"{len(others)} of {len(self.requests)}, {others[0]!r} among them, are others or missing"
-            raise HeadwayError(f"{self.directory}: its workload gives other requests today: {how}")
-        longer = sum(now[id][1] != answer for id, (_, answer) in self.requests.items())
-        cause = "another length than recorded: the model ended them, the simulator goes by the workload"
-        return f"{longer} of {len(now)} answers have {cause}" if longer else ""
-
-
-def _columns(path: Path, *names: str) -> list[list[Any]]:
-    import pyarrow.parquet as pq
-
-    try:
-        return [column.to_pylist() for column in pq.read_table(path, columns=list(names)).columns]
-    except (OSError, ValueError, KeyError) as error:
-        raise HeadwayError(f"{path}: cannot be read ({error}): record the run with results=all") from error
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in node.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 # ---- the changes -------------------------------------------------------------------------------------------
@@ -218,16 +124,9 @@ def changed(words: Sequence[str], change: Sequence[str]) -> list[str]:
 class Simulations:
     """Runs of the recorded composition with the recorded limits, in time that was fitted to the record."""
 
-    def __init__(self, recorded: Recorded) -> None:
+    def __init__(self, recorded: Recorded | OfClients) -> None:
         self.recorded, self.registry = recorded, _registered()
-        there = json.dumps(str(recorded.directory))
-        self._own = [
-            "executor=sim",
-            f"executor.like={there}",
-            f"executor.profile={there}",
-            "tracking=none",
-            "results=summary",
-        ]
+        self._own = ["executor=sim", *recorded.own(), "tracking=none", "results=summary"]
 
     def composed(self, words: Sequence[str]) -> DictConfig:
         try:
@@ -243,9 +142,9 @@ class Simulations:
         configs = [as_it_was, *(self.composed(changed(self.recorded.words, change)) for change in found)]
         for cfg in configs:
             check(self.registry, schema.composition(cfg))
-        outcomes, said = [], ""
+        outcomes, said, largest = [], "", self.recorded.largest_step(as_it_was)
         for cfg, change in zip(configs, ([], *found), strict=True):
-            sizes = Sizes(self.recorded.most_tokens, self.recorded.most_requests)
+            sizes = Sizes(*largest)
             result = build(self.registry, schema.composition(cfg), [sizes]).execute()
             if not change:
                 said = self.recorded.check_requests(result)
@@ -301,9 +200,12 @@ def _known(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def page(recorded: Recorded, outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]], said: str) -> str:
+def page(
+    recorded: Recorded | OfClients, outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]], said: str
+) -> str:
     base, *others = outcomes
-    lines = [f"{recorded.directory}, simulated again with its limits", f"clock: {base.summary['time_model']}"]
+    limits = "" if isinstance(recorded, OfClients) else " with its limits"
+    lines = [f"{recorded.directory}, simulated again{limits}", f"clock: {base.summary['time_model']}"]
     words = [other.name.split(" ") for other in others]
     same = [word for word in words[0] if len(others) > 1 and all(word in each for each in words)]
     lines += [f"every change has {' '.join(same)}"] if same else []
@@ -347,21 +249,42 @@ def _told(change: dict[str, Any]) -> str:
     return f"{_number(change['value'])}{size} {change['verdict'] or ''}".rstrip()
 
 
+def _read(run: Path, server: Sequence[str]) -> Recorded | OfClients:
+    if run.is_file():
+        if not server:
+            example = (
+                "--server model=qwen3_8b hardware=h100 policy=vllm_v1 engine.max_num_batched_tokens=2048"
+            )
+            raise HeadwayError(f"{run}: what served it? Say so in run.py's words, as {example}")
+        return OfClients.read(run, server)
+    if server:
+        raise HeadwayError(f"--server is about the file of a benchmark's clients: {run} is none")
+    return Recorded.read(run)
+
+
 def whatif(argv: list[str]) -> int:
     about = "What a recorded run would have been like with other policies, and how sure that is."
     parser = argparse.ArgumentParser(prog="python -m headway whatif", description=about)
     parser.add_argument(
         "run",
         type=Path,
-        metavar="RUN_DIRECTORY",
-        help="a finished run with its tables and record (results=all)",
+        metavar="RUN",
+        help="the directory of a finished run with its tables and record (results=all), or the file of "
+        "`vllm bench serve --save-result --save-detailed`",
     )
     parser.add_argument(
         "words", nargs="+", metavar="POLICY=NAME[,NAME...]", help="order=srpt,vtc policy=sarathi"
     )
+    parser.add_argument(
+        "--server",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        help="what served that file, in run.py's words: model=qwen3_8b hardware=h100 policy=vllm_v1 ...",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     options = parser.parse_args(argv)
-    recorded = Recorded.read(options.run)
+    recorded = _read(options.run, options.server)
     found = list(changes(options.words))
     outcomes, said = Simulations(recorded).outcomes(found)
     rows = compared(recorded.summary, outcomes)

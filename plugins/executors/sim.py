@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ from headway import (
 from .cost import Roofline, default_token_budget
 from .likeness import Likeness
 from .profile import Profile, matching, read
-from .step_fit import profile_of_run
+from .step_fit import profile_of_run, profile_of_served
 
 PROFILES = Path(__file__).resolve().parents[2] / "conf" / "hardware" / "profiles"
 
@@ -66,8 +66,9 @@ class SimExecutor(Executor):
     max_plans: int = param(8, min=1, max=1024, doc="most plans in flight")
     profile: str = param(
         "auto",
-        doc="measured step times: a file; the directory of a recorded run, to fit them to its steps; auto: "
-        "the shipped one of this run, where there is one; none: the roofline",
+        doc="measured step times: a file; the directory of a recorded run, or the file of `vllm bench serve "
+        "--save-result --save-detailed`, to fit them to its steps; auto: the shipped one of this run, where "
+        "there is one; none: the roofline",
     )
     like: str = param(
         "",
@@ -85,10 +86,11 @@ class SimExecutor(Executor):
         tp: int = 1,
         pp: int = 1,
         eos_token_ids: frozenset[int] = frozenset(),
+        max_num_batched_tokens: int = EngineConfig().max_num_batched_tokens,
     ) -> None:
         """Before the engine is built: what runs, and on what. The clock starts at 0."""
         self.roofline = Roofline(shape, hardware, tp, pp)
-        self.measured = self._profile(shape, hardware.name, tp, pp)
+        self.measured = self._profile(shape, hardware.name, tp, pp, max_num_batched_tokens)
         self.cost_model = self.measured or self.roofline
         self.caps = ExecutorCaps(
             shape.max_position_embeddings,
@@ -109,7 +111,13 @@ class SimExecutor(Executor):
         return self.build(context).caps
 
     def build(self, context: BuildContext) -> SimExecutor:
-        self.prepare(context.shape, context.hardware, context.parallel.tp, context.parallel.pp)
+        self.prepare(
+            context.shape,
+            context.hardware,
+            context.parallel.tp,
+            context.parallel.pp,
+            max_num_batched_tokens=self.limits(context).max_num_batched_tokens,
+        )
         if likeness := self._likeness:
             likeness.check(context)
             self.caps = likeness.caps(self.caps)
@@ -124,14 +132,22 @@ class SimExecutor(Executor):
         """The run whose limits are taken, read once."""
         return Likeness.read(self.like) if self.like else None
 
-    def _profile(self, shape: ModelShape, hardware: str, tp: int, pp: int) -> Profile | None:
+    def _profile(
+        self, shape: ModelShape, hardware: str, tp: int, pp: int, max_num_batched_tokens: int
+    ) -> Profile | None:
         """Measured step times, where there are any; a pipeline's stages are not measured one by one."""
         if self.profile == "none" or (self.profile == "auto" and pp > 1):
             return None
         if self.profile == "auto":
             return matching(PROFILES, shape, hardware, tp, pp=pp)
         path = Path(self.profile).expanduser()
-        found = profile_of_run(path) if path.is_dir() else read(path)
+        if path.is_dir():
+            found = profile_of_run(path)
+        elif path.suffix == ".json":  # knows neither its model nor its card: they are taken to be this run's
+            about = {"hardware": hardware, "shape": asdict(shape), "tp": tp, "pp": pp}
+            found = profile_of_served(path, max_num_batched_tokens, **about)
+        else:
+            found = read(path)
         found.check(path, shape, hardware, tp, pp)
         if pp > 1:
             raise ConfigError(

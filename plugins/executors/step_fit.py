@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from headway import ConfigError
+from headway import ConfigError, read_served, served_steps
 
 from .profile import KINDS, TERMS, Profile, Terms, features, padded
 from .record import FILE, Record
@@ -30,10 +30,7 @@ Sample = tuple[Sequence[int], Sequence[int], float]  # starts and lengths of a s
 
 def profile_of_run(directory: Path) -> Profile:
     """The clock of a recorded run. Raises HeadwayError for a run that does not hold its steps, or too few of
-    them.
-
-    A kind of steps of which there are too few to fit shares the terms of all steps.
-    """
+    them."""
     return _fitted_once(
         directory.resolve(), (directory / FILE).stat().st_mtime_ns if (directory / FILE).exists() else 0
     )
@@ -47,23 +44,42 @@ def _fitted_once(directory: Path, changed: int) -> Profile:
         raise ConfigError(
             f"executor.profile={directory}: does not say the shape of its model, or its composition"
         )
-    samples = samples_of(directory)
-    if len(samples) < FEWEST:
-        raise ConfigError(
-            f"executor.profile={directory}: {len(samples)} steps are too few to fit a clock to: expected at "
-            f"least {FEWEST}"
-        )
-    return profile_of_fits(
-        {
-            kind: fitted(own if len(own) >= FEWEST else samples, [], as_long_in_all)
-            for kind, own in by_kind(samples).items()
-        },
+    return profile_of_samples(
+        samples_of(directory),
+        directory,
         hardware=meta["facts"]["hardware.name"],
         shape=meta["model"],
         tp=meta["facts"]["parallel.tp"],
         pp=meta["facts"]["parallel.pp"],
         made={"device": f"the run {directory}"},
     )
+
+
+@lru_cache(maxsize=8)
+def _served_once(path: Path, changed: int, max_num_batched_tokens: int) -> list[Sample]:
+    return served_steps(read_served(path, "executor.profile"), max_num_batched_tokens)
+
+
+def profile_of_served(path: Path, max_num_batched_tokens: int, **about: Any) -> Profile:
+    """The clock of the server that `vllm bench serve` asked. Raises ConfigError for a file without its
+    requests, or with too few of them."""
+    changed = path.stat().st_mtime_ns if path.exists() else 0
+    samples = _served_once(path.resolve(), changed, max_num_batched_tokens)
+    return profile_of_samples(samples, path, made={"device": f"the server of {path}"}, **about)
+
+
+def profile_of_samples(samples: Sequence[Sample], path: Path, **about: Any) -> Profile:
+    """A kind of steps of which there are too few to fit shares the terms of all steps."""
+    if len(samples) < FEWEST:
+        raise ConfigError(
+            f"executor.profile={path}: {len(samples)} steps are too few to fit a clock to: expected at "
+            f"least {FEWEST}"
+        )
+    fits = {
+        kind: fitted(own if len(own) >= FEWEST else samples, [], as_long_in_all)
+        for kind, own in by_kind(samples).items()
+    }
+    return profile_of_fits(fits, **about)
 
 
 def by_kind(samples: Sequence[Sample]) -> dict[str, list[Sample]]:

@@ -87,7 +87,7 @@ def missing(run: Run) -> str:
 
 
 #: Formats of traces that know of no turns.
-TURNLESS = ("azure", "burstgpt", "mooncake")
+TURNLESS = ("azure", "burstgpt", "mooncake", "vllm_bench")
 
 
 def _follows_up(workload: Any) -> bool:

@@ -14,7 +14,16 @@ from .conversations import BAILIAN_KEYS, COMPONENTS, agents, qwen_bailian, ragpu
 from .lines import Lines, Malformed, json_object, parsed
 from .spans import otel
 from .table import table
-from .trace_formats import AZURE_COLUMNS, BURSTGPT_COLUMNS, MOONCAKE_KEYS, azure, burstgpt, mooncake
+from .trace_formats import (
+    AZURE_COLUMNS,
+    BURSTGPT_COLUMNS,
+    MOONCAKE_KEYS,
+    VLLM_BENCH_KEYS,
+    azure,
+    burstgpt,
+    mooncake,
+    vllm_bench,
+)
 from .trace_rows import Row, Source, cells_of
 
 LONGEST_GROUP = 64 << 20  # bytes of a line that holds many requests
@@ -36,6 +45,7 @@ FORMATS = {
     "ragpulse": Format(ragpulse),
     "servegen": Format(servegen),
     "otel": Format(otel, groups=True),
+    "vllm_bench": Format(vllm_bench, groups=True),
     "agents": Format(agents, timed=False, groups=True),
     "sharegpt": Format(sharegpt, timed=False, groups=True),
     "table": Format(table),
@@ -43,6 +53,7 @@ FORMATS = {
 #: Keys of a line of JSON -> what it is; the first that fits is it.
 _BY_KEYS = {
     "otel": {"resourceSpans"},
+    "vllm_bench": set(VLLM_BENCH_KEYS),
     "agents": {"requests", "block_size"},
     "qwen_bailian": set(BAILIAN_KEYS),
     "mooncake": set(MOONCAKE_KEYS),

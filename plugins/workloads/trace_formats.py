@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from headway import served_requests
+
 from .lines import Lines, Malformed, json_object
 from .numbers import count, seconds
 from .trace_rows import Row, Source, block_ids, csv_table, moment, required
@@ -11,6 +13,7 @@ from .trace_rows import Row, Source, block_ids, csv_table, moment, required
 MOONCAKE_BLOCK = 512  # tokens a hash id stands for
 MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+VLLM_BENCH_KEYS = ("request_throughput", "total_input_tokens")
 BURSTGPT_COLUMNS = ("Timestamp", "Request tokens", "Response tokens")
 
 
@@ -51,3 +54,15 @@ def mooncake(lines: Lines, source: Source) -> Iterator[Row]:
         ids = block_ids(number, "hash_ids", entry["hash_ids"], length, size=MOONCAKE_BLOCK)
         time = seconds(number, "timestamp", entry["timestamp"], 1000)
         yield Row(time, length, count(number, "output_length", entry["output_length"]), ids, MOONCAKE_BLOCK)
+
+
+def vllm_bench(lines: Lines, source: Source) -> Iterator[Row]:
+    """What `vllm bench serve --save-result --save-detailed` wrote: the requests that were answered. No
+    identity of prompts."""
+    for number, text in lines:
+        try:
+            requests = served_requests(json_object(number, text))
+        except ValueError as error:
+            raise error if isinstance(error, Malformed) else Malformed(number, str(error)) from None
+        for request in requests:
+            yield Row(request.time, request.input_len, request.output_len)
