@@ -58,6 +58,7 @@ from core.policy import (
     PREEMPTION_MODES,
     Admission,
     Admit,
+    ChunkSize,
     Defer,
     Eviction,
     KVControl,
@@ -70,10 +71,10 @@ from core.policy import (
     Retention,
     Role,
     Scheduler,
-    TokenBudget,
     Victim,
 )
 from core.prompts import readable, token_ids
+from core.renamed import with_names_of_today
 from core.request import Request, RequestState
 from core.step import StepBuilder
 from core.testing.oracle import OracleExecutor
@@ -93,6 +94,7 @@ __all__ = [
     "BlockHeap",
     "BuildContext",
     "Chunk",
+    "ChunkSize",
     "Composition",
     "ConfigError",
     "Context",
@@ -158,7 +160,6 @@ __all__ = [
     "Tags",
     "TextStop",
     "TimeModel",
-    "TokenBudget",
     "Tokens",
     "Victim",
     "View",
@@ -191,6 +192,7 @@ __all__ = [
     "served_steps",
     "token_ids",
     "whole",
+    "with_names_of_today",
 ]
 
 
@@ -203,10 +205,16 @@ LATER = {
 }
 
 
+#: Former names of what is imported from here.
+FORMER_NAMES = {"TokenBudget": "ChunkSize"}
+
+
 def __getattr__(name: str) -> Any:
     """`from headway import LLM` imports the real engine, and torch with it."""
     if name in LATER:
         return getattr(import_module(LATER[name]), name)
+    if name in FORMER_NAMES:
+        return globals()[FORMER_NAMES[name]]
     raise AttributeError(f"module 'headway' has no attribute {name!r}")
 
 

@@ -52,7 +52,7 @@ ROLES = {
     "scheduler": "what does this step contain?",
     "order": "which waiting request first?",
     "victim": "whom to preempt, and how?",
-    "budget": "how many tokens of a prompt in this step?",
+    "chunk": "how many tokens of a prompt in this step?",
     "admission": "take, defer or refuse a request?",
     "predictor": "how long will the answer be?",
     "cache": "which blocks already hold this prefix?",
@@ -213,11 +213,11 @@ class Victim(Role):
         return reversed(view.paused)
 
 
-class TokenBudget(Role):
+class ChunkSize(Role):
     """How many tokens of an unfinished prompt may this step take? Asked by `step.add`; decodes are not
     asked."""
 
-    role = "budget"
+    role = "chunk"
 
     def tokens(self, request: Request, left: int, view: View) -> int:
         """At most `left`; 0 means not in this step."""

@@ -19,6 +19,7 @@ from .policy import (
     SERVICES,
     Admission,
     Admit,
+    ChunkSize,
     Defer,
     Eviction,
     LengthPrediction,
@@ -29,9 +30,9 @@ from .policy import (
     Retention,
     Role,
     Scheduler,
-    TokenBudget,
     Victim,
 )
+from .renamed import with_names_of_today
 from .request import Request, RequestState
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class GivenArrivals(Role):
 
 @dataclass
 class Roles:
-    """One object per role; one object may fill several. `given` is the mapping that it was made from."""
+    """One object per role; one object may fill several. `given` holds them by role, as they were given."""
 
     given: dict[str, Role]
     calls: Calls
@@ -112,7 +113,7 @@ class Roles:
     cache: PrefixCache
     eviction: Eviction
     executor: Executor
-    budget: TokenBudget | None = None
+    chunk: ChunkSize | None = None
     admission: Admission | None = None
     predictor: CheckedPredictor | None = None
     retention: Retention | None = None
@@ -121,6 +122,7 @@ class Roles:
     @classmethod
     def of(cls, given: dict[str, Role], calls: Calls) -> Roles:
         """Names every role, and the callbacks that `calls` notifies. Raises ConfigError for missing ones."""
+        given = with_names_of_today(given)
         for name in ("scheduler", "order", "victim", "cache", "eviction", "executor"):
             if name not in given:
                 raise ConfigError(f"the engine needs a {name}: got roles {sorted(given)}")
@@ -229,13 +231,13 @@ class Roles:
         raise self.calls.refusal(self.admission, message, request)
 
     def prompt_tokens(self, request: Request, left: int, view: View) -> int:
-        """How many of at most `left` tokens the budget lets a prompt take in this step."""
-        if self.budget is None:
+        """How many of at most `left` tokens the `chunk` role lets a prompt take in this step."""
+        if self.chunk is None:
             return left
-        tokens = self.calls.call(self.budget, self.budget.tokens, request, left, view)
+        tokens = self.calls.call(self.chunk, self.chunk.tokens, request, left, view)
         if isinstance(tokens, int) and 0 <= tokens <= left:
             return tokens
-        raise self.calls.refusal(self.budget, f"tokens() answered {tokens!r}: expected 0 to {left}", request)
+        raise self.calls.refusal(self.chunk, f"tokens() answered {tokens!r}: expected 0 to {left}", request)
 
     @property
     def know_the_future(self) -> bool:

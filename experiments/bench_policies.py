@@ -6,7 +6,7 @@ running and waiting requests.
 
 Every running request decodes, and none of the waiting ones can start, as in a server that is full: an order
 is asked in every step for its first candidate, which is refused because every sequence is taken; admission
-and budget are asked too, so there it is refused for want of blocks. The executor emits tokens in no time, and
+and chunk are asked too, so there it is refused for want of blocks. The executor emits tokens in no time, and
 its cost model is the roofline of Llama-3.1-8B on an H200, so that `step_time` costs what it costs in
 executor=sim. "own" is the difference to the baseline of the same kind: scheduler=chunked order=fcfs, radix
 cache, nothing optional. Prompts have 512 tokens, from 8 clients and 32 sessions; where sequences are short,
@@ -68,7 +68,7 @@ def cases(registry: Any) -> list[dict[str, Any]]:
     found += [{"scheduler": "preemptive", "order": order} for order in KEYED]
     found += [{"order": order} for order in registry.names("order") if order != BASELINE["order"]]
     found += [{"order": "vtc", "clients": 4096}]
-    found += [{role: name} for role in ("budget", "admission") for name in registry.names(role)]
+    found += [{role: name} for role in ("chunk", "admission") for name in registry.names(role)]
     found += [{"order": "sjf", "predictor": name} for name in registry.names("predictor") if name != "oracle"]
     return found
 
@@ -141,7 +141,7 @@ def compose(registry: Any, choice: dict[str, Any], running: int, waiting: int, s
 def wants_blocks(choice: dict[str, Any]) -> bool:
     """Whether the refusal must come from the blocks, because the sequence cap is checked before this role is
     asked."""
-    return "admission" in choice or "budget" in choice
+    return "admission" in choice or "chunk" in choice
 
 
 def per_step(registry: Any, choice: dict[str, Any], running: int, waiting: int, steps: int) -> float:

@@ -93,8 +93,8 @@ TESTS = {
             "test_the_order_in_which_victims_are_named",
         ),
     ),
-    "budget": (
-        "test_budgets.py",
+    "chunk": (
+        "test_chunk.py",
         {
             "fixed": "test_fixed_cuts_every_prompt_into_equal_chunks_and_leaves_decodes_alone",
             "dynamic_chunk": "test_deadlines_count_from_arrival_so_that_who_is_early_has_slack",

@@ -24,7 +24,7 @@ COMPOSITIONS = (
     "scheduler=preemptive order=srpt predictor=history cache=hash eviction=gdsf",
     "scheduler=chunked order=dfs_weight cache=radix eviction=workload_aware retention=ttl "
     "admission=past_future",
-    "scheduler=chunked order=random victim=random budget=dynamic_chunk cache=hash eviction=two_q",
+    "scheduler=chunked order=random victim=random chunk=dynamic_chunk cache=hash eviction=two_q",
 )
 
 

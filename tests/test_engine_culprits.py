@@ -22,12 +22,12 @@ from core.ledger import Mutated
 from core.outside import Observer, Workload
 from core.policy import (
     Admission,
+    ChunkSize,
     Eviction,
     LengthPrediction,
     Order,
     Predictor,
     Retention,
-    TokenBudget,
     Victim,
 )
 from core.testing.oracle import OracleExecutor
@@ -96,20 +96,20 @@ WRONG: list[tuple[str, type, str, Callable[..., Any], str]] = [
     ),
     ("victim", Victim, "victims", lambda need, view: (1 / 0 for _ in "x"), "raised ZeroDivisionError"),
     (
-        "budget",
-        TokenBudget,
+        "chunk",
+        ChunkSize,
         "tokens",
         lambda request, left, view: None,
         "tokens() answered None: expected 0 to",
     ),
     (
-        "budget",
-        TokenBudget,
+        "chunk",
+        ChunkSize,
         "tokens",
         lambda request, left, view: NAN,
         "tokens() answered nan: expected 0 to",
     ),
-    ("budget", TokenBudget, "tokens", lambda request, left, view: 1 / 0, "raised ZeroDivisionError"),
+    ("chunk", ChunkSize, "tokens", lambda request, left, view: 1 / 0, "raised ZeroDivisionError"),
     (
         "admission",
         Admission,

@@ -173,7 +173,7 @@ class Named(ByIndex):
         ("order", "mine", lambda config: None, "needs the dataclass of its parameters"),
         ("ordr", "mine", ByIndex, "no role 'ordr'. Did you mean order"),
         ("order", "a b", ByIndex, "cannot be chosen on a command line"),
-        ("budget", "none", ByIndex, "cannot be chosen on a command line"),
+        ("chunk", "none", ByIndex, "cannot be chosen on a command line"),
     ],
 )
 def test_what_cannot_work_is_refused_with_file_and_mend(role, name, factory, reason):

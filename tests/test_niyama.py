@@ -134,5 +134,5 @@ def test_together_with_dynamic_chunks_more_deadlines_are_met_than_by_fcfs():
         outputs = run(asked, server=Server(overhead=0.005, per_token=1e-4), engine=config, **choices).outputs
         return sum(o.token_times[0] - o.arrival_time > o.slo.ttft for o in outputs)
 
-    niyama = missed(scheduler=("selective", {"token_budget": 2048}), order="niyama", budget="dynamic_chunk")
+    niyama = missed(scheduler=("selective", {"token_budget": 2048}), order="niyama", chunk="dynamic_chunk")
     assert niyama < missed(scheduler=("chunked", {"token_budget": 512})) / 2

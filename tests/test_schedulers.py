@@ -130,14 +130,14 @@ def test_sarathi_keeps_the_blocks_of_a_started_prompt_from_the_next_one():
 
 
 def test_a_budget_of_the_step_is_what_decodes_leave_and_one_of_each_prompt_is_a_cap():
-    """Sarathi-Serve's tau = 16 with three decodes leaves 13 tokens for prompts together; budget=fixed gives
+    """Sarathi-Serve's tau = 16 with three decodes leaves 13 tokens for prompts together; chunk=fixed gives
     each of them 16.
     """
     decodes = [ask(0.0, 2, 40, f"d{i}") for i in range(3)]
     asked = [*decodes, ask(0.1, 30, 2, "A"), ask(0.1, 30, 2, "B")]
     tau, _ = composed(asked, ("chunked", {"token_budget": 16}))
     assert next(s for s in tau if "A" in s) == {"d0": 1, "d1": 1, "d2": 1, "A": 13}
-    cap, _ = composed(asked, ("chunked", {"token_budget": 64}), budget=("fixed", {"chunk_size": 16}))
+    cap, _ = composed(asked, ("chunked", {"token_budget": 64}), chunk=("fixed", {"chunk_size": 16}))
     assert next(s for s in cap if "A" in s) == {"d0": 1, "d1": 1, "d2": 1, "A": 16, "B": 16}
 
 

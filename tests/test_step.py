@@ -11,7 +11,7 @@ from helpers.scripted import ask, engine, everybody
 from core.errors import PolicyError
 from core.inputs import Tags
 from core.plan import Chunk
-from core.policy import Admission, Admit, Defer, Order, Reject, TokenBudget, Victim
+from core.policy import Admission, Admit, ChunkSize, Defer, Order, Reject, Victim
 from core.request import RequestList, RequestState
 from core.step import Granted, NeedBlocks, NoBudget, NotReady, StepBuilder
 from core.testing.oracle import OracleExecutor
@@ -360,7 +360,7 @@ def test_a_waiting_request_never_preempts() -> None:
     assert result.outputs[1].first_scheduled_time >= result.outputs[0].finish_time
 
 
-# ---- wake_at, order, budget, admission -------------------------------------------------------------------
+# ---- wake_at, order, chunk, admission --------------------------------------------------------------------
 
 
 def test_a_policy_that_idles_says_until_when() -> None:
@@ -425,29 +425,29 @@ def test_an_order_is_consumed_lazily_and_no_further_than_the_window() -> None:
     assert taken == ["r0", "r1"]
 
 
-def test_a_budget_cuts_prompts_and_is_not_asked_about_decodes() -> None:
+def test_the_chunk_role_cuts_prompts_and_is_not_asked_about_decodes() -> None:
     asked = []
 
-    class Three(TokenBudget):
+    class Three(ChunkSize):
         def tokens(self, request, left, view):
             asked.append(request.num_new_tokens)
             return min(left, 3)
 
-    running = engine(roles={"budget": Three()})
+    running = engine(roles={"chunk": Three()})
     running.run([ask(8, 3)])
     assert asked == [8, 5, 2]
 
 
 @pytest.mark.parametrize("answer", [-1, 100])
-def test_a_budget_answers_within_what_is_left(answer: int) -> None:
-    class Wrong(TokenBudget):
-        plugin_name = "budget=wrong"
+def test_the_chunk_role_answers_within_what_is_left(answer: int) -> None:
+    class Wrong(ChunkSize):
+        plugin_name = "chunk=wrong"
 
         def tokens(self, request, left, view):
             return answer
 
-    error = failing(everybody, [ask(8)], roles={"budget": Wrong()})
-    assert f"tokens() answered {answer}: expected 0 to 8" in str(error) and error.plugin == "budget=wrong"
+    error = failing(everybody, [ask(8)], roles={"chunk": Wrong()})
+    assert f"tokens() answered {answer}: expected 0 to 8" in str(error) and error.plugin == "chunk=wrong"
 
 
 class Doorman(Admission):

@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from ..errors import ConfigError
+from ..renamed import renamed
 from . import foreign
 
 _BRACKETS = "[]{}()"  # lists, mappings, functions of overrides: what is wrong there is Hydra's to say
@@ -40,6 +41,7 @@ def arguments(argv: list[str], conf: Path) -> tuple[list[str], Path | None]:
 
 
 def _in_hydras_words(argument: str, conf: Path) -> list[str]:
+    argument = renamed(argument)
     key, equals, value = argument.partition("=")
     if not equals:
         return [argument]

@@ -15,6 +15,7 @@ from hydra.errors import OverrideParseException
 
 from ..compose.hooks import Plugin, Registry
 from ..errors import HeadwayError, near
+from ..renamed import renamed
 from . import schema
 from .stored import hide
 
@@ -80,6 +81,8 @@ class Told:
     def key(self, key: str) -> str:
         head, _, rest = key.partition(".")
         groups = [*schema.NODES, *schema.GROUP_ROLES, "policy", "experiment", "seed"]
+        if (name := renamed(key)) != key:
+            return f"{key}: is called {name} now"
         if head not in groups:
             return f"{key}: there is no such key.{near(head, groups)} `python run.py --help` shows them all"
         if not rest:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from ..errors import ConfigError
 from ..interrupts import say
+from ..renamed import with_names_of_today
 
 SAVED = "saved"  # the name under which the config of an earlier run is composed
 HYDRA = "hydra"
@@ -26,7 +27,7 @@ HYDRA = "hydra"
 def load(folder: Path, name: str, conf: Path) -> None:
     """Makes a run's config (-cp DIR/.hydra -cn config) composable as `saved`. Raises ConfigError."""
     file = folder / f"{name.removesuffix('.yaml')}.yaml"
-    data = _read(file)
+    data = with_names_of_today({str(key): value for key, value in _read(file).items()})
     if "defaults" in data:
         raise ConfigError(f"{file}: has a `defaults` list, which no run's config has. For groups use -cd DIR")
     for key in [key for key in data if _is_hydras(key)]:

@@ -16,6 +16,7 @@ from ..compose.hooks import Plugin, Registry, load_registry
 from ..compose.params import describe, limits_of
 from ..errors import HeadwayError, near
 from ..policy import ROLES
+from ..renamed import renamed
 
 #: Verb -> (module, its function of argv that answers the exit code, one line). Imported only when it is asked
 #: for.
@@ -73,7 +74,7 @@ def plugins(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m headway plugins", description="Every available plugin, and what is broken."
     )
-    parser.add_argument("role", nargs="?", help=f"only this role: {', '.join(ROLES)}")
+    parser.add_argument("role", nargs="?", type=renamed, help=f"only this role: {', '.join(ROLES)}")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     options = parser.parse_args(argv)
     if options.role and options.role not in ROLES:

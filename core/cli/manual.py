@@ -20,6 +20,7 @@ from ..compose.hooks import OPTIONAL, Plugin, Registry
 from ..compose.params import describe, limits_of
 from ..errors import ConfigError, near
 from ..policy import ROLES
+from ..renamed import renamed
 from . import schema
 from .explain import complain
 
@@ -78,7 +79,9 @@ def manual(arguments: Sequence[str], registry: Registry) -> str:
     Raises ConfigError for one that picks nothing.
     """
     groups = {name: list(_options(name, registry)) for name in (*ROLES, *TOPICS)}
-    wanted = [a.lstrip("+~") for a in arguments if not a.startswith("-") and not a.startswith("hydra.")]
+    wanted = [
+        renamed(a.lstrip("+~")) for a in arguments if not a.startswith("-") and not a.startswith("hydra.")
+    ]
     picked: dict[str, list[Option]] = {}
     for argument in wanted:
         for name, options in _picked(argument, groups).items():

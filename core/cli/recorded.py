@@ -16,6 +16,7 @@ from ..measure import results
 from ..measure.doubt import within
 from ..measure.served import Served, read_served, seen, served_steps
 from ..outputs import RunResult
+from ..renamed import with_names_of_today
 from . import schema
 from .stored import stored
 
@@ -50,7 +51,7 @@ class Recorded:
             directory=directory,
             overrides=result["overrides"],
             summary=result["summary"],
-            config=config,
+            config=with_names_of_today(config),
             requests={id: (prompt, answer) for id, prompt, answer in zip(*requests, strict=True)},
             largest=(max(steps[0], default=0), max(steps[1], default=0)),
         )

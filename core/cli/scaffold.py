@@ -13,6 +13,7 @@ from string import Template
 from ..compose.hooks import load_registry
 from ..errors import ConfigError, near
 from ..policy import ROLES
+from ..renamed import renamed
 
 TEMPLATES = Path(__file__).parent / "templates"
 #: Roles that the conformance kit drives; the others bring tests of their own.
@@ -20,7 +21,7 @@ POLICIES = (
     "scheduler",
     "order",
     "victim",
-    "budget",
+    "chunk",
     "admission",
     "predictor",
     "cache",
@@ -33,6 +34,7 @@ SETTLED = {"parallel": "parallel.tp and parallel.pp are settings of the engine, 
 def write_package(role: str, name: str, into: Path) -> list[Path]:
     """The files of a new package `into / name`, written. Raises ConfigError for a bad name, a taken one, or a
     directory that is there."""
+    role = renamed(role)
     if role in SETTLED:
         raise ConfigError(f"there is no plugin to write for {role!r}: {SETTLED[role]}")
     if role not in ROLES:

@@ -28,6 +28,7 @@ from ..compose.hooks import OPTIONAL, Broken, Registry
 from ..errors import ConfigError, PluginError, near
 from ..inputs import SLO
 from ..policy import ROLES
+from ..renamed import renamed
 
 #: Root nodes that are no role, with their dataclasses.
 NODES = {
@@ -131,7 +132,7 @@ def options(group: str) -> list[str]:
 def composed(words: Iterable[str]) -> DictConfig:
     """What `python run.py WORDS` composes, in any process; after `register`. Raises HydraException."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("config", list(words))
+        return hydra.compose("config", [renamed(word) for word in words])
 
 
 def composition(cfg: DictConfig) -> Composition:

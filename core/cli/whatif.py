@@ -30,6 +30,7 @@ from ..measure.doubt import LESS_IS_BETTER, MORE_IS_BETTER, POLICIES, TIMES, is_
 from ..measure.metrics import summarize
 from ..measure.report import table
 from ..outside import Observer, StepRecord
+from ..renamed import renamed
 from . import presets, schema
 from .explain import explain
 from .recorded import OfClients, Recorded
@@ -86,7 +87,7 @@ def changes(words: Sequence[str]) -> Iterator[list[str]]:
     """Every combination of the values that each word lists. Raises ConfigError for a word that changes no
     policy."""
     choices: list[list[str]] = []
-    for word in words:
+    for word in map(renamed, words):
         key, equals, _ = word.partition("=")
         if not equals or not is_policy(key):
             expected = f"expected POLICY=NAME or POLICY.parameter=VALUE, of {', '.join(sorted(POLICIES))}"

@@ -19,6 +19,7 @@ from ..measure.step_log import StepLog
 from ..outputs import RunResult
 from ..outside import Observer, Workload
 from ..policy import SERVICES, Role
+from ..renamed import with_names_of_today
 from ..roles import check_limits
 from .config import EngineConfig, Hardware, ModelConfig, ParallelConfig, ResultsConfig
 from .facts import facts
@@ -43,6 +44,7 @@ class Composition:
     seed: int = param(0, min=-(2**63), max=2**63 - 1)
 
     def __post_init__(self) -> None:
+        self.choices = with_names_of_today(self.choices)
         self.seed = checked(type(self), {"seed": self.seed}, "")["seed"]
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import MISSING, asdict
 from typing import TYPE_CHECKING, Any
 
+from ..renamed import with_names_of_today
 from .hooks import Registry
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ ABSENT = "absent"
 def differences(recorded: Facts, given: Facts) -> list[str]:
     """One line for each fact that is not the same, in the order of the names; of another plugin, its name
     alone."""
+    recorded, given = with_names_of_today(recorded), with_names_of_today(given)
     lines = []
     others: set[str] = set()
     for name in sorted(recorded.keys() | given.keys()):  # a role comes before its parameters

@@ -26,6 +26,7 @@ from .. import keyed, policy
 from ..errors import ConfigError, HeadwayError, PluginError, near
 from ..outside import Observer
 from ..policy import API_VERSION, ROLES, Role
+from ..renamed import renamed
 from .params import checked
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ BLOCK = "HEADWAY_PLUGINS_BLOCK"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-#: Roles that a run can do without: `budget=none`.
-OPTIONAL = ("budget", "admission", "predictor", "retention", "tracking")
+#: Roles that a run can do without: `chunk=none`.
+OPTIONAL = ("chunk", "admission", "predictor", "retention", "tracking")
 ROLE_CLASSES: dict[str, type[Role]] = {
     c.role: c
     for c in vars(policy).values()
@@ -150,6 +151,7 @@ class Registry:
         Raises PluginError for an unknown role, a taken name, a class that is no dataclass or lacks a method
         of its role.
         """
+        role = renamed(role)
         shown: Any = config or factory
         plugin = Plugin(role, name, factory, shown, summary=_summary(factory, config), origin=self._origin)
         try:
@@ -224,6 +226,7 @@ class Registry:
     def get(self, role: str, name: str) -> Plugin:
         """The plugin behind `role=name`. Raises PluginError if it is broken, ConfigError with the near names
         if there is none."""
+        role = renamed(role)
         for broken in self.broken:
             if broken.concerns(role, name) and (broken.role or (role, name) not in self.plugins):
                 raise PluginError(f"{role}={name} cannot be used: {broken.reason}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HeadwayError
+from ..renamed import renamed
 
 RESULT, SUMMARY, VERSIONS, CONFIG = "result.json", "summary.json", "versions.json", "config.yaml"
 #: What `results.files` chooses from. result.json and the config are written always.
@@ -179,7 +180,8 @@ def read_result(directory: Path) -> dict[str, Any] | None:
         raise Unreadable(f"{directory / RESULT}: is no result of a run ({what})")
     if (directory / SUMMARY).exists():
         _read_json(directory / SUMMARY)
-    return result | {"directory": str(directory)}
+    overrides = [renamed(override) for override in result["overrides"]]
+    return result | {"directory": str(directory), "overrides": overrides}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -280,7 +280,7 @@ def _shrunk_peek(subject: Subject, name: str, runs: int, seed: int, what: str) -
 
 
 ENOUGH_SCENES = 3  # in which a request starves; each takes a thousand others
-ASKED_WHO_GOES = ("scheduler", "order", "victim", "budget", "admission", "predictor")
+ASKED_WHO_GOES = ("scheduler", "order", "victim", "chunk", "admission", "predictor")
 
 
 def check_starvation(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:

@@ -12,6 +12,7 @@ from ..context import Context
 from ..policy import (
     Admission,
     Admit,
+    ChunkSize,
     Defer,
     Eviction,
     KVControl,
@@ -21,7 +22,6 @@ from ..policy import (
     Predictor,
     Retention,
     Scheduler,
-    TokenBudget,
     Victim,
 )
 from ..request import Request, RequestState
@@ -78,7 +78,7 @@ class ShakyVictim(Victim):
 
 
 @dataclass
-class ShakyBudget(TokenBudget):
+class ShakyChunkSize(ChunkSize):
     """A random share of what is left."""
 
     def tokens(self, request: Request, left: int, view: View) -> int:
@@ -148,7 +148,7 @@ SHAKY = (
     ShakyScheduler,
     ShakyOrder,
     ShakyVictim,
-    ShakyBudget,
+    ShakyChunkSize,
     ShakyAdmission,
     ShakyPredictor,
     ShakyEviction,

@@ -26,9 +26,7 @@ PLAIN_LIMITS: dict[str, Any] = {
     "token_seconds": 0.0,
     "stop_after": None,
 }
-PLAIN_FILL = {**default_names(), "cache": "none"} | dict.fromkeys(
-    ("retention", "admission", "budget"), "none"
-)
+PLAIN_FILL = {**default_names(), "cache": "none"} | dict.fromkeys(("retention", "admission", "chunk"), "none")
 
 
 def shrink(case: Case, fails: Callable[[Case], bool], attempts: int = 400) -> Case:

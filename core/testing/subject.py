@@ -19,6 +19,7 @@ from ..compose.hooks import OPTIONAL, Origin, Registry, load_registry
 from ..engine import Engine
 from ..errors import ConfigError, near
 from ..policy import Role
+from ..renamed import renamed
 from . import shake
 from .case import Case, random_case
 from .oracle import OracleExecutor
@@ -42,7 +43,7 @@ RANDOM_ROLES: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
     "eviction": [("lru", {}), ("fifo", {}), ("lfu", {}), ("shake", {})],
     "retention": [("none", {}), ("none", {}), ("shake", {})],
     "admission": [("none", {}), ("none", {}), ("none", {}), ("shake", {})],
-    "budget": [("none", {}), ("none", {}), ("none", {}), ("shake", {})],
+    "chunk": [("none", {}), ("none", {}), ("none", {}), ("shake", {})],
     "predictor": [("shake", {}), ("declared", {})],
 }
 #: The plain choice for each of them, where a check compares or measures.
@@ -132,7 +133,7 @@ def _load(name: str) -> Any:
 
 def _parse(words: Sequence[str], registry: Registry) -> Choices:
     chosen: Choices = {}
-    for word in words:
+    for word in map(renamed, words):
         key, equals, text = word.partition("=")
         role, dot, parameter = key.partition(".")
         if not equals:

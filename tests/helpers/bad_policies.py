@@ -11,6 +11,7 @@ from headway import (
     ROOT,
     Admission,
     Block,
+    ChunkSize,
     Defer,
     Eviction,
     Need,
@@ -18,7 +19,6 @@ from headway import (
     PrefixCache,
     Request,
     Scheduler,
-    TokenBudget,
     Victim,
     hookimpl,
 )
@@ -255,7 +255,7 @@ class Slow(Order):
         return sorted(view.waiting, key=lambda r: (total, r.sort_key))
 
 
-# ---- victims, budgets, admission -------------------------------------------------------------------------
+# ---- victims, chunks, admission --------------------------------------------------------------------------
 
 
 @dataclass
@@ -274,7 +274,7 @@ class NamesTheEnded(Victim):
 
 
 @dataclass
-class TooGenerous(TokenBudget):
+class TooGenerous(ChunkSize):
     """Answers more than was left."""
 
     def tokens(self, request, left, view):

@@ -132,7 +132,7 @@ def _simulated(rng: Random, **named: str) -> str:
         parameters = {"token_budget": rng.choice((48, 24)), "chunk_size": rng.choice((None, 8))}
         choices["scheduler"] = (named["scheduler"], parameters)
     optional = {
-        "budget": (None, ("fixed", {"chunk_size": 8})),
+        "chunk": (None, ("fixed", {"chunk_size": 8})),
         "admission": (None, "always", "past_future", "peak_memory", "new_token_ratio"),
         "retention": (None, ("ttl", {}), "keep", "drop"),
     }

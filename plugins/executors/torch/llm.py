@@ -26,6 +26,7 @@ from headway import (
     load_registry,
     near,
     token_ids,
+    with_names_of_today,
 )
 from headway import RequestOutput as EngineOutput
 
@@ -39,7 +40,7 @@ Sampling = SamplingParams | Sequence[SamplingParams | None] | None
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 ROLES = ("scheduler", "order", "victim", "cache", "eviction", "executor", "kernels")
-OPTIONAL = ("budget", "admission", "predictor", "retention")
+OPTIONAL = ("chunk", "admission", "predictor", "retention")
 PARALLEL = {"tensor_parallel_size": "tp", "pipeline_parallel_size": "pp"}
 
 
@@ -255,6 +256,7 @@ class LLM:
 
 def _compose(model: str | os.PathLike[str], options: dict[str, Any]) -> Composition:
     """Each option to where it belongs. Raises ConfigError with the near names for an unknown one."""
+    options = with_names_of_today(options)
     engine = {f.name for f in fields(EngineConfig)}
     executor = {f.name for f in fields(TorchExecutor)}
     models = {f.name for f in fields(ModelConfig)} - {"name_or_path"}

@@ -24,7 +24,7 @@ class Niyama(KeyOrder):
     Eager relegation: a request that has not started, and whose prefill would end after its deadline at the
     throughput that prefills have had lately, goes behind all that can still make it; once, and for good.
     Requests without a target come last. The paper's selective preemption, by which a better request overtakes
-    a prompt that is half done, is scheduler=selective, its dynamic chunks are budget=dynamic_chunk. Differs:
+    a prompt that is half done, is scheduler=selective, its dynamic chunks are chunk=dynamic_chunk. Differs:
     the time of a decode is the cost model's for one alone, and relegation knows no tiers of users.
     """
 

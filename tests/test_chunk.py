@@ -1,4 +1,4 @@
-"""Token budgets: how much of a prompt goes into a step."""
+"""The role `chunk`: how much of a prompt goes into a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_fixed_cuts_every_prompt_into_equal_chunks_and_leaves_decodes_alone():
     steps = Steps()
     run(
         [ask(0.0, 100, 3, "a"), ask(0.0, 70, 2, "b")],
-        budget=("fixed", {"chunk_size": 32}),
+        chunk=("fixed", {"chunk_size": 32}),
         scheduler=WIDE,
         engine=CONFIG,
         observers=[steps],
@@ -41,11 +41,11 @@ def gaps(steps: Steps, id: str) -> list[float]:
     return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def long_prompt_joins(budget, tpot: float) -> tuple[Steps, list[int]]:
+def long_prompt_joins(size, tpot: float) -> tuple[Steps, list[int]]:
     """One request decodes with a TPOT target while a prompt of 1500 tokens comes in."""
     asked = [ask(0.0, 16, 300, "decode", SLO(tpot=tpot)), ask(0.02, 1500, 2, "prompt")]
     steps = Steps()
-    choice = {"budget": budget} if budget else {}
+    choice = {"chunk": size} if size else {}
     run(asked, server=slow(), scheduler=WIDE, engine=CONFIG, observers=[steps], **choice)
     return steps, chunks(steps, "prompt")
 
@@ -77,7 +77,7 @@ def test_dynamic_chunk_without_decodes_gives_everything():
     run(
         [ask(0.0, 1500, 2, "prompt")],
         server=slow(),
-        budget="dynamic_chunk",
+        chunk="dynamic_chunk",
         scheduler=WIDE,
         engine=CONFIG,
         observers=[steps],
@@ -95,7 +95,7 @@ def test_dynamic_chunk_takes_its_floor_while_a_decode_is_late():
     run(
         asked,
         server=slow(),
-        budget=("dynamic_chunk", {"floor": 100}),
+        chunk=("dynamic_chunk", {"floor": 100}),
         scheduler=WIDE,
         engine=CONFIG,
         observers=[steps := Steps()],
@@ -116,7 +116,7 @@ def test_deadlines_count_from_arrival_so_that_who_is_early_has_slack():
     """
     asked = [ask(0.0, 16, 100, "A", SLO(ttft=6.0, tpot=0.05)), ask(0.1, 2000, 2, "B")]
     steps = Steps()
-    run(asked, server=slow(), budget="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
+    run(asked, server=slow(), chunk="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
     assert chunks(steps, "B") == [2000, 1]
     due = [6.0 + 0.05 * n for n in range(100)]
     assert all(
@@ -134,20 +134,20 @@ def test_a_request_without_a_target_between_tokens_makes_no_demands():
         ask(0.1, 1500, 2, "prompt"),
     ]
     steps = Steps()
-    run(asked, server=slow(), budget="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
+    run(asked, server=slow(), chunk="dynamic_chunk", scheduler=WIDE, engine=CONFIG, observers=[steps])
     assert chunks(steps, "prompt") == [1500, 1]
 
 
 def test_dynamic_chunk_needs_a_cost_model():
     server = Server()
     server.cost_model = None
-    with pytest.raises(ConfigError, match="budget=dynamic_chunk needs step_time"):
-        compose(server=server, budget="dynamic_chunk")
+    with pytest.raises(ConfigError, match="chunk=dynamic_chunk needs step_time"):
+        compose(server=server, chunk="dynamic_chunk")
 
 
 @pytest.mark.parametrize(
-    "budget", [("fixed", {"chunk_size": 0}), ("dynamic_chunk", {"floor": -1}), ("dynamic_chunk", {"tile": 0})]
+    "size", [("fixed", {"chunk_size": 0}), ("dynamic_chunk", {"floor": -1}), ("dynamic_chunk", {"tile": 0})]
 )
-def test_budgets_refuse_what_would_never_let_a_prompt_through(budget):
+def test_sizes_that_would_never_let_a_prompt_through_are_refused(size):
     with pytest.raises(ConfigError, match="expected"):
-        compose(budget=budget)
+        compose(chunk=size)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headway import Context, Registry, Request, TokenBudget, View, hookimpl, param
+from headway import ChunkSize, Context, Registry, Request, View, hookimpl, param
 
 
 @dataclass
-class DynamicChunk(TokenBudget):
+class DynamicChunk(ChunkSize):
     """Dynamic chunking (Niyama, arXiv 2503.22562, section 3; PolyServe, arXiv 2507.17769): the largest chunk
     that makes no decode late.
 
@@ -77,4 +77,4 @@ class DynamicChunk(TokenBudget):
 
 @hookimpl
 def headway_register(registry: Registry) -> None:
-    registry.add("budget", "dynamic_chunk", DynamicChunk)
+    registry.add("chunk", "dynamic_chunk", DynamicChunk)
