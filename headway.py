@@ -25,7 +25,7 @@ from core.compose.facts import facts as composition_facts
 from core.compose.hooks import Registry, hookimpl, load_registry
 from core.compose.memory import check_fits
 from core.compose.params import describe, param
-from core.context import Context, CostModel, Oracle
+from core.context import Context, CostModel, Truth
 from core.engine import Engine
 from core.errors import (
     ConfigError,
@@ -128,7 +128,6 @@ __all__ = [
     "NotReady",
     "NothingPlanned",
     "Observer",
-    "Oracle",
     "OracleExecutor",
     "Order",
     "ParallelConfig",
@@ -161,6 +160,7 @@ __all__ = [
     "TextStop",
     "TimeModel",
     "Tokens",
+    "Truth",
     "Victim",
     "View",
     "VirtualClock",
@@ -206,7 +206,7 @@ LATER = {
 
 
 #: Former names of what is imported from here.
-FORMER_NAMES = {"TokenBudget": "ChunkSize"}
+FORMER_NAMES = {"Oracle": "Truth", "TokenBudget": "ChunkSize"}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ class Context:
     roles: Mapping[str, Any]  # config node -> the object, of that node's class
     cost_model: CostModel | None = None
     model: Any = None  # core.compose.config.ModelShape, where the executor knows it
-    oracle: Oracle | None = None  # only for roles that declare `oracle = True`
+    truth: Truth | None = None  # only for roles that declare `sees_truth = True`
     # tokens of a step that suit the executor, for a scheduler that is given no number of its own
     token_budget: int = 512
     tokenizer: Any = None  # of the executor, for a workload of texts; None where it has none
@@ -36,8 +36,8 @@ class CostModel(Protocol):
         request."""
 
 
-class Oracle:
-    """The truth that no deployed policy has. Reachable only through roles that declare `oracle = True`."""
+class Truth:
+    """What no deployed policy knows. Reachable only through roles that declare `sees_truth = True`."""
 
     def __init__(self, hidden_ends: Mapping[int, int] | None = None) -> None:
         """`hidden_ends`: request index -> known tokens at which its emulated answer ends."""

@@ -89,7 +89,7 @@ class Counts:
             num_preemptions=self._roster.num_preemptions,
             num_pauses=self._roster.num_pauses,
             planned_tokens=self.planned_tokens,
-            oracles=self._roles.oracles(num_evictions),
+            saw_truth=self._roles.saw_truth(num_evictions),
             warmup_seconds=prepared.seconds,
             late_preparations=prepared.late - self._prepared,
             step_time_basis=self._roles.executor.step_time_basis,

@@ -21,7 +21,7 @@ from .blocks import BlockPool
 from .calls import Calls
 from .clock import RecordingClock
 from .compose.config import EngineConfig
-from .context import Oracle
+from .context import Truth
 from .counts import Counts
 from .decisions import DecisionLog
 from .errors import NothingPlanned
@@ -90,10 +90,10 @@ class Engine:
         max_inflight = executor.caps.default_inflight if config.max_inflight is None else config.max_inflight
         self.flights = Flights(executor, calls, self.clock, max_inflight)
         self.decisions = DecisionLog()
-        self.oracle = Oracle(self.roster.hidden_ends)
+        self.truth = Truth(self.roster.hidden_ends)
         self.patience, self.seed = Patience(calls), seed
         left_open = self.roles.left_open()
-        self.roles.set_up(config, count, seed, self.oracle)
+        self.roles.set_up(config, count, seed, self.truth)
         limits = {"num_blocks": count, "max_inflight": max_inflight, "max_model_len": self.max_model_len}
         self.derived = derived(left_open, config, limits)  # the same in every run
         executor.start(count, size, config.max_num_seqs, config.max_num_batched_tokens, seed)
@@ -256,7 +256,7 @@ class Engine:
         self.counts.num_runs += 1
         arrivals = in_order(arrivals, self.roles.workload.plugin_name)
         if self.roles.know_the_future:
-            arrivals = self.oracle.future = list(arrivals)
+            arrivals = self.truth.future = list(arrivals)
         self.intake.begin_run(arrivals, forget=not goes_on)
         self.coming.on_result = on_result
         self.coming.stream(arrivals, self.counts.began)
@@ -288,4 +288,4 @@ class Engine:
         if self.ledger is not None:
             self.ledger.clear()
         self.view.begin_step(self.counts.num_steps, self.view.now, 0)
-        self.roles.set_up(self.config, self.pool.num_blocks, self.seed, self.oracle)
+        self.roles.set_up(self.config, self.pool.num_blocks, self.seed, self.truth)

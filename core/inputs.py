@@ -78,8 +78,8 @@ class Tags:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request as a workload states it. `output_len` is the true length: only the engine and oracle roles
-    see it."""
+    """One request as a workload states it. `output_len` is the true length: only the engine and roles
+    that declare `sees_truth` see it."""
 
     time: float  # seconds on the run's clock
     prompt_token_ids: Sequence[int]

@@ -94,7 +94,7 @@ class RunResult:
     decision_hash: str = ""
     status: str = "finished"  # or "interrupted", "failed"
     error: str = ""
-    oracles: list[str] = field(default_factory=list)
+    saw_truth: list[str] = field(default_factory=list)
     # of compiling and capturing, before the first step of the executor's first run
     warmup_seconds: float = 0.0
     late_preparations: int = 0  # kernels compiled and graphs captured since, in this run

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .blocks import Block
 from .compose.params import check
-from .errors import ConfigError
+from .errors import ConfigError, PluginError
 from .request import Request
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Role:
 
     role: ClassVar[str] = ""
     api: ClassVar[int] = API_VERSION
-    oracle: ClassVar[bool] = False  # True: sees true output lengths or the future; stamped on the results
+    sees_truth: ClassVar[bool] = False  # True: sees true output lengths or the future; stamped on the results
     # why a request may wait without end, where that is by design; the conformance kit notes it
     may_starve: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()  # what it cannot work without: see SERVICES
@@ -81,6 +81,8 @@ class Role:
     def __init_subclass__(cls, **options: Any) -> None:
         """A plugin's own `__post_init__` finds parameters that are right already."""
         super().__init_subclass__(**options)
+        if "oracle" in vars(cls):
+            raise PluginError(f"{cls.__qualname__}: `oracle` is called `sees_truth` now")
         if (own := vars(cls).get("__post_init__")) is not None:
             setattr(cls, "__post_init__", _after_check(own))  # noqa: B010 - mypy takes no assignment to a method
 

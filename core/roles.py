@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .calls import Calls
 from .clock import is_finite
 from .compose.config import EngineConfig
-from .context import Context, Oracle
+from .context import Context, Truth
 from .errors import ConfigError, near
 from .execution import ExecutorCaps
 from .executor import Executor
@@ -185,8 +185,8 @@ class Roles:
             for name in CALLBACKS
         }
 
-    def set_up(self, config: EngineConfig, num_blocks: int, seed: int, oracle: Oracle) -> None:
-        """Gives each object its generator and calls its `setup`; those that declare it get the oracle."""
+    def set_up(self, config: EngineConfig, num_blocks: int, seed: int, truth: Truth) -> None:
+        """Gives each object its generator and calls its `setup`; those that declare it get the truth."""
         caps = self.executor.caps
         handed = self.given | ({} if self.predictor is None else {"predictor": self.predictor})
         context = Context(
@@ -205,7 +205,7 @@ class Roles:
         for role in self.objects:
             role.rng = Random(f"{seed}/{role.plugin_name}")
         for role in self.objects:
-            own = replace(context, oracle=oracle if role.oracle else None)
+            own = replace(context, truth=truth if role.sees_truth else None)
             self.calls.call(role, role.setup, own)
 
     def left_open(self) -> list[tuple[str, Role, str]]:
@@ -243,7 +243,7 @@ class Roles:
     def know_the_future(self) -> bool:
         return any("future" in role.requires for role in self.objects)
 
-    def oracles(self, num_evictions: int) -> list[str]:
+    def saw_truth(self, num_evictions: int) -> list[str]:
         """Names of the roles that saw what no deployed policy can see, and influenced this run: a predictor
         if it was asked or a policy requires it, an eviction policy if it chose a block, every other role
         always."""
@@ -253,4 +253,6 @@ class Roles:
             silent.add("predictor")
         if not num_evictions:
             silent.add("eviction")
-        return sorted({role.plugin_name for n, role in self.given.items() if role.oracle and n not in silent})
+        return sorted(
+            {role.plugin_name for n, role in self.given.items() if role.sees_truth and n not in silent}
+        )

@@ -20,7 +20,7 @@ from random import Random
 
 from core.blocks import ROOT, BlockPool
 from core.compose.hooks import Registry, load_registry
-from core.context import Context, Oracle
+from core.context import Context, Truth
 from core.inputs import Arrival, Tags
 from core.request import Request
 from core.roster import publish
@@ -34,9 +34,9 @@ class Bench:
     def __init__(self, registry: Registry, cache: str, eviction: str, num_blocks: int) -> None:
         self.index = registry.get("cache", cache).build()
         self.eviction = registry.get("eviction", eviction).build()
-        oracle = Oracle()
+        truth = Truth()
         # Belady then knows that nothing comes back, and still keeps its order
-        oracle.future = [Arrival(0.0, [0] * SIZE)]
+        truth.future = [Arrival(0.0, [0] * SIZE)]
         for role in (self.index, self.eviction):
             role.setup(
                 Context(
@@ -47,7 +47,7 @@ class Bench:
                     max_num_seqs=1,
                     max_num_batched_tokens=1 << 30,
                     roles={},
-                    oracle=oracle,
+                    truth=truth,
                 )
             )
         self.pool = BlockPool(num_blocks, SIZE, self.index, self.eviction)

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from core.blocks import ROOT, BlockPool
 from core.chains import prefix_keys
-from core.context import Context, Oracle
+from core.context import Context, Truth
 from core.errors import InvariantError, PolicyError
 from core.inputs import Arrival, Tags
 from core.policy import Eviction
@@ -85,12 +85,12 @@ class Pool(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        oracle = Oracle()
-        oracle.future = [Arrival(0.0, [0, 1] * 4), Arrival(1.0, [0, 0, 1, 1])]
+        truth = Truth()
+        truth.future = [Arrival(0.0, [0, 1] * 4), Arrival(1.0, [0, 0, 1, 1])]
         self.index = REGISTRY.get("cache", self.cache).build(subtree=self.subtree)
         self.watched = Watched(REGISTRY.get("eviction", self.eviction).build(), self.subtree)
         for role in (self.index, self.watched):
-            role.setup(Context(0, SIZE, BLOCKS, 1 << 20, 8, 1 << 20, {}, oracle=oracle))
+            role.setup(Context(0, SIZE, BLOCKS, 1 << 20, 8, 1 << 20, {}, truth=truth))
         self.pool = BlockPool(BLOCKS, SIZE, self.index, self.watched)
         self.count = 0
         self.held: list[Request] = []

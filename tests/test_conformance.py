@@ -21,7 +21,7 @@ FILE = str(Path(__file__).parent / "helpers" / "bad_policies.py")
 SEEDS = range(120)
 #: The part of the kit that fills a row of the report.
 PART = {
-    "oracle boundary": "oracle",
+    "truth boundary": "truth",
     "starvation": "starvation",
     "sim = replay": "parity",
     "cost": "cost",
@@ -93,7 +93,7 @@ def test_what_is_in_the_box_passes(word: str, workers: Workers) -> None:
     parts = [
         kit.check_runs(subject, seeds),
         kit.check_determinism(subject, seeds[:4], workers),
-        kit.check_oracle_boundary(subject, seeds[:8]),
+        kit.check_truth_boundary(subject, seeds[:8]),
     ]
     parts += [kit.check_starvation(subject, seeds), kit.check_parity(subject, seeds[:1])]
     for verdict in (v for part in parts for v in part):
@@ -126,9 +126,9 @@ def test_starving_by_design_is_noted_with_its_reason(monkeypatch) -> None:
     assert verdict.verdict == kit.NOTE and "the smallest goes first" in verdict.detail
 
 
-def test_a_declared_oracle_is_noted() -> None:
-    (verdict,) = kit.check_oracle_boundary(Subject(("predictor=oracle",)), range(3))
-    assert verdict.verdict == kit.NOTE and "oracle=True" in verdict.detail
+def test_who_declares_to_see_the_truth_is_noted() -> None:
+    (verdict,) = kit.check_truth_boundary(Subject(("predictor=oracle",)), range(3))
+    assert verdict.verdict == kit.NOTE and "sees_truth=True" in verdict.detail
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def names_in(page: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that has everything that a summary may hold: clients, targets, a refusal, an oracle."""
+    """A run that has everything that a summary may hold: clients, targets, a refusal, a policy that sees
+    the truth."""
     directory = tmp_path_factory.mktemp("run")
     choices = {
         **default_choices(order="sjf", predictor="oracle"), "executor": ("sim", {}),
@@ -145,7 +146,7 @@ def run(tmp_path_factory):
 
 def test_every_number_of_a_summary_is_defined(run) -> None:
     summary = summarize(run[1])
-    assert {"rejections", "oracles", "slo_attainment", "jain_index"} <= summary.keys()
+    assert {"rejections", "saw_truth", "slo_attainment", "jain_index"} <= summary.keys()
     assert not summary.keys() - names_in("docs/metrics.md")
 
 

@@ -1,4 +1,4 @@
-"""What a run counts: recomputed tokens against an oracle that knows plans alone, CPU seconds, and what a drop
+"""What a run counts: recomputed tokens against a count from plans alone, CPU seconds, and what a drop
 leaves in the cache."""
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def recomputed(decisions: list[Decision]) -> dict[str, int]:
 
 
 def compared(scheduler: str, cache: str, depth: int, seeds: range) -> tuple[int, int]:
-    """(tokens recomputed by the oracle, requests whose count differs), over random cases that are short of
-    blocks."""
+    """(tokens recomputed, as counted from plans, requests whose count differs), over random cases that are
+    short of blocks."""
     subject = Subject(
         (f"scheduler={scheduler}", f"cache={cache}", *(("order=srpt",) if scheduler == "preemptive" else ()))
     )
@@ -96,7 +96,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_wrong_count_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, *BUGS[bug])
-    # the ledger would find it; here the oracle has to
+    # the ledger would find it; here the count from plans has to
     monkeypatch.setattr("core.engine.Ledger", lambda *books: None)
     assert any(compared("shake", "hash", depth, range(60))[1] for depth in (1, 2))
 

@@ -6,7 +6,7 @@ import pytest
 from helpers.scripted import ask, engine, everybody
 
 from core.compose.config import EngineConfig
-from core.context import Oracle
+from core.context import Truth
 from core.engine import Engine
 from core.errors import ConfigError, PolicyError
 from core.inputs import SLO, Arrival, Tags
@@ -249,23 +249,23 @@ def test_7_rejected_requests_miss_their_slo() -> None:
     assert summarize(result)["slo_attainment"] == 0.5
 
 
-# ---- invariant 8: the truth is reached through declared oracles only -------------------------------------
+# ---- invariant 8: the truth is reached by those that declare it alone ------------------------------------
 
 
-def test_8_only_a_declared_oracle_is_handed_the_truth_and_is_stamped() -> None:
+def test_8_only_who_declares_it_is_handed_the_truth_and_is_stamped() -> None:
     handed = {}
 
     class Asks(Predictor):
         def setup(self, ctx):
             super().setup(ctx)
-            handed[type(self).__name__] = ctx.oracle
+            handed[type(self).__name__] = ctx.truth
 
         def predict(self, request):
             return LengthPrediction(1.0, 1.0)
 
     class Sees(Asks):
         plugin_name = "predictor=sees"
-        oracle = True
+        sees_truth = True
 
     class Curious(Waiting):
         def on_arrival(self, request, now):
@@ -279,21 +279,21 @@ def test_8_only_a_declared_oracle_is_handed_the_truth_and_is_stamped() -> None:
         requires = ("predictor",)
 
     def stamps(predictor: Predictor, order: Order) -> list[str]:
-        return engine(roles={"predictor": predictor, "order": order}).run([ask(4, 1)]).oracles
+        return engine(roles={"predictor": predictor, "order": order}).run([ask(4, 1)]).saw_truth
 
     assert stamps(Asks(), Curious()) == []
     assert stamps(Sees(), Waiting()) == [], "nobody asked it, and nobody needs it"
     assert stamps(Sees(), Curious()) == stamps(Sees(), Dependent()) == ["predictor=sees"]
-    assert handed["Asks"] is None and isinstance(handed["Sees"], Oracle)
+    assert handed["Asks"] is None and isinstance(handed["Sees"], Truth)
 
 
-def test_8_the_oracle_says_how_long_the_answer_will_be() -> None:
+def test_8_the_truth_says_how_long_the_answer_will_be() -> None:
     for arrival, length in ((ask(4, 9, output_len=3), 3), (ask(4, 9), 9), (ask(60, 9), 4)):
         running = engine()
         running.add(arrival)
         running.step()
         (request,) = running.running
-        assert running.oracle.output_len(request) == length
+        assert running.truth.output_len(request) == length
 
 
 # ---- invariant 9: an exception in a plugin ---------------------------------------------------------------

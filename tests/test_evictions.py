@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from core.blocks import ROOT, Block, BlockPool
 from core.chains import prefix_keys
 from core.compose.config import EngineConfig
-from core.context import Context, Oracle
+from core.context import Context, Truth
 from core.errors import ConfigError
 from core.inputs import Arrival, Tags
 from core.request import Request
@@ -168,10 +168,10 @@ class Tree:
         subtree: bool = False,
     ) -> None:
         self.cache, self.eviction, self.size = HashBlocks(subtree=subtree), eviction, block_size
-        oracle = Oracle()
-        oracle.future = future or []
+        truth = Truth()
+        truth.future = future or []
         for role in (self.cache, eviction):
-            role.setup(Context(0, block_size, num_blocks, 1 << 20, 8, 1 << 20, {}, oracle=oracle))
+            role.setup(Context(0, block_size, num_blocks, 1 << 20, 8, 1 << 20, {}, truth=truth))
         self.pool = BlockPool(num_blocks, block_size, self.cache, eviction)
         self.asked = 0
 
@@ -393,7 +393,7 @@ def test_belady_learns_the_future_from_the_run_and_is_stamped_on_it() -> None:
     for name in EVICTIONS:
         result = run(prompts(1), cache="radix", eviction=name, engine=CONFIG)
         cached[name] = sum(o.num_cached_tokens for o in result.outputs)
-        assert result.oracles == (["eviction=belady"] if name == "belady" else [])
+        assert result.saw_truth == (["eviction=belady"] if name == "belady" else [])
     assert cached["belady"] == max(cached.values()) > cached["lru"] > 0
 
 

@@ -44,7 +44,7 @@ def test_a_noisy_predictor_ranks_with_the_kendall_tau_it_is_given(shape, tau):
     )
     for request in requests[:64]:
         engine.roles.predictor.predict(request)  # it tunes itself on the first lengths
-    pairs = [(engine.oracle.output_len(r), engine.roles.predictor.predict(r).mean) for r in requests]
+    pairs = [(engine.truth.output_len(r), engine.roles.predictor.predict(r).mean) for r in requests]
     assert kendall_tau(pairs) == pytest.approx(tau, abs=0.06)
 
 
@@ -81,7 +81,7 @@ def test_the_oracle_knows_hidden_lengths_caps_and_the_context():
 def test_only_those_who_see_the_truth_are_stamped():
     asked = [ask(0.0, 1, 3)]
     stamps = {
-        p: run(asked, predictor=p, order="sjf").oracles for p in ("oracle", "noisy", "history", "constant")
+        p: run(asked, predictor=p, order="sjf").saw_truth for p in ("oracle", "noisy", "history", "constant")
     }
     assert stamps == {
         "oracle": ["predictor=oracle"],

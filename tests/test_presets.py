@@ -34,7 +34,7 @@ def test_every_preset_passes_the_conformance_kit(name: str) -> None:
     subject = Subject(tuple(presets.words(name)))
     subject.refuse_what_cannot_be()
     seeds = range(6)
-    parts = [kit.check_runs(subject, seeds), kit.check_oracle_boundary(subject, seeds[:3])]
+    parts = [kit.check_runs(subject, seeds), kit.check_truth_boundary(subject, seeds[:3])]
     parts += [kit.check_starvation(subject, seeds), kit.check_parity(subject, seeds[:1])]
     for verdict in (v for part in parts for v in part):
         assert not verdict.failed, check.explain(verdict)

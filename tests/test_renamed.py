@@ -1,5 +1,5 @@
-"""The role `chunk` was called `budget`: the former name means the same wherever a role is named from
-outside."""
+"""Former names. The role `chunk` was called `budget`, which means the same wherever a role is named from
+outside; what else was renamed goes on to work, or is refused with its name of today."""
 
 from __future__ import annotations
 
@@ -100,7 +100,15 @@ def test_a_plugin_that_was_written_for_the_former_name_works(tmp_path):
     (tmp_path / "halves_of_before.py").write_text(WRITTEN_BEFORE)
     subject = Subject(("budget=halves",), (str(tmp_path / "halves_of_before.py"),))
     assert isinstance(subject.plain_roles()["chunk"], ChunkSize) and not subject.registry.broken
-    assert headway.TokenBudget is ChunkSize
+    assert headway.TokenBudget is ChunkSize and headway.Oracle is headway.Truth
+
+
+def test_a_policy_that_declares_to_see_the_truth_by_the_former_name_is_told_todays():
+    """It would be handed no truth, and its results would not be stamped."""
+    with pytest.raises(headway.PluginError, match=r"Knows: `oracle` is called `sees_truth` now"):
+
+        class Knows(headway.Order):
+            oracle = True
 
 
 def test_two_plugins_of_one_name_are_refused_under_whichever_name_of_the_role():

@@ -61,7 +61,7 @@ def test_every_policy_passes_the_kit(role: str, packages: Path) -> None:
     subject.refuse_what_cannot_be()
     for verdict in (
         *kit.check_runs(subject, range(20)),
-        *kit.check_oracle_boundary(subject, range(5)),
+        *kit.check_truth_boundary(subject, range(5)),
         *kit.check_starvation(subject, ()),
     ):
         assert not verdict.failed, check.explain(verdict)

@@ -125,8 +125,8 @@ def summarize(result: RunResult) -> dict[str, Any]:
         summary["rejections"] = rejections(outputs)
     if result.derived:
         summary["derived"] = result.derived
-    if result.oracles:
-        summary["oracles"] = ", ".join(result.oracles)
+    if result.saw_truth:
+        summary["saw_truth"] = ", ".join(result.saw_truth)
     return summary | {"loop": result.loop} | fairness(outputs)
 
 

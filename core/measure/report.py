@@ -147,8 +147,8 @@ def run_table(s: dict[str, Any]) -> str:
         )
     if "time_model" in s:
         facts.append(("simulated", f"{s['time_model']}; {stated(s['time_model_error'])}"))
-    if "oracles" in s:
-        facts.append(("oracle", f"{s['oracles']} saw what no deployed policy can see"))
+    if "saw_truth" in s:
+        facts.append(("bound", f"{s['saw_truth']} saw what no deployed policy can see"))
     latencies = [["", "mean", *(f"P{p}" for p in PERCENTILES)]]
     for name in LATENCIES:
         keys = (f"mean_{name}_ms", *(f"p{p}_{name}_ms" for p in PERCENTILES))

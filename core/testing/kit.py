@@ -59,7 +59,7 @@ def run_all(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
         yield from check(subject, seeds)
 
 
-# ---- runs against the oracle -----------------------------------------------------------------------------
+# ---- runs against the KV oracle --------------------------------------------------------------------------
 
 
 def check_runs(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
@@ -192,15 +192,15 @@ def _first_difference(one: list[str], other: list[str]) -> list[str]:
     ]
 
 
-# ---- the oracle boundary ---------------------------------------------------------------------------------
+# ---- the truth boundary ----------------------------------------------------------------------------------
 
 
-def check_oracle_boundary(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
+def check_truth_boundary(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
     """Decisions must not change with a hidden output length before that request ends, nor with arrivals that
     lie ahead."""
-    name = "oracle boundary"
-    if oracles := [c.__name__ for c in subject.classes() if c.oracle]:
-        yield Verdict(name, 0, NOTE, f"{', '.join(oracles)} declares oracle=True: its results are stamped")
+    name = "truth boundary"
+    if seeing := [c.__name__ for c in subject.classes() if c.sees_truth]:
+        yield Verdict(name, 0, NOTE, f"{', '.join(seeing)} declares sees_truth=True: its results are stamped")
         return
     runs = 0
     for seed in seeds:
@@ -428,7 +428,7 @@ Check = Callable[[Subject, Sequence[int]], Iterator[Verdict]]
 CHECKS: dict[str, Check] = {
     "runs": check_runs,
     "determinism": check_determinism,
-    "oracle": check_oracle_boundary,
+    "truth": check_truth_boundary,
     "starvation": check_starvation,
     "parity": check_parity,
     "cost": check_cost,

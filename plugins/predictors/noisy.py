@@ -30,12 +30,12 @@ class NoisyLength(Predictor):
 
     tau: float = param(0.5, above=0, max=1)
     z_upper: float = param(1.0, min=0, max=10)
-    oracle = True
+    sees_truth = True
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        assert ctx.oracle is not None  # since it declares oracle = True
-        self._truth, self._seed = ctx.oracle, ctx.seed
+        assert ctx.truth is not None  # since it declares sees_truth = True
+        self._truth, self._seed = ctx.truth, ctx.seed
         # until lengths are known: two that differ by a factor of e
         self.sigma = 0.0 if self.tau == 1 else spread([0.0, 1.0], self.tau)
         self._logs: list[float] = []

@@ -15,12 +15,12 @@ class TrueLength(Predictor):
     context leaves.
     """
 
-    oracle = True
+    sees_truth = True
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        assert ctx.oracle is not None  # since it declares oracle = True
-        self._truth = ctx.oracle
+        assert ctx.truth is not None  # since it declares sees_truth = True
+        self._truth = ctx.truth
 
     def predict(self, request: Request) -> LengthPrediction:
         length = float(self._truth.output_len(request))

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from core.blocks import BlockPool
 from core.compose.hooks import load_registry
-from core.context import Context, Oracle
+from core.context import Context, Truth
 from core.inputs import Arrival
 from core.policy import Eviction, Role
 from core.request import Request
@@ -27,14 +27,12 @@ def make(name: str, **parameters) -> Eviction:
 def hits(eviction: Eviction, capacity: int, objects: Sequence[int], *, check: bool = False) -> list[bool]:
     """Hit or miss of every request. A miss evicts if the cache is full, then inserts."""
     arrivals = [Arrival(float(i), [key]) for i, key in enumerate(objects)]
-    oracle = Oracle()
-    oracle.future = arrivals
+    truth = Truth()
+    truth.future = arrivals
     cache = HashBlocks()
     for role in (cache, eviction):
         role.setup(
-            Context(
-                0, 1, capacity, 1 << 30, 1, 1 << 30, {"cache": cache, "eviction": eviction}, oracle=oracle
-            )
+            Context(0, 1, capacity, 1 << 30, 1, 1 << 30, {"cache": cache, "eviction": eviction}, truth=truth)
         )
     pool = BlockPool(capacity, 1, cache, eviction)
     told = type(eviction).on_admit is not Role.on_admit

@@ -21,29 +21,29 @@ class Belady(KeyEviction):
     loop.
     """
 
-    oracle = True
+    sees_truth = True
     requires = ("future",)
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        assert ctx.oracle is not None  # since it declares oracle = True
-        self._oracle, self._size, self._context = ctx.oracle, ctx.block_size, ctx.max_model_len
+        assert ctx.truth is not None  # since it declares sees_truth = True
+        self._truth, self._size, self._context = ctx.truth, ctx.block_size, ctx.max_model_len
         # content key -> indices of the arrivals that ask for it
         self._uses: dict[int, deque[int]] | None = None
         self._admitted = bytearray()  # by arrival index
 
     def _read_future(self) -> dict[int, deque[int]]:
-        if not self._oracle.future:
+        if not self._truth.future:
             raise ConfigError(
                 "eviction=belady needs to know all arrivals beforehand: take a trace or an open-loop workload"
             )
         uses: dict[int, deque[int]] = {}
-        for index, arrival in enumerate(self._oracle.future):
+        for index, arrival in enumerate(self._truth.future):
             if len(arrival.prompt_token_ids) >= self._context:  # to be rejected: its tokens were not made
                 continue
             for key in prefix_keys(arrival.prompt_token_ids, self._size, arrival.cache_salt):
                 uses.setdefault(key, deque()).append(index)
-        self._admitted = bytearray(len(self._oracle.future))
+        self._admitted = bytearray(len(self._truth.future))
         return uses
 
     def on_admit(self, request: Request, now: float) -> None:
