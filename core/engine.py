@@ -69,13 +69,13 @@ class Engine:
         self.clock = RecordingClock(executor.clock)
         count, size = num_blocks(config, executor), config.block_size
         self.pool = pool = BlockPool(count, size, self.roles.cache, self.roles.eviction, calls=calls)
-        self.coming = ArrivalQueue(calls, self.roles.workload)
+        self.arrivals = ArrivalQueue(calls, self.roles.workload)
         matches = Matches(pool, calls)
         self.roster = Roster(
             pool,
             matches,
             calls,
-            self.coming,
+            self.arrivals,
             max_num_seqs=config.max_num_seqs,
             most_preemptions=self.roles.most_preemptions(config.max_num_seqs),
             placeholders=executor.caps.placeholders and executor.caps.tokens_per_step == 1,
@@ -84,7 +84,7 @@ class Engine:
         )
         self.ledger = Ledger(self.roster, pool, self.roles) if config.check else None
         longest, ledger = self.max_model_len, self.ledger
-        self.intake = Intake(self.coming, self.roster, pool, executor, max_model_len=longest, ledger=ledger)
+        self.intake = Intake(self.arrivals, self.roster, pool, executor, max_model_len=longest, ledger=ledger)
         self.builder = StepBuilder(self.roles, self.roster, pool, matches)
         self.view = calls.view = View(self.roles, self.roster, pool, matches, builder=self.builder)
         max_inflight = executor.caps.default_inflight if config.max_inflight is None else config.max_inflight
@@ -118,7 +118,7 @@ class Engine:
     @property
     def inbox(self) -> Inbox:
         """For a server: `open()` it before `run`; other threads may `add` and `abort` until it is closed."""
-        return self.coming.inbox
+        return self.arrivals.inbox
 
     # ---- arrivals -----------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class Engine:
 
     def step(self) -> bool:
         """Ingests, plans and launches if there is room in flight, else collects. False: nothing is left."""
-        if self.coming.expecting:
+        if self.arrivals.expecting:
             self.flights.linger()
         now = self.clock.now()
         self.pool.now = now
@@ -231,7 +231,7 @@ class Engine:
             raise NothingPlanned(scheduler, self.counts.num_steps, self.view.describe())
         # Somebody may wait for an answer.
         observing.tell_ended(self.observers, self.calls, self.roster.take_ended())
-        return self.patience.wait(self.clock, self.coming, now, wake=wake, waker=self.builder.waker)
+        return self.patience.wait(self.clock, self.arrivals, now, wake=wake, waker=self.builder.waker)
 
     # ---- whole runs ---------------------------------------------------------------------------------------
 
@@ -258,8 +258,8 @@ class Engine:
         if self.roles.know_the_future:
             arrivals = self.truth.future = list(arrivals)
         self.intake.begin_run(arrivals, forget=not goes_on)
-        self.coming.on_result = on_result
-        self.coming.stream(arrivals, self.counts.began)
+        self.arrivals.on_result = on_result
+        self.arrivals.stream(arrivals, self.counts.began)
         observing.tell(self.observers, self.calls, "on_start", self)
 
     def take_ended(self) -> list[Request]:
@@ -282,7 +282,7 @@ class Engine:
     def _start_over(self) -> None:
         """After a run that was cut off anywhere: nothing in flight, held, cached or to come; new policies."""
         self.flights.discard()
-        self.coming.clear()
+        self.arrivals.clear()
         self.roster.clear()
         self.builder.copies.clear()
         if self.ledger is not None:

@@ -23,7 +23,7 @@ class Intake:
 
     def __init__(
         self,
-        coming: ArrivalQueue,
+        arrivals: ArrivalQueue,
         roster: Roster,
         pool: BlockPool,
         executor: Executor,
@@ -31,7 +31,7 @@ class Intake:
         max_model_len: int,
         ledger: Ledger | None,
     ) -> None:
-        self._coming, self._roster, self._pool, self._ledger = coming, roster, pool, ledger
+        self._arrivals, self._roster, self._pool, self._ledger = arrivals, roster, pool, ledger
         self._executor, self._max_model_len = executor, max_model_len
         self.num_requests = 0  # so far, over all runs: the next index
         self.ids: set[str] = set()  # of this run
@@ -49,7 +49,7 @@ class Intake:
     def ingest(self, now: float, welcome: Callable[[Request, float], None]) -> int:
         """Takes in what has arrived; returns how many. `welcome` is called for each that waits."""
         count = 0
-        for arrival in self._coming.until(now):
+        for arrival in self._arrivals.until(now):
             count += 1
             request, refusal, output_len = self._request(arrival)
             if refusal:

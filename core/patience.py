@@ -27,17 +27,19 @@ class Patience:
         """Something was done: planned, rejected or arrived."""
         self._idle_turns = self._turns_at_once = 0
 
-    def wait(self, clock: Clock, coming: ArrivalQueue, now: float, *, wake: float | None, waker: Any) -> bool:
+    def wait(
+        self, clock: Clock, arrivals: ArrivalQueue, now: float, *, wake: float | None, waker: Any
+    ) -> bool:
         """Until there may be something to do: at `wake`, if a policy asks for that, at the next arrival, or
         when something comes into the inbox. False if nothing can come."""
         if wake is not None:
             wake = self.next_turn(now, wake, waker)
-        times = [t for t in (wake, coming.next_time) if t is not None]
+        times = [t for t in (wake, arrivals.next_time) if t is not None]
         if times:
-            clock.wait_until(min(times), coming.inbox)
-        elif coming.expecting:
-            coming.inbox.sleep(None)
-        return bool(times) or coming.expecting
+            clock.wait_until(min(times), arrivals.inbox)
+        elif arrivals.expecting:
+            arrivals.inbox.sleep(None)
+        return bool(times) or arrivals.expecting
 
     def next_turn(self, now: float, wake: float, waker: Any) -> float:
         """When the next turn begins for a policy that does nothing until `wake`. One that asks for it at once

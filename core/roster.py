@@ -50,7 +50,7 @@ class Roster:
         pool: BlockPool,
         matches: Matches,
         calls: Calls,
-        coming: ArrivalQueue,
+        arrivals: ArrivalQueue,
         *,
         max_num_seqs: int,
         most_preemptions: int,
@@ -58,7 +58,7 @@ class Roster:
         retention: Retention | None = None,
         stop_text: StopText | None = None,
     ) -> None:
-        self._pool, self._matches, self._calls, self._coming = pool, matches, calls, coming
+        self._pool, self._matches, self._calls, self._arrivals = pool, matches, calls, arrivals
         self._retention, self._stop_text = retention, stop_text
         self.max_num_seqs, self.placeholders = max_num_seqs, placeholders
         self._most_preemptions = most_preemptions
@@ -294,7 +294,7 @@ class Roster:
             self._calls.call(self._retention, self._retention.retain, request, self.pins, now)
         self._give_all_back(request)
         self._tell_end(request, now)
-        self._coming.follow(request, now)
+        self._arrivals.follow(request, now)
 
     def abort(self, request: Request, now: float) -> None:
         """Ends it wherever it is, between two steps. Tokens of steps in flight are dropped, and nothing
@@ -339,12 +339,12 @@ class Roster:
         self.waiting.remove(request)
         self._end(request, RequestState.REJECTED, reason, now)
         self._tell_end(request, now)
-        self._coming.follow(request, now)
+        self._arrivals.follow(request, now)
 
     def refuse(self, request: Request, reason: str, now: float) -> None:
         """A request that can never run: it ends before any policy hears of it."""
         self._end(request, RequestState.REJECTED, reason, now)
-        self._coming.follow(request, now)
+        self._arrivals.follow(request, now)
 
     def abort_all(self, reason: str, now: float) -> bool:
         """Ends who is left of a run that is cut off; `clear` must follow. Returns whether there was

@@ -102,7 +102,7 @@ def test_a_lazy_workload_is_read_one_arrival_ahead() -> None:
             yield ask(4, 1, time=float(i))
 
     running = engine()
-    running.coming.stream(endless())
+    running.arrivals.stream(endless())
     for _ in range(6):
         running.step()
     assert len(read) <= 5

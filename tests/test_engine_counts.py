@@ -57,7 +57,7 @@ def compared(scheduler: str, cache: str, depth: int, seeds: range) -> tuple[int,
 def test_recomputed_tokens_are_positions_that_were_planned_before(depth: int) -> None:
     """With preemptions in flight, drop_tail, hits after a preemption, runs that are cut off, and steps that
     come back late."""
-    for number, scheduler in enumerate(("chunked", "fcfs", "pd_split", "preemptive", "shake")):
+    for number, scheduler in enumerate(("chunked", "fcfs", "pd_split", "preemptive", "erratic")):
         for cache in ("none", "hash", "radix"):
             total, wrong = compared(scheduler, cache, depth, range(100 * number, 100 * number + 24))
             assert wrong == 0, (scheduler, cache)
@@ -98,7 +98,7 @@ def test_a_wrong_count_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> No
     plant(monkeypatch, *BUGS[bug])
     # the ledger would find it; here the count from plans has to
     monkeypatch.setattr("core.engine.Ledger", lambda *books: None)
-    assert any(compared("shake", "hash", depth, range(60))[1] for depth in (1, 2))
+    assert any(compared("erratic", "hash", depth, range(60))[1] for depth in (1, 2))
 
 
 def test_spans_are_sets_of_positions() -> None:

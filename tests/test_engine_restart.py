@@ -212,7 +212,7 @@ def test_a_run_after_aborts_finds_everything_clean(depth: int) -> None:
             or roster.releasing
             or roster.hidden_ends
             or len(running.flights)
-            or len(running.coming)
+            or len(running.arrivals)
         )
         assert running.pool.num_used == 0
         running.observers.pop(0)

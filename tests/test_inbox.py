@@ -109,7 +109,7 @@ def test_a_post_ends_the_sleep_until_a_later_arrival() -> None:
     assert server.ended() == ("now", "finished")
     assert server.asleep() > 900
     server.engine.abort("late")
-    server.engine.coming.clear()  # asleep, it reads nothing
+    server.engine.arrivals.clear()  # asleep, it reads nothing
     server.close()
 
 
@@ -164,7 +164,7 @@ def test_what_is_posted_before_a_run_is_in_it() -> None:
     running = engine(everybody)
     running.add(ask(5, 2, id="a"))
     assert [o.id for o in running.run([ask(5, 2, id="b")]).outputs] == ["a", "b"]
-    assert not len(running.coming)
+    assert not len(running.arrivals)
 
 
 def test_a_run_that_is_cut_off_forgets_what_was_posted() -> None:

@@ -327,7 +327,7 @@ def run_with_late(running, arrivals):
 
 
 def test_the_fuzz_pauses_resumes_and_takes() -> None:
-    subject = Subject(("scheduler=shake",))
+    subject = Subject(("scheduler=erratic",))
     pauses = taken = resumed = 0
     for seed in range(60):
         outcome = Trial(subject.case(seed), subject.roles).run()

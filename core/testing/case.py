@@ -178,12 +178,12 @@ def feasible(case: Case, prompt: list[int], max_tokens: int, output_len: int | N
 # ---- made by chance --------------------------------------------------------------------------------------
 
 
-def random_case(seed: int, fillers: dict[str, list[tuple[str, dict[str, list[Any]]]]]) -> Case:
-    """A tiny case full of shared prefixes, preemptions and evictions. `fillers`: role -> choices of (name,
-    parameter -> values)."""
+def random_case(seed: int, random_roles: dict[str, list[tuple[str, dict[str, list[Any]]]]]) -> Case:
+    """A tiny case full of shared prefixes, preemptions and evictions. `random_roles`: role -> choices of
+    (name, parameter -> values)."""
     rng = Random(f"case/{seed}")
     fill = []
-    for role, choices in fillers.items():
+    for role, choices in random_roles.items():
         name, parameters = rng.choice(choices)
         fill.append((role, name, tuple((k, rng.choice(values)) for k, values in parameters.items())))
     block_size = rng.choice([1, 1, 2, 3, 4])

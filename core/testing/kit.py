@@ -382,7 +382,7 @@ class NothingMeasured(HeadwayError):
 
 
 def check_cost(subject: Subject, seeds: Sequence[int]) -> Iterator[Verdict]:
-    """Microseconds a step of planning and book-keeping with 256 requests running and 64 waiting, beside the
+    """Microseconds per step of planning and book-keeping with 256 requests running and 64 waiting, beside the
     plain composition's."""
     plain = min(_step_cost(Subject()) for _ in range(2))
     try:

@@ -146,7 +146,7 @@ def starved(scene: Scene, roles: dict[str, Role]) -> Starved | None:
         return more(1, scene.others, now) if others < PATIENCE and not ended["odd"] else ()
 
     start = float("inf")
-    engine.coming.on_result = follow
+    engine.arrivals.on_result = follow
     for arrival in more(scene.backlog, (scene.odd,) if scene.before else scene.others, 0.0):
         engine.add(arrival)
     while len(engine.roster.finished) < max(scene.before, scene.backlog) and engine.step():

@@ -20,7 +20,7 @@ from ..engine import Engine
 from ..errors import ConfigError, near
 from ..policy import Role
 from ..renamed import renamed
-from . import shake
+from . import erratic
 from .case import Case, random_case
 from .oracle import OracleExecutor
 
@@ -32,19 +32,19 @@ RANDOM_ROLES: dict[str, list[tuple[str, dict[str, list[Any]]]]] = {
         ("chunked", {"token_budget": [None, 3, 8], "chunk_size": [None, 1, 2, 7]}),
         ("fcfs", {}),
         ("pd_split", {"switch_waiting": [1, 3]}),
-        ("shake", {}),
+        ("erratic", {}),
     ],
-    "order": [("fcfs", {}), ("fcfs", {}), ("shake", {})],
+    "order": [("fcfs", {}), ("fcfs", {}), ("erratic", {})],
     "victim": [
         ("newest", {"mode": list(policy.PREEMPTION_MODES)}),
-        ("shake", {"mode": list(policy.PREEMPTION_MODES)}),
+        ("erratic", {"mode": list(policy.PREEMPTION_MODES)}),
     ],
     "cache": [("hash", {}), ("radix", {}), ("hash", {}), ("radix", {}), ("none", {})],
-    "eviction": [("lru", {}), ("fifo", {}), ("lfu", {}), ("shake", {})],
-    "retention": [("none", {}), ("none", {}), ("shake", {})],
-    "admission": [("none", {}), ("none", {}), ("none", {}), ("shake", {})],
-    "chunk": [("none", {}), ("none", {}), ("none", {}), ("shake", {})],
-    "predictor": [("shake", {}), ("declared", {})],
+    "eviction": [("lru", {}), ("fifo", {}), ("lfu", {}), ("erratic", {})],
+    "retention": [("none", {}), ("none", {}), ("erratic", {})],
+    "admission": [("none", {}), ("none", {}), ("none", {}), ("erratic", {})],
+    "chunk": [("none", {}), ("none", {}), ("none", {}), ("erratic", {})],
+    "predictor": [("erratic", {}), ("declared", {})],
 }
 #: The plain choice for each of them, where a check compares or measures.
 PLAIN: Choices = default_choices(predictor="declared")
@@ -65,8 +65,8 @@ class Subject:
         self.choices = _parse(self.words, self.registry)
 
     def case(self, seed: int) -> Case:
-        fillers = {role: choices for role, choices in RANDOM_ROLES.items() if role not in self.choices}
-        return random_case(seed, fillers)
+        random_roles = {role: choices for role, choices in RANDOM_ROLES.items() if role not in self.choices}
+        return random_case(seed, random_roles)
 
     def roles(self, case: Case) -> dict[str, Role]:
         """New objects for one run of the case."""
@@ -108,10 +108,10 @@ def _present(choices: Choices) -> Choices:
 
 @cache
 def kit_registry(modules: tuple[str, ...] = ()) -> Registry:
-    """Everything available, the kit's own shaky policies, and plugin modules given by file or by name. Once a
-    process."""
+    """Everything available, the kit's own erratic policies, and plugin modules given by file or by name. Once
+    per process."""
     registry = load_registry()
-    shake.add_to(registry)
+    erratic.add_to(registry)
     for name in modules:
         registry.register(_load(name), Origin(Path(name).stem, name))
     return registry

@@ -211,9 +211,9 @@ class ReadsTheFuture(Order):
     """Holds short prompts back when more arrivals lie ahead."""
 
     def order(self, view):
-        coming = view._roster._coming
-        coming._read_ahead()
-        return sorted(view.waiting, key=lambda r: r.num_prompt_tokens, reverse=bool(coming))
+        arrivals = view._roster._arrivals
+        arrivals._read_ahead()
+        return sorted(view.waiting, key=lambda r: r.num_prompt_tokens, reverse=bool(arrivals))
 
 
 @dataclass

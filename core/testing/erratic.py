@@ -30,7 +30,7 @@ from ..view import View
 
 
 @dataclass
-class ShakyScheduler(Scheduler):
+class ErraticScheduler(Scheduler):
     """Plans in random order, in random chunks; preempts and idles now and then."""
 
     def plan(self, step: StepBuilder, view: View) -> None:
@@ -57,7 +57,7 @@ class ShakyScheduler(Scheduler):
 
 
 @dataclass
-class ShakyOrder(Order):
+class ErraticOrder(Order):
     """A new random order every step."""
 
     def order(self, view: View) -> Sequence[Request]:
@@ -65,7 +65,7 @@ class ShakyOrder(Order):
 
 
 @dataclass
-class ShakyVictim(Victim):
+class ErraticVictim(Victim):
     """Random victims, the needy request itself among them."""
 
     mode: str = "recompute"
@@ -78,7 +78,7 @@ class ShakyVictim(Victim):
 
 
 @dataclass
-class ShakyChunkSize(ChunkSize):
+class ErraticChunkSize(ChunkSize):
     """A random share of what is left."""
 
     def tokens(self, request: Request, left: int, view: View) -> int:
@@ -86,7 +86,7 @@ class ShakyChunkSize(ChunkSize):
 
 
 @dataclass
-class ShakyAdmission(Admission):
+class ErraticAdmission(Admission):
     """Defers now and then."""
 
     def admit(self, request: Request, view: View) -> Admit | Defer:
@@ -94,7 +94,7 @@ class ShakyAdmission(Admission):
 
 
 @dataclass
-class ShakyPredictor(Predictor):
+class ErraticPredictor(Predictor):
     """Any length at all."""
 
     def predict(self, request: Request) -> LengthPrediction:
@@ -112,7 +112,7 @@ class Declared(Predictor):
 
 
 @dataclass
-class ShakyEviction(Eviction):
+class ErraticEviction(Eviction):
     """A random evictable block."""
 
     def setup(self, ctx: Context) -> None:
@@ -131,7 +131,7 @@ class ShakyEviction(Eviction):
 
 
 @dataclass
-class ShakyRetention(Retention):
+class ErraticRetention(Retention):
     """Pins, unpins and drops by chance."""
 
     def retain(self, request: Request, kv: KVControl, now: float) -> None:
@@ -144,20 +144,20 @@ class ShakyRetention(Retention):
             kv.unpin(request.tags.session)
 
 
-SHAKY = (
-    ShakyScheduler,
-    ShakyOrder,
-    ShakyVictim,
-    ShakyChunkSize,
-    ShakyAdmission,
-    ShakyPredictor,
-    ShakyEviction,
-    ShakyRetention,
+ERRATIC = (
+    ErraticScheduler,
+    ErraticOrder,
+    ErraticVictim,
+    ErraticChunkSize,
+    ErraticAdmission,
+    ErraticPredictor,
+    ErraticEviction,
+    ErraticRetention,
 )
 
 
 def add_to(registry: Registry) -> None:
-    """Makes each choosable as `role=shake` (and `predictor=declared`), in the kit's own registry alone."""
-    for factory in SHAKY:
-        registry.add(factory.role, "shake", factory)
+    """Makes each choosable as `role=erratic` (and `predictor=declared`), in the kit's own registry alone."""
+    for factory in ERRATIC:
+        registry.add(factory.role, "erratic", factory)
     registry.add("predictor", "declared", Declared)
