@@ -1,5 +1,5 @@
-"""The two clocks. The engine reads `now()` once per loop turn; everything else takes the time it is
-handed."""
+"""The clocks: wall, virtual, recorded and replayed time. The engine reads `now()` once per loop turn;
+everything else takes the time it is handed."""
 
 from __future__ import annotations
 

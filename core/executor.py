@@ -39,7 +39,8 @@ class BuildContext:
     kernels_named: Callable[[str], Any] | None = None
     # another executor with its defaults, not built yet: to wrap it
     executor_named: Callable[[str], Executor] = _by_name
-    facts: Callable[[], dict[str, Any]] = _nothing_known  # every choice and parameter of the run (core.facts)
+    # every choice and parameter of the run (`composition_facts`)
+    facts: Callable[[], dict[str, Any]] = _nothing_known
 
     @property
     def shape(self) -> ModelShape:

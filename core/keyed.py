@@ -24,8 +24,8 @@ def _holds_nan(key: Any) -> bool:
 
 
 class KeyOrder(Order):
-    """Smallest `key(request)` first, ties by arrival. The queue is kept sorted here: O(log n) comparisons a
-    change, O(w) a step.
+    """Smallest `key(request)` first, ties by arrival. The queue is kept sorted here: O(log n) comparisons
+    per change, O(w) per step.
 
     The key is read when a request begins to wait, on arrival and after a preemption; where it changes while
     the request waits, say `rekey(request)`. Keys of one order must compare with each other.
@@ -200,7 +200,7 @@ class BlockHeap:
 
 
 class KeyEviction(Eviction):
-    """Evicts the smallest `key(block)`. The heap is kept here: O(log n) an eviction.
+    """Evicts the smallest `key(block)`. The heap is kept here: O(log n) per eviction.
 
     The key is read when a block becomes evictable; a block that is hit leaves and comes back with a new key.
     """

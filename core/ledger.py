@@ -4,7 +4,7 @@ alone.
 Policies read requests and never write them, and nothing in Python stops one that does. After every plan and
 every completed step each request is compared with what the ledger says, so that a policy that changed one is
 found on every executor, before a token of it is used. It keeps the core honest, too: counts and tables are
-worked out here in another way. O(tokens in the system) a step.
+worked out here in another way. O(tokens in the system) per step.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Observer(Role):
     role = "observer"
 
     def on_build(self, run: Any) -> None:
-        """The core.build.Run that it will watch, if it is its `tracking`: before the first call of
+        """The `headway.Run` that it will watch, if it is its `tracking`: before the first call of
         `on_start`."""
 
     def on_start(self, engine: Any) -> None:

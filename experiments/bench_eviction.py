@@ -78,7 +78,7 @@ class Bench:
         assert request.published_parent != ROOT
 
     def run(self, evictions: int) -> tuple[float, float]:
-        """Nanoseconds an eviction, and a block's whole turn."""
+        """Nanoseconds per eviction, and a block's whole turn."""
         pool = self.pool
         while pool.num_free:
             self.turn(min(CHAIN, pool.num_free))

@@ -11,7 +11,7 @@ its cost model is the roofline of Llama-3.1-8B on an H200, so that `step_time` c
 executor=sim. "own" is the difference to the baseline of the same kind: scheduler=chunked order=fcfs, radix
 cache, nothing optional. Prompts have 512 tokens, from 8 clients and 32 sessions; where sequences are short,
 half of them begin with one of 8 cached prefixes of 256 tokens. Only steps in which nobody starts or is
-preempted count: others do other work than the baseline (nan: there was none). Victims are timed a call,
+preempted count: others do other work than the baseline (nan: there was none). Victims are timed per call,
 naming everybody. Times are CPU time of the thread, the best of the repeats.
 """
 

@@ -38,7 +38,7 @@ EXAMPLES = """\
 Headway: LLM-inference scheduling and KV-caching policies, on a real engine and in a simulator.
 
   python run.py                                                    a tiny model on this machine
-  python run.py scheduler=chunked cache=radix parallel.tp=4        choose a policy a role
+  python run.py scheduler=chunked cache=radix parallel.tp=4        choose a policy per role
   python run.py scheduler=chunked scheduler.token_budget=256       and its parameters
   python run.py order=vtc order.weights={c0:2}                     a parameter that holds entries
   python run.py executor=sim model=qwen3_8b hardware=h200          the same decisions in virtual time

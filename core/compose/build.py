@@ -30,7 +30,7 @@ from .params import checked, param
 
 @dataclass
 class Composition:
-    """One run as data: a (name, parameters) pair a role, and the nodes that belong to no role."""
+    """One run as data: a (name, parameters) pair per role, and the nodes that belong to no role."""
 
     choices: dict[str, tuple[str, dict[str, Any]]]
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -137,7 +137,7 @@ class Run:
 def build_roles(
     registry: Registry, choices: dict[str, tuple[str, dict[str, Any]]]
 ) -> tuple[dict[str, Role], dict[str, Plugin]]:
-    """One object a role; roles that name the same factory share one object, with the parameters of the node
+    """One object per role; roles that name the same factory share one object, with the parameters of the node
     that gives them.
 
     Raises ConfigError for names, parameters and values that cannot be, PluginError for a chosen plugin that

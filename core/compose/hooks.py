@@ -51,8 +51,8 @@ ROLE_CLASSES["tracking"] = Observer
 
 
 class HeadwaySpec:
-    """The hooks. A plugin module implements any of them with `@hookimpl`; each is called once a process or
-    once a run."""
+    """The hooks. A plugin module implements any of them with `@hookimpl`; each is called once per process or
+    once per run."""
 
     @hookspec
     def headway_register(self, registry: Registry) -> None:
@@ -60,7 +60,7 @@ class HeadwaySpec:
 
     @hookspec
     def headway_observers(self, run: Run) -> Sequence[Observer]:  # type: ignore[empty-body]
-        """Observers that watch every run while the package is installed. Called once a run, after its roles
+        """Observers that watch every run while the package is installed. Called once per run, after its roles
         are built."""
 
     @hookspec

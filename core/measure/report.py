@@ -36,7 +36,7 @@ COMPARED = (
 
 
 def composed(run: Run) -> str:
-    """One line a role: its choice and its parameters, those that are None left out; then the model and the
+    """One line per role: its choice and its parameters, those that are None left out; then the model and the
     engine's limits.
 
     A parameter that was left open and derived is shown as what it became."""
@@ -216,7 +216,7 @@ def notes(results: list[dict[str, Any]]) -> list[str]:
 
 
 def comparison_csv(results: list[dict[str, Any]]) -> str:
-    """All metrics, one line a run."""
+    """All metrics, one line per run."""
     rows = comparison(results)
     columns = list(dict.fromkeys(k for row in rows for k in row))
     out = io.StringIO()

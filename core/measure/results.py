@@ -230,8 +230,8 @@ def same_decisions(results: list[dict[str, Any]]) -> list[list[int]]:
 
 
 def comparison(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a run: what was varied, how it ended, its summary, and in `same_decisions_as` the jobs that it
-    equals."""
+    """One row per run: what was varied, how it ended, its summary, and in `same_decisions_as` the jobs that
+    it equals."""
     keys = varied(results)
     rows = []
     for r in results:

@@ -8,7 +8,7 @@ chunks:
     attention = max((sum (s_i + n_i) + T) * KV bytes per token and rank / bandwidth,   keys and values
                     pairs * attention FLOPs / (tp pp) / FLOP rate)     pairs = sum n_i s_i + n_i (n_i + 1) / 2
     stage     = linear + attention + layers / pp * layer overhead
-    tp > 1:  + 2 all-reduces a layer of T * hidden elements; a ring moves 2 (tp - 1) / tp of them over the
+    tp > 1:  + 2 all-reduces per layer of T * hidden elements; a ring moves 2 (tp - 1) / tp of them over the
              link, plus its latency
     pp > 1:  a plan passes pp equal stages, with a send of T * hidden elements between two of them
     step      = overhead + pp * stage + (pp - 1) * send
@@ -44,7 +44,7 @@ def default_token_budget(shape: ModelShape, hardware: Hardware, tp: int = 1) -> 
     the ranks that share a step's arithmetic, whose steps take as long then as one card's. 2,048 on an H100 or
     H200 in bf16.
 
-    One weight is read once a step and costs 2 FLOPs per token, so products take as long as reading their
+    One weight is read once per step and costs 2 FLOPs per token, so products take as long as reading their
     weights until a step holds
 
         ridge = (peak_flops * flops_fraction) / (memory_bandwidth * bandwidth_fraction) * bytes per weight / 2

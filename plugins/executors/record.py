@@ -1,7 +1,7 @@
 """What a run leaves behind so that it can be taken again: one `replay.npz`, with no pickle in it.
 
-readings  float64 [n]           what the run's clock answered, once a turn of the loop and a completed step;
-          seconds
+readings  float64 [n]           what the run's clock answered, once per turn of the loop and per step
+                                that completed; seconds
 step      int64 [steps]         its number; steps that only preempted or rejected ran nothing and are left out
 start     float64 [steps]       the executor began the step; seconds
 end       float64 [steps]       its tokens were on the host; seconds

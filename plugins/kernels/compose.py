@@ -59,8 +59,8 @@ class KernelChoice(KernelBackend):
     cuda_graphs: bool = False
 
     def operations(self, device: str) -> Any:
-        """The object that holds this backend's callables, made once a run. Raises ConfigError when a package
-        is missing."""
+        """The object that holds this backend's callables, made once per run. Raises ConfigError when a
+        package is missing."""
         raise NotImplementedError
 
     def settled(

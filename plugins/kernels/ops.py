@@ -1,6 +1,6 @@
 """The operations a kernel backend supplies, and the batch description that attention reads.
 
-A backend is one object a run; the model binds its callables once when it is built, so nothing of the plugin
+A backend is one object per run; the model binds its callables once when it is built, so nothing of the plugin
 system is left in the layer loop. All shapes below: T tokens in the step, B requests, H query heads, K KV
 heads, D head size.
 """

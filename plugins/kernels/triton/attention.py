@@ -49,8 +49,8 @@ def decode_shape(size: int, width: int, group: int, units: int) -> DecodeShape:
     heads.
 
     Measured on one H200. With much work, all programs are resident at once and keep 2 tiles each in flight:
-    12 warps a multiprocessor, which leaves 168 registers a thread. With less, one tile each does as well and
-    costs less to get going; with little, latency counts: the reduction takes more parts in one pass."""
+    12 warps per multiprocessor, which leaves 168 registers per thread. With less, one tile each does as well
+    and costs less to get going; with little, latency counts: the reduction takes more parts in one pass."""
     if width == 4:
         return DecodeShape(tile=16 if size > 128 else 32, programs=2, warps=4, stages=2)
     if size > 128:
