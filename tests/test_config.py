@@ -439,7 +439,8 @@ def test_a_run_of_one_rank_refuses_more(registry):
     c = schema.composition(cfg("executor=oracle", "parallel.tp=4"))
     with pytest.raises(
         ConfigError,
-        match=r"parallel.tp=4 parallel.pp=1: executor=oracle runs on one rank; more is not there yet",
+        match=r"parallel.tp=4 parallel.pp=1: executor=oracle runs on one rank; more is not there yet. "
+        "Set both to 1, or executor to one of replay, sim, torch",
     ):
         build(registry, c)
 

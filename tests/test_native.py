@@ -39,6 +39,7 @@ from core.errors import ConfigError
 from core.inputs import Arrival, SamplingParams
 from core.measure import step_log
 from core.measure.metrics import summarize
+from core.policy import ROLES
 from headway import Observer, hookimpl
 from plugins.native import followed, library, twins
 from plugins.workloads.content import Content, Prompt
@@ -191,7 +192,7 @@ NO_TWIN = {
     "scheduler: scheduler=orca": {"scheduler": ("orca", {})},
     "order: order=sjf": {"order": ("sjf", {}), "predictor": ("oracle", {})},
     "victim: victim=newest.mode=drop_tail": {"victim": ("newest", {"mode": "drop_tail"})},
-    "budget: budget=fixed": {"budget": ("fixed", {})},
+    "chunk: chunk=fixed": {"chunk": ("fixed", {})},
     "admission: admission=rpm": {"admission": ("rpm", {})},
     "predictor: predictor=constant": {"predictor": ("constant", {})},
     "cache: cache=radix": {"cache": ("radix", {})},
@@ -205,6 +206,11 @@ NO_TWIN = {
         "workload": ("multi_turn", {"num_sessions": 1, "input_len": 5, "output_len": 2, "system_len": 2})
     },
 }
+
+
+def test_every_role_that_decides_is_asked_for_its_twin() -> None:
+    """One that is not would run compiled, as if nobody had been chosen for it."""
+    assert set(twins.TWINS) | {"kernels", "parallel", "workload", "tracking"} == set(ROLES)
 
 
 @pytest.mark.parametrize("reason", NO_TWIN)

@@ -210,7 +210,7 @@ def _context(registry: Registry, composition: Composition, roles: dict[str, Role
     def executor_named(name: str) -> Executor:
         built: Executor = _construct(registry.get("executor", name), {})  # type: ignore[assignment]
         built.plugin_name = f"executor={name}"
-        _check_ranks(built, composition)
+        _check_ranks(registry, built, composition)
         return built
 
     return BuildContext(
@@ -226,12 +226,15 @@ def _context(registry: Registry, composition: Composition, roles: dict[str, Role
     )
 
 
-def _check_ranks(executor: Executor, composition: Composition) -> None:
+def _check_ranks(registry: Registry, executor: Executor, composition: Composition) -> None:
     parallel = composition.parallel
     if parallel.world_size > 1 and not executor.several_ranks:
         given = f"parallel.tp={parallel.tp} parallel.pp={parallel.pp}"
         one = f"{executor.plugin_name} runs on one rank; more is not there yet"
-        raise ConfigError(f"{given}: {one}. Set both to 1, or use executor=sim")
+        factories = {name: registry.plugins["executor", name].factory for name in registry.names("executor")}
+        able = [name for name, factory in factories.items() if getattr(factory, "several_ranks", False)]
+        other = f", or executor to one of {', '.join(able)}" if able else ""
+        raise ConfigError(f"{given}: {one}. Set both to 1{other}")
 
 
 def prepare_executor(
@@ -272,7 +275,7 @@ def check(registry: Registry, composition: Composition) -> tuple[dict[str, Role]
         workload.check()
     _check_targets(roles, composition.slo)
     executor: Executor = roles["executor"]  # type: ignore[assignment]
-    _check_ranks(executor, composition)
+    _check_ranks(registry, executor, composition)
     if (caps := executor.check(_context(registry, composition, roles))) is not None:
         _check_limits(executor, caps, _limited(registry, composition, roles), roles)
     return roles, plugins

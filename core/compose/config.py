@@ -187,7 +187,8 @@ class ModelConfig:
         if missing:
             raise ConfigError(
                 f"the shape of model {self.name_or_path!r} is not known: set {', '.join(missing)}, "
-                "choose a preset that has them (model=qwen3_8b), or give the path of a checkpoint"
+                "choose a preset that has them (`python run.py --help model` lists them), or give the path "
+                "of a checkpoint"
             )
         return ModelShape(**given)
 

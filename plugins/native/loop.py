@@ -64,7 +64,7 @@ class NativeLoop:
     def begin(self, arrivals: Iterable[Arrival], on_result: Any) -> None:
         engine = self._engine
         engine.begin(arrivals, on_result)
-        self._arrivals = engine.coming.until(math.inf)
+        self._arrivals = engine.arrivals.until(math.inf)
         self._handle = self._library.headway_new(ctypes.byref(self._setup()))
         if not self._handle:
             raise MemoryError("the compiled engine cannot be made")
@@ -260,7 +260,7 @@ class NativeLoop:
             decision_hash=bytes(counts.digest).hex() if self._handle else engine.decisions.hexdigest,
             status=status,
             error=error,
-            oracles=engine.roles.oracles(counts.num_evictions),
+            saw_truth=engine.roles.saw_truth(counts.num_evictions),
             warmup_seconds=prepared.seconds,
             late_preparations=prepared.late,
             step_time_basis=engine.executor.step_time_basis,

@@ -45,7 +45,7 @@ TWINS: dict[str, dict[type | None, Callable[[Any], str]]] = {
     "scheduler": {ChunkedPrefill: _every, PrefillFirst: _every},
     "order": {FirstCome: _every},
     "victim": {Newest: _recomputes},
-    "budget": {None: _every},
+    "chunk": {None: _every},
     "admission": {None: _every, Always: _every},
     "predictor": {None: _every},
     "cache": {HashBlocks: _every, NoCache: _every},
