@@ -216,8 +216,8 @@ class Victim(Role):
 
 
 class ChunkSize(Role):
-    """How many tokens of an unfinished prompt may this step take? Asked by `step.add`; decodes are not
-    asked."""
+    """How many tokens of an unfinished prompt may this step take? Asked by `step.add`, for
+    prompts alone: a decode takes its token."""
 
     role = "chunk"
 

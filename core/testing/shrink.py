@@ -1,4 +1,4 @@
-"""Makes a failing case small: greedy delta debugging over requests, lengths and limits."""
+"""Makes a failing case small: greedy delta debugging over requests, lengths, limits and blocks."""
 
 from __future__ import annotations
 
@@ -63,6 +63,9 @@ def _smaller(case: Case) -> Iterator[Case]:
     for name, value in PLAIN_LIMITS.items():
         if getattr(case, name) != value:
             yield replace(case, **{name: value})
+    for blocks in dict.fromkeys((case.num_blocks // 2, case.num_blocks * 3 // 4, case.num_blocks - 1)):
+        if 0 < blocks < case.num_blocks:  # short of memory with fewer tokens
+            yield replace(case, num_blocks=blocks)
     for i, ask in enumerate(asks):
         for smaller in _smaller_ask(ask):
             yield replace(case, asks=asks[:i] + (smaller,) + asks[i + 1 :])
