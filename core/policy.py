@@ -1,5 +1,4 @@
-"""The roles: base classes that plugin authors subclass. One object fills one role, or several that share
-state.
+"""The roles: base classes for plugin authors. One object fills one role, or several that share state.
 
 A plugin is a dataclass: its fields are its parameters and the only source of their defaults; its first
 docstring line is what `python -m headway plugins` shows. State is made in `setup`, never in field defaults
@@ -90,8 +89,7 @@ class Role:
         _check_parameters(self)
 
     def setup(self, ctx: Context) -> None:
-        """Once, when all roles are built, before the first request. Make state here; call
-        super().setup(ctx)."""
+        """Once, after all roles are built. Make state here; call super().setup(ctx)."""
 
     def on_arrival(self, request: Request, now: float) -> None:
         """Called when the request joins the waiting queue; those that can never run are rejected before."""
@@ -216,8 +214,7 @@ class Victim(Role):
 
 
 class ChunkSize(Role):
-    """How many tokens of an unfinished prompt may this step take? Asked by `step.add`, for
-    prompts alone: a decode takes its token."""
+    """How many tokens of an unfinished prompt may this step take? Asked by `step.add`, never for a decode."""
 
     role = "chunk"
 
@@ -247,8 +244,7 @@ class Reject:
 
 
 class Admission(Role):
-    """Take, defer or refuse? Asked once when a request arrives and again each time a scheduler tries to start
-    it."""
+    """Take, defer or refuse? Asked when a request arrives, and each time a scheduler tries to start it."""
 
     role = "admission"
     #: True: also asked before a preempted request starts again, which may be deferred but not rejected.
@@ -281,8 +277,7 @@ class Predictor(Role):
 
 
 class PrefixCache(Role):
-    """Which blocks already hold this prefix? An index over blocks; counts, parents and eviction belong to the
-    core."""
+    """Which blocks hold this prefix? An index over blocks, whose counts and eviction are the core's."""
 
     role = "cache"
     enabled: ClassVar[bool] = True  # False: the core never publishes

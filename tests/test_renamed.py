@@ -79,6 +79,12 @@ def test_python_composes_the_same_by_either_name():
         compose(budget=size, chunk=size)
 
 
+def test_llm_takes_either_name():
+    llm = headway.LLM("tiny", device="cpu", num_blocks=64, budget={"name": "fixed", "chunk_size": 4})
+    assert llm.engine.roles.chunk.chunk_size == 4
+    llm.close()
+
+
 WRITTEN_BEFORE = """
 from dataclasses import dataclass
 from headway import TokenBudget, hookimpl
