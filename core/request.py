@@ -146,19 +146,32 @@ class Request:
 class RequestList:
     """Requests in the stable order (arrival, index). Appending in order of arrival is O(1)."""
 
-    __slots__ = ("items",)
+    __slots__ = ("_frozen", "items")
 
     def __init__(self) -> None:
-        self.items: list[Request] = []
+        self.items: list[Request] = []  # read, never write
+        self._frozen: tuple[Request, ...] | None = ()
+
+    def frozen(self) -> tuple[Request, ...]:
+        """As it is now; copied only when it has changed."""
+        if self._frozen is None:
+            self._frozen = tuple(self.items)
+        return self._frozen
 
     def add(self, request: Request) -> None:
+        self._frozen = None
         insort(self.items, request, key=_SORT_KEY)
 
     def remove(self, request: Request) -> None:
         i = bisect_left(self.items, request.sort_key, key=_SORT_KEY)
         if i == len(self.items) or self.items[i] is not request:
             raise KeyError(request.id)
+        self._frozen = None
         del self.items[i]
+
+    def clear(self) -> None:
+        self._frozen = ()
+        self.items.clear()
 
     def __len__(self) -> int:
         return len(self.items)

@@ -73,8 +73,7 @@ class Roster:
         self.finished: list[RequestOutput] = []  # of the run, in the order of ending
         self.num_preemptions = self.num_pauses = 0  # of the run
         self.preemptions_since_token = 0
-        self._running_at_start: tuple[Request, ...] | None = None
-        self._waiting_at_start: tuple[Request, ...] | None = None
+        self.begin_step()
         self._left: list[Request] = []
         self._preempted: list[Request] = []
         self._rejected: list[Request] = []
@@ -84,23 +83,7 @@ class Roster:
 
     def begin_step(self) -> None:
         """From now on `running_at_start` and `waiting_at_start` are the lists as they are now."""
-        self._running_at_start = self._waiting_at_start = None
-
-    @property
-    def running_at_start(self) -> tuple[Request, ...]:
-        if self._running_at_start is None:
-            self._running_at_start = tuple(self.running.items)
-        return self._running_at_start
-
-    @property
-    def waiting_at_start(self) -> tuple[Request, ...]:
-        if self._waiting_at_start is None:
-            self._waiting_at_start = tuple(self.waiting.items)
-        return self._waiting_at_start
-
-    def _freeze(self) -> None:
-        """Snapshots both lists before they change, so later reads show the start of the step."""
-        self._running_at_start, self._waiting_at_start = self.running_at_start, self.waiting_at_start
+        self.running_at_start, self.waiting_at_start = self.running.frozen(), self.waiting.frozen()
 
     @property
     def decides_stop_strings(self) -> bool:
@@ -122,7 +105,6 @@ class Roster:
 
     def admit(self, request: Request, matched: Sequence[int], cached: int, now: float) -> None:
         """waiting -> running, on the `matched` cached blocks that hold its first `cached` tokens."""
-        self._freeze()
         first = request.state is _WAITING
         if not request.block_table:
             self._take(request, matched)
@@ -213,7 +195,6 @@ class Roster:
         self._give_back(request)
 
     def _set_aside(self, request: Request, step: int, state: RequestState) -> None:
-        self._freeze()
         request.planned_step, request.state = step, state
         self.reserved_blocks.pop(request.index, None)
         self.preemptions_since_token += 1
@@ -335,7 +316,6 @@ class Roster:
     def reject(self, request: Request, reason: str, now: float) -> None:
         """waiting -> ended, by a policy."""
         self._rejected.append(request)
-        self._freeze()
         self.waiting.remove(request)
         self._end(request, RequestState.REJECTED, reason, now)
         self._tell_end(request, now)
@@ -357,8 +337,7 @@ class Roster:
     def clear(self) -> None:
         """Forgets everyone, with every block: nothing is in flight any more."""
         self._left += self.running.items
-        lists = (self.running.items, self.waiting.items)
-        for held in (*lists, self.kept_heads, self.reserved_blocks, self.releasing):
+        for held in (self.running, self.waiting, self.kept_heads, self.reserved_blocks, self.releasing):
             held.clear()
         self.hidden_ends.clear()
         self.preemptions_since_token = 0

@@ -48,6 +48,23 @@ def test_add_grants_a_whole_prompt_then_one_token_a_step() -> None:
     assert all(grants)
 
 
+def test_lists_that_did_not_change_are_not_copied_for_the_next_step() -> None:
+    """A hundred thousand requests may wait; what changed while a step was planned is seen by the next one."""
+    seen = []
+
+    def script(step, view):
+        seen.append((view.running, view.waiting))
+        for request in (*view.running, *view.waiting[:1]):
+            step.add(request)
+
+    engine(script, max_num_seqs=1, num_blocks=64).run(
+        [ask(3, 4, id="a"), ask(3, 1, id="b"), ask(3, 1, id="c")]
+    )
+    (_, first), (one, second), (still, third), *_ = seen
+    assert [r.id for r in first] == ["a", "b", "c"] and [r.id for r in second] == ["b", "c"]
+    assert third is second and still is one
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_add_decodes_is_add_of_each_that_decodes(seed) -> None:
     """With preemptions, tokens in flight and a budget that ends among the decodes."""
