@@ -5,17 +5,15 @@
     python experiments/bench_parallel.py layout --tp 2 ...    one layout in this process
 
 decode    prompts of 256 tokens, then steps in which every request decodes (mean context 270 to 320 tokens);
-          tokens/s of windows of
-          those steps; with `--prompts random` the prompts are not computed, which changes nothing about the
-          steps that are measured:
-          every request has its own blocks, filled with random numbers
+          tokens/s of windows of those steps; with `--prompts random` the prompts are not computed, which
+          changes nothing about the steps that are measured: every request has its own blocks, filled with
+          random numbers
 prefill   prompts of 1,024 tokens and 4 answers each; prompt tokens/s of the whole run
 bubbles   prompts of 1,024 tokens and answers of 64 as they find room, 2,048 tokens per plan: the share of a
-          stage's time in which it
-          waits for input, from events around its layers
-share     kernel time of the driver's rank by torch.profiler, a step, at the end of a decode run and in a
-          prefill run of its own:
-          communication (and copies) against everything, and how much of it ran while something else did
+          stage's time in which it waits for input, from events around its layers
+share     kernel time of the driver's rank by torch.profiler, per step, at the end of a decode run and in a
+          prefill run of its own: communication (and copies) against everything, and how much of it ran while
+          something else did
 
 `--modes` measures several ways to communicate in one start, see MODES. docs/parallel.md says which phase
 gives which of its tables.

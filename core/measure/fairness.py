@@ -1,8 +1,7 @@
 """Fairness between clients, from a run's outputs. Definitions are those of VTC (Sheng et al., OSDI'24).
 
 docs/metrics.md states them. Every client that asked counts, also one that was never served: a policy that
-starves a client must
-not look fair for it.
+starves a client must not look fair for it.
 """
 
 from __future__ import annotations

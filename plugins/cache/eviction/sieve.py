@@ -17,9 +17,9 @@ class Sieve(Eviction):
 
     Agrees with libCacheSim's Sieve hit for hit on flat streams. On chains of prefixes it is leaf-SIEVE: the
     hand sees only blocks that nothing hangs under, so a head is not judged before its tails are gone; with
-    `cache.subtree=true` it sees all that nobody uses, and a head takes its tails along. The
-    queue is kept as what lies ahead of the hand and what lies behind it, so that blocks in use, which the
-    hand must not touch, are never walked over.
+    `cache.subtree=true` it sees all that nobody uses, and a head takes its tails along. The queue is kept as
+    what lies ahead of the hand and what lies behind it, so that blocks in use, which the hand must not touch,
+    are never walked over.
     """
 
     def setup(self, ctx: Context) -> None:

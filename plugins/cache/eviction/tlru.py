@@ -14,9 +14,8 @@ class TailOptimizedLRU(KeyEviction):
     NeurIPS'25, arXiv 2510.15152).
 
     Also SGLang #34012. The next turn computes what is not cached, so a tail of xi - Q_hat tokens can be
-    missing
-    without a prefill above xi tokens: a block goes first if nothing of it lies before L + Q_hat - xi. L is
-    where the conversation's last cached block ends; a block whose tail was evicted remembers it.
+    missing without a prefill above xi tokens: a block goes first if nothing of it lies before L + Q_hat - xi.
+    L is where the conversation's last cached block ends; a block whose tail was evicted remembers it.
     """
 
     xi: int = param(

@@ -39,9 +39,8 @@ class ProgramService(KeyOrder):
 
     A program is a session (tags.session); a call without one is a program of its own.
     num_queues, quantum, ratio: queue i holds a call for quantum * ratio**i seconds of service, the last one
-    for good. A call joins the queue
-    in which its program stands: the first i for which its completed calls have had at most quantum * (1 + ...
-    + ratio**i) seconds.
+    for good. A call joins the queue in which its program stands: the first i for which its completed calls
+    have had at most quantum * (1 + ... + ratio**i) seconds.
     beta: promote a call to the first queue once it and its program's completed calls have waited beta times
     as long as they were served. A promotion begins the call's window anew; what the program has had stays.
 
