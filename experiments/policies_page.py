@@ -39,6 +39,9 @@ TESTS = {
                 "test_niyama.py::test_a_better_prompt_overtakes_one_that_is_half_done_and_nothing_is_recomputed"
             ),
             "slai": "test_slai.py::test_a_decode_that_is_not_due_leaves_its_place_to_prompts",
+            "fairbatching": (
+                "test_fairbatching.py::test_a_surge_of_prompts_is_served_from_the_slack_that_decodes_saved_and_no_token_is_late"
+            ),
             "preemptive": "test_pause.py::test_where_memory_suffices_preemption_recomputes_nothing",
         },
     ),
