@@ -42,6 +42,9 @@ TESTS = {
             "fairbatching": (
                 "test_fairbatching.py::test_a_surge_of_prompts_is_served_from_the_slack_that_decodes_saved_and_no_token_is_late"
             ),
+            "jitserve": (
+                "test_jitserve.py::test_requests_of_similar_lengths_run_together_even_if_the_very_best_is_of_another"
+            ),
             "preemptive": "test_pause.py::test_where_memory_suffices_preemption_recomputes_nothing",
         },
     ),
@@ -60,6 +63,7 @@ TESTS = {
             "least_slack": "test_least_slack_puts_the_longest_work_first_when_deadlines_are_equal",
             "random": "test_a_random_order_keeps_a_requests_place_and_depends_on_the_seed_alone",
             "niyama": "test_niyama.py::test_alpha_is_what_a_token_of_prefill_weighs",
+            "jitserve": "test_jitserve.py::test_most_goodput_in_each_second_of_work_goes_first",
             "spf": "test_slai.py::test_spf_serves_the_shortest_prompt_of_the_strictest_tier_first",
             "lpm": "test_orders_prefix.py::test_lpm_offers_the_longest_cached_prefix_first",
             "k_lpm": (

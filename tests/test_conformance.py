@@ -82,7 +82,11 @@ def in_the_box() -> list[str]:
 
 
 #: What a composition needs beside the policy that is checked.
-COMPANIONS = {"scheduler=preemptive": ("order=srpt",), "scheduler=selective": ("order=niyama",)}
+COMPANIONS = {
+    "scheduler=preemptive": ("order=srpt",),
+    "scheduler=selective": ("order=niyama",),
+    "scheduler=jitserve": ("order=jitserve",),
+}
 
 
 @pytest.mark.parametrize("word", in_the_box())

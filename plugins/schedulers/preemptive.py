@@ -56,14 +56,19 @@ class Preemptive(ChunkedPrefill):
         self._paid: dict[int, tuple[int, int]] = {}
 
     def plan(self, step: StepBuilder, view: View) -> None:
-        rank = self._order.rank_at(view.now)
-        assert rank is not None  # since `setup`
+        rank = self.ranking(view)
         running = sorted(view.running, key=rank)
         first = next(self.order(view), None)
         better = first is not None and running and rank(first) < rank(running[-1])
         gone = self.make_way(step, view, running, rank) if better else set()
         waiting = (request for request in self.order(view) if request.index not in gone)
         self.fill(step, view, [request for request in running if request.index not in gone], waiting)
+
+    def ranking(self, view: View) -> Callable[[Request], Any]:
+        """How running and waiting requests compare now: the smaller goes first."""
+        rank = self._order.rank_at(view.now)
+        assert rank is not None  # since `setup`
+        return rank
 
     def make_way(
         self, step: StepBuilder, view: View, running: list[Request], rank: Callable[[Request], Any]

@@ -313,7 +313,7 @@ def composed(of: Try, registry: Registry, directory: Path | None = None) -> Run:
         if of.parameter in TAKEN_AT_ONCE and "arrival" in known:
             small["arrival"] = "closed"
         choices[of.node] = of.plugin, {**small, **given}
-    if of.plugin in ("preemptive", "selective"):
+    if of.plugin in ("preemptive", "selective", "jitserve") and of.node == "scheduler":
         choices["order"] = "sjf", {}
     if of.node == "kernels" or of.plugin == "torch":
         choices["executor"] = "torch", {"device": "cpu", **choices["executor"][1]}

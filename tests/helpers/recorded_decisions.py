@@ -43,9 +43,10 @@ SIMULATED = "simulated"
 TORCH = "torch"
 SAMPLING = SamplingParams(max_tokens=24)
 # schedulers with a token budget of their own
-BUDGETED = ("chunked", "preemptive", "selective", "running_first")
+BUDGETED = ("chunked", "preemptive", "selective", "running_first", "jitserve")
 # schedulers that rank running requests as well, and refuse orders that do not
-RANKED = ("preemptive", "selective")
+RANKED = ("preemptive", "selective", "jitserve")
+PAUSING = ("preemptive", "jitserve")  # nobody else needs a victim among the paused
 OTHER_NAMES = ("fcfs",)  # of schedulers that are there under another one
 
 
@@ -119,7 +120,7 @@ def simulated(row: str) -> str:
     named = {"scheduler": scheduler, "order": order, "cache": prefixes, "eviction": eviction}
     digest = blake2b(digest_size=6)
     for victim in REGISTRY.names("victim"):
-        if victim == "pause_first" and scheduler != "preemptive":  # nobody else pauses
+        if victim == "pause_first" and scheduler not in PAUSING:
             continue
         digest.update(_simulated(Random(f"{row} {victim}"), victim=victim, **named).encode())
     return digest.hexdigest()
