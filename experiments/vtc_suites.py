@@ -1,22 +1,28 @@
-"""The suites of VTC's artifact (Sheng et al., OSDI'24; fair_bench/exp_suite.py), simulated, beside the
-figures of its authors' logs.
+"""The suites of VTC's artifact (Sheng et al., OSDI'24; fair_bench/exp_suite.py), simulated, beside the logs
+of its authors.
 
-    python experiments/vtc_suites.py [--suites eight_clients on_off short_long weighted] [--order vtc]
+    python experiments/vtc_suites.py [--suites on_off short_long] [--order vtc] [--conditions "as theirs"]
 
-Composed as conf/experiment/vtc_fairness.yaml (Llama-2-7B on an A10G, 10,000 KV tokens), with the requests of
-each suite. Two measures are printed: the largest difference of what any two clients have been served since
-the beginning, once a second, and `service_difference` of docs/metrics.md, over intervals in which both are
-backlogged. Requests are drawn here from the suites' parameters, not with the artifact's generator, so that
-times differ from theirs.
+The same as theirs: the requests, one by one (the artifact's generator with its seed, 42); the pool of 10,000
+KV tokens; what a step costs (vtc_a10g.yaml, fitted to their logs by vtc_step_times.py); when requests may
+start; and the measure. That is of the artifact's plots: a request's service, its prompt tokens and twice its
+answer, is spread evenly from its first token to its last; every ten seconds until requests end to come, the
+largest difference is taken of what any two clients have been served since the beginning. The other
+conditions change one thing at a time. `backlogged` is `service_difference` of docs/metrics.md, over intervals
+in which both clients are backlogged.
+
+Of the artifact's two suites of short and long requests, the one whose lengths are 64 and 256 has a difference
+of 20,025, and that of lengths 32 and 512 one of 41,484. The weighted suite is as in the config of its log,
+whose first client asks half as often as in exp_suite.py.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, count
-from random import Random
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,43 +30,59 @@ from core.cli import schema
 from core.compose.build import build
 from core.compose.hooks import load_registry
 from core.inputs import Arrival, SamplingParams, Tags
-from core.measure.fairness import ClientService, by_client, service_difference
-from core.outputs import RunResult
+from core.measure.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, by_client, service_difference
+from core.outputs import RequestOutput, RunResult
 from core.outside import Observer, StepRecord
 
+HERE = Path(__file__).resolve().parent
+SEED = 42  # of the artifact's generator
+EVERY = 10.0  # seconds between two looks
+AFTERWARDS = 60.0  # seconds in which every request ends that has begun before the last look
 
-def ask(client: int, number: int, time: float, prompt: int, output: int) -> Arrival:
-    rng = Random(f"{client}/{number}")
-    tokens = rng.choices(range(3, 32000), k=prompt)
-    sampling = SamplingParams(max_tokens=output)
-    return Arrival(
-        time, tokens, sampling, output, id=f"client{client}.{number}", tags=Tags(client=f"client{client}")
-    )
+#: What is like the authors' server (S-LoRA with their launch_server.py), and then all but one thing.
+THEIRS = {
+    "executor.profile": str(HERE / "vtc_a10g.yaml"),
+    "scheduler.max_wait_tokens": "10",
+    "engine.max_num_batched_tokens": "3072",
+    "engine.max_num_seqs": "1000",
+}
+CONDITIONS = {
+    "as theirs": THEIRS,
+    "starts at any step": THEIRS | {"scheduler.max_wait_tokens": "0"},
+    "blocks of 1 token": THEIRS | {"engine.block_size": "1", "engine.num_blocks": "10000"},
+    "data sheet's speed": THEIRS | {"executor.profile": "none"},
+    "our experiment": {},
+}
 
 
-def uniform(rates: list[float], seconds: float, on: float | None = None) -> Iterator[Arrival]:
+class Ask(NamedTuple):
+    time: float
+    client: int
+    prompt: int
+    output: int
+
+
+def uniform(rates: Sequence[float], seconds: float, on: float | None = None) -> list[Ask]:
     """Evenly spaced, 256 tokens in and out; the first client asks in every other spell of `on` seconds alone,
     if given."""
+    rng = np.random.RandomState(SEED)
+    asked = []
     for client, rate in enumerate(rates):
-        phase = Random(f"phase/{client}").random() / rate
-        for number in count():
-            time = phase + (number + 1) / rate
-            if time >= seconds:
-                break
-            if on is None or client or int(time // on) % 2 == 0:
-                yield ask(client, number, time, 256, output=256)
+        rng.randint(256, 257, 2 * int(rate * seconds))  # lengths, of which there is one
+        times = np.cumsum([rng.rand() / rate, *[1 / rate] * int(rate * seconds)])[1:]
+        silent = on is not None and client == 0
+        asked += [Ask(float(t), client, 256, 256) for t in times if not (silent and int(t // on) % 2)]
+    return sorted(asked)
 
 
-def short_long(rates: tuple[float, float], seconds: float, lengths: tuple[int, int]) -> Iterator[Arrival]:
-    """Poisson; the first client has long prompts and short answers, the second the reverse."""
-    short, long = lengths
-    for client, (rate, prompt, output) in enumerate(zip(rates, (long, short), (short, long), strict=True)):
-        rng, time = Random(f"poisson/{client}"), 0.0
-        for number in count():
-            time += rng.expovariate(rate)
-            if time >= seconds:
-                break
-            yield ask(client, number, time, prompt, output=output)
+def poisson(rates: Sequence[float], seconds: float, lengths: Sequence[tuple[int, int]]) -> list[Ask]:
+    """Each client has its prompt and answer length."""
+    rng = np.random.RandomState(SEED)
+    count = int(sum(rates) * seconds)
+    clients = (rng.rand(count) > rates[0] / sum(rates)).astype(int)
+    rng.randint(256, 257, 2 * count)
+    times = np.cumsum(rng.gamma(1.0, 1 / sum(rates), count))
+    return [Ask(float(t), int(c), *lengths[c]) for t, c in zip(times, clients, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -69,25 +91,59 @@ class Suite:
 
     called: str  # there
     seconds: float
-    arrivals: Callable[[float], Iterator[Arrival]]
-    theirs: str
+    asked: list[Ask]
+    difference: float | None  # theirs; None where clients are not meant to be served alike
+    served: list[int]  # theirs, of each client at the end
     weights: dict[str, float] = field(default_factory=dict)
 
 
 SUITES = {
-    "eight_clients": Suite("overload-multi", 360.0, lambda s: uniform([0.4] * 3 + [0.6] * 5, s), "3,601"),
-    "on_off": Suite("on_off_overload", 600.0, lambda s: uniform([2.0, 3.0], s, on=60.0), "8,820"),
+    "overload": Suite("overload", 360.0, uniform([1.5, 3.0], 360.0), 7_947, [240_572, 241_920]),
+    "on_off": Suite("on_off_overload", 600.0, uniform([2.0, 3.0], 600.0, on=60.0), 8_820, [392_829, 397_056]),
+    "eight_clients": Suite(
+        "overload-multi",
+        360.0,
+        uniform([0.4] * 3 + [0.6] * 5, 360.0),
+        difference=3_601,
+        served=[59_904, 59_136, 58_004, 58_772, 58_772, 59_284, 59_284, 59_904],
+    ),
     "short_long": Suite(
-        "poisson_short_long_2", 600.0, lambda s: short_long((8.0, 1.5), s, (32, 512)), "20,025"
+        "poisson_short_long",
+        600.0,
+        poisson([8.0, 1.5], 600.0, [(64, 64), (256, 256)]),
+        difference=20_025,
+        served=[619_776, 601_180],
+    ),
+    "short_long_2": Suite(
+        "poisson_short_long_2",
+        600.0,
+        poisson([8.0, 1.5], 600.0, [(512, 32), (32, 512)]),
+        difference=41_484,
+        served=[501_229, 460_407],
     ),
     "weighted": Suite(
         "overload-weighted",
         360.0,
-        lambda s: uniform([0.8, 0.8, 1.2, 1.6], s),
-        "1 : 2.00 : 3.00 : 4.01",
+        uniform([0.4, 0.8, 1.2, 1.6], 360.0),
+        difference=None,
+        served=[48_193, 96_450, 144_701, 193_223],
         weights={f"client{i}": i + 1.0 for i in range(4)},
     ),
 }
+
+
+def arrivals(asked: Iterable[Ask]) -> list[Arrival]:
+    return [
+        Arrival(
+            time,
+            [3 + number % 29_989] * prompt,
+            SamplingParams(max_tokens=output),
+            output,
+            id=f"client{client}.{number}",
+            tags=Tags(client=f"client{client}"),
+        )
+        for number, (time, client, prompt, output) in enumerate(asked)
+    ]
 
 
 class Until(Observer):
@@ -103,32 +159,50 @@ class Until(Observer):
             raise KeyboardInterrupt
 
 
-def served(suite: Suite, seconds: float, *overrides: str) -> tuple[list[ClientService], RunResult]:
-    """What each client was served in the first so many seconds of a suite, and all of the run."""
+def run(suite: Suite, condition: str = "as theirs", *overrides: str) -> RunResult:
+    """experiment=vtc_fairness with the suite's requests, until all that have begun in its time have ended."""
     registry = load_registry()
     schema.register(registry)
-    given = ["experiment=vtc_fairness", "tracking=none", *overrides]
+    given = ["experiment=vtc_fairness", "tracking=none"]
+    given += [f"{name}={value}" for name, value in CONDITIONS[condition].items()]
     if suite.weights:
         given.append(
             f"order.weights={{{','.join(f'{name}:{weight}' for name, weight in suite.weights.items())}}}"
         )
-    composition = schema.composition(schema.composed(given))
-    engine = build(registry, composition, observers=[Until(seconds)]).engine
-    result = engine.run(sorted(suite.arrivals(seconds), key=lambda arrival: arrival.time))
-    return [service for _, service in sorted(by_client(result.outputs).items())], result
+    composition = schema.composition(schema.composed([*given, *overrides]))
+    engine = build(registry, composition, observers=[Until(suite.seconds + AFTERWARDS)]).engine
+    return engine.run(arrivals(suite.asked))
 
 
-def since_the_beginning(clients: list[ClientService], seconds: float) -> float:
-    """The largest difference between two clients' service, looked at once a second."""
-    at = np.arange(0.0, seconds, 1.0)
-    got = [client.service(at) for client in clients]
-    return max(float(np.abs(one - other).max()) for one, other in combinations(got, 2))
+def served(outputs: Iterable[RequestOutput], seconds: float) -> np.ndarray:
+    """Of each client a row, by name: its service since the beginning, every ten seconds, as the artifact's
+    plots have it."""
+    at = np.arange(0.0, seconds + 1, EVERY)[:, None]
+    rows = []
+    for _, client in sorted(by_client(outputs).items()):
+        answers = [
+            (o.token_times[0], o.token_times[-1], o.num_prompt_tokens, len(o.token_times))
+            for o in client.outputs
+            if len(o.token_times) > 1
+        ]
+        first, last, prompt, output = np.array(answers).reshape(-1, 4).T
+        amount = PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * output
+        rows.append((np.clip((at - first) / (last - first), 0.0, 1.0) * amount).sum(axis=1))
+    return np.array(rows)
 
 
-def shares(clients: list[ClientService], seconds: float) -> list[float]:
-    """What each was served, the first one's as 1."""
-    got = [float(client.service(seconds)) for client in clients]
-    return [service / got[0] for service in got]
+def difference(service: np.ndarray) -> float:
+    return float((service.max(axis=0) - service.min(axis=0)).max())
+
+
+def row(suite: Suite, result: RunResult) -> str:
+    service = served(result.outputs, suite.seconds)
+    end = service[:, -1]
+    shares = " : ".join(f"{share:.2f}" for share in end / end[0])
+    return (
+        f"{difference(service):>12,.0f}{service_difference(list(by_client(result.outputs).values())):>12,.0f}"
+        f"{result.num_preemptions:>11}{end.sum():>12,.0f}   {shares}"
+    )
 
 
 def main() -> None:
@@ -136,21 +210,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     parser.add_argument("--order", default="vtc")
     args = parser.parse_args()
-    print(
-        f"{'suite':<15}{'artifact':<22}{'theirs':>24}{'since 0':>12}{'backlogged':>12}{'preempted':>11}   "
-        "shares"
-    )
+    print(f"{'':<22}{'difference':>12}{'backlogged':>12}{'preempted':>11}{'served':>12}   shares")
     for name in args.suites:
         suite = SUITES[name]
-        clients, result = served(suite, suite.seconds, f"order={args.order}")
-        largest, backlogged = since_the_beginning(clients, suite.seconds), service_difference(clients)
-        ratio = " : ".join(f"{share:.2f}" for share in shares(clients, suite.seconds))
-        print(
-            f"{name:<15}{suite.called:<22}{suite.theirs:>24}{largest:>12,.0f}{backlogged:>12,.0f}"
-            f"{result.num_preemptions:>11}   {ratio}"
-        )
+        most = "" if suite.difference is None else f"{suite.difference:,}"
+        shares = " : ".join(f"{amount / suite.served[0]:.2f}" for amount in suite.served)
+        print(f"\n{name} ({suite.called}, {suite.seconds:.0f} s)")
+        print(f"{'  theirs':<22}{most:>12}{'':>12}{0:>11}{sum(suite.served):>12,}   {shares}")
+        for condition in args.conditions:
+            print(f"{'  ' + condition:<22}{row(suite, run(suite, condition, f'order={args.order}'))}")
 
 
 if __name__ == "__main__":

@@ -258,6 +258,11 @@ def test_a_subclass_of_a_twin_has_none(found) -> None:
     assert "order" in twins.missing(run)
 
 
+def test_a_parameter_that_the_twin_does_not_follow_keeps_the_run_in_python(found) -> None:
+    run = small(found, [ask("a")], "auto", scheduler=("prefill_first", {"max_wait_tokens": 10}))
+    assert "scheduler=prefill_first.max_wait_tokens=10 has no compiled twin" in twins.missing(run)
+
+
 class Watching(Observer):
     plugin_name = "watching"
 

@@ -191,6 +191,15 @@ def test_the_watermark_is_left_free_by_who_starts_beside_others():
     assert alone.outputs[0].state == "finished"
 
 
+def test_requests_start_after_so_many_steps_of_decodes_and_at_once_where_nobody_runs():
+    """S-LoRA looks for new requests after every tenth decode; B comes while A, which came alone, decodes."""
+    asked = [ask(0.0, 4, 40, "A"), ask(0.035, 4, 1, "B"), ask(9.0, 4, 1, "C")]
+    for wait, place in ((10, 11), (0, 4)):
+        steps, result = composed(asked, ("prefill_first", {"max_wait_tokens": wait}), SMALL)
+        assert next(i for i, planned in enumerate(steps) if "B" in planned) == place
+        assert result.outputs[2].first_scheduled_time == pytest.approx(9.0)
+
+
 def test_fcfs_is_the_other_name_of_prefill_first():
     hashes = {composed(load(0), name, SMALL)[1].decision_hash for name in ("fcfs", "prefill_first")}
     assert len(hashes) == 1

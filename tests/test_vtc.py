@@ -3,6 +3,8 @@ simulated."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -17,8 +19,9 @@ from core.compose.config import EngineConfig
 from core.compose.hooks import load_registry
 from core.measure.fairness import ClientService, by_client, service_difference
 from core.outputs import RunResult
-from experiments import vtc_suites
+from experiments import vtc_step_times, vtc_suites
 from experiments.vtc_suites import Until
+from plugins.executors import profile as profiles
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -54,22 +57,76 @@ def test_weighted_clients_are_served_in_proportion_to_their_weights():
     assert [s / served[0] for s in served] == pytest.approx([1, 2, 3, 4], rel=0.03)
 
 
-# ---- the other suites of the artifact, and predicted lengths ---------------------------------------------
+# ---- the suites of the artifact, request by request ------------------------------------------------------
 
 
-def test_eight_clients_that_ask_for_more_than_there_is_are_served_alike():
-    """Theirs, over 360 s: at most 3,601 between any two."""
-    suite = vtc_suites.SUITES["eight_clients"]
-    clients, result = vtc_suites.served(suite, 150.0)
-    assert len(clients) == 8 and result.num_preemptions == 0
-    assert vtc_suites.since_the_beginning(clients, 150.0) <= 6_000
+@cache
+def simulated(name: str) -> RunResult:
+    return vtc_suites.run(vtc_suites.SUITES[name])
 
 
-def test_a_client_that_comes_and_goes_and_one_of_other_lengths_stay_within_the_bound():
-    """2 max(wp longest prompt, wq KV tokens) is 40,000."""
-    for name in ("on_off", "short_long"):
-        clients, result = vtc_suites.served(vtc_suites.SUITES[name], 150.0)
-        assert 0 < service_difference(clients) < 40_000 and result.num_preemptions == 0
+@pytest.mark.parametrize(
+    ("name", "counts", "first", "last"),
+    [
+        ("overload", [540, 1080], 0.650238102, 360.316904769),
+        ("on_off", [600, 1800], 0.650238102, 600.316904769),
+        ("eight_clients", [144] * 3 + [216] * 5, 1.763472687, 362.376785766),
+        ("short_long", [4826, 874], 0.036768239, 584.316638343),
+        ("short_long_2", [4826, 874], 0.036768239, 584.316638343),
+        ("weighted", [144, 288, 432, 576], 0.999161553, 361.188392883),
+    ],
+)
+def test_the_requests_are_those_of_the_authors_logs(
+    name: str, counts: list[int], first: float, last: float
+) -> None:
+    """How many each client sends, and when the first and the last one comes."""
+    asked = vtc_suites.SUITES[name].asked
+    assert [sum(ask.client == client for ask in asked) for client in range(len(counts))] == counts
+    assert (asked[0].time, asked[-1].time) == pytest.approx((first, last), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["overload", "on_off", "eight_clients", "short_long"])
+def test_clients_differ_by_as_much_as_in_the_authors_logs_and_are_served_as_much(name: str) -> None:
+    """Differences depend on who ends when, to a fifth or so; what is served is the speed's."""
+    suite, result = vtc_suites.SUITES[name], simulated(name)
+    service = vtc_suites.served(result.outputs, suite.seconds)
+    assert result.num_preemptions == 0
+    assert vtc_suites.difference(service) == pytest.approx(suite.difference, rel=0.25)
+    assert service[:, -1] == pytest.approx(suite.served, rel=0.06)
+    assert service[:, -1].sum() == pytest.approx(sum(suite.served), rel=0.02)
+
+
+def test_the_measure_spreads_a_request_s_service_from_its_first_token_to_its_last() -> None:
+    """512 tokens of prompt and 256 of answer between second 5 and 25: half of 1,024 by second 15."""
+    asked = [ask(0.0, 512, 256, "a", client="a"), ask(0.0, 1, 1, "b", client="b")]
+    outputs = compose(engine=EngineConfig(max_num_seqs=2)).run(asked).outputs
+    outputs = [
+        replace(o, token_times=[5.0 + 20.0 * j / 255 for j in range(256)] if o.id == "a" else o.token_times)
+        for o in outputs
+    ]
+    assert vtc_suites.served(outputs[:1], 30.0).tolist() == [pytest.approx([0.0, 256.0, 768.0, 1024.0])]
+
+
+def test_step_times_are_found_in_when_tokens_came() -> None:
+    """From what the simulator made of a profile, the profile comes back."""
+    runs = []
+    for name in ("overload", "short_long"):
+        begun = [o for o in simulated(name).outputs if len(o.token_times) > 1]
+        columns = sorted(
+            (o.token_times[0], o.token_times[-1], o.num_prompt_tokens, len(o.token_times)) for o in begun
+        )
+        runs.append(vtc_step_times.Answers(*np.array(columns).T))
+    terms, error = vtc_step_times.fitted(runs)
+    shipped = profiles.read(Path(vtc_suites.THEIRS["executor.profile"]))
+    assert error["p90"] < 0.02
+    for running, context in ((20, 384), (50, 128)):
+        steps = [context] * running, [1] * running
+        assert terms["decode"].seconds(*steps) == pytest.approx(shipped.decode.seconds(*steps), rel=0.03)
+    prompts = [0, 0], [256, 64]
+    assert terms["mixed"].seconds(*prompts) == pytest.approx(shipped.mixed.seconds(*prompts), rel=0.05)
+
+
+# ---- predicted lengths -----------------------------------------------------------------------------------
 
 
 def test_with_true_lengths_clients_drift_apart_less_than_by_what_has_come():

@@ -29,6 +29,10 @@ def _every(role: Any) -> str:
     return ""
 
 
+def _starts_at_any_step(scheduler: PrefillFirst) -> str:
+    return f".max_wait_tokens={scheduler.max_wait_tokens}" if scheduler.max_wait_tokens else ""
+
+
 def _recomputes(victim: Newest) -> str:
     return "" if victim.mode == "recompute" else f".mode={victim.mode}"
 
@@ -42,7 +46,7 @@ def _of_its_own(executor: SimExecutor) -> str:
 
 #: Role -> class -> which of its parameters has no twin, "" where all have. None: the role may be left out.
 TWINS: dict[str, dict[type | None, Callable[[Any], str]]] = {
-    "scheduler": {ChunkedPrefill: _every, PrefillFirst: _every},
+    "scheduler": {ChunkedPrefill: _every, PrefillFirst: _starts_at_any_step},
     "order": {FirstCome: _every},
     "victim": {Newest: _recomputes},
     "chunk": {None: _every},
