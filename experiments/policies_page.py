@@ -10,8 +10,6 @@ that they are written once; the tests are named here.
 from __future__ import annotations
 
 import argparse
-import inspect
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,15 +179,6 @@ def test_of(role: str, name: str) -> str:
     return test if "::" in test else f"{file}::{test}"
 
 
-def differs(doc: str) -> str:
-    """The sentences of a docstring that say what is missing or other than in the paper."""
-    found = []
-    for paragraph in inspect.cleandoc(doc).split("\n\n")[1:]:
-        text = " ".join(paragraph.split())
-        found += re.findall(r"(?:^|(?<=[.:;] ))((?:Differs|Not here)\b.*?\.)(?= [A-Z`]|$)", text)
-    return " ".join(found)
-
-
 def rows(registry: Registry) -> Iterator[str]:
     for role in TESTS:
         yield f"\n## {role}: {ROLES[role]}\n"
@@ -198,8 +187,8 @@ def rows(registry: Registry) -> Iterator[str]:
         for name in registry.names(role):
             plugin = registry.plugins[role, name]
             if not plugin.origin.dist:
-                said = differs(plugin.config.__doc__ or "")
-                yield f"| `{name}` | {_cell(plugin.summary)} | {_cell(said)} | `{test_of(role, name)}` |"
+                said, shown = _cell(plugin.differs), test_of(role, name)
+                yield f"| `{name}` | {_cell(plugin.summary)} | {said} | `{shown}` |"
 
 
 def preset_rows() -> Iterator[str]:

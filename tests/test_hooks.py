@@ -357,3 +357,4 @@ def test_the_command_lists_plugins_with_parameters_and_origin_and_what_is_broken
         [sys.executable, "-m", "headway", "plugins"], capture_output=True, text=True, check=True
     ).stdout
     assert "Mine first." in text and "goodpaper 1.2" in text and "broken:" in text
+    assert "Not here: its mixed chunks" in text  # what sglang is not

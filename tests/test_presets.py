@@ -12,7 +12,7 @@ from test_conformance import in_the_box
 
 from core.cli import presets, schema
 from core.cli.main import main
-from core.compose.hooks import load_registry
+from core.compose.hooks import load_registry, said_to_differ
 from core.errors import ConfigError
 from core.testing import check, kit
 from core.testing.subject import Subject
@@ -95,4 +95,4 @@ def test_the_page_says_what_a_docstring_says_to_be_missing_and_nothing_else() ->
     It does. Differs: in this, and that. It goes on. Not here: more. `x` is said.
     Not here: the end.
     """
-    assert policies_page.differs(doc) == "Differs: in this, and that. Not here: more. Not here: the end."
+    assert said_to_differ(doc) == "Differs: in this, and that. Not here: more. Not here: the end."

@@ -96,6 +96,7 @@ def _as_json(chosen: list[Plugin], registry: Registry) -> str:
             "role": p.role,
             "name": p.name,
             "summary": p.summary,
+            "differs": p.differs,
             "origin": p.origin.source,
             "dist": p.origin.dist,
             "version": p.origin.version,
@@ -124,6 +125,8 @@ def _as_text(chosen: list[Plugin], registry: Registry) -> str:
             role = p.role
             lines.append(f"\n{role}: {ROLES[role]}")
         lines.append(f"  {p.name:<14} {p.summary}")
+        if p.differs:
+            lines.append(f"  {'':<14} {p.differs}")
         lines += [f"  {'':<14} {f.name}: {_type(f)} = {_default(f)!r}{_range(f)}" for f in p.parameters()]
         lines.append(f"  {'':<14} from {p.origin}")
     if registry.broken:

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,11 @@ class Plugin:
     config: type  # the dataclass whose fields are the parameters
     summary: str
     origin: Origin
+
+    @property
+    def differs(self) -> str:
+        """What it is not: see `said_to_differ`."""
+        return said_to_differ(self.config.__doc__ or "")
 
     def parameters(self) -> list[dataclasses.Field[Any]]:
         return [f for f in dataclasses.fields(self.config) if f.init]
@@ -402,6 +408,16 @@ def _summary(factory: Any, config: type | None) -> str:
     first = doc.partition("\n\n")[0].replace("\n", " ")
     # dataclass's made-up docstring
     return "" if first.startswith(f"{getattr(config or factory, '__name__', '')}(") else first
+
+
+def said_to_differ(doc: str) -> str:
+    """The sentences of a docstring that say what is missing or other than in the paper: those that begin with
+    "Differs" or "Not here"."""
+    found = []
+    for paragraph in inspect.cleandoc(doc).split("\n\n")[1:]:
+        text = " ".join(paragraph.split())
+        found += re.findall(r"(?:^|(?<=[.:;] ))((?:Differs|Not here)\b.*?\.)(?= [A-Z`]|$)", text)
+    return " ".join(found)
 
 
 _CORE = (policy.__name__, keyed.__name__)  # where the roles' base classes are
