@@ -198,6 +198,27 @@ def test_turns_of_qwen_bailian_wait_for_the_answer_that_they_continue(tmp_path):
     assert [o.num_cached_tokens for o in branches] == [32, 32], "two blocks of 16 tokens"
 
 
+def test_requests_know_their_turn_whose_answer_they_waited_for_and_whether_they_are_the_last(tmp_path):
+    """A conversation of three, one of a single request, and one that belongs to none."""
+    table = ["at,in,out,chat", "0,9,2,a", "1,9,2,b", "2,9,2,a", "3,9,2,", "4,9,2,a"]
+    columns = {"time": "at", "input": "in", "output": "out", "session": "chat"}
+    path = file_of(tmp_path, *table, name="t.csv")
+    found = {o.id: o.tags for o in run(Trace(path=path, **columns)).outputs}
+    assert {id: (tags.turn, tags.parents, tags.last) for id, tags in found.items()} == {
+        "r0": (0, (), False),
+        "r1": (0, (), True),
+        "r2": (1, ("r0",), False),
+        "r3": (0, (), False),
+        "r4": (2, ("r2",), True),
+    }
+    unanswered = run(Trace(path=path, follow="times", **columns)).outputs
+    assert [(o.tags.turn, o.tags.parents) for o in unanswered if o.tags.session == "a"] == [
+        (0, ()),
+        (1, ()),
+        (2, ()),
+    ]
+
+
 def test_turns_keep_the_recorded_distance_where_the_answer_is_there_in_time(tmp_path):
     outputs = run(Trace(path=file_of(tmp_path, *CHATS))).outputs
     assert sorted(o.arrival_time for o in outputs) == pytest.approx([0.0, 10.0, 10.0, 11.0])

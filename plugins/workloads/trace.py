@@ -143,12 +143,15 @@ class Trace(TimedWorkload):
         self.check()
         self._category = self.format_found()
         self._rows, self._content, self._fits = self.rows(seed), Content(seed, vocab_size), max_model_len
-        turns = _turns(self._rows) if self.follow == "answers" else {}
+        before = _turns(self._rows)
+        self._turn = _depths(before)
+        self._end = {row.session: i for i, row in enumerate(self._rows) if row.session}  # place of its last
+        self._waits_for = before if self.follow == "answers" else {}
         self._following: dict[int, list[int]] = {}
-        for after, before in turns.items():
-            self._following.setdefault(before, []).append(after)
+        for place, earlier in self._waits_for.items():
+            self._following.setdefault(earlier, []).append(place)
         for i in range(len(self._rows)):
-            if i not in turns:
+            if i not in self._waits_for:
                 yield self._arrival(i, (self._rows[i].time - self._rows[0].time) * self.time_scale)
 
     def _arrival(self, i: int, time: float) -> Arrival:
@@ -156,7 +159,14 @@ class Trace(TimedWorkload):
         length = min(row.input_len, self.max_input_len or row.input_len)
         output = min(row.output_len, self.max_output_len or row.output_len)
         prompt = self._prompt(row, i, length) if length < self._fits else only_its_length(length)
-        tags = Tags(client=row.client, session=row.session, category=row.category or self._category)
+        tags = Tags(
+            client=row.client,
+            session=row.session,
+            turn=self._turn.get(i, 0),
+            category=row.category or self._category,
+            parents=(f"r{self._waits_for[i]}",) if i in self._waits_for else (),
+            last=self._end.get(row.session) == i,
+        )
         return Arrival(time, prompt, self.sampling(), output, tags=tags, id=f"r{i}")
 
     def _prompt(self, row: Row, serial: int, length: int) -> Sequence[int]:
@@ -187,6 +197,14 @@ def _turns(rows: Sequence[Row]) -> dict[int, int]:
             found[i] = before
         places[row.id], last[row.session] = i, i
     return found
+
+
+def _depths(before: dict[int, int]) -> dict[int, int]:
+    """Place of a request that has one before it -> how many it has, one before the other."""
+    depths: dict[int, int] = {}
+    for i, earlier in sorted(before.items()):
+        depths[i] = depths.get(earlier, 0) + 1
+    return depths
 
 
 @dataclass
