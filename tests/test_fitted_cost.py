@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.policy_runs import compose
 from helpers.torch_engines import engine_of, generate, prepared, shared_prompts, variant
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.compose.config import Hardware, ModelShape
+from core.compose.config import EngineConfig, Hardware, ModelShape
+from core.inputs import SLO, Arrival, SamplingParams
 from plugins.executors.cost import Fitted, Roofline, restored, stored
 
 SHAPE = ModelShape("LlamaForCausalLM", 64, 4, 8, 4, 8, 128, 100, True, 512)
@@ -76,3 +78,30 @@ def test_the_torch_engine_learns_from_its_steps_and_results_say_so():
     assert engine.result().step_time_basis.startswith(f"{roofline}, x ")
     predicted = executor.cost_model.step_time([20, 20], [1, 1])
     assert predicted > executor.cost_model.roofline.step_time([20, 20], [1, 1])  # no CPU is an H200
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"chunk": "dynamic_chunk"},
+        {"admission": "early_reject"},
+        {"order": "least_slack", "predictor": "oracle"},
+        {"scheduler": "preemptive", "order": "mlfq"},
+        {"scheduler": "selective", "order": "niyama", "chunk": "dynamic_chunk"},
+        {"scheduler": "fairbatching", "order": "edf"},
+    ],
+    ids=str,
+)
+def test_policies_that_ask_for_step_times_run_on_the_real_engine(choices):
+    """And the tokens are what they are without them."""
+    prompts, greedy = shared_prompts(512)[:6], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    asked = [Arrival(0.0, prompt, greedy, slo=SLO(ttft=1e6, tpot=1e3)) for prompt in prompts]
+    limits = EngineConfig(block_size=4, num_blocks=200, max_num_seqs=3, max_num_batched_tokens=32)
+
+    def answers(**choices):
+        result = compose(server=prepared(variant("qwen3")), engine=limits, **choices).run(asked)
+        assert {o.state for o in result.outputs} == {"finished"}
+        return [o.output_token_ids for o in result.outputs], result.step_time_basis
+
+    tokens, basis = answers(**choices)
+    assert tokens == answers()[0] and "roofline" in basis
