@@ -92,7 +92,7 @@ def read_served(path: Path, option: str) -> list[Served]:
             raise ValueError("holds no JSON object")
         return served_requests(document)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{option}={path}: {error}") from error
+        raise ConfigError(f"{option}={path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def seen(requests: Sequence[Served]) -> dict[str, float]:

@@ -143,9 +143,8 @@ def read(path: Path) -> Profile:
             raise ValueError(f"expected format {FORMAT}: measure it again with this version")
         return restored(found)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"executor.profile={path}: is no profile of step times ({type(error).__name__}: {error})"
-        ) from error
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ConfigError(f"executor.profile={path}: is no profile of step times ({reason})") from error
 
 
 def restored(kept: dict[str, Any]) -> Profile:

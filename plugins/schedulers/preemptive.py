@@ -47,7 +47,7 @@ class Preemptive(ChunkedPrefill):
             raise ConfigError(
                 f"{self.plugin_name} needs an order that ranks running requests too, and "
                 f"{self._order.plugin_name} does not: "
-                "choose order=priority, sjf, srpt, edf, least_slack, ltr, mlfq or plas, or derive yours from "
+                "choose one that goes by a key (order=srpt, edf, ltr, plas, jitserve, ...), or derive yours from "
                 "headway.KeyOrder or MovingOrder"
             )
         self._max_num_seqs = ctx.max_num_seqs
