@@ -47,8 +47,8 @@ class Preemptive(ChunkedPrefill):
             raise ConfigError(
                 f"{self.plugin_name} needs an order that ranks running requests too, and "
                 f"{self._order.plugin_name} does not: "
-                "choose one that goes by a key (order=srpt, edf, ltr, plas, jitserve, ...), or derive yours from "
-                "headway.KeyOrder or MovingOrder"
+                "choose one that goes by a key (order=srpt, edf, ltr, plas, jitserve, ...), or derive yours "
+                "from headway.KeyOrder or MovingOrder"
             )
         self._max_num_seqs = ctx.max_num_seqs
         self._leaving: list[Request] = []  # who made way, with blocks that come back with a step in flight
