@@ -44,9 +44,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.parallel_profile import Profile, Window  # noqa: E402
-from headway import Arrival, Engine, EngineConfig, ModelConfig, ParallelConfig, SamplingParams, hookimpl  # noqa: E402
+from headway import Arrival, Engine, EngineConfig, ModelConfig, SamplingParams, hookimpl  # noqa: E402
 from plugins.kernels.torch import TorchKernels  # noqa: E402
 from plugins.kernels.triton import TritonKernels  # noqa: E402
+from plugins.parallel.config import MeshConfig  # noqa: E402
 
 SHAPES = {
     "tiny": {"name_or_path": "tiny", "load_format": "auto"},
@@ -210,7 +211,7 @@ class Bench:
             kernels: Any = FewGraphs(sizes=",".join(map(str, [*shares, args.requests])), prompts=args.prompts)
         else:
             kernels = TorchKernels()
-        parallel = ParallelConfig(
+        parallel = MeshConfig(
             tp=args.tp, pp=args.pp, all_reduce=args.all_reduce, overlap_tokens=args.overlap_tokens, timeout=60
         )
         limits = EngineConfig(
@@ -576,7 +577,7 @@ def main() -> None:
     layout.add_argument("--tp", type=int, default=1)
     layout.add_argument("--pp", type=int, default=1)
     layout.add_argument("--all-reduce", default="library")
-    layout.add_argument("--overlap-tokens", type=int, default=ParallelConfig.overlap_tokens)
+    layout.add_argument("--overlap-tokens", type=int, default=MeshConfig.overlap_tokens)
     layout.add_argument(
         "--modes",
         nargs="+",

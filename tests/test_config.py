@@ -28,6 +28,7 @@ from core.compose.hooks import OPTIONAL, Registry, load_registry
 from core.errors import PluginError
 from core.policy import ROLES
 from headway import SLO, Arrival, ConfigError, HeadwayError, Order, SamplingParams, Victim
+from plugins.parallel.config import MeshConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -59,7 +60,7 @@ def test_the_default_composition_is_what_the_plugins_say(registry):
     c = schema.composition(cfg())
     assert c.choices["scheduler"][0] == "chunked"
     assert not set(OPTIONAL) - {"tracking"} & set(c.choices)
-    assert (c.engine, c.parallel, c.slo, c.seed) == (EngineConfig(), ParallelConfig(), SLO(), 0)
+    assert (c.engine, c.parallel, c.slo, c.seed) == (EngineConfig(), MeshConfig(), SLO(), 0)
     for role, (name, parameters) in c.choices.items():
         default = registry.get(role, name).build()
         assert all(_same(getattr(default, k), v) for k, v in parameters.items()), role

@@ -21,8 +21,9 @@ from helpers.torch_engines import (
 )
 from torch.distributed import distributed_c10d
 
-from headway import Arrival, ModelConfig, ParallelConfig, SamplingParams, VirtualClock
+from headway import Arrival, ModelConfig, SamplingParams, VirtualClock
 from plugins.executors.torch import TorchExecutor
+from plugins.parallel.config import MeshConfig
 
 LAYOUTS = {"tp2": (2, 1), "tp4": (4, 1), "pp2": (1, 2), "pp3": (1, 3), "tp2pp2": (2, 2)}
 PAIRS = list(product(SCHEDULERS, CACHES))
@@ -38,7 +39,7 @@ def ranks(request, monkeymodule):
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
     executor.prepare(
         ModelConfig(name_or_path=str(variant("qwen3"))),
-        parallel=ParallelConfig(tp=tp, pp=pp, overlap_tokens=8, timeout=60),
+        parallel=MeshConfig(tp=tp, pp=pp, overlap_tokens=8, timeout=60),
     )
     yield executor
     executor.close()

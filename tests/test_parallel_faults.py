@@ -16,11 +16,12 @@ import pytest
 from helpers.faulty_kernels import FaultyKernels
 from helpers.torch_engines import GREEDY, engine_of, shared_prompts, variant
 
-from headway import Arrival, ModelConfig, ParallelConfig, RankError
+from headway import Arrival, ModelConfig, RankError
 from plugins.executors.torch import TorchExecutor
 from plugins.parallel import channel as wire
 from plugins.parallel import launch
 from plugins.parallel.channel import Channel
+from plugins.parallel.config import MeshConfig
 from plugins.parallel.start import SIGNALS
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,7 @@ def engine_on(tp: int, pp: int, timeout: float = 30.0, kernels: FaultyKernels | 
     executor.prepare(
         ModelConfig(name_or_path=str(variant("qwen3"))),
         kernels,
-        parallel=ParallelConfig(tp=tp, pp=pp, timeout=timeout),
+        parallel=MeshConfig(tp=tp, pp=pp, timeout=timeout),
     )
     return engine_of(executor, max_inflight=pp)
 
@@ -161,9 +162,9 @@ def test_the_command_ends_with_partial_results(tmp_path, victim, number, code, s
 
 
 DRIVER = (
-    "from headway import ModelConfig, ParallelConfig; from plugins.executors.torch import TorchExecutor; "
-    "import sys\n"
-    "TorchExecutor(device='cpu').prepare(ModelConfig(), parallel=ParallelConfig(tp=2)); print('ready', "
+    "from headway import ModelConfig; from plugins.executors.torch import TorchExecutor; "
+    "from plugins.parallel.config import MeshConfig; import sys\n"
+    "TorchExecutor(device='cpu').prepare(ModelConfig(), parallel=MeshConfig(tp=2)); print('ready', "
     "flush=True); sys.stdin.read()"
 )
 

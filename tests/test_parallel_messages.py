@@ -17,13 +17,14 @@ from helpers.faulty_kernels import FaultyKernels
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig, load_registry
+from headway import ConfigError, EngineConfig, ModelConfig, load_registry
 from plugins.executors.torch.batch import StepInput
 from plugins.executors.torch.config import TorchConfig
 from plugins.kernels.torch import TorchKernels
 from plugins.parallel import channel as wire
 from plugins.parallel import messages
 from plugins.parallel.channel import LARGEST, Channel, Malformed
+from plugins.parallel.config import MeshConfig
 from plugins.parallel.execution import Job
 from plugins.parallel.launch import order_of
 from plugins.parallel.messages import Answer, Call, Hello, Order, Raised, Refused
@@ -36,7 +37,7 @@ JOB = Job(
     TorchKernels(),
     EngineConfig(num_blocks=7),
     3,
-    ParallelConfig(pp=2, layers=[1, 3]),
+    MeshConfig(pp=2, layers=[1, 3]),
 )
 STEP = StepInput(np.arange(300, dtype=np.int32), True, False, 256, 256, 256, 16, 0, 1, 1025, 0, -1, None)
 EXAMPLES = [

@@ -26,6 +26,7 @@ from plugins.kernels.torch import TorchKernels
 from plugins.models.loading import build, load, targets
 from plugins.models.spec import read_model
 from plugins.parallel import launch, symmetric
+from plugins.parallel.config import MeshConfig
 from plugins.parallel.execution import Job, RankExecution
 from plugins.parallel.pipeline import cut, layers_of
 from plugins.parallel.tensor import shard
@@ -217,7 +218,7 @@ def test_what_does_not_divide_is_refused(monkeypatch, parallel, message):
     monkeypatch.setattr(launch.Ranks, "_start", lambda *args: pytest.fail("a rank was started"))
     with pytest.raises(ConfigError, match=message):
         TorchExecutor(device="cpu").prepare(
-            ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(**parallel)
+            ModelConfig(name_or_path=str(variant("qwen3"))), parallel=MeshConfig(**parallel)
         )
 
 
@@ -234,7 +235,7 @@ def test_what_does_not_divide_is_refused(monkeypatch, parallel, message):
 )
 def test_values_out_of_range_are_refused(values):
     with pytest.raises(ConfigError, match=f"parallel.{next(iter(values))}="):
-        ParallelConfig(**values)
+        MeshConfig(**values)
 
 
 def job(**parallel) -> Job:
@@ -244,7 +245,7 @@ def job(**parallel) -> Job:
         None,
         EngineConfig(),
         0,
-        ParallelConfig(**parallel),
+        MeshConfig(**parallel),
     )
 
 

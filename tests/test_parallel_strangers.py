@@ -18,13 +18,14 @@ import pytest
 import torch.distributed as dist
 from helpers.torch_engines import GREEDY, engine_of, shared_prompts, variant
 
-from headway import Arrival, ConfigError, EngineConfig, ModelConfig, ParallelConfig, RankError
+from headway import Arrival, ConfigError, EngineConfig, ModelConfig, RankError
 from plugins.executors.torch import TorchExecutor
 from plugins.executors.torch.config import TorchConfig
 from plugins.kernels.torch import TorchKernels
 from plugins.parallel import channel as wire
 from plugins.parallel import handshake, launch, torchrun
 from plugins.parallel.channel import exactly
+from plugins.parallel.config import MeshConfig
 from plugins.parallel.execution import Job
 from plugins.parallel.handshake import NONCE, PROOF, Door, Refused, Stranger, admit, prove, reach
 from plugins.parallel.messages import Hello, pack
@@ -238,7 +239,7 @@ def job(timeout: float = 0.1) -> Job:
         TorchKernels(),
         EngineConfig(),
         0,
-        ParallelConfig(tp=2, timeout=timeout),
+        MeshConfig(tp=2, timeout=timeout),
     )
 
 
@@ -472,9 +473,7 @@ def test_ranks_of_one_host_listen_on_loopback_alone_and_strangers_there_do_not_e
         monkeypatch.delenv(name, raising=False)
     before = listening(os.getpid())
     executor = TorchExecutor(device="cpu", kv_cache_gb=0.01)
-    executor.prepare(
-        ModelConfig(name_or_path=str(variant("qwen3"))), parallel=ParallelConfig(tp=2, timeout=30)
-    )
+    executor.prepare(ModelConfig(name_or_path=str(variant("qwen3"))), parallel=MeshConfig(tp=2, timeout=30))
     process = executor.execution.ranks._processes[1]
     places = (listening(os.getpid()) - before) | listening(process.pid)
     assert places and {host for host, _ in places} == {"127.0.0.1"}

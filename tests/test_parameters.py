@@ -26,6 +26,7 @@ from core.errors import ConfigError, PluginError
 from core.inputs import SLO, SamplingParams
 from headway import LLM, KeyOrder, Order
 from plugins.executors.sim import SimExecutor
+from plugins.parallel.config import MeshConfig
 from plugins.workloads.pace import arrival_times
 from plugins.workloads.random_lengths import RandomLengths
 
@@ -218,7 +219,7 @@ def test_the_list_of_plugins_shows_ranges():
         ),
         (lambda: ModelConfig(rope_theta=NAN), "model.rope_theta=nan"),
         (lambda: ParallelConfig(layers=[2, 0]), r"parallel.layers[1]=0: expected at least 1"),
-        (lambda: ParallelConfig(timeout=INF), "parallel.timeout=inf"),
+        (lambda: MeshConfig(timeout=INF), "parallel.timeout=inf"),
         (lambda: SLO(ttft=-1), "slo.ttft=-1: expected a finite number > 0"),
         (lambda: SLO(e2el=NAN), "slo.e2el=nan"),
         (lambda: Composition({}, seed=2.5), "seed=2.5: expected a whole number"),

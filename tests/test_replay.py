@@ -13,7 +13,7 @@ from helpers.roles import default_roles
 
 from core.compose.build import Composition, check
 from core.compose.build import build as compose
-from core.compose.config import EngineConfig, Hardware, ModelShape, ParallelConfig
+from core.compose.config import EngineConfig, Hardware, ModelShape
 from core.compose.defaults import default_choices
 from core.compose.hooks import load_registry
 from core.engine import Engine
@@ -31,6 +31,7 @@ from plugins.executors.replay import (
     Verifier,
 )
 from plugins.executors.sim import SimExecutor
+from plugins.parallel.config import MeshConfig
 from plugins.schedulers.order.fcfs import FirstCome
 
 LIMITS = {"block_size": 4, "num_blocks": 24, "max_num_seqs": 6, "max_num_batched_tokens": 24}
@@ -242,13 +243,13 @@ def workload(**changes) -> dict:
 def pipelined(tmp_path_factory):
     """A record of two pipeline stages: two plans in flight, none of which may hold a request of the other."""
     directory = tmp_path_factory.mktemp("pipelined")
-    return directory, composed(("sim", {}), directory=directory, parallel=ParallelConfig(pp=2)).execute()
+    return directory, composed(("sim", {}), directory=directory, parallel=MeshConfig(pp=2)).execute()
 
 
 def test_a_pipeline_replays_to_its_own_hash(pipelined, tmp_path, capsys):
     directory, original = pipelined
     again = composed(
-        ("replay", {"path": str(directory)}), directory=tmp_path, parallel=ParallelConfig(pp=2)
+        ("replay", {"path": str(directory)}), directory=tmp_path, parallel=MeshConfig(pp=2)
     ).execute()
     assert again.decision_hash == original.decision_hash
     assert [o.token_times for o in again.outputs] == [o.token_times for o in original.outputs]
@@ -258,10 +259,10 @@ def test_a_pipeline_replays_to_its_own_hash(pipelined, tmp_path, capsys):
 
 OTHERWISE = {
     "one stage": (
-        {"parallel": ParallelConfig(), "engine": EngineConfig(4, 64, 4, 16, max_inflight=1)},
+        {"parallel": MeshConfig(), "engine": EngineConfig(4, 64, 4, 16, max_inflight=1)},
         r"engine.max_inflight=1, recorded with 2\n  parallel.pp=1, recorded with 2",
     ),
-    "two ranks": ({"parallel": ParallelConfig(tp=2, pp=2)}, "parallel.tp=2, recorded with 1"),
+    "two ranks": ({"parallel": MeshConfig(tp=2, pp=2)}, "parallel.tp=2, recorded with 1"),
     "a seed": ({"seed": 4}, "seed=4, recorded with 3"),
     "an order": ({"choices": {"order": ("vtc", {})}}, 'order="vtc", recorded with "fcfs"\n[^ ]'),
     "a cache": ({"choices": {"cache": ("none", {})}}, 'cache="none", recorded with "hash"'),
@@ -297,12 +298,12 @@ OTHERWISE = {
 @pytest.mark.parametrize("otherwise, named", OTHERWISE.values(), ids=OTHERWISE)
 def test_what_is_not_as_recorded_is_refused_by_name_before_the_first_step(pipelined, otherwise, named):
     with pytest.raises(ReplayError, match=f"this run is not the recorded one:\n(  .*\n)*  {named}"):
-        composed(("replay", {"path": str(pipelined[0])}), **{"parallel": ParallelConfig(pp=2)} | otherwise)
+        composed(("replay", {"path": str(pipelined[0])}), **{"parallel": MeshConfig(pp=2)} | otherwise)
 
 
 def test_a_sweep_hears_of_another_run_before_its_first_job(pipelined):
     choices = {**COMPOSITION, "executor": ("replay", {"path": str(pipelined[0])})}
-    other = Composition(choices, EngineConfig(4, 64, 4, 16), kit.SHAPE, parallel=ParallelConfig(pp=2), seed=4)
+    other = Composition(choices, EngineConfig(4, 64, 4, 16), kit.SHAPE, parallel=MeshConfig(pp=2), seed=4)
     with pytest.raises(ReplayError, match="seed=4, recorded with 3"):
         check(load_registry(), other)
 
@@ -311,7 +312,7 @@ def test_what_decides_nothing_may_differ(pipelined):
     # the number of blocks is left to the executor, which takes the record's
     limits = EngineConfig(4, None, 4, 16, check=True)
     run = composed(
-        ("replay", {"path": str(pipelined[0])}), engine=limits, parallel=ParallelConfig(pp=2, timeout=99)
+        ("replay", {"path": str(pipelined[0])}), engine=limits, parallel=MeshConfig(pp=2, timeout=99)
     )
     assert run.execute().decision_hash == pipelined[1].decision_hash
 

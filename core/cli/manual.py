@@ -108,13 +108,13 @@ def _picked(argument: str, groups: dict[str, list[Option]]) -> dict[str, list[Op
 
 
 def _options(group: str, registry: Registry) -> Iterator[Option]:
-    node = schema.NODES.get(group)
-    for name in registry.names(group):
+    node, names = schema.NODES.get(group), registry.names(group)
+    for name in names:
         plugin: Plugin = registry.plugins[group, name]
         yield Option(name, plugin.summary, plugin.config)
     if group in OPTIONAL:
         yield Option("none", "without one")
-    if group in ("parallel", "engine", "slo", "results"):
+    if group in ("parallel", "engine", "slo", "results") and not names:
         yield Option("", "", node)
     for file in sorted((CONF / group).glob("*.yaml")):
         yield Option(file.stem, _about(file))

@@ -30,8 +30,8 @@ from ..inputs import SLO
 from ..policy import ROLES
 from ..renamed import renamed
 
-#: Root nodes that are no role, with their dataclasses.
-NODES = {
+#: Root nodes, which are there whatever is chosen, with their dataclasses: see `nodes`.
+NODES: dict[str, type] = {
     "engine": EngineConfig,
     "slo": SLO,
     "model": ModelConfig,
@@ -81,6 +81,8 @@ def register(registry: Registry) -> None:
     becomes broken."""
     store = ConfigStore.instance()
     for (role, name), plugin in list(registry.plugins.items()):
+        if role in NODES:
+            continue
         try:
             schema = closed_but_for_dicts(node(plugin.config, name))
         except (OmegaConfBaseException, PluginError, TypeError) as error:
@@ -92,6 +94,7 @@ def register(registry: Registry) -> None:
         store.store(group=role, name=name, node=schema, provider=f"headway:{plugin.origin.name}")
     for role in OPTIONAL:
         store.store(group=role, name="none", node=Absent, provider="headway")
+    NODES.update(nodes(registry))
     schemas = {name: node(config) for name, config in NODES.items()}
     store.store(group="parallel", name="mesh", node=schemas["parallel"], provider="headway")
     store.store(group="model", name="custom", node=schemas["model"], provider="headway")
@@ -99,6 +102,12 @@ def register(registry: Registry) -> None:
     members += [(name, schema, field(default_factory=schema)) for name, schema in schemas.items()]
     members += [(role, Any, field(default=None)) for role in GROUP_ROLES]
     store.store(name="schema", node=make_dataclass("Schema", members), provider="headway")
+
+
+def nodes(registry: Registry) -> dict[str, type]:
+    """Root nodes with their dataclasses: a plugin's in place of the core's where one says more."""
+    mesh = registry.plugins.get(("parallel", "mesh"))
+    return NODES if mesh is None else NODES | {"parallel": mesh.config}
 
 
 def closed_but_for_dicts(schema: type) -> DictConfig:

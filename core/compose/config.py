@@ -250,7 +250,8 @@ class Hardware:
 
 @dataclass
 class ParallelConfig:
-    """The `parallel` node: how many ranks share one model."""
+    """The `parallel` node: how many ranks share one model. How they talk is the plugin's, which adds to
+    this."""
 
     tp: int = param(1, min=1, max=MOST_RANKS, doc="tensor parallel: ranks that split every layer")
     pp: int = param(
@@ -264,33 +265,6 @@ class ParallelConfig:
         min=1,
         max=MOST_LAYERS,
         doc="of each stage; None: as evenly as can be",
-    )
-    all_reduce: str = param(
-        "auto",
-        choices=("auto", "library", "symmetric"),
-        doc="library: the device's own collectives; symmetric: GPUs of one host read each other's memory; "
-        "auto: symmetric where they can",
-    )
-    overlap_tokens: int = param(
-        2048,
-        min=0,
-        max=2**31 - 1,
-        unit="tokens",
-        doc="steps with at least this many use sequence parallelism; 0 disables it",
-    )
-    timeout: float = param(
-        15.0,
-        above=0,
-        max=1e6,
-        unit="seconds",
-        doc="without progress of a step after which a rank is taken to hang",
-    )
-    port: int = param(
-        0,
-        min=0,
-        max=65535,
-        doc="where ranks of torchrun's reach rank 0; 0: any free one. Ranks that one command starts need "
-        "none",
     )
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """One model on several ranks: `parallel.tp=N parallel.pp=M`. docs/parallel.md tells how it works.
 
+config.py     what the `parallel` node says beside the numbers of ranks
 mesh.py       who this rank is; collectives that know how long to wait and what they wait for
 tensor.py     a plan over module names: what each rank holds of every matrix
 pipeline.py   a cut over layers, and what a stage does differently
@@ -14,3 +15,14 @@ handshake.py  who is let in: a proof of the key in both directions
 execution.py  the real executor's Execution, on a rank and on the driver
 worker.py     the main loop of every rank but the driver's
 """
+
+from __future__ import annotations
+
+from headway import Registry, hookimpl
+
+from .config import MeshConfig
+
+
+@hookimpl
+def headway_register(registry: Registry) -> None:
+    registry.add("parallel", "mesh", MeshConfig)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig
+from headway import ConfigError, EngineConfig, ModelConfig
 
 from ..executors.torch.config import TorchConfig
 from ..executors.torch.execution import MEMORY_REMEDY, NO_MEMORY, Execution, Ticket
 from ..executors.torch.runner import Sampled
+from .config import MeshConfig
 from .launch import Ranks, can_map_peers
 from .pipeline import Stage, StageBatcher, StageRunner, cut
 from .start import end
@@ -41,7 +42,7 @@ class Job:
     kernels: KernelChoice | None
     engine: EngineConfig
     seed: int
-    parallel: ParallelConfig
+    parallel: MeshConfig
 
 
 def drive(job: Job, backends: Callable[[str], KernelChoice] | None) -> DriverExecution:

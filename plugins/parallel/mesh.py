@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
-from headway import ConfigError, HeadwayError, ModelShape
-from headway import ParallelConfig as Parallel
+from headway import ConfigError, HeadwayError, ModelShape, ParallelConfig
 
+from .config import MeshConfig
 from .symmetric import Meeting, Norm, OverlappedProducts, SymmetricReduce
 
 # renamed in torch 2.13
@@ -32,7 +32,7 @@ class CollectiveError(HeadwayError):
 class Mesh:
     """Ranks in a torch DeviceMesh (pp, tp): rank = stage * tp + place in the stage. Rank 0 is the driver."""
 
-    def __init__(self, parallel: Parallel, rank: int, store: Any, device: torch.device) -> None:
+    def __init__(self, parallel: MeshConfig, rank: int, store: Any, device: torch.device) -> None:
         """Meets the other ranks at `store`. Raises CollectiveError when one does not come."""
         if dist.is_initialized():
             raise ConfigError(
@@ -261,7 +261,7 @@ class Mesh:
                 dist.destroy_process_group()
 
 
-def check_fits(shape: ModelShape, parallel: Parallel) -> None:
+def check_fits(shape: ModelShape, parallel: ParallelConfig) -> None:
     """Raises ConfigError where a model cannot be split as asked. Looks at numbers alone: no weights, no ranks
     yet."""
     tp, pp = parallel.tp, parallel.pp

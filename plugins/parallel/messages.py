@@ -16,11 +16,12 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from headway import ConfigError, EngineConfig, ModelConfig, ParallelConfig
+from headway import ConfigError, EngineConfig, ModelConfig
 
 from ..executors.torch.batch import StepInput
 from ..executors.torch.config import TorchConfig
 from .channel import Malformed
+from .config import MeshConfig
 
 T = TypeVar("T")
 Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -54,7 +55,7 @@ class Order:
     kernels: Registered | None
     engine: EngineConfig
     seed: int
-    parallel: ParallelConfig
+    parallel: MeshConfig
     store_file: str = ""  # where ranks meet instead of over their second connection: see launch.py
 
 

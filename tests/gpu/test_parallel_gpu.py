@@ -16,11 +16,12 @@ if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
 
 from helpers.torch_engines import GREEDY, engine_of, shared_prompts, variant  # noqa: E402
 
-from headway import Arrival, Engine, EngineConfig, ModelConfig, ParallelConfig, RankError, SamplingParams  # noqa: E402
+from headway import Arrival, Engine, EngineConfig, ModelConfig, RankError, SamplingParams  # noqa: E402
 from plugins.executors.torch import TorchExecutor  # noqa: E402
 from plugins.kernels.compose import lookup  # noqa: E402
 from plugins.kernels.torch import TorchKernels  # noqa: E402
 from plugins.kernels.triton import TritonKernels  # noqa: E402
+from plugins.parallel.config import MeshConfig  # noqa: E402
 
 PROMPTS = shared_prompts(512)
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 128, "block_size": 4}
@@ -43,7 +44,7 @@ def on_gpus(tp: int, pp: int, all_reduce: str = "auto") -> TorchExecutor:
     kernels = TritonKernels(cuda_graphs=True)
     kernels.plugin_name = "triton"
     # every step of two tokens is long, in graphs and out of them
-    parallel = ParallelConfig(tp, pp, all_reduce=all_reduce, overlap_tokens=2)
+    parallel = MeshConfig(tp, pp, all_reduce=all_reduce, overlap_tokens=2)
     executor.prepare(
         ModelConfig(name_or_path=str(variant("qwen3"))),
         kernels,

@@ -27,7 +27,7 @@ from zlib import crc32
 import numpy as np
 
 from core.compose.build import Composition, Run, build
-from core.compose.config import EngineConfig, Hardware, ModelConfig, ParallelConfig
+from core.compose.config import EngineConfig, Hardware, ModelConfig
 from core.compose.defaults import default_choices
 from core.compose.hooks import Registry, load_registry
 from core.compose.params import Limits, limits_of
@@ -37,12 +37,13 @@ from core.measure.metrics import summarize
 from core.outside import Observer, Workload
 from plugins.executors.sim import SimExecutor
 from plugins.kernels.compose import GROUPS
+from plugins.parallel.config import MeshConfig
 
 CORE = {
     "engine": EngineConfig,
     "model": ModelConfig,
     "hardware": Hardware,
-    "parallel": ParallelConfig,
+    "parallel": MeshConfig,
     "slo": SLO,
 }
 STEPS = 800  # after so many a run is long enough to see that it goes on
@@ -110,7 +111,7 @@ class Try:
 
 def tries(registry: Registry) -> Iterator[Try]:
     for (role, name), plugin in sorted(registry.plugins.items()):
-        for parameter, values in candidates(plugin.config):
+        for parameter, values in candidates(plugin.config) if role not in CORE else ():
             yield from (Try(role, name, parameter, value) for value in values)
     for node, config in {**CORE, "sampling": SamplingParams}.items():
         for parameter, values in candidates(config):
@@ -327,7 +328,7 @@ def composed(of: Try, registry: Registry, directory: Path | None = None) -> Run:
         engine=EngineConfig(**{**LIMITS, **core["engine"]}),
         model=ModelConfig(**{**SHAPE, **core["model"]}),
         hardware=Hardware(**core["hardware"]),
-        parallel=ParallelConfig(**core["parallel"]),
+        parallel=MeshConfig(**core["parallel"]),
         slo=SLO(**core["slo"]),
         **(given if of.node == "run" else {}),
     )

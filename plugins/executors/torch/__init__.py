@@ -109,11 +109,12 @@ class TorchExecutor(Executor):
         parallel, card = parallel or ParallelConfig(), hardware or Hardware()
         self._before_weights(model, engine or EngineConfig(), parallel)
         if parallel.world_size > 1:
+            from ...parallel.config import MeshConfig
             from ...parallel.execution import Job, drive
 
-            self._execution = drive(
-                Job(self.config, model, kernels, engine or EngineConfig(), seed, parallel), backends
-            )
+            mesh = MeshConfig.of(parallel)
+            job = Job(self.config, model, kernels, engine or EngineConfig(), seed, mesh)
+            self._execution = drive(job, backends)
         else:
             from .execution import Execution
 

@@ -39,13 +39,14 @@ def foresee(
     check_weights(device, model, shape)
     kernels_for(device.type, shape, kernels, backends=backends, block_size=engine.block_size)
     if parallel.world_size > 1:
+        from ...parallel.config import MeshConfig
         from ...parallel.execution import Job
         from ...parallel.launch import check
         from ...parallel.mesh import check_fits
 
         check_fits(shape, parallel)
         if _is_here(model):
-            check(Job(config, model, kernels, engine, 0, parallel))
+            check(Job(config, model, kernels, engine, 0, MeshConfig.of(parallel)))
     return shape
 
 

@@ -19,7 +19,6 @@ from headway import (
     HeadwayError,
     ModelConfig,
     ModelError,
-    ParallelConfig,
     SamplingParams,
     build,
     default_names,
@@ -30,6 +29,7 @@ from headway import (
 )
 from headway import RequestOutput as EngineOutput
 
+from ...parallel.config import MeshConfig
 from . import TorchExecutor
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def _compose(model: str | os.PathLike[str], options: dict[str, Any]) -> Composit
         choices,
         EngineConfig(**{"max_inflight": 2} | {n: v for n, v in options.items() if n in engine}),
         ModelConfig(name_or_path=_name(model), **{n: v for n, v in options.items() if n in models}),
-        parallel=ParallelConfig(**axes),
+        parallel=MeshConfig(**axes),
         seed=_seed(options.get("seed", 0)),
     )
 
