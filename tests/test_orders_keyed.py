@@ -284,7 +284,7 @@ def test_a_preempted_request_is_left_alone_until_it_has_generated_a_token():
 
 
 def test_preemption_by_rank_needs_an_order_that_ranks():
-    with pytest.raises(ConfigError, match="order=lpm does not: choose order=priority"):
+    with pytest.raises(ConfigError, match="order=lpm does not: choose one that goes by a key"):
         compose(scheduler="preemptive", order="lpm")
     with pytest.raises(ConfigError, match="Did you mean drop_tail"):
         compose(scheduler=("preemptive", {"mode": "droptail"}), order="priority")
