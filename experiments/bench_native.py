@@ -25,18 +25,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_sim_files import cpu_name, shown
+from bench_sim_files import SIM, cpu_name, shown
 
 ROOT = Path(__file__).resolve().parent.parent
-SIM = [
-    "executor=sim",
-    "model=qwen3_8b",
-    "hardware=h200",
-    "scheduler=chunked",
-    "cache=hash",
-    "engine.block_size=16",
-    "tracking=none",
-]
 DECODE = [
     "workload=random",
     "workload.num_requests=1024",
@@ -53,6 +44,7 @@ def one(native: str, files: str, load: list[str]) -> tuple[float, dict[str, Any]
             sys.executable,
             "run.py",
             *SIM,
+            "tracking=none",
             *load,
             f"engine.native={native}",
             f"results={files}",

@@ -30,7 +30,8 @@ from ..inputs import SLO
 from ..policy import ROLES
 from ..renamed import renamed
 
-#: Root nodes, which are there whatever is chosen, with their dataclasses: see `nodes`.
+#: Root nodes, which are there whatever is chosen, with their dataclasses. `register` puts the plugin's that
+#: runs the ranks in place of the core's.
 NODES: dict[str, type] = {
     "engine": EngineConfig,
     "slo": SLO,
@@ -94,7 +95,8 @@ def register(registry: Registry) -> None:
         store.store(group=role, name=name, node=schema, provider=f"headway:{plugin.origin.name}")
     for role in OPTIONAL:
         store.store(group=role, name="none", node=Absent, provider="headway")
-    NODES.update(nodes(registry))
+    if mesh := registry.plugins.get(("parallel", "mesh")):
+        NODES["parallel"] = mesh.config
     schemas = {name: node(config) for name, config in NODES.items()}
     store.store(group="parallel", name="mesh", node=schemas["parallel"], provider="headway")
     store.store(group="model", name="custom", node=schemas["model"], provider="headway")
@@ -102,12 +104,6 @@ def register(registry: Registry) -> None:
     members += [(name, schema, field(default_factory=schema)) for name, schema in schemas.items()]
     members += [(role, Any, field(default=None)) for role in GROUP_ROLES]
     store.store(name="schema", node=make_dataclass("Schema", members), provider="headway")
-
-
-def nodes(registry: Registry) -> dict[str, type]:
-    """Root nodes with their dataclasses: a plugin's in place of the core's where one says more."""
-    mesh = registry.plugins.get(("parallel", "mesh"))
-    return NODES if mesh is None else NODES | {"parallel": mesh.config}
 
 
 def closed_but_for_dicts(schema: type) -> DictConfig:

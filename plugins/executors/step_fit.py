@@ -23,6 +23,7 @@ OUTLIER = 5.0  # median absolute deviations of the relative error beyond which a
 FEWEST = 20  # steps of one kind that a fit of its own takes
 STEPS, DECISIONS = "steps.parquet", "decisions.parquet"
 Sample = tuple[Sequence[int], Sequence[int], float]  # starts and lengths of a step's chunks, its seconds
+Fits = dict[str, tuple[Terms, dict[str, float]]]  # kind of steps -> terms, and their error
 
 
 # ---- of a recorded run -----------------------------------------------------------------------------------
@@ -44,9 +45,8 @@ def _fitted_once(directory: Path, changed: int) -> Profile:
         raise ConfigError(
             f"executor.profile={directory}: does not say the shape of its model, or its composition"
         )
-    return profile_of_samples(
-        samples_of(directory),
-        directory,
+    return profile_of_fits(
+        fits_of(samples_of(directory), directory),
         hardware=meta["facts"]["hardware.name"],
         shape=meta["model"],
         tp=meta["facts"]["parallel.tp"],
@@ -55,31 +55,31 @@ def _fitted_once(directory: Path, changed: int) -> Profile:
     )
 
 
-@lru_cache(maxsize=8)
-def _served_once(path: Path, changed: int, max_num_batched_tokens: int) -> list[Sample]:
-    return served_steps(read_served(path, "executor.profile"), max_num_batched_tokens)
-
-
 def profile_of_served(path: Path, max_num_batched_tokens: int, **about: Any) -> Profile:
     """The clock of the server that `vllm bench serve` asked. Raises ConfigError for a file without its
     requests, or with too few of them."""
     changed = path.stat().st_mtime_ns if path.exists() else 0
-    samples = _served_once(path.resolve(), changed, max_num_batched_tokens)
-    return profile_of_samples(samples, path, made={"device": f"the server of {path}"}, **about)
+    fits = _served_once(path.resolve(), changed, max_num_batched_tokens)
+    return profile_of_fits(fits, made={"device": f"the server of {path}"}, **about)
 
 
-def profile_of_samples(samples: Sequence[Sample], path: Path, **about: Any) -> Profile:
-    """A kind of steps of which there are too few to fit shares the terms of all steps."""
+@lru_cache(maxsize=8)
+def _served_once(path: Path, changed: int, max_num_batched_tokens: int) -> Fits:
+    return fits_of(served_steps(read_served(path, "executor.profile"), max_num_batched_tokens), path)
+
+
+def fits_of(samples: Sequence[Sample], path: Path) -> Fits:
+    """A kind of steps of which there are too few to fit shares the terms of all steps. Raises ConfigError,
+    which names where they are from, for too few of both."""
     if len(samples) < FEWEST:
         raise ConfigError(
             f"executor.profile={path}: {len(samples)} steps are too few to fit a clock to: expected at "
             f"least {FEWEST}"
         )
-    fits = {
+    return {
         kind: fitted(own if len(own) >= FEWEST else samples, [], as_long_in_all)
         for kind, own in by_kind(samples).items()
     }
-    return profile_of_fits(fits, **about)
 
 
 def by_kind(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
@@ -90,7 +90,7 @@ def by_kind(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     return found
 
 
-def profile_of_fits(fits: dict[str, tuple[Terms, dict[str, float]]], **about: Any) -> Profile:
+def profile_of_fits(fits: Fits, **about: Any) -> Profile:
     """`about`: the fields of Profile that no fit gives."""
     terms: dict[str, Any] = {kind: terms for kind, (terms, _) in fits.items()}
     return Profile(**terms, error={kind: error for kind, (_, error) in fits.items()}, **about)

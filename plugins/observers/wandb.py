@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
@@ -34,8 +35,8 @@ from headway import (
 # seconds that wandb's own process may take to start on a busy machine, beside what a server takes
 STARTING = 20.0
 MODES = ("auto", "online", "offline", "disabled")
-#: Step series: name -> how a bucket of steps is drawn from its records.
-SERIES: dict[str, Callable[[StepRecord], float]] = {
+#: Step series: name -> how it is read of a step's record, or of many steps' columns in its place.
+SERIES: dict[str, Callable[[Any], Any]] = {
     "engine/num_running": lambda r: r.num_running,
     "engine/num_waiting": lambda r: r.num_waiting,
     "engine/kv_used": lambda r: r.kv_used,
@@ -44,17 +45,6 @@ SERIES: dict[str, Callable[[StepRecord], float]] = {
     "engine/step_ms": lambda r: (r.end - r.start) * 1e3,
     "engine/policy_us": lambda r: r.policy_time * 1e6,
     "engine/preempted": lambda r: r.num_preempted,
-}
-#: The same of columns.
-COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "engine/num_running": lambda c: c["num_running"],
-    "engine/num_waiting": lambda c: c["num_waiting"],
-    "engine/kv_used": lambda c: c["kv_used"],
-    "engine/kv_cached": lambda c: c["kv_cached"],
-    "engine/tokens_a_step": lambda c: c["num_tokens"],
-    "engine/step_ms": lambda c: (c["end"] - c["start"]) * 1e3,
-    "engine/policy_us": lambda c: c["policy_time"] * 1e6,
-    "engine/preempted": lambda c: c["num_preempted"],
 }
 
 
@@ -72,7 +62,9 @@ class Buckets:
 
     def add_all(self, numbers: dict[str, Any]) -> None:
         """Many steps, as columns by name."""
-        series = [read(numbers).tolist() for read in COLUMNS.values()]
+        plan = SimpleNamespace(num_tokens=numbers["num_tokens"])
+        columns = SimpleNamespace(plan=plan, **numbers)
+        series = [read(columns).tolist() for read in SERIES.values()]
         for end, *values in zip(numbers["end"].tolist(), *series, strict=True):
             self._add([1.0, end, *values])
 
